@@ -1,0 +1,1 @@
+"""The real world: homomorphic encryption, drivers on a real clock, torch glue."""

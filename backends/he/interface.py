@@ -1,0 +1,107 @@
+"""The small interface every HE backend implements, one half per role.
+
+A *matrix* is one direction of one frozen linear group: forward multiplies by Wq^T, backward
+by Wq. The owner sees its shape, its scales and its plan; the worker sees its int8 weights.
+A backend never sees both through one object, and the worker half never sees a secret.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.he.plan import MatrixPlan
+
+Float32Array: TypeAlias = NDArray[np.float32]
+Payload: TypeAlias = "bytes | bytearray | memoryview | NDArray[np.uint8]"
+"""Bytes on the wire, without a copy where possible."""
+
+
+class NonFiniteInputError(ValueError):
+    """An activation or gradient holds NaN or infinity; it is refused before encryption."""
+
+
+@dataclass(frozen=True)
+class OwnerMatrix:
+    """What the owner knows of one matrix. All of it is public.
+
+    name          for messages to people, e.g. "model.layers.0.self_attn.qkv.forward"
+    in_scale      float32[K], applied to inputs before encryption (ones forward)
+    out_scale     float32[N], applied to decrypted results (ones backward)
+    hint          int32[tiles, rank, 256, 16], H = Wq*A for the N outputs; None for `clear`
+    """
+
+    name: str
+    in_scale: Float32Array
+    out_scale: Float32Array
+    plan: MatrixPlan
+    hint: NDArray[np.int32] | None = field(default=None, repr=False)
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return len(self.in_scale)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return len(self.out_scale)
+
+
+@dataclass(frozen=True)
+class Encrypted:
+    """One encrypted request: the bytes to send, and what it takes to read the answer."""
+
+    payload: NDArray[np.uint8]
+    sealed: Any = field(repr=False)
+
+
+class OwnerCipher(ABC):
+    """The owner's half. Holds secrets; must never be reachable from worker code."""
+
+    @property
+    @abstractmethod
+    def simulated_randomness(self) -> bool:
+        """True when secrets come from a seeded generator; real drivers refuse that."""
+
+    @abstractmethod
+    def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        """Bytes of an encrypted request. Depends on public shapes only."""
+
+    @abstractmethod
+    def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        """Bytes of its answer. Depends on public shapes only."""
+
+    @abstractmethod
+    def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
+        """Encrypt float32[T, K] for `matrix`.
+
+        Raises NonFiniteInputError for NaN or infinity, ValueError for a wrong shape.
+        """
+
+    @abstractmethod
+    def decrypt(self, sealed: Any, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
+        """float32[T, N] from the worker's answer. A sealed value opens once, then is wiped.
+
+        Raises ValueError when the answer has the wrong number of bytes.
+        """
+
+
+class WorkerCipher(ABC):
+    """The worker's half: one public integer matrix product, no state, no secrets."""
+
+    @abstractmethod
+    def multiply(
+        self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
+    ) -> NDArray[np.uint8]:
+        """Answer bytes for `tokens` encrypted rows.
+
+        weight   int8[N, K] as stored, one copy for both directions
+        forward  multiply by weight^T (K in, N out) or by weight (N in, K out)
+
+        Raises ValueError when the payload has the wrong number of bytes.
+        """

@@ -1,0 +1,339 @@
+"""The owner's half of the module-LWE cipher on CPU: encrypt to digit planes, decrypt results.
+
+For one block of T <= 256 tokens, with a fresh ternary secret s and error e:
+
+    u = A*s + e + round(alpha_t * x * q/p)  mod q      coefficient t of row k carries token t
+    B = round(u * p/q)  mod p                          public rounding
+    planes = signed base-256 digits of B               int8[limbs, T, K]: wire and GEMM operand
+
+and from the worker's answer Y' = round(Y / 2^delta) for output row j:
+
+    y = Y'_j * 2^delta - round((p/q) * (H_j*s mod q))  mod p, centred
+    result = y / alpha_t * out_scale_j
+
+The meaning is defined by `reference.py`; a test holds the two bit for bit. The two roundings
+by p/q are (v*RECIPROCAL + 2^37) >> 38, which is exact except within 2^-7 of a tie.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from backends.he.entropy import Entropy, OsEntropy
+from backends.he.interface import (
+    Encrypted,
+    Float32Array,
+    NonFiniteInputError,
+    OwnerCipher,
+    OwnerMatrix,
+    Payload,
+)
+from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.public import PublicMatrix
+from backends.he.ring import LANES, inverse_tables, mask_tile_kernel
+from backends.he.secret import BlockSecret
+from backends.threads import run_split
+
+_D = RING_DEGREE
+RECIPROCAL_SHIFT = 38
+WIDE = 128
+"""Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
+_ERROR_BYTES = 5  # 40 fair bits
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _popcount(_context: Any, value: Any) -> Any:
+    """Bits set in an unsigned integer, as LLVM's ctpop (a vector instruction where there is one)."""
+
+    def build(_ctx: Any, builder: ir.IRBuilder, _sig: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return value(value), build
+
+
+def reciprocal(parameters: Parameters) -> int:
+    """round(2^38 * p/q), 32 bits: multiply by it and shift by 38 to divide by q/p."""
+    p, q = parameters.worker_modulus, parameters.modulus
+    return ((p << (RECIPROCAL_SHIFT + 1)) // q + 1) // 2
+
+
+@njit(nogil=True, cache=True)
+def _token_norms(x: Any, in_scale: Any, norms: Any, first: int, last: int) -> None:
+    """norms[t] = ||x_t * in_scale||_2 in float64; not finite exactly when an input is not."""
+    inputs = x.shape[1]
+    for t in range(first, last):
+        partial = np.zeros(16)
+        whole = inputs // 16 * 16
+        for k in range(0, whole, 16):
+            for lane in range(16):
+                v = np.float64(x[t, k + lane]) * np.float64(in_scale[k + lane])
+                partial[lane] += v * v
+        total = 0.0
+        for k in range(whole, inputs):
+            v = np.float64(x[t, k]) * np.float64(in_scale[k])
+            total += v * v
+        norms[t] = np.sqrt(total + partial.sum())
+
+
+@njit(nogil=True, inline="always")
+def _spread(buffer: Any, wide: Any, column: int, tokens: int) -> None:
+    """Lay a tile's first `tokens` coefficients, [256][16], at a column of [256][WIDE]."""
+    for t in range(tokens):
+        for lane in range(LANES):
+            wide[t * WIDE + column + lane] = buffer[t * LANES + lane]
+
+
+@njit(nogil=True, cache=True)
+def _seal_row(
+    mask: Any, x: Any, in_scale: Any, factor: float, noise: Any, extra: Any,
+    recip: Any, low: Any, middle: Any, high: Any, high_shift: Any,
+) -> None:  # fmt: skip
+    """Digit planes of one token over up to WIDE inputs: mask + error + message, rounded to p."""
+    q = np.uint32(NTT_PRIME)
+    half = np.uint64(1 << (RECIPROCAL_SHIFT - 1))
+    shift = np.uint64(RECIPROCAL_SHIFT)
+    magic = 6755399441055744.0  # 1.5 * 2^52: adding it leaves round(v) in the low bits
+    for k in range(len(x)):
+        v = np.float64(np.float64(x[k]) * np.float64(in_scale[k]) * factor + magic)
+        m = np.uint32(np.float64(v).view(np.uint64))
+        e = np.uint32(_popcount(noise[k])) + np.uint32(_popcount(np.uint32(extra[k])))
+        m = np.uint32(m + e - np.uint32(ERROR_BOUND))
+        m = min(m, np.uint32(m + q))
+        u = np.uint32(mask[k] + m)
+        u = min(u, np.uint32(u - q))
+        b = np.uint32((np.uint64(u) * recip + half) >> shift)
+        mask[k] = np.uint32(b + np.uint32(0x808080)) ^ np.uint32(0x808080)
+    # A second loop: with three more stores in the first, LLVM gives up on vectorising it.
+    for k in range(len(x)):
+        b = mask[k]
+        low[k] = np.int8(b)
+        middle[k] = np.int8(b >> np.uint32(8))
+        high[k] = np.int8(b >> high_shift)
+
+
+@njit(nogil=True, cache=True)
+def _open_row(
+    mask: Any, answer: Any, scale: float, out_scale: Any, recip: Any,
+    dropped_bits: int, unused_bits: int, out: Any,
+) -> None:  # fmt: skip
+    """Results of one token over up to WIDE outputs."""
+    half = np.uint64(1 << (RECIPROCAL_SHIFT - 1))
+    shift = np.uint64(RECIPROCAL_SHIFT)
+    for j in range(len(out)):
+        b = np.uint32((np.uint64(mask[j]) * recip + half) >> shift)
+        y = np.uint32((np.uint32(answer[j]) << np.uint32(dropped_bits)) - b)
+        # Shift out the bits above p, and back with the sign: y mod p, centred.
+        centred = np.int32(y << np.uint32(unused_bits)) >> np.int32(unused_bits)
+        out[j] = np.float32(np.float64(centred) * scale * np.float64(out_scale[j]))
+
+
+@cache
+def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """(encrypt, decrypt) over a range of wide tiles, compiled for one module rank."""
+    mask = mask_tile_kernel(rank)
+
+    @njit(nogil=True)
+    def wide_mask(
+        matrix: Any, secret: Any, tile: int, tokens: int, buffer: Any, wide: Any, z: Any, zs: Any
+    ) -> None:
+        for part in range(min(WIDE // LANES, len(matrix) - tile)):
+            mask(matrix[tile + part], secret, buffer, z, zs)
+            _spread(buffer, wide, part * LANES, tokens)
+
+    @njit(nogil=True)
+    def encrypt(
+        public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any, extra: Any,
+        planes: Any, recip: Any, z: Any, zs: Any, first: int, last: int,
+    ) -> None:  # fmt: skip
+        limbs, tokens, inputs = planes.shape
+        buffer = np.empty(_D * LANES, np.uint32)
+        wide = np.empty(_D * WIDE, np.uint32)
+        for group in range(first, last):
+            k0 = group * WIDE
+            k1 = min(inputs, k0 + WIDE)
+            for block in range(len(secrets)):
+                t0 = block * _D
+                t1 = min(tokens, t0 + _D)
+                tile = group * (WIDE // LANES)
+                wide_mask(public, secrets[block], tile, t1 - t0, buffer, wide, z, zs)
+                for t in range(t0, t1):
+                    at = tokens * k0 + t * (k1 - k0)
+                    _seal_row(
+                        wide[(t - t0) * WIDE : (t - t0) * WIDE + k1 - k0],
+                        x[t, k0:k1], in_scale[k0:k1], factor[t],
+                        noise[at : at + k1 - k0], extra[at : at + k1 - k0], recip,
+                        planes[0, t, k0:k1], planes[1, t, k0:k1], planes[limbs - 1, t, k0:k1],
+                        np.uint32(8 * (limbs - 1)),
+                    )  # fmt: skip
+
+    @njit(nogil=True)
+    def decrypt(
+        hint: Any, secrets: Any, answer: Any, inverse: Any, out_scale: Any, out: Any,
+        dropped_bits: int, unused_bits: int, recip: Any, z: Any, zs: Any,
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        tokens, outputs = out.shape
+        buffer = np.empty(_D * LANES, np.uint32)
+        wide = np.empty(_D * WIDE, np.uint32)
+        for group in range(first, last):
+            j0 = group * WIDE
+            j1 = min(outputs, j0 + WIDE)
+            for block in range(len(secrets)):
+                t0 = block * _D
+                t1 = min(tokens, t0 + _D)
+                tile = group * (WIDE // LANES)
+                wide_mask(hint, secrets[block], tile, t1 - t0, buffer, wide, z, zs)
+                for t in range(t0, t1):
+                    _open_row(
+                        wide[(t - t0) * WIDE : (t - t0) * WIDE + j1 - j0],
+                        answer[t, j0:j1], inverse[t], out_scale[j0:j1], recip,
+                        dropped_bits, unused_bits, out[t, j0:j1],
+                    )  # fmt: skip
+
+    return encrypt, decrypt
+
+
+@dataclass
+class Sealed:
+    """The owner's private record of one encrypted request: secrets and token scales."""
+
+    secrets: list[BlockSecret] = field(repr=False)
+    inverse_alpha: NDArray[np.float64] = field(repr=False)
+
+
+class MlweOwner(OwnerCipher):
+    """Owner half of the module-LWE backend: numba ring kernels, AES-CTR randomness.
+
+    Counters `blocks` (encrypted) and `secrets_drawn` must always be equal.
+    """
+
+    def __init__(
+        self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None
+    ) -> None:
+        self._parameters = parameters
+        self._public = public
+        self._entropy = entropy if entropy is not None else OsEntropy()
+        self._encrypt, self._decrypt = _kernels(parameters.rank)
+        self._reciprocal = np.uint64(reciprocal(parameters))
+        self._local = threading.local()
+        self._count_lock = threading.Lock()
+        self.blocks = 0
+        self.secrets_drawn = 0
+
+    @property
+    def simulated_randomness(self) -> bool:
+        return self._entropy.simulated
+
+    def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        return self._parameters.up_bytes_per_value * tokens * matrix.in_features
+
+    def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        return self._parameters.down_bytes_per_value * tokens * matrix.out_features
+
+    def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
+        check_input(x, matrix)
+        tokens, inputs = x.shape
+        norms = np.empty(tokens)
+        run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain=64)
+        alpha = token_scales(norms, matrix, self._parameters)
+        stream = self._entropy.stream()
+        secrets = [
+            BlockSecret(stream, self._parameters.rank, _D) for _ in range(-(-tokens // _D))
+        ]
+        random = self._scratch(_ERROR_BYTES * tokens * inputs)
+        stream.fill(random)
+        noise = random[: 4 * tokens * inputs].view("<u4")
+        extra = random[4 * tokens * inputs :]
+        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
+        sealing = np.stack([secret.seal() for secret in secrets])
+        with self._count_lock:
+            self.secrets_drawn += len(secrets)
+            self.blocks += len(sealing)
+        factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
+        public = self._public.rows(inputs)
+        run_split(
+            lambda a, b: self._encrypt(
+                public, sealing, x, matrix.in_scale, factor, noise, extra,
+                planes, self._reciprocal, *inverse_tables(), a, b,
+            ),
+            -(-inputs // WIDE),
+        )  # fmt: skip
+        sealing[...] = 0
+        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, 1.0 / alpha))
+
+    def _scratch(self, size: int) -> NDArray[np.uint8]:
+        """This thread's buffer for error bits: fresh pages each time would cost more than AES."""
+        buffer: NDArray[np.uint8] | None = getattr(self._local, "noise", None)
+        if buffer is None or buffer.size < size:
+            buffer = self._local.noise = np.empty(size, np.uint8)
+        return buffer[:size]
+
+    def decrypt(self, sealed: Sealed, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
+        tokens = len(sealed.inverse_alpha)
+        outputs = matrix.out_features
+        answer = answer_values(payload, tokens, outputs)
+        hint = matrix.hint
+        if hint is None:
+            raise ValueError(f"{matrix.name}: no hint; run the preparation first")
+        opening = np.stack([secret.open() for secret in sealed.secrets])
+        out = np.empty((tokens, outputs), np.float32)
+        run_split(
+            lambda a, b: self._decrypt(
+                hint, opening, answer, sealed.inverse_alpha, matrix.out_scale, out,
+                self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
+                self._reciprocal, *inverse_tables(), a, b,
+            ),
+            -(-outputs // WIDE),
+        )  # fmt: skip
+        opening[...] = 0
+        return out
+
+
+def check_input(x: Float32Array, matrix: OwnerMatrix) -> None:
+    """Raise ValueError unless x is contiguous float32[T >= 1, K of the matrix]."""
+    if x.ndim != 2 or x.shape[1] != matrix.in_features or x.shape[0] < 1:
+        raise ValueError(
+            f"{matrix.name}: takes [tokens, {matrix.in_features}], got {list(x.shape)}"
+        )
+    if x.dtype != np.float32 or not x.flags.c_contiguous:
+        raise ValueError(f"{matrix.name}: takes contiguous float32, got {x.dtype}")
+
+
+def token_scales(
+    norms: NDArray[np.float64], matrix: OwnerMatrix, parameters: Parameters
+) -> NDArray[np.float64]:
+    """alpha_t for each token; 1 for an all-zero token, which is encrypted like any other.
+
+    Raises NonFiniteInputError when a norm is not finite. The message names the matrix and the
+    token's position, never a value.
+    """
+    bad = np.flatnonzero(~np.isfinite(norms))
+    if len(bad):
+        raise NonFiniteInputError(
+            f"{matrix.name}: NaN or infinity in token {bad[0]} ({len(bad)} of {len(norms)} "
+            "tokens); lower the learning rate or look at the data of this batch"
+        )
+    amplitude = matrix.plan.amplitude(parameters)
+    # Below this norm alpha would leave the range of float64 arithmetic; such tokens are zero.
+    return np.where(norms > 1e-250, amplitude / np.maximum(norms, 1e-250), 1.0)
+
+
+def answer_values(payload: Payload, tokens: int, outputs: int) -> NDArray[np.uint16]:
+    """uint16[T, N] of a worker's answer. Raises ValueError on a wrong size."""
+    values = np.frombuffer(payload, np.uint8)
+    if values.size != 2 * tokens * outputs:
+        raise ValueError(
+            f"an answer of {tokens} tokens with {outputs} outputs has {2 * tokens * outputs} "
+            f"bytes, this one {values.size}"
+        )
+    return values.view("<u2").reshape(tokens, outputs)

@@ -1,0 +1,138 @@
+"""Parameters of the module-LWE cipher, their presets, and the line they must stay under.
+
+The scheme works in R_q = Z_q[X]/(X^d + 1) with module rank r, so its LWE dimension is
+n = r*d. Everything here is public and is pinned, by digest, in the handshake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from math import log2
+
+RING_DEGREE = 256
+"""d: coefficients of a ring element, and the most tokens one encrypted block carries."""
+
+NTT_PRIME = 2_147_483_137
+"""q = 2^31 - 511: prime, and q = 1 mod 2d, so X^d + 1 splits into linear factors."""
+
+ERROR_BITS = 40
+"""The error is popcount(40 fair bits) - 20: centred binomial, variance 10, sigma 3.16."""
+
+ERROR_BOUND = ERROR_BITS // 2
+
+# Largest log2(q) for 128-bit classical security with a ternary secret, from Bossuat et al.,
+# "Security Guidelines for Implementing Homomorphic Encryption", ePrint 2024/463, table 5.2.
+SECURITY_TABLE: tuple[tuple[int, float], ...] = ((1024, 26.0), (2048, 53.0), (4096, 106.0))
+
+
+class InsecureParametersError(ValueError):
+    """The parameters lie outside the 128-bit line of ePrint 2024/463, table 5.2."""
+
+
+def max_log2_modulus(dimension: int) -> float:
+    """Largest log2(q) allowed at LWE dimension `dimension`, linear between the table's rows.
+
+    Returns 0.0 below the smallest tabulated dimension, so such parameters are refused.
+    """
+    first, last = SECURITY_TABLE[0], SECURITY_TABLE[-1]
+    if dimension < first[0]:
+        return 0.0
+    if dimension >= last[0]:
+        return last[1]
+    for (n0, bits0), (n1, bits1) in zip(SECURITY_TABLE, SECURITY_TABLE[1:], strict=False):
+        if n0 <= dimension <= n1:
+            return bits0 + (bits1 - bits0) * (dimension - n0) / (n1 - n0)
+    raise AssertionError("the table is sorted and covers the range")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """One parameter set of the module-LWE cipher.
+
+    rank          r, 5..8; the LWE dimension is r * 256. The upper end is what a signed
+                  64-bit accumulator of r products of centred 31-bit residues can hold.
+    limbs         base-256 digits per ciphertext value; p = 2^(8*limbs).
+    dropped_bits  delta: low bits the worker rounds away from each result.
+    """
+
+    name: str
+    rank: int
+    limbs: int = 3
+    dropped_bits: int = 8
+    degree: int = RING_DEGREE
+    modulus: int = NTT_PRIME
+
+    def __post_init__(self) -> None:
+        if self.degree != RING_DEGREE or self.modulus != NTT_PRIME:
+            raise ValueError(
+                f"parameters {self.name!r}: only degree {RING_DEGREE} with modulus {NTT_PRIME} "
+                "is implemented"
+            )
+        if not 1 <= self.rank <= 8:
+            raise ValueError(f"parameters {self.name!r}: rank must be 1..8, got {self.rank}")
+        if self.limbs not in (2, 3):
+            raise ValueError(f"parameters {self.name!r}: limbs must be 2 or 3, got {self.limbs}")
+        if self.result_bits > 16 or self.result_bits < 8:
+            raise ValueError(
+                f"parameters {self.name!r}: {8 * self.limbs} - {self.dropped_bits} result bits; "
+                "results must keep 8..16 bits to travel in two bytes"
+            )
+        allowed = max_log2_modulus(self.dimension)
+        if log2(self.modulus) > allowed:
+            raise InsecureParametersError(
+                f"parameters {self.name!r}: log2(q) = {log2(self.modulus):.1f} at n = "
+                f"{self.dimension} is over the 128-bit line ({allowed:.1f} bits, ePrint 2024/463 "
+                "table 5.2); raise the rank"
+            )
+
+    @property
+    def dimension(self) -> int:
+        """LWE dimension n = r*d."""
+        return self.rank * self.degree
+
+    @property
+    def worker_modulus(self) -> int:
+        """p = 2^(8*limbs), the modulus the worker computes in."""
+        return 1 << (8 * self.limbs)
+
+    @property
+    def result_bits(self) -> int:
+        """Bits of each value on the way down."""
+        return 8 * self.limbs - self.dropped_bits
+
+    @property
+    def up_bytes_per_value(self) -> int:
+        """Wire bytes of one encrypted activation or gradient."""
+        return self.limbs
+
+    @property
+    def down_bytes_per_value(self) -> int:
+        """Wire bytes of one encrypted result."""
+        return 2
+
+    def digest(self) -> bytes:
+        """32 bytes that name this set; both sides compare them in the handshake."""
+        text = json.dumps({"scheme": "mlwe-int8-v1"} | asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()
+
+
+PRESETS: dict[str, Parameters] = {
+    "standard": Parameters("standard", rank=5),
+    "conservative": Parameters("conservative", rank=6),
+    "paranoid": Parameters("paranoid", rank=8),
+}
+"""standard: 113 core-SVP bits before rounding is counted, 133 with it. conservative: 144.
+paranoid: 209. (Primal-uSVP estimates, see docs/security.md.)"""
+
+
+def preset(name: str) -> Parameters:
+    """The preset called `name`.
+
+    Raises ValueError, naming the choices, when there is none.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ValueError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}") from None

@@ -1,0 +1,194 @@
+"""The public matrix A and the hints H = Wq*A: public set-up, once per model.
+
+A in R_q^{K x r} is expanded from a public nothing-up-my-sleeve seed, directly in the NTT domain,
+tile by tile, so that A for fewer inputs is a prefix of A for more. The seed is bound to the
+model digest (and, if the owner wishes, to a tag of its own), and the owner always derives A
+itself: it is never taken from a worker.
+
+Tile t is int32[rank, 256, 16]: the words of AES-256-CTR(key=seed, counter block starting with
+t) taken in that order as 31-bit integers; the rare word >= q is replaced by the next unused
+word of the same stream past the tile. Values are then centred to [-q/2, q/2].
+
+A hint's rows are integer combinations of A's rows, and the NTT is linear, so a hint is one
+integer GEMM on A's NTT values: four signed int8 limbs of A against Wq, recombined mod q.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numba import njit
+from numpy.typing import NDArray
+
+from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.ring import LANES, centre, tiles_of
+from backends.threads import run_split
+
+_Q = NTT_PRIME
+_LIMBS_OF_A = 4
+_SEED_TEXT = b"public matrix A of the module-LWE cipher for private fine-tuning, v1"
+
+
+def public_seed(model_digest: bytes, parameters: Parameters, owner_tag: bytes = b"") -> bytes:
+    """32 bytes: SHA-256 over a fixed text, the parameters, the model digest, the owner's tag.
+
+    A shared seed lets an attacker spend once and reuse the work against every owner of the
+    model; an owner who minds gives a tag of its own and prepares its own hints.
+    """
+    body = b"".join(
+        len(part).to_bytes(4, "big") + part
+        for part in (_SEED_TEXT, parameters.digest(), model_digest, owner_tag)
+    )
+    return hashlib.sha256(body).digest()
+
+
+class PublicMatrix:
+    """A, expanded on demand from its seed and kept: 80 KiB * rank/5 per 16 rows."""
+
+    def __init__(self, seed: bytes, rank: int) -> None:
+        if len(seed) != 32:
+            raise ValueError(f"the seed of A has 32 bytes, got {len(seed)}")
+        self._seed = seed
+        self._rank = rank
+        self._tiles = np.empty((0, rank, RING_DEGREE, LANES), np.int32)
+
+    def rows(self, count: int) -> NDArray[np.int32]:
+        """int32[tiles, rank, 256, 16] whose first `count` rows are A's."""
+        have, want = len(self._tiles), tiles_of(count)
+        if have < want:
+            grown = np.empty((want, *self._tiles.shape[1:]), np.int32)
+            grown[:have] = self._tiles
+            run_split(lambda a, b: self._expand(grown, have + a, have + b), want - have)
+            self._tiles = grown
+        return self._tiles[:want]
+
+    def _expand(self, out: NDArray[np.int32], first: int, last: int) -> None:
+        for tile in range(first, last):
+            out[tile] = expand_tile(self._seed, tile, self._rank)
+
+
+def expand_tile(seed: bytes, tile: int, rank: int) -> NDArray[np.int32]:
+    """Tile `tile` of A: centred int32[rank, 256, 16], as the module's docstring defines."""
+    counter = tile.to_bytes(8, "big") + bytes(8)
+    stream = Cipher(algorithms.AES(seed), modes.CTR(counter)).encryptor()
+    size = rank * RING_DEGREE * LANES
+    words = _words(stream, size)
+    rejected = np.flatnonzero(words >= _Q)
+    for index in rejected:
+        word = _Q
+        while word >= _Q:
+            word = int(_words(stream, 1)[0])
+        words[index] = word
+    return centre(words).reshape(rank, RING_DEGREE, LANES)
+
+
+def _words(stream: Any, count: int) -> NDArray[np.uint32]:
+    raw = np.frombuffer(stream.update(bytes(4 * count)), "<u4")
+    return raw & np.uint32(0x7FFFFFFF)
+
+
+@njit(nogil=True, cache=True)
+def _limbs_of_rows(tiles: Any, out: Any, inputs: int, first: int, last: int) -> None:
+    """out int8[4, r*256, K]: signed base-256 digits of A's residues, inputs innermost."""
+    for slot in range(first, last):
+        for k in range(inputs):
+            v = np.int64(tiles[k // LANES, slot // 256, slot % 256, k % LANES])
+            for limb in range(_LIMBS_OF_A):
+                digit = ((v + 128) & 255) - 128
+                out[limb, slot, k] = np.int8(digit)
+                v = (v - digit) >> 8
+
+
+@njit(nogil=True, cache=True)
+def _recombine_mod_q(products: Any, out: Any, first: int, last: int) -> None:
+    """products int32[4, slots, n] -> out int32[tiles, slots, 16], centred mod q."""
+    outputs = products.shape[2]
+    q = np.int64(_Q)
+    for slot in range(first, last):
+        for j in range(outputs):
+            v = np.int64(products[0, slot, j])
+            v += np.int64(products[1, slot, j]) << 8
+            v += np.int64(products[2, slot, j]) << 16
+            # The top limb is reduced first: its product alone may need 55 bits.
+            v = (v + ((np.int64(products[3, slot, j]) << 24) % q)) % q
+            if v > q // 2:
+                v -= q
+            out[j // LANES, slot, j % LANES] = np.int32(v)
+
+
+class HintBuilder:
+    """Builds hints against one A. Reuses the limb planes of A between matrices."""
+
+    def __init__(self, public: PublicMatrix, rank: int) -> None:
+        self._public = public
+        self._slots = rank * RING_DEGREE
+        self._rank = rank
+        self._planes = np.empty((_LIMBS_OF_A, self._slots, 0), np.int8)
+
+    def build(
+        self, weight: NDArray[np.int8], forward: bool, out: NDArray[np.int32] | None = None
+    ) -> NDArray[np.int32]:
+        """Hint of int8[N, K] (forward: N rows; backward: K rows, of the transpose).
+
+        Returns int32[tiles, rank, 256, 16], written into `out` when given.
+        """
+        operand = torch.from_numpy(weight)
+        operand = operand.t() if forward else operand
+        inputs, outputs = operand.shape
+        planes = torch.from_numpy(self._planes_for(inputs))
+        if out is None:
+            out = np.empty((tiles_of(outputs), self._rank, RING_DEGREE, LANES), np.int32)
+        flat = out.reshape(len(out), self._slots, LANES)
+        width = 64 * LANES
+        for start in range(0, outputs, width):
+            stop = min(outputs, start + width)
+            products = torch._int_mm(planes, operand[:, start:stop]).numpy()
+            products = products.reshape(_LIMBS_OF_A, self._slots, stop - start)
+            part = flat[start // LANES : tiles_of(stop)]
+            if (stop - start) % LANES:
+                part[-1] = 0
+            self._recombine(products, part)
+        return out
+
+    def _recombine(self, products: NDArray[np.int32], part: NDArray[np.int32]) -> None:
+        run_split(lambda a, b: _recombine_mod_q(products, part, a, b), self._slots)
+
+    def _planes_for(self, inputs: int) -> NDArray[np.int8]:
+        if self._planes.shape[2] != inputs:
+            planes = np.empty((_LIMBS_OF_A, self._slots, inputs), np.int8)
+            tiles = self._public.rows(inputs)
+            run_split(lambda a, b: _limbs_of_rows(tiles, planes, inputs, a, b), self._slots)
+            self._planes = planes
+        return self._planes.reshape(_LIMBS_OF_A * self._slots, inputs)
+
+
+def hint_matches(
+    weight: NDArray[np.int8],
+    forward: bool,
+    hint: NDArray[np.int32],
+    public: PublicMatrix,
+    challenge: NDArray[np.int64],
+) -> bool:
+    """Check a hint exactly mod q against the weights with one random combination of its rows.
+
+    challenge  int64[outputs], uniform in [0, q) and chosen after the hint was fixed. A wrong
+               hint passes with probability 1/q (Freivalds 1977).
+    """
+    matrix = weight if forward else weight.T
+    outputs, inputs = matrix.shape
+    combined = np.zeros(inputs, object)
+    left = np.zeros(hint.shape[1] * RING_DEGREE, object)
+    rows = hint.transpose(0, 3, 1, 2).reshape(-1, hint.shape[1] * RING_DEGREE)
+    for j in range(outputs):
+        factor = int(challenge[j])
+        combined += matrix[j].astype(object) * factor
+        left += rows[j].astype(object) * factor
+    a_rows = public.rows(inputs).transpose(0, 3, 1, 2).reshape(-1, left.size)[:inputs]
+    right = np.zeros(left.size, object)
+    for k in range(inputs):
+        right += a_rows[k].astype(object) * (int(combined[k]) % _Q)
+    return bool(np.all((left - right) % _Q == 0))

@@ -1,0 +1,209 @@
+"""The slow, readable module-LWE scheme: the definition the fast backends are held to.
+
+Written with whole-polynomial numpy and no shortcut: the inverse NTT is a matrix of powers of
+psi, reductions are `%`, digits are divided out. A test compares ciphertexts, worker answers
+and decrypted values with the fast backend bit for bit, from the same seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.he.entropy import Entropy, OsEntropy
+from backends.he.interface import (
+    Encrypted,
+    Float32Array,
+    OwnerCipher,
+    OwnerMatrix,
+    Payload,
+    WorkerCipher,
+)
+from backends.he.mlwe_owner import (
+    RECIPROCAL_SHIFT,
+    WIDE,
+    answer_values,
+    check_input,
+    reciprocal,
+    token_scales,
+)
+from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.public import PublicMatrix
+from backends.he.ring import EVALUATION_EXPONENTS, LANES, PSI
+from backends.he.secret import ternary
+
+_D, _Q = RING_DEGREE, NTT_PRIME
+
+
+def evaluation_matrix() -> NDArray[np.int64]:
+    """int64[256, 256]: slot i of the NTT of a is sum_j a_j * psi^(e_i * j) mod q."""
+    powers = [pow(PSI, n, _Q) for n in range(2 * _D)]
+    return np.array([[powers[e * j % (2 * _D)] for j in range(_D)] for e in EVALUATION_EXPONENTS])
+
+
+def inverse_evaluation_matrix() -> NDArray[np.int64]:
+    """int64[256, 256], the inverse of `evaluation_matrix` mod q."""
+    powers = [pow(PSI, -n, _Q) for n in range(2 * _D)]
+    d_inverse = pow(_D, -1, _Q)
+    return np.array(
+        [
+            [powers[e * j % (2 * _D)] * d_inverse % _Q for e in EVALUATION_EXPONENTS]
+            for j in range(_D)
+        ]
+    )
+
+
+def matmul_mod(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """a @ b mod q for residues below 2^31, reduced after every product."""
+    out = np.zeros((a.shape[0], b.shape[1]), np.int64)
+    for k in range(a.shape[1]):
+        out = (out + a[:, k : k + 1] * b[k : k + 1, :] % _Q) % _Q
+    return out
+
+
+def negacyclic_product(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """a*b in Z_q[X]/(X^256 + 1), schoolbook."""
+    out = [0] * _D
+    for i, x in enumerate(a.tolist()):
+        for j, y in enumerate(b.tolist()):
+            sign = 1 if i + j < _D else -1
+            out[(i + j) % _D] = (out[(i + j) % _D] + sign * x * y) % _Q
+    return np.array(out, np.int64)
+
+
+def rows_of_tiles(tiles: NDArray[np.int32], count: int) -> NDArray[np.int64]:
+    """int64[count, rank, 256] in [0, q): a tiled public matrix, row by row."""
+    rows = tiles.transpose(0, 3, 1, 2).reshape(-1, tiles.shape[1], _D)
+    return rows[:count].astype(np.int64) % _Q
+
+
+@dataclass
+class _Sealed:
+    secrets: list[NDArray[np.int64]] = field(repr=False)  # one a block, NTT domain [rank, 256]
+    alpha: NDArray[np.float64] = field(repr=False)
+
+
+class ReferenceOwner(OwnerCipher):
+    """Owner half, slow and readable."""
+
+    def __init__(
+        self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None
+    ) -> None:
+        self._parameters = parameters
+        self._public = public
+        self._entropy = entropy if entropy is not None else OsEntropy()
+        self._evaluate = evaluation_matrix()
+        self._interpolate = inverse_evaluation_matrix()
+
+    @property
+    def simulated_randomness(self) -> bool:
+        return self._entropy.simulated
+
+    def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        return self._parameters.limbs * tokens * matrix.in_features
+
+    def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        return 2 * tokens * matrix.out_features
+
+    def _mask(
+        self, tiles: NDArray[np.int32], rows: int, secret: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Coefficients of row . s for each row: int64[256, rows] in [0, q)."""
+        slots = np.zeros((rows, _D), np.int64)
+        for k in range(self._parameters.rank):
+            slots = (slots + rows_of_tiles(tiles, rows)[:, k] * secret[k] % _Q) % _Q
+        return matmul_mod(self._interpolate, slots.T)
+
+    def _round_to_p(self, u: NDArray[np.int64]) -> NDArray[np.int64]:
+        recip = reciprocal(self._parameters)
+        return (u * recip + (1 << (RECIPROCAL_SHIFT - 1))) >> RECIPROCAL_SHIFT
+
+    def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
+        check_input(x, matrix)
+        p, rank = self._parameters.worker_modulus, self._parameters.rank
+        tokens, inputs = x.shape
+        wide = x.astype(np.float64) * matrix.in_scale.astype(np.float64)
+        alpha = token_scales(np.array([_norm(row) for row in wide]), matrix, self._parameters)
+        stream = self._entropy.stream()
+        secrets = []
+        for _ in range(-(-tokens // _D)):
+            s = ternary(stream, rank * _D).reshape(rank, _D).astype(np.int64)
+            secrets.append(matmul_mod(s % _Q, self._evaluate.T.copy()))
+        error = _errors(stream, tokens, inputs)
+        digits = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
+        for block, secret in enumerate(secrets):
+            part = slice(block * _D, min(tokens, (block + 1) * _D))
+            mask = self._mask(self._public.rows(inputs), inputs, secret)[: part.stop - part.start]
+            factor = alpha[part, None] * (_Q / p)
+            message = np.rint(wide[part] * factor).astype(np.int64)
+            u = (mask + error[part] + message) % _Q
+            b = self._round_to_p(u)
+            for limb in range(self._parameters.limbs):
+                digit = (b + 128) % 256 - 128
+                digits[limb, part] = digit
+                b = (b - digit) // 256
+        return Encrypted(digits.reshape(-1).view(np.uint8), _Sealed(secrets, alpha))
+
+    def decrypt(self, sealed: Any, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
+        p = self._parameters.worker_modulus
+        tokens, outputs = len(sealed.alpha), matrix.out_features
+        if matrix.hint is None:
+            raise ValueError(f"{matrix.name}: no hint; run the preparation first")
+        answer = answer_values(payload, tokens, outputs).astype(np.int64)
+        out = np.empty((tokens, outputs), np.float32)
+        for block, secret in enumerate(sealed.secrets):
+            part = slice(block * _D, min(tokens, (block + 1) * _D))
+            mask = self._mask(matrix.hint, outputs, secret)[: part.stop - part.start]
+            y = (answer[part] * 2**self._parameters.dropped_bits - self._round_to_p(mask)) % p
+            y = np.where(y >= p // 2, y - p, y)
+            scaled = y.astype(np.float64) * (1.0 / sealed.alpha[part, None])
+            out[part] = (scaled * matrix.out_scale.astype(np.float64)).astype(np.float32)
+        return out
+
+
+class ReferenceWorker(WorkerCipher):
+    """Worker half, exact 64-bit integers."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+
+    def multiply(
+        self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
+    ) -> NDArray[np.uint8]:
+        limbs, delta = self._parameters.limbs, self._parameters.dropped_bits
+        matrix = (weight.T if forward else weight).astype(np.int64)
+        planes = np.frombuffer(payload, np.int8).astype(np.int64)
+        planes = planes.reshape(limbs, tokens, len(matrix))
+        y = sum((256**limb * (planes[limb] @ matrix) for limb in range(limbs)), np.int64(0))
+        rounded = ((y + 2 ** (delta - 1)) >> delta) % 2**self._parameters.result_bits
+        return rounded.astype("<u2").reshape(-1).view(np.uint8)
+
+
+def _norm(row: NDArray[np.float64]) -> float:
+    """||row||_2 with sixteen partial sums, then the tail: the order of the fast kernel."""
+    partial = np.zeros(16)
+    whole = len(row) // 16 * 16
+    for k in range(0, whole, 16):
+        partial += row[k : k + 16] ** 2
+    tail = 0.0
+    for v in row[whole:].tolist():
+        tail += v * v
+    total = 0.0
+    for value in partial.tolist():
+        total += value
+    return float(np.sqrt(tail + total))
+
+
+def _errors(stream: Any, tokens: int, inputs: int) -> NDArray[np.int64]:
+    """int64[T, K] of popcount(40 bits) - 20, drawn in column groups of WIDE as the kernel does."""
+    raw = stream.take(5 * tokens * inputs)
+    bits = np.unpackbits(raw[: 4 * tokens * inputs].reshape(-1, 4), axis=1).sum(axis=1)
+    bits = bits + np.unpackbits(raw[4 * tokens * inputs :, None], axis=1).sum(axis=1)
+    out = np.empty((tokens, inputs), np.int64)
+    for k0 in range(0, inputs, WIDE):
+        k1 = min(inputs, k0 + WIDE)
+        out[:, k0:k1] = bits[tokens * k0 : tokens * k1].reshape(tokens, k1 - k0)
+    return out - ERROR_BOUND

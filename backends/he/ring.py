@@ -1,0 +1,181 @@
+"""Fast arithmetic in R_q: forward and inverse NTT, and the mask A*s by tiles of rows.
+
+Layout. Rows of a public matrix (A, or a hint H = Wq*A) come in tiles of LANES = 16 rows with
+the row innermost: int32[tiles, rank, 256, 16], NTT domain, centred residues in [-q/2, q/2].
+With the rows innermost every butterfly is one 16-lane vector operation.
+
+One mask tile costs, per row: rank*256 products accumulated lazily in 64 bits, 256 Montgomery
+reductions, and 8*128 butterflies. The slow definition of the same is in `reference.py`.
+
+Bounds, for q < 2^31 and rank <= 8:
+  * |sum of rank products of centred residues| < 8 * (q/2)^2 < 2^63;
+  * Montgomery: |(acc - t*q) >> 32| < q, so one conditional add makes it canonical;
+  * Shoup: x*w - floor(x*w'/2^32)*q < 2q for every 32-bit x, so one conditional subtract does.
+The conditional add and subtract are unsigned minima, hence free of branches and of
+secret-dependent timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from backends.he.params import NTT_PRIME, RING_DEGREE
+
+Int32Array: TypeAlias = NDArray[np.int32]
+
+LANES = 16
+"""Rows of one tile: sixteen 32-bit lanes, one AVX-512 register."""
+
+_Q = NTT_PRIME
+_D = RING_DEGREE
+_Q_INVERSE = pow(_Q, -1, 1 << 32)
+_MONTGOMERY = (1 << 32) % _Q
+
+
+def _bit_reverse(index: int, bits: int = 8) -> int:
+    return int(format(index, f"0{bits}b")[::-1], 2)
+
+
+def _find_psi() -> int:
+    """A primitive 512th root of unity: the least g^((q-1)/512) whose 256th power is -1."""
+    for g in range(2, 1000):
+        psi = pow(g, (_Q - 1) // (2 * _D), _Q)
+        if pow(psi, _D, _Q) == _Q - 1:
+            return psi
+    raise AssertionError("q = 1 mod 512 has such a root")
+
+
+PSI = _find_psi()
+EVALUATION_EXPONENTS = [2 * _bit_reverse(i) + 1 for i in range(_D)]
+"""Slot i of the NTT domain holds the value of the polynomial at PSI**EVALUATION_EXPONENTS[i]."""
+
+_ZETA = np.array([pow(PSI, _bit_reverse(i), _Q) for i in range(_D)], dtype=np.uint32)
+_ZETA_INVERSE = np.array([pow(int(z), -1, _Q) for z in _ZETA], dtype=np.uint32)
+
+
+def _shoup(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """floor(w * 2^32 / q), the companion that makes a product by the constant w cheap."""
+    return ((values.astype(np.uint64) << np.uint64(32)) // np.uint64(_Q)).astype(np.uint32)
+
+
+_ZETA_SHOUP = _shoup(_ZETA)
+_ZETA_INVERSE_SHOUP = _shoup(_ZETA_INVERSE)
+
+
+@njit(nogil=True, cache=True)
+def _forward_ntt(values: Any, zeta: Any, zeta_shoup: Any) -> None:
+    """In place on uint32[256] in [0, q); natural order in, NTT slots out."""
+    q = np.uint32(_Q)
+    h = _D // 2
+    group = 1
+    while h >= 1:
+        for g in range(group):
+            w = np.uint32(zeta[group + g])
+            ws = np.uint32(zeta_shoup[group + g])
+            for j in range(2 * g * h, 2 * g * h + h):
+                a = values[j]
+                b = values[j + h]
+                m = np.uint32((np.uint64(b) * np.uint64(ws)) >> np.uint64(32))
+                x = np.uint32(np.uint32(b * w) - np.uint32(m * q))
+                x = min(x, np.uint32(x - q))
+                up = np.uint32(a + x)
+                values[j] = min(up, np.uint32(up - q))
+                down = np.uint32(a - x)
+                values[j + h] = min(down, np.uint32(down + q))
+        h //= 2
+        group *= 2
+
+
+@njit(nogil=True, inline="always")
+def _inverse_ntt_tile(tile: Any, zeta: Any, zeta_shoup: Any) -> None:
+    """In place on uint32[256*16], NTT slots in, natural order out, without the factor 1/256."""
+    q = np.uint32(_Q)
+    h = 1
+    groups = _D // 2
+    while h < _D:
+        n = h * LANES
+        for g in range(groups):
+            w = np.uint32(zeta[groups + g])
+            ws = np.uint32(zeta_shoup[groups + g])
+            lower = tile[2 * g * n : 2 * g * n + n]
+            upper = tile[2 * g * n + n : 2 * g * n + 2 * n]
+            for j in range(n):
+                a = lower[j]
+                b = upper[j]
+                total = np.uint32(a + b)
+                lower[j] = min(total, np.uint32(total - q))
+                difference = np.uint32(np.uint32(a - b) + q)
+                m = np.uint32((np.uint64(difference) * np.uint64(ws)) >> np.uint64(32))
+                x = np.uint32(np.uint32(difference * w) - np.uint32(m * q))
+                upper[j] = min(x, np.uint32(x - q))
+        h *= 2
+        groups //= 2
+
+
+@cache
+def mask_tile_kernel(rank: int) -> Callable[..., None]:
+    """The numba function `mask(tile, secret_ntt, out, zeta, zeta_shoup)` for one module rank.
+
+    tile        int32[rank, 256, 16], NTT domain, centred
+    secret_ntt  int32[rank, 256], as `secret_to_ntt` makes it
+    out         uint32[256*16]; out[t*16 + row] = coefficient t of (row . s) in [0, q)
+
+    The rank is a compile-time constant, so the sum over it unrolls.
+    """
+
+    @njit(nogil=True)
+    def mask(tile: Any, secret_ntt: Any, out: Any, zeta: Any, zeta_shoup: Any) -> None:
+        q_inverse = np.uint32(_Q_INVERSE)
+        q = np.uint32(_Q)
+        q_wide = np.int64(_Q)
+        for i in range(_D):
+            for lane in range(LANES):
+                acc = np.int64(0)
+                for k in range(rank):
+                    acc += np.int64(tile[k, i, lane]) * np.int64(secret_ntt[k, i])
+                t = np.int32(np.uint32(acc) * q_inverse)
+                v = np.uint32(np.int32((acc - np.int64(t) * q_wide) >> 32))
+                out[i * LANES + lane] = min(v, np.uint32(v + q))
+        _inverse_ntt_tile(out, zeta, zeta_shoup)
+
+    return mask  # type: ignore[no-any-return]
+
+
+def inverse_tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """(zeta, zeta_shoup) that `mask_tile_kernel` functions take."""
+    return _ZETA_INVERSE, _ZETA_INVERSE_SHOUP
+
+
+def ntt(polynomial: NDArray[np.integer[Any]]) -> NDArray[np.uint32]:
+    """NTT of integer[256] (any sign): uint32[256] in [0, q)."""
+    values = np.mod(polynomial.astype(np.int64), _Q).astype(np.uint32)
+    _forward_ntt(values, _ZETA, _ZETA_SHOUP)
+    return values
+
+
+def centre(residues: NDArray[np.integer[Any]]) -> Int32Array:
+    """Residues in [0, q) as centred int32 in [-q/2, q/2]."""
+    wide = residues.astype(np.int64)
+    return np.where(wide > _Q // 2, wide - _Q, wide).astype(np.int32)
+
+
+def secret_to_ntt(secret: NDArray[np.int8]) -> Int32Array:
+    """int8[rank, 256] -> centred int32[rank, 256] with the factors the kernels leave out.
+
+    The result is NTT(s) * 2^32 / 256 mod q: 2^32 cancels the Montgomery reduction, 1/256 is
+    the inverse transform's factor. One pass over the secret saves one over every row.
+    """
+    factor = _MONTGOMERY * pow(_D, -1, _Q) % _Q
+    rows = [ntt(row).astype(np.uint64) * np.uint64(factor) % np.uint64(_Q) for row in secret]
+    return centre(np.stack(rows))
+
+
+def tiles_of(rows: int) -> int:
+    """Tiles of LANES rows that hold `rows` rows."""
+    return -(-rows // LANES)

@@ -1,0 +1,67 @@
+"""One secret, one block, one message: a secret that cannot be used twice.
+
+Only the owner's cipher may import this module; a test walks the imports.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.he.entropy import Keystream
+from backends.he.ring import secret_to_ntt
+
+
+class SecretReuseError(RuntimeError):
+    """A block secret was asked for a second message. This is a bug in the caller."""
+
+
+class _Use(Enum):
+    FRESH = "fresh"
+    SEALED = "sealed"
+    SPENT = "spent"
+
+
+def ternary(stream: Keystream, count: int) -> NDArray[np.int8]:
+    """`count` exactly uniform values of {-1, 0, 1}: bytes below 255 modulo 3, others rejected."""
+    kept = np.empty(0, np.uint8)
+    while len(kept) < count:
+        drawn = stream.take(count + 64)
+        kept = np.concatenate([kept, drawn[drawn < 255]])
+    return (kept[:count] % 3).astype(np.int8) - np.int8(1)
+
+
+class BlockSecret:
+    """A ternary secret s of R^rank for one block: seals one message, opens one answer."""
+
+    def __init__(self, stream: Keystream, rank: int, degree: int) -> None:
+        self._ntt = secret_to_ntt(ternary(stream, rank * degree).reshape(rank, degree))
+        self._use = _Use.FRESH
+
+    def seal(self) -> NDArray[np.int32]:
+        """The NTT-domain secret, to encrypt the block's only message.
+
+        Raises SecretReuseError the second time.
+        """
+        if self._use is not _Use.FRESH:
+            raise SecretReuseError("this block secret has already sealed a message")
+        self._use = _Use.SEALED
+        return self._ntt
+
+    def open(self) -> NDArray[np.int32]:
+        """A copy of the secret to decrypt the answer, wiping the original.
+
+        Raises SecretReuseError unless the secret has sealed a message and opened none.
+        """
+        if self._use is not _Use.SEALED:
+            raise SecretReuseError(f"this block secret is {self._use.value}, not sealed")
+        copy = self._ntt.copy()
+        self.wipe()
+        return copy
+
+    def wipe(self) -> None:
+        """Forget the secret; it can neither seal nor open afterwards."""
+        self._ntt[...] = 0
+        self._use = _Use.SPENT
