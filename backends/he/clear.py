@@ -57,7 +57,7 @@ class ClearWorker(WorkerCipher):
     def multiply(
         self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
     ) -> NDArray[np.uint8]:
-        operand = torch.from_numpy(weight).float()
+        operand = torch.from_numpy(weight.astype(np.float32))
         operand = operand.t() if forward else operand
         values = np.frombuffer(payload, np.float32)
         if values.size != tokens * operand.shape[0]:

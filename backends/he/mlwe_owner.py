@@ -245,7 +245,7 @@ class MlweOwner(OwnerCipher):
         tokens, inputs = x.shape
         norms = np.empty(tokens)
         run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain=64)
-        alpha = token_scales(norms, matrix, self._parameters)
+        alpha, inverse = token_scales(norms, matrix, self._parameters)
         stream = self._entropy.stream()
         secrets = [
             BlockSecret(stream, self._parameters.rank, _D) for _ in range(-(-tokens // _D))
@@ -269,7 +269,7 @@ class MlweOwner(OwnerCipher):
             -(-inputs // WIDE),
         )  # fmt: skip
         sealing[...] = 0
-        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, 1.0 / alpha))
+        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse))
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
         """This thread's buffer for error bits: fresh pages each time would cost more than AES."""
@@ -311,8 +311,11 @@ def check_input(x: Float32Array, matrix: OwnerMatrix) -> None:
 
 def token_scales(
     norms: NDArray[np.float64], matrix: OwnerMatrix, parameters: Parameters
-) -> NDArray[np.float64]:
-    """alpha_t for each token; 1 for an all-zero token, which is encrypted like any other.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(alpha_t, 1/alpha_t) for each token.
+
+    An all-zero token is encrypted like any other (alpha 1), but its result is exactly zero, not
+    noise at an arbitrary scale: its second factor is 0.
 
     Raises NonFiniteInputError when a norm is not finite. The message names the matrix and the
     token's position, never a value.
@@ -324,8 +327,10 @@ def token_scales(
             "tokens); lower the learning rate or look at the data of this batch"
         )
     amplitude = matrix.plan.amplitude(parameters)
-    # Below this norm alpha would leave the range of float64 arithmetic; such tokens are zero.
-    return np.where(norms > 1e-250, amplitude / np.maximum(norms, 1e-250), 1.0)
+    # Float32 inputs are zero or above 1e-45; the bound only keeps the division finite.
+    zero = norms < 1e-200
+    safe = np.where(zero, 1.0, norms)
+    return np.where(zero, 1.0, amplitude / safe), np.where(zero, 0.0, safe / amplitude)
 
 
 def answer_values(payload: Payload, tokens: int, outputs: int) -> NDArray[np.uint16]:

@@ -125,8 +125,8 @@ class HintBuilder:
 
     def __init__(self, public: PublicMatrix, rank: int) -> None:
         self._public = public
+        self.rank = rank
         self._slots = rank * RING_DEGREE
-        self._rank = rank
         self._planes = np.empty((_LIMBS_OF_A, self._slots, 0), np.int8)
 
     def build(
@@ -141,7 +141,7 @@ class HintBuilder:
         inputs, outputs = operand.shape
         planes = torch.from_numpy(self._planes_for(inputs))
         if out is None:
-            out = np.empty((tiles_of(outputs), self._rank, RING_DEGREE, LANES), np.int32)
+            out = np.empty((tiles_of(outputs), self.rank, RING_DEGREE, LANES), np.int32)
         flat = out.reshape(len(out), self._slots, LANES)
         width = 64 * LANES
         for start in range(0, outputs, width):

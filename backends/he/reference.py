@@ -83,7 +83,7 @@ def rows_of_tiles(tiles: NDArray[np.int32], count: int) -> NDArray[np.int64]:
 @dataclass
 class _Sealed:
     secrets: list[NDArray[np.int64]] = field(repr=False)  # one a block, NTT domain [rank, 256]
-    alpha: NDArray[np.float64] = field(repr=False)
+    inverse_alpha: NDArray[np.float64] = field(repr=False)
 
 
 class ReferenceOwner(OwnerCipher):
@@ -126,7 +126,8 @@ class ReferenceOwner(OwnerCipher):
         p, rank = self._parameters.worker_modulus, self._parameters.rank
         tokens, inputs = x.shape
         wide = x.astype(np.float64) * matrix.in_scale.astype(np.float64)
-        alpha = token_scales(np.array([_norm(row) for row in wide]), matrix, self._parameters)
+        norms = np.array([_norm(row) for row in wide])
+        alpha, inverse = token_scales(norms, matrix, self._parameters)
         stream = self._entropy.stream()
         secrets = []
         for _ in range(-(-tokens // _D)):
@@ -145,11 +146,11 @@ class ReferenceOwner(OwnerCipher):
                 digit = (b + 128) % 256 - 128
                 digits[limb, part] = digit
                 b = (b - digit) // 256
-        return Encrypted(digits.reshape(-1).view(np.uint8), _Sealed(secrets, alpha))
+        return Encrypted(digits.reshape(-1).view(np.uint8), _Sealed(secrets, inverse))
 
     def decrypt(self, sealed: Any, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
         p = self._parameters.worker_modulus
-        tokens, outputs = len(sealed.alpha), matrix.out_features
+        tokens, outputs = len(sealed.inverse_alpha), matrix.out_features
         if matrix.hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
         answer = answer_values(payload, tokens, outputs).astype(np.int64)
@@ -159,7 +160,7 @@ class ReferenceOwner(OwnerCipher):
             mask = self._mask(matrix.hint, outputs, secret)[: part.stop - part.start]
             y = (answer[part] * 2**self._parameters.dropped_bits - self._round_to_p(mask)) % p
             y = np.where(y >= p // 2, y - p, y)
-            scaled = y.astype(np.float64) * (1.0 / sealed.alpha[part, None])
+            scaled = y.astype(np.float64) * sealed.inverse_alpha[part, None]
             out[part] = (scaled * matrix.out_scale.astype(np.float64)).astype(np.float32)
         return out
 

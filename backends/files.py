@@ -1,0 +1,67 @@
+"""Files that are never half-written: write aside, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` at the end of the `with`, or never."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_directory(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
+
+
+def write_array(path: Path, shape: tuple[int, ...], dtype: Any, parts: Callable[[], Any]) -> str:
+    """Write an .npy file from the arrays `parts()` yields along axis 0; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with replacing(path) as file:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts():
+            raw = np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data
+            digest.update(raw)
+            file.write(raw)
+    return digest.hexdigest()
+
+
+def array_digest(array: NDArray[Any]) -> str:
+    """SHA-256 of an array's elements."""
+    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()

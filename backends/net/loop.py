@@ -1,0 +1,171 @@
+"""Runs one machine on the real clock: one thread, one queue of events, timers, a task pool.
+
+The loop interprets effects and nothing more. Frames leave through `transmit`, compute tasks run
+on threads of the pool, everything else (Deliver, FailCall, Abort, ...) goes to `report`. Both
+are called on the loop's thread and must not block.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from protocol.events import (
+    CancelTimer,
+    Effect,
+    Event,
+    RunTask,
+    Send,
+    SetTimer,
+    Task,
+    TaskDone,
+    TaskFailed,
+    TimerFired,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Machine(Protocol):
+    """What `protocol.owner.Owner` and `protocol.worker.Worker` have in common."""
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """React to one event."""
+
+
+@dataclass
+class Meter:
+    """What a side has done so far. Sizes and durations only, nothing about content."""
+
+    busy_s: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, int] = field(default_factory=dict)
+    frames_sent: int = 0
+    bytes_sent: int = 0
+    dropped: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add_task(self, name: str, seconds: float) -> None:
+        """Count one compute task of a kind."""
+        with self._lock:
+            self.busy_s[name] = self.busy_s.get(name, 0.0) + seconds
+            self.tasks[name] = self.tasks.get(name, 0) + 1
+
+    def total_busy_s(self) -> float:
+        """Seconds spent in compute tasks, of all kinds and threads."""
+        with self._lock:
+            return sum(self.busy_s.values())
+
+
+class MachineLoop:
+    """Drives `machine` until `stop`. Events may be posted from any thread.
+
+    compute   runs one task on a pool thread and returns its result; a ValueError it raises
+              becomes TaskFailed with its text, anything else too, with its type named
+    transmit  hands (peer, frame) to the transport
+    report    receives every effect that is not about frames, tasks or timers
+    on_crash  receives an exception the machine itself raised; the loop has then stopped
+    """
+
+    def __init__(
+        self,
+        name: str,
+        machine: Machine,
+        compute: Callable[[Task], object],
+        transmit: Callable[[str, bytes], None],
+        report: Callable[[Effect], None],
+        on_crash: Callable[[BaseException], None],
+        threads: int = 1,
+    ) -> None:
+        self.meter = Meter()
+        self._machine = machine
+        self._compute = compute
+        self._transmit = transmit
+        self._report = report
+        self._on_crash = on_crash
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"{name}-task")
+        self._timers: list[tuple[float, int, str]] = []
+        self._armed: dict[str, int] = {}
+        self._timer_count = 0
+        self._thread = threading.Thread(target=self._run, name=f"{name}-loop", daemon=True)
+
+    def start(self) -> None:
+        """Begin to handle events."""
+        self._thread.start()
+
+    def post(self, event: Event) -> None:
+        """Queue an event."""
+        self._events.put(event)
+
+    def stop(self) -> None:
+        """Stop after the events already queued; waits for the running task."""
+        self._events.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                event = self._next()
+                if event is None:
+                    return
+                for effect in self._machine.handle(event, time.monotonic()):
+                    self._interpret(effect)
+        except BaseException as error:
+            log.error("%s stopped: %s", self._thread.name, type(error).__name__)
+            self._on_crash(error)
+
+    def _next(self) -> Event | None:
+        while True:
+            while self._timers and self._armed.get(self._timers[0][2]) != self._timers[0][1]:
+                heapq.heappop(self._timers)
+            wait_s = None
+            if self._timers:
+                wait_s = self._timers[0][0] - time.monotonic()
+                if wait_s <= 0:
+                    _, _, timer = heapq.heappop(self._timers)
+                    del self._armed[timer]
+                    return TimerFired(timer)
+            try:
+                return self._events.get(timeout=wait_s)
+            except queue.Empty:
+                continue
+
+    def _interpret(self, effect: Effect) -> None:
+        match effect:
+            case Send(peer, frame):
+                self.meter.frames_sent += 1
+                self.meter.bytes_sent += len(frame)
+                self._transmit(peer, frame)
+            case RunTask(task, work):
+                self._pool.submit(self._perform, task, work)
+            case SetTimer(timer, delay_s):
+                self._timer_count += 1
+                self._armed[timer] = self._timer_count
+                due = time.monotonic() + delay_s
+                heapq.heappush(self._timers, (due, self._timer_count, timer))
+            case CancelTimer(timer):
+                self._armed.pop(timer, None)
+            case _:
+                self._report(effect)
+
+    def _perform(self, task: int, work: Task) -> None:
+        start = time.perf_counter()
+        try:
+            result = self._compute(work)
+        except ValueError as error:
+            self.post(TaskFailed(task, str(error)))
+        except Exception as error:
+            self.post(TaskFailed(task, f"{type(work).__name__} failed: {type(error).__name__}"))
+            log.exception("a compute task failed")
+        else:
+            self.meter.add_task(type(work).__name__, time.perf_counter() - start)
+            self.post(TaskDone(task, result))

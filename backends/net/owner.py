@@ -1,0 +1,157 @@
+"""The owner on the real clock: cipher, owner's machine, and blocking calls for lanes.
+
+Refuses a cipher whose randomness is simulated: there is no switch for that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+
+from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
+from backends.net.loop import MachineLoop, Meter
+from protocol.catalogue import Catalogue
+from protocol.events import (
+    Abort,
+    Closed,
+    CloseWanted,
+    Decrypt,
+    Deliver,
+    Dropped,
+    Effect,
+    Encrypt,
+    FailCall,
+    FrameArrived,
+    LinearWanted,
+    PeerLost,
+    Start,
+    Task,
+)
+from protocol.messages import SESSION_BYTES
+from protocol.owner import Owner, OwnerConfig
+
+log = logging.getLogger(__name__)
+
+
+class RemoteLinearError(RuntimeError):
+    """A remote linear ended without a result; the text says which layer, why, and what to do."""
+
+
+class SimulatedRandomnessError(ValueError):
+    """A real run was given a cipher whose secrets come from a seed."""
+
+
+class OwnerClient:
+    """Blocking remote linears over the owner's machine. Safe to call from several lanes.
+
+    transmit  sends (worker name, frame)
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        matrices: Sequence[OwnerMatrix],
+        cipher: OwnerCipher,
+        workers: Sequence[str],
+        transmit: Callable[[str, bytes], None],
+        config: OwnerConfig | None = None,
+        threads: int = 1,
+    ) -> None:
+        if cipher.simulated_randomness:
+            raise SimulatedRandomnessError(
+                "this cipher draws its secrets from a seed: anyone who knows the seed reads the "
+                "data. Use OsEntropy for real runs; SeededEntropy is for the simulator and tests"
+            )
+        self._matrices = matrices
+        self._cipher = cipher
+        # A new incarnation at every start: nothing random survives a crash or a resume.
+        machine = Owner(os.urandom(SESSION_BYTES), catalogue, workers, config)
+        self._loop = MachineLoop(
+            "owner", machine, self._compute, transmit, self._report, self._crashed, threads
+        )
+        self._lock = threading.Lock()
+        self._calls = itertools.count(1)
+        self._pending: dict[int, Future[Float32Array]] = {}
+        self._closed = threading.Event()
+        self._failure: str | None = None
+
+    @property
+    def meter(self) -> Meter:
+        """Counters of the owner's side of the wire."""
+        return self._loop.meter
+
+    def start(self) -> None:
+        """Open the sessions. Calls may be made at once; they wait for a worker."""
+        self._loop.start()
+        self._loop.post(Start())
+
+    def deliver(self, worker: str, frame: bytes) -> None:
+        """Hand over a frame that arrived from `worker`."""
+        self._loop.post(FrameArrived(worker, frame))
+
+    def lost(self, worker: str) -> None:
+        """The transport to `worker` is gone."""
+        self._loop.post(PeerLost(worker))
+
+    def linear(self, matrix: int, x: Float32Array) -> Float32Array:
+        """float32[T, N] = x[T, K] times matrix `matrix`, computed under encryption.
+
+        Blocks. Raises RemoteLinearError when it cannot be had.
+        """
+        future: Future[Float32Array] = Future()
+        with self._lock:
+            if self._failure is not None:
+                raise RemoteLinearError(self._failure)
+            call = next(self._calls)
+            self._pending[call] = future
+            # Posted under the lock: the machine takes calls in increasing order.
+            self._loop.post(LinearWanted(call, matrix, len(x), x))
+        return future.result()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Say goodbye to every worker and stop."""
+        if self._failure is None:
+            self._loop.post(CloseWanted())
+            self._closed.wait(timeout_s)
+        self._loop.stop()
+
+    def _compute(self, task: Task) -> object:
+        if isinstance(task, Encrypt):
+            assert isinstance(task.x, np.ndarray)
+            encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
+            return memoryview(encrypted.payload), encrypted.sealed  # type: ignore[arg-type]
+        assert isinstance(task, Decrypt)
+        matrix = self._matrices[task.matrix]
+        return self._cipher.decrypt(task.sealed, task.payload, matrix)
+
+    def _report(self, effect: Effect) -> None:
+        match effect:
+            case Deliver(call, result):
+                assert isinstance(result, np.ndarray)
+                self._pending.pop(call).set_result(result)
+            case FailCall(call, reason):
+                self._pending.pop(call).set_exception(RemoteLinearError(reason))
+            case Abort(reason):
+                self._fail_all(reason)
+            case Dropped(peer, reason):
+                self._loop.meter.dropped += 1
+                log.info("dropped a frame of %s: %s", peer, reason)
+            case Closed():
+                self._closed.set()
+
+    def _crashed(self, error: BaseException) -> None:
+        self._fail_all(f"the owner's protocol machine stopped: {type(error).__name__}: {error}")
+
+    def _fail_all(self, reason: str) -> None:
+        with self._lock:
+            self._failure = reason
+            for future in self._pending.values():
+                future.set_exception(RemoteLinearError(reason))
+            self._pending.clear()
+        self._closed.set()

@@ -1,0 +1,82 @@
+"""A worker on the real clock: the public weights, the worker's machine, a product per request.
+
+Nothing this module imports can hold a secret; a test walks its imports.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.he.interface import WorkerCipher
+from backends.net.loop import MachineLoop, Meter
+from protocol.catalogue import Catalogue
+from protocol.events import Dropped, Effect, FrameArrived, MultiplyCiphertext, Task
+from protocol.worker import Worker, WorkerConfig
+
+log = logging.getLogger(__name__)
+
+
+class WorkerServer:
+    """Serves products of ciphertexts with `weights`.
+
+    weights   int8[N, K], one per linear group; matrix 2g is group g forward, 2g+1 backward
+    reply     sends (peer, frame) back
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        weights: Sequence[NDArray[np.int8]],
+        cipher: WorkerCipher,
+        reply: Callable[[str, bytes], None],
+        config: WorkerConfig | None = None,
+        threads: int = 1,
+    ) -> None:
+        if 2 * len(weights) != len(catalogue.matrices):
+            raise ValueError(
+                f"{len(weights)} weights make {2 * len(weights)} matrices; the catalogue has "
+                f"{len(catalogue.matrices)}"
+            )
+        self._weights = weights
+        self._cipher = cipher
+        self._loop = MachineLoop(
+            "worker", Worker(catalogue, config), self._compute, reply, self._report,
+            self._crashed, threads,
+        )  # fmt: skip
+
+    @property
+    def meter(self) -> Meter:
+        """Counters of this worker."""
+        return self._loop.meter
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._loop.start()
+
+    def deliver(self, peer: str, frame: bytes) -> None:
+        """Hand over a frame that arrived from `peer`."""
+        self._loop.post(FrameArrived(peer, frame))
+
+    def stop(self) -> None:
+        """Stop serving."""
+        self._loop.stop()
+
+    def _compute(self, task: Task) -> memoryview:
+        assert isinstance(task, MultiplyCiphertext)
+        weight = self._weights[task.matrix // 2]
+        payload = memoryview(task.payload)
+        return memoryview(
+            self._cipher.multiply(payload, task.tokens, weight, task.matrix % 2 == 0)  # type: ignore[arg-type]
+        )
+
+    def _report(self, effect: Effect) -> None:
+        if isinstance(effect, Dropped):
+            self._loop.meter.dropped += 1
+            log.info("dropped a frame of %s: %s", effect.peer, effect.reason)
+
+    def _crashed(self, error: BaseException) -> None:
+        log.critical("the worker cannot go on: %s", error)

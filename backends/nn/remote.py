@@ -1,0 +1,206 @@
+"""Remote linears: modules without weights whose products a worker computes under encryption.
+
+A *lane* is one micro-batch's forward and backward pass on its own thread. It runs ordinary
+torch code and blocks where it meets a remote linear.
+
+Modules fed the same tensor form a group: the first member that is called sends one ciphertext
+for all of them, the others take their slice of the result; in backward autograd collects the
+members' gradients into one tensor, which goes up once, and one input gradient comes down. The
+group's outputs are kept per lane, until every member has taken its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from backends.he.store import GroupSpec
+
+LinearFunction: TypeAlias = Callable[[int, NDArray[np.float32]], NDArray[np.float32]]
+"""(matrix index, float32[T, K]) -> float32[T, N]; blocks until the product is there."""
+
+
+class NotConnectedError(RuntimeError):
+    """A remote linear was used outside a session with a worker."""
+
+
+@dataclass
+class _Outputs:
+    """What one group computed for one input in one lane."""
+
+    x: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+    waiting: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class RemoteGroup:
+    """One group of a model: its place in the catalogue and its members' output sizes."""
+
+    index: int
+    spec: GroupSpec
+
+    @property
+    def forward_matrix(self) -> int:
+        """Catalogue index of x -> x Wq^T."""
+        return 2 * self.index
+
+    @property
+    def backward_matrix(self) -> int:
+        """Catalogue index of dy -> dy Wq."""
+        return 2 * self.index + 1
+
+
+class Remote:
+    """Connects a model's remote linears to a worker; one per model."""
+
+    def __init__(self) -> None:
+        self._linear: LinearFunction | None = None
+        self._lane = threading.local()
+        self.recorder: Callable[[RemoteLinear, torch.Tensor], None] | None = None
+
+    @contextmanager
+    def connected(self, linear: LinearFunction) -> Iterator[None]:
+        """Within this context remote linears compute through `linear`."""
+        if self._linear is not None:
+            raise NotConnectedError("this model is already connected to a worker")
+        self._linear = linear
+        try:
+            yield
+        finally:
+            self._linear = None
+
+    def product(self, matrix: int, x: torch.Tensor) -> torch.Tensor:
+        """x[..., K] times a matrix of the catalogue, in x's dtype, through the worker."""
+        if self._linear is None:
+            raise NotConnectedError("remote linear called outside `with remote.connected(...)`")
+        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+        y = torch.from_numpy(self._linear(matrix, rows.numpy()))
+        return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+    def member_output(self, module: RemoteLinear, x: torch.Tensor) -> torch.Tensor:
+        """This member's output for x, computing the whole group's when it is the first."""
+        if self.recorder is not None:
+            self.recorder(module, x)
+            return x.new_zeros(*x.shape[:-1], module.out_features)
+        group, slot = module.group, module.slot
+        if group is None:
+            raise NotConnectedError(f"{module.name} is in no group; call `discover_groups` first")
+        kept: dict[int, _Outputs] = self._lane.__dict__.setdefault("kept", {})
+        outputs = kept.get(group.index)
+        if outputs is None or outputs.x is not x or slot not in outputs.waiting:
+            y = _GroupProduct.apply(x, self, group)  # type: ignore[no-untyped-call]
+            parts = torch.split(y, list(group.spec.out_features), dim=-1)
+            outputs = kept[group.index] = _Outputs(x, parts, set(range(len(parts))))
+        outputs.waiting.discard(slot)
+        if not outputs.waiting:
+            del kept[group.index]
+        return outputs.parts[slot]
+
+    def forget_lane(self) -> None:
+        """Drop what this lane kept, after a pass that was cut short."""
+        self._lane.__dict__.pop("kept", None)
+
+
+class _GroupProduct(torch.autograd.Function):
+    """x[..., K] -> concatenated outputs [..., N]; backward sums over all members at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, remote: Remote, group: RemoteGroup) -> torch.Tensor:
+        ctx.remote, ctx.group = remote, group
+        return remote.product(group.forward_matrix, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return ctx.remote.product(ctx.group.backward_matrix, dy), None, None
+
+
+class RemoteLinear(nn.Linear):
+    """A frozen linear whose weight lives on the worker. Takes the place of Linear or Conv1D.
+
+    It is an nn.Linear so that `peft` wraps it like one; its own weight is empty. The bias, where
+    there is one, stays with the owner and is added in clear.
+    """
+
+    def __init__(
+        self, remote: Remote, name: str, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.bias = None  # type: ignore[assignment]
+        self.name = name
+        self.group: RemoteGroup | None = None
+        self.slot = 0
+        # Not a submodule or attribute torch would copy or save.
+        object.__setattr__(self, "_remote", remote)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]. Raises ValueError for another last dimension."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{self.name}: takes [..., {self.in_features}], got {list(x.shape)}")
+        remote: Remote = self._remote  # type: ignore[assignment]
+        y = remote.member_output(self, x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, remote"
+
+
+def discover_groups(model: nn.Module, remote: Remote, head: str | None = None) -> list[GroupSpec]:
+    """Find which remote linears share an input, from one dry run, and tell each its group.
+
+    The run feeds a few tokens through the model with zeros for every product; modules called in
+    a row with the same tensor object form a group. Nothing is assumed about the architecture.
+
+    Raises ValueError when a remote linear was not reached.
+    """
+    calls: list[tuple[RemoteLinear, torch.Tensor]] = []
+    remote.recorder = lambda module, x: calls.append((module, x))
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    finally:
+        remote.recorder = None
+    groups: list[list[RemoteLinear]] = []
+    previous: torch.Tensor | None = None
+    for module, x in calls:
+        if any(module in group for group in groups):
+            continue
+        if previous is x:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+        previous = x
+    reached = {module for group in groups for module in group}
+    lost = [m.name for m in model.modules() if isinstance(m, RemoteLinear) and m not in reached]
+    if lost:
+        raise ValueError(f"a dry run of the model never reached {', '.join(lost[:3])}")
+    specs = []
+    for index, members in enumerate(groups):
+        spec = GroupSpec(
+            _group_name([m.name for m in members]),
+            tuple(m.name for m in members),
+            members[0].in_features,
+            tuple(m.out_features for m in members),
+        )
+        specs.append(spec)
+        shared = RemoteGroup(index, spec)
+        for slot, module in enumerate(members):
+            module.group, module.slot = shared, slot
+    return specs
+
+
+def _group_name(names: list[str]) -> str:
+    """'model.layers.0.self_attn.q_proj+k_proj+v_proj'."""
+    prefix, _, _ = names[0].rpartition(".")
+    return f"{prefix}." + "+".join(name.rpartition(".")[2] for name in names)

@@ -1,0 +1,107 @@
+"""Builds the owner's side of a model: everything local real, every frozen linear remote.
+
+The transformer is made on the meta device, its linears are swapped for weightless remote ones,
+and only what the owner keeps (embeddings, norms, biases, the head unless it is remote) is read
+from the checkpoint. The model is never in memory whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from backends.he.store import GroupSpec
+from backends.nn.remote import Remote, RemoteLinear, discover_groups
+from backends.nn.sources import WeightSource
+
+
+@dataclass
+class Skeleton:
+    """An owner's model before adapters are added.
+
+    shapes      [out, in] of every remote module, by name
+    transposed  names of remote modules whose stored weight is [in, out] (Conv1D)
+    """
+
+    model: PreTrainedModel
+    remote: Remote
+    groups: list[GroupSpec]
+    shapes: dict[str, torch.Size]
+    transposed: frozenset[str]
+
+    def load_weight(self, source: WeightSource, module: str) -> torch.Tensor:
+        """The float weight [out, in] of a remote module."""
+        shape = self.shapes[module]
+        if module in self.transposed:
+            return source.get(f"{module}.weight", torch.Size(reversed(shape))).t()
+        return source.get(f"{module}.weight", shape)
+
+
+def build_skeleton(
+    config: PretrainedConfig,
+    source: WeightSource,
+    remote_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Skeleton:
+    """The owner's model for a causal-LM config.
+
+    remote_head  send the language-model head to the worker too
+    Raises CheckpointError when the source lacks a tensor, ValueError for no linear to send.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    remote = Remote()
+    head = model.get_output_embeddings()
+    transposed = set()
+    shapes: dict[str, torch.Size] = {}
+    for name, module in list(model.named_modules()):
+        if module is head and not remote_head:
+            continue
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        swapped = _shell(remote, name, module, dtype)
+        if isinstance(module, Conv1D):
+            transposed.add(name)
+        model.set_submodule(name, swapped)
+        shapes[name] = torch.Size((swapped.out_features, swapped.in_features))
+    if not shapes:
+        raise ValueError(f"{type(model).__name__} has no linear layer to compute remotely")
+    _load_local(model, source, dtype, tied_head=config.tie_word_embeddings)
+    if config.tie_word_embeddings and not remote_head:
+        model.tie_weights()
+    model.requires_grad_(False)
+    model.eval()
+    groups = discover_groups(model, remote)
+    return Skeleton(model, remote, groups, shapes, frozenset(transposed))
+
+
+def _shell(
+    remote: Remote, name: str, module: nn.Linear | Conv1D, dtype: torch.dtype
+) -> RemoteLinear:
+    if isinstance(module, Conv1D):
+        inputs, outputs = module.weight.shape
+    else:
+        outputs, inputs = module.weight.shape
+    shell = RemoteLinear(remote, name, inputs, outputs, dtype)
+    if module.bias is not None:
+        shell.bias = nn.Parameter(torch.empty(outputs, device="meta"), requires_grad=False)
+    return shell
+
+
+def _load_local(
+    model: nn.Module, source: WeightSource, dtype: torch.dtype, tied_head: bool
+) -> None:
+    """Replace every meta parameter by the checkpoint's tensor; one read serves a tied pair."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type != "meta":
+            continue
+        if tied_head and name == "lm_head.weight":
+            continue
+        tensor = source.get(name, parameter.shape).to(dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

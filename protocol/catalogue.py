@@ -1,0 +1,53 @@
+"""What both sides know of the model: one entry per matrix, with its public sizes.
+
+Message sizes depend on this table and the token count, and on nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.messages import DIGEST_BYTES
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """One direction of one frozen linear group."""
+
+    name: str
+    in_features: int
+    out_features: int
+    up_bytes_per_token: int
+    down_bytes_per_token: int
+
+    def __post_init__(self) -> None:
+        for value in (
+            self.in_features,
+            self.out_features,
+            self.up_bytes_per_token,
+            self.down_bytes_per_token,
+        ):
+            if value < 1:
+                raise ValueError(f"matrix {self.name!r}: sizes are at least 1")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The matrices of one model under one parameter set; a matrix is named by its index."""
+
+    model_digest: bytes
+    parameters_digest: bytes
+    matrices: tuple[MatrixShape, ...]
+
+    def __post_init__(self) -> None:
+        for digest in (self.model_digest, self.parameters_digest):
+            if len(digest) != DIGEST_BYTES:
+                raise ValueError(f"a digest has {DIGEST_BYTES} bytes, got {len(digest)}")
+
+    def up_bytes(self, matrix: int, tokens: int) -> int:
+        """Payload bytes of a request."""
+        return self.matrices[matrix].up_bytes_per_token * tokens
+
+    def down_bytes(self, matrix: int, tokens: int) -> int:
+        """Payload bytes of an answer."""
+        return self.matrices[matrix].down_bytes_per_token * tokens

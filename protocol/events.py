@@ -1,0 +1,199 @@
+"""Events a machine takes and effects it asks for.
+
+Frozen and checked on construction. `object` fields are opaque handles of the driver's: a
+machine carries them from one task to the next and never looks inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from protocol.messages import Bytes
+
+
+def _positive(value: int, what: str) -> None:
+    if value < 1:
+        raise ValueError(f"{what} is at least 1, got {value}")
+
+
+# --- events -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Open sessions with every worker."""
+
+
+@dataclass(frozen=True)
+class FrameArrived:
+    """Bytes from `peer`, exactly as they came off the wire."""
+
+    peer: str
+    frame: Bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PeerLost:
+    """The transport to `peer` is gone for good."""
+
+    peer: str
+
+
+@dataclass(frozen=True)
+class TimerFired:
+    """A timer set by an earlier effect has run out."""
+
+    timer: str
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """A compute task ended; `result` is what its kind says it returns."""
+
+    task: int
+    result: object = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TaskFailed:
+    """A compute task raised. `reason` stays on this side of the wire."""
+
+    task: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LinearWanted:
+    """A lane met a remote linear. `call` is unique and increasing; `x` holds `tokens` rows."""
+
+    call: int
+    matrix: int
+    tokens: int
+    x: object = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _positive(self.call, "call")
+        _positive(self.tokens, "tokens")
+
+
+@dataclass(frozen=True)
+class CloseWanted:
+    """No more linears will be asked for; end the sessions."""
+
+
+Event: TypeAlias = (
+    Start | FrameArrived | PeerLost | TimerFired | TaskDone | TaskFailed | LinearWanted
+    | CloseWanted
+)  # fmt: skip
+
+# --- tasks: what an effect can ask to compute ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encrypt:
+    """Encrypt `x` for a matrix. Result: (payload bytes, sealed handle)."""
+
+    matrix: int
+    tokens: int
+    x: object = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Decrypt:
+    """Decrypt an answer. Result: whatever the lane waits for."""
+
+    matrix: int
+    tokens: int
+    sealed: object = field(repr=False)
+    payload: Bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class MultiplyCiphertext:
+    """Ciphertext x public matrix, on a worker. Result: payload bytes."""
+
+    matrix: int
+    tokens: int
+    payload: Bytes = field(repr=False)
+
+
+Task: TypeAlias = Encrypt | Decrypt | MultiplyCiphertext
+
+# --- effects --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Send:
+    """Hand a frame to the transport."""
+
+    peer: str
+    frame: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """Compute, then report TaskDone or TaskFailed with this number."""
+
+    task: int
+    work: Task
+
+
+@dataclass(frozen=True)
+class SetTimer:
+    """Fire `timer` once after `delay_s`; setting it again replaces it."""
+
+    timer: str
+    delay_s: float
+
+    def __post_init__(self) -> None:
+        if self.delay_s <= 0:
+            raise ValueError(f"timer {self.timer!r}: delay_s is positive, got {self.delay_s}")
+
+
+@dataclass(frozen=True)
+class CancelTimer:
+    """Forget a timer; harmless when it is not set."""
+
+    timer: str
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """The result of a call, for the lane that waits for it."""
+
+    call: int
+    result: object = field(repr=False)
+
+
+@dataclass(frozen=True)
+class FailCall:
+    """A call ends without a result."""
+
+    call: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A frame was ignored: late, duplicate, or against the rules. For counters only."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Nothing can go on; the reason is for a person."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Every session has ended in order."""
+
+
+Effect: TypeAlias = (
+    Send | RunTask | SetTimer | CancelTimer | Deliver | FailCall | Dropped | Abort | Closed
+)

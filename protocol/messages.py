@@ -1,0 +1,235 @@
+"""The seven messages, and their one binary encoding.
+
+Rules
+  * A frame is self-contained: header, then a body of the length the header states, no more.
+  * Everything is bounded before it is read; an unknown version, kind or reason is an error.
+  * A frame holds public facts and ciphertext only. There is no field for free text, so
+    nothing private can slip into one.
+
+Header, 28 bytes, little endian: magic "PFTL", version u8, kind u8, zero u16, session 16 bytes
+(the owner's incarnation, fresh random bytes at every start), body length u32.
+
+In sync with: docs/protocol.md (the table of bodies), the machines in owner.py and worker.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TypeAlias
+
+from protocol.errors import ProtocolError
+
+VERSION = 1
+MAGIC = b"PFTL"
+SESSION_BYTES = 16
+DIGEST_BYTES = 32
+MAX_BODY_BYTES = 1 << 30
+_HEADER = struct.Struct("<4sBBH16sI")
+HEADER_BYTES = _HEADER.size
+_MULTIPLY = struct.Struct("<QII")
+_PRODUCT = struct.Struct("<Q")
+_REFUSE = struct.Struct("<QH")
+_DIGESTS = struct.Struct("<32s32s")
+_WELCOME = struct.Struct("<32s32sI")
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+
+class Reason(IntEnum):
+    """Why a worker refuses. The only thing a refusal says."""
+
+    OTHER_VERSION = 1
+    OTHER_PARAMETERS = 2
+    OTHER_MODEL = 3
+    NO_SESSION = 4
+    UNKNOWN_MATRIX = 5
+    WRONG_SIZE = 6
+    TOO_MANY_TOKENS = 7
+    BUSY = 8
+    FAILED = 9
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
+
+
+def _check_session(session: bytes) -> None:
+    _require(len(session) == SESSION_BYTES, f"a session id has {SESSION_BYTES} bytes")
+
+
+def _check_unsigned(value: int, bits: int, what: str) -> None:
+    _require(0 <= value < 1 << bits, f"{what} must fit {bits} unsigned bits, got {value}")
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Owner opens a session and pins what both sides must agree on."""
+
+    session: bytes
+    parameters_digest: bytes
+    model_digest: bytes
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+        for digest in (self.parameters_digest, self.model_digest):
+            _require(len(digest) == DIGEST_BYTES, f"a digest has {DIGEST_BYTES} bytes")
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """Worker agrees. `max_tokens` bounds the tokens of one request."""
+
+    session: bytes
+    parameters_digest: bytes
+    model_digest: bytes
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+        _check_unsigned(self.max_tokens, 32, "max_tokens")
+        for digest in (self.parameters_digest, self.model_digest):
+            _require(len(digest) == DIGEST_BYTES, f"a digest has {DIGEST_BYTES} bytes")
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """Owner asks for ciphertext x matrix. `request` is unique within the session."""
+
+    session: bytes
+    request: int
+    matrix: int
+    tokens: int
+    payload: Bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+        _check_unsigned(self.request, 64, "request")
+        _check_unsigned(self.matrix, 32, "matrix")
+        _check_unsigned(self.tokens, 32, "tokens")
+
+
+@dataclass(frozen=True)
+class Product:
+    """Worker's answer to the request of the same number."""
+
+    session: bytes
+    request: int
+    payload: Bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+        _check_unsigned(self.request, 64, "request")
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Worker will not answer a request (or, with request 0, will not open the session)."""
+
+    session: bytes
+    request: int
+    reason: Reason
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+        _check_unsigned(self.request, 64, "request")
+
+
+@dataclass(frozen=True)
+class Bye:
+    """Owner closes the session."""
+
+    session: bytes
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+
+
+@dataclass(frozen=True)
+class Farewell:
+    """Worker confirms the close."""
+
+    session: bytes
+
+    def __post_init__(self) -> None:
+        _check_session(self.session)
+
+
+Message: TypeAlias = Hello | Welcome | Multiply | Product | Refuse | Bye | Farewell
+
+_KIND: dict[type[Message], int] = {
+    Hello: 1, Welcome: 2, Multiply: 3, Product: 4, Refuse: 5, Bye: 6, Farewell: 7,
+}  # fmt: skip
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message. Raises ValueError when the body is over MAX_BODY_BYTES."""
+    body: tuple[Bytes, ...]
+    match message:
+        case Hello():
+            body = (_DIGESTS.pack(message.parameters_digest, message.model_digest),)
+        case Welcome():
+            body = (
+                _WELCOME.pack(message.parameters_digest, message.model_digest, message.max_tokens),
+            )
+        case Multiply():
+            body = (
+                _MULTIPLY.pack(message.request, message.matrix, message.tokens),
+                message.payload,
+            )
+        case Product():
+            body = (_PRODUCT.pack(message.request), message.payload)
+        case Refuse():
+            body = (_REFUSE.pack(message.request, message.reason),)
+        case Bye() | Farewell():
+            body = ()
+    size = sum(len(part) for part in body)
+    _require(size <= MAX_BODY_BYTES, f"a body has at most {MAX_BODY_BYTES} bytes, got {size}")
+    header = _HEADER.pack(MAGIC, VERSION, _KIND[type(message)], 0, message.session, size)
+    return b"".join((header, *body))
+
+
+def decode(frame: Bytes) -> Message:
+    """The message of a frame; payloads are views into it, not copies.
+
+    Raises ProtocolError for anything that `encode` could not have made.
+    """
+    view = memoryview(frame).toreadonly().cast("B")
+    if len(view) < HEADER_BYTES:
+        raise ProtocolError(f"frame of {len(view)} bytes is shorter than a header")
+    magic, version, kind, zero, session, size = _HEADER.unpack_from(view)
+    if magic != MAGIC:
+        raise ProtocolError("not a frame of this protocol")
+    if version != VERSION:
+        raise ProtocolError(f"protocol version {version}, this side speaks {VERSION}")
+    if zero != 0 or size > MAX_BODY_BYTES or size != len(view) - HEADER_BYTES:
+        raise ProtocolError("header and frame length disagree")
+    body = view[HEADER_BYTES:]
+    try:
+        return _decode_body(kind, session, body)
+    except (struct.error, ValueError) as error:
+        raise ProtocolError(f"malformed body of kind {kind}") from error
+
+
+def _decode_body(kind: int, session: bytes, body: memoryview) -> Message:
+    match kind:
+        case 1:
+            return Hello(session, *_DIGESTS.unpack(body))
+        case 2:
+            return Welcome(session, *_WELCOME.unpack(body))
+        case 3:
+            request, matrix, tokens = _MULTIPLY.unpack_from(body)
+            return Multiply(session, request, matrix, tokens, body[_MULTIPLY.size :])
+        case 4:
+            return Product(session, *_PRODUCT.unpack_from(body), body[_PRODUCT.size :])
+        case 5:
+            request, reason = _REFUSE.unpack(body)
+            return Refuse(session, request, Reason(reason))
+        case 6 | 7:
+            if len(body):
+                raise ProtocolError("a closing message has no body")
+            return Bye(session) if kind == 6 else Farewell(session)
+        case _:
+            raise ProtocolError(f"unknown message kind {kind}")
