@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,3 +66,30 @@ def write_array(path: Path, shape: tuple[int, ...], dtype: Any, parts: Callable[
 def array_digest(array: NDArray[Any]) -> str:
     """SHA-256 of an array's elements."""
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A new directory that takes the place of `path` at the end of the `with`, or never."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        sync_directory(aside)
+        if path.exists():
+            # A directory cannot be replaced in one step; the old one goes last.
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            aside.rename(path)
+            shutil.rmtree(old)
+        else:
+            aside.rename(path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ def run_split(work: Callable[[int, int], object], size: int, grain: int = 1) -> 
     bounds = [size * i // parts for i in range(parts + 1)]
     futures = [
         _pool().submit(work, first, last)
-        for first, last in zip(bounds[:-2], bounds[1:-1], strict=True)
+        for first, last in itertools.pairwise(bounds)
     ]
     try:
         work(bounds[-2], bounds[-1])

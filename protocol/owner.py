@@ -51,7 +51,6 @@ from protocol.events import (
 )
 from protocol.messages import (
     Bye,
-    Bytes,
     Farewell,
     Hello,
     Message,
@@ -357,9 +356,7 @@ class Owner:
             payload, call.sealed = result  # type: ignore[misc]
             if len(payload) != self._catalogue.up_bytes(call.matrix, call.tokens):
                 raise MisuseError("the ciphertext's size does not match the catalogue")
-            call.frame = encode(
-                Multiply(self._session, call.id, call.matrix, call.tokens, payload)
-            )
+            call.frame = encode(Multiply(self._session, call.id, call.matrix, call.tokens, payload))
             self._move(call, CallInput.ENCRYPTED)
             return self._pump()
         self._move(call, CallInput.DECRYPTED)

@@ -239,9 +239,7 @@ class Worker:
     def _refuse_stale(self, peer: str, session: _Session, message: Multiply) -> list[Effect]:
         return [Send(peer, encode(Refuse(message.session, message.request, Reason.NO_SESSION)))]
 
-    def _refuse_failed(
-        self, peer: str, session: _Session, job: _Job, result: None
-    ) -> list[Effect]:
+    def _refuse_failed(self, peer: str, session: _Session, job: _Job, result: None) -> list[Effect]:
         return [Send(peer, encode(Refuse(job.session, job.request, Reason.FAILED)))]
 
     def _forget(self, peer: str, session: _Session) -> list[Effect]:
@@ -258,9 +256,7 @@ class Worker:
         if reason is not None:
             return [Send(peer, encode(Refuse(message.session, message.request, reason)))]
         task, self._next_task = self._next_task, self._next_task + 1
-        self._jobs[task] = _Job(
-            peer, session.id, message.request, message.matrix, message.tokens
-        )
+        self._jobs[task] = _Job(peer, session.id, message.request, message.matrix, message.tokens)
         session.working.add(message.request)
         work = MultiplyCiphertext(message.matrix, message.tokens, message.payload)
         return [RunTask(task, work)]

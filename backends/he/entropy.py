@@ -14,24 +14,35 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+_BLOCK_BYTES = 16
+
 
 class Keystream:
-    """AES-256-CTR keystream under a key that is used for this one stream."""
+    """AES-256-CTR keystream under a key that is used for this one stream.
+
+    Bytes can be had from any place, so that threads may fill disjoint parts of one buffer.
+    """
 
     def __init__(self, key: bytes) -> None:
-        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._algorithm = algorithms.AES(key)
+        self._place = 0
 
-    def fill(self, out: NDArray[np.uint8]) -> None:
-        """Overwrite contiguous uint8[n] with the next n bytes of the stream."""
+    def fill(self, out: NDArray[np.uint8], place: int) -> None:
+        """Overwrite contiguous uint8[n] with bytes place .. place+n of the stream."""
+        counter, skip = divmod(place, _BLOCK_BYTES)
+        encryptor = Cipher(self._algorithm, modes.CTR(counter.to_bytes(16, "big"))).encryptor()
+        if skip:
+            encryptor.update(bytes(skip))
         # Encrypting in place spares a second buffer; the buffer must be zero first.
         out[...] = 0
         view = memoryview(out).cast("B")
-        self._encryptor.update_into(view, view)
+        encryptor.update_into(view, view)
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """The next `size` bytes of the stream, uint8[size]."""
+        """The next `size` bytes not yet taken, uint8[size]."""
         out = np.empty(size, np.uint8)
-        self.fill(out)
+        self.fill(out, self._place)
+        self._place += size
         return out
 
 
@@ -43,10 +54,6 @@ class Entropy(ABC):
     @abstractmethod
     def fresh_key(self) -> bytes:
         """32 bytes never handed out before."""
-
-    def stream(self) -> Keystream:
-        """A keystream under a fresh key."""
-        return Keystream(self.fresh_key())
 
 
 class OsEntropy(Entropy):

@@ -24,12 +24,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
-from backends.he.entropy import Entropy, OsEntropy
+from backends.he.entropy import Entropy, Keystream, OsEntropy
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -42,23 +40,15 @@ from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.ring import LANES, inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
+from backends.he.vector import popcount
 from backends.threads import run_split
 
 _D = RING_DEGREE
 RECIPROCAL_SHIFT = 38
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
-_ERROR_BYTES = 5  # 40 fair bits
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _popcount(_context: Any, value: Any) -> Any:
-    """Bits set in an unsigned integer, as LLVM's ctpop (a vector instruction where there is one)."""
-
-    def build(_ctx: Any, builder: ir.IRBuilder, _sig: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return value(value), build
+ERROR_BYTES = 5
+"""Random bytes of one error, 40 fair bits."""
 
 
 def reciprocal(parameters: Parameters) -> int:
@@ -71,9 +61,10 @@ def reciprocal(parameters: Parameters) -> int:
 def _token_norms(x: Any, in_scale: Any, norms: Any, first: int, last: int) -> None:
     """norms[t] = ||x_t * in_scale||_2 in float64; not finite exactly when an input is not."""
     inputs = x.shape[1]
+    partial = np.empty(16)
+    whole = inputs // 16 * 16
     for t in range(first, last):
-        partial = np.zeros(16)
-        whole = inputs // 16 * 16
+        partial[:] = 0.0
         for k in range(0, whole, 16):
             for lane in range(16):
                 v = np.float64(x[t, k + lane]) * np.float64(in_scale[k + lane])
@@ -106,7 +97,7 @@ def _seal_row(
     for k in range(len(x)):
         v = np.float64(np.float64(x[k]) * np.float64(in_scale[k]) * factor + magic)
         m = np.uint32(np.float64(v).view(np.uint64))
-        e = np.uint32(_popcount(noise[k])) + np.uint32(_popcount(np.uint32(extra[k])))
+        e = np.uint32(popcount(noise[k])) + np.uint32(popcount(np.uint32(extra[k])))
         m = np.uint32(m + e - np.uint32(ERROR_BOUND))
         m = min(m, np.uint32(m + q))
         u = np.uint32(mask[k] + m)
@@ -144,15 +135,16 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
 
     @njit(nogil=True)
     def wide_mask(
-        matrix: Any, secret: Any, tile: int, tokens: int, buffer: Any, wide: Any, z: Any, zs: Any
-    ) -> None:
-        for part in range(min(WIDE // LANES, len(matrix) - tile)):
-            mask(matrix[tile + part], secret, buffer, z, zs)
+        matrix: Any, tile: int, tiles: int, secret: Any, tokens: int, buffer: Any, wide: Any,
+        z: Any, zs: Any,
+    ) -> None:  # fmt: skip
+        for part in range(tiles):
+            mask(matrix, tile + part, secret, buffer, z, zs)
             _spread(buffer, wide, part * LANES, tokens)
 
     @njit(nogil=True)
     def encrypt(
-        public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any, extra: Any,
+        public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any,
         planes: Any, recip: Any, z: Any, zs: Any, first: int, last: int,
     ) -> None:  # fmt: skip
         limbs, tokens, inputs = planes.shape
@@ -164,14 +156,18 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
             for block in range(len(secrets)):
                 t0 = block * _D
                 t1 = min(tokens, t0 + _D)
-                tile = group * (WIDE // LANES)
-                wide_mask(public, secrets[block], tile, t1 - t0, buffer, wide, z, zs)
+                wide_mask(
+                    public, k0 // LANES, (k1 - k0 + LANES - 1) // LANES, secrets[block], t1 - t0,
+                    buffer, wide, z, zs,
+                )  # fmt: skip
                 for t in range(t0, t1):
-                    at = tokens * k0 + t * (k1 - k0)
+                    at = ERROR_BYTES * tokens * k0 + 4 * t * (k1 - k0)
+                    more = ERROR_BYTES * tokens * k0 + (4 * tokens + t) * (k1 - k0)
                     _seal_row(
                         wide[(t - t0) * WIDE : (t - t0) * WIDE + k1 - k0],
                         x[t, k0:k1], in_scale[k0:k1], factor[t],
-                        noise[at : at + k1 - k0], extra[at : at + k1 - k0], recip,
+                        noise[at : at + 4 * (k1 - k0)].view(np.uint32),
+                        noise[more : more + k1 - k0], recip,
                         planes[0, t, k0:k1], planes[1, t, k0:k1], planes[limbs - 1, t, k0:k1],
                         np.uint32(8 * (limbs - 1)),
                     )  # fmt: skip
@@ -191,8 +187,10 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
             for block in range(len(secrets)):
                 t0 = block * _D
                 t1 = min(tokens, t0 + _D)
-                tile = group * (WIDE // LANES)
-                wide_mask(hint, secrets[block], tile, t1 - t0, buffer, wide, z, zs)
+                wide_mask(
+                    hint, j0 // LANES, (j1 - j0 + LANES - 1) // LANES, secrets[block], t1 - t0,
+                    buffer, wide, z, zs,
+                )  # fmt: skip
                 for t in range(t0, t1):
                     _open_row(
                         wide[(t - t0) * WIDE : (t - t0) * WIDE + j1 - j0],
@@ -246,30 +244,36 @@ class MlweOwner(OwnerCipher):
         norms = np.empty(tokens)
         run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain=64)
         alpha, inverse = token_scales(norms, matrix, self._parameters)
-        stream = self._entropy.stream()
-        secrets = [
-            BlockSecret(stream, self._parameters.rank, _D) for _ in range(-(-tokens // _D))
-        ]
-        random = self._scratch(_ERROR_BYTES * tokens * inputs)
-        stream.fill(random)
-        noise = random[: 4 * tokens * inputs].view("<u4")
-        extra = random[4 * tokens * inputs :]
-        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
-        sealing = np.stack([secret.seal() for secret in secrets])
+        secrets = self._fresh_secrets(-(-tokens // _D))
+        sealing = np.stack([secret.seal().reshape(-1) for secret in secrets])
         with self._count_lock:
-            self.secrets_drawn += len(secrets)
             self.blocks += len(sealing)
+        errors = Keystream(self._entropy.fresh_key())
+        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
         factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
-        public = self._public.rows(inputs)
-        run_split(
-            lambda a, b: self._encrypt(
-                public, sealing, x, matrix.in_scale, factor, noise, extra,
-                planes, self._reciprocal, *inverse_tables(), a, b,
-            ),
-            -(-inputs // WIDE),
-        )  # fmt: skip
+        public = self._public.rows(inputs).reshape(-1)
+
+        def part(first: int, last: int) -> None:
+            # Each thread expands the error bits of its own columns, at their place in the stream.
+            noise = self._scratch(ERROR_BYTES * tokens * inputs)
+            begin, end = (
+                ERROR_BYTES * tokens * min(inputs, g * WIDE) for g in (first, last)
+            )  # fmt: skip
+            errors.fill(noise[begin:end], begin)
+            self._encrypt(
+                public, sealing, x, matrix.in_scale, factor, noise, planes,
+                self._reciprocal, *inverse_tables(), first, last,
+            )  # fmt: skip
+
+        run_split(part, -(-inputs // WIDE))
         sealing[...] = 0
         return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse))
+
+    def _fresh_secrets(self, count: int) -> list[BlockSecret]:
+        stream = Keystream(self._entropy.fresh_key())
+        with self._count_lock:
+            self.secrets_drawn += count
+        return [BlockSecret(stream, self._parameters.rank, _D) for _ in range(count)]
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
         """This thread's buffer for error bits: fresh pages each time would cost more than AES."""
@@ -285,11 +289,12 @@ class MlweOwner(OwnerCipher):
         hint = matrix.hint
         if hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
-        opening = np.stack([secret.open() for secret in sealed.secrets])
+        opening = np.stack([secret.open().reshape(-1) for secret in sealed.secrets])
         out = np.empty((tokens, outputs), np.float32)
+        flat = hint.reshape(-1)
         run_split(
             lambda a, b: self._decrypt(
-                hint, opening, answer, sealed.inverse_alpha, matrix.out_scale, out,
+                flat, opening, answer, sealed.inverse_alpha, matrix.out_scale, out,
                 self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
                 self._reciprocal, *inverse_tables(), a, b,
             ),

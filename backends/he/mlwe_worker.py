@@ -82,8 +82,6 @@ class MlweWorker(WorkerCipher):
         return answer.reshape(-1).view(np.uint8)
 
 
-def _recombine_all(
-    products: NDArray[np.int32], out: NDArray[np.uint16], dropped_bits: int
-) -> None:
+def _recombine_all(products: NDArray[np.int32], out: NDArray[np.uint16], dropped_bits: int) -> None:
     tokens = products.shape[1]
     run_split(lambda a, b: _recombine(products, out, dropped_bits, a, b), tokens)

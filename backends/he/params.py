@@ -7,6 +7,7 @@ n = r*d. Everything here is public and is pinned, by digest, in the handshake.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from math import log2
@@ -41,7 +42,7 @@ def max_log2_modulus(dimension: int) -> float:
         return 0.0
     if dimension >= last[0]:
         return last[1]
-    for (n0, bits0), (n1, bits1) in zip(SECURITY_TABLE, SECURITY_TABLE[1:], strict=False):
+    for (n0, bits0), (n1, bits1) in itertools.pairwise(SECURITY_TABLE):
         if n0 <= dimension <= n1:
             return bits0 + (bits1 - bits0) * (dimension - n0) / (n1 - n0)
     raise AssertionError("the table is sorted and covers the range")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.he.entropy import Entropy, OsEntropy
+from backends.he.entropy import Entropy, Keystream, OsEntropy
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -23,6 +23,7 @@ from backends.he.interface import (
     WorkerCipher,
 )
 from backends.he.mlwe_owner import (
+    ERROR_BYTES,
     RECIPROCAL_SHIFT,
     WIDE,
     answer_values,
@@ -32,7 +33,7 @@ from backends.he.mlwe_owner import (
 )
 from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.ring import EVALUATION_EXPONENTS, LANES, PSI
+from backends.he.ring import EVALUATION_EXPONENTS, PSI
 from backends.he.secret import ternary
 
 _D, _Q = RING_DEGREE, NTT_PRIME
@@ -128,12 +129,12 @@ class ReferenceOwner(OwnerCipher):
         wide = x.astype(np.float64) * matrix.in_scale.astype(np.float64)
         norms = np.array([_norm(row) for row in wide])
         alpha, inverse = token_scales(norms, matrix, self._parameters)
-        stream = self._entropy.stream()
+        stream = Keystream(self._entropy.fresh_key())
         secrets = []
         for _ in range(-(-tokens // _D)):
             s = ternary(stream, rank * _D).reshape(rank, _D).astype(np.int64)
             secrets.append(matmul_mod(s % _Q, self._evaluate.T.copy()))
-        error = _errors(stream, tokens, inputs)
+        error = _errors(Keystream(self._entropy.fresh_key()), tokens, inputs)
         digits = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
         for block, secret in enumerate(secrets):
             part = slice(block * _D, min(tokens, (block + 1) * _D))
@@ -198,13 +199,16 @@ def _norm(row: NDArray[np.float64]) -> float:
     return float(np.sqrt(tail + total))
 
 
-def _errors(stream: Any, tokens: int, inputs: int) -> NDArray[np.int64]:
-    """int64[T, K] of popcount(40 bits) - 20, drawn in column groups of WIDE as the kernel does."""
-    raw = stream.take(5 * tokens * inputs)
-    bits = np.unpackbits(raw[: 4 * tokens * inputs].reshape(-1, 4), axis=1).sum(axis=1)
-    bits = bits + np.unpackbits(raw[4 * tokens * inputs :, None], axis=1).sum(axis=1)
+def _errors(stream: Keystream, tokens: int, inputs: int) -> NDArray[np.int64]:
+    """int64[T, K] of popcount(40 bits) - 20.
+
+    Drawn in column groups of WIDE: four bytes for every value of the group, then one for each.
+    """
     out = np.empty((tokens, inputs), np.int64)
     for k0 in range(0, inputs, WIDE):
-        k1 = min(inputs, k0 + WIDE)
-        out[:, k0:k1] = bits[tokens * k0 : tokens * k1].reshape(tokens, k1 - k0)
+        width = min(inputs, k0 + WIDE) - k0
+        raw = stream.take(ERROR_BYTES * tokens * width)
+        four, one = raw[: 4 * tokens * width].reshape(-1, 4), raw[4 * tokens * width :, None]
+        bits = np.unpackbits(np.concatenate([four, one], axis=1), axis=1).sum(axis=1)
+        out[:, k0 : k0 + width] = bits.reshape(tokens, width)
     return out - ERROR_BOUND

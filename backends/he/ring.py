@@ -26,15 +26,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from backends.he.params import NTT_PRIME, RING_DEGREE
+from backends.he.vector import LANES, slot_product, two_stages
 
 Int32Array: TypeAlias = NDArray[np.int32]
 
-LANES = 16
-"""Rows of one tile: sixteen 32-bit lanes, one AVX-512 register."""
-
 _Q = NTT_PRIME
 _D = RING_DEGREE
-_Q_INVERSE = pow(_Q, -1, 1 << 32)
 _MONTGOMERY = (1 << 32) % _Q
 
 
@@ -69,8 +66,8 @@ _ZETA_INVERSE_SHOUP = _shoup(_ZETA_INVERSE)
 
 
 @njit(nogil=True, cache=True)
-def _forward_ntt(values: Any, zeta: Any, zeta_shoup: Any) -> None:
-    """In place on uint32[256] in [0, q); natural order in, NTT slots out."""
+def _forward_ntt(values: Any, zeta: Any, zeta_shoup: Any, factor: int, out: Any) -> None:
+    """uint32[256] in [0, q), overwritten -> centred int32[256]: its NTT times `factor` mod q."""
     q = np.uint32(_Q)
     h = _D // 2
     group = 1
@@ -90,59 +87,39 @@ def _forward_ntt(values: Any, zeta: Any, zeta_shoup: Any) -> None:
                 values[j + h] = min(down, np.uint32(down + q))
         h //= 2
         group *= 2
-
-
-@njit(nogil=True, inline="always")
-def _inverse_ntt_tile(tile: Any, zeta: Any, zeta_shoup: Any) -> None:
-    """In place on uint32[256*16], NTT slots in, natural order out, without the factor 1/256."""
-    q = np.uint32(_Q)
-    h = 1
-    groups = _D // 2
-    while h < _D:
-        n = h * LANES
-        for g in range(groups):
-            w = np.uint32(zeta[groups + g])
-            ws = np.uint32(zeta_shoup[groups + g])
-            lower = tile[2 * g * n : 2 * g * n + n]
-            upper = tile[2 * g * n + n : 2 * g * n + 2 * n]
-            for j in range(n):
-                a = lower[j]
-                b = upper[j]
-                total = np.uint32(a + b)
-                lower[j] = min(total, np.uint32(total - q))
-                difference = np.uint32(np.uint32(a - b) + q)
-                m = np.uint32((np.uint64(difference) * np.uint64(ws)) >> np.uint64(32))
-                x = np.uint32(np.uint32(difference * w) - np.uint32(m * q))
-                upper[j] = min(x, np.uint32(x - q))
-        h *= 2
-        groups //= 2
+    for j in range(_D):
+        v = np.int64(np.uint64(values[j]) * np.uint64(factor) % np.uint64(_Q))
+        out[j] = np.int32(v - _Q if v > _Q // 2 else v)
 
 
 @cache
 def mask_tile_kernel(rank: int) -> Callable[..., None]:
-    """The numba function `mask(tile, secret_ntt, out, zeta, zeta_shoup)` for one module rank.
+    """The numba function `mask(matrix, tile, secret, out, zeta, zeta_shoup)` for one rank.
 
-    tile        int32[rank, 256, 16], NTT domain, centred
-    secret_ntt  int32[rank, 256], as `secret_to_ntt` makes it
-    out         uint32[256*16]; out[t*16 + row] = coefficient t of (row . s) in [0, q)
+    matrix  int32[tiles * rank * 256 * 16], flat: a tiled public matrix
+    secret  int32[rank * 256], as `secret_to_ntt` makes it
+    out     uint32[256 * 16]; out[t*16 + row] = coefficient t of (row . s) in [0, q)
 
     The rank is a compile-time constant, so the sum over it unrolls.
     """
+    product = slot_product(rank)
+    size = rank * _D * LANES
 
     @njit(nogil=True)
-    def mask(tile: Any, secret_ntt: Any, out: Any, zeta: Any, zeta_shoup: Any) -> None:
-        q_inverse = np.uint32(_Q_INVERSE)
-        q = np.uint32(_Q)
-        q_wide = np.int64(_Q)
-        for i in range(_D):
-            for lane in range(LANES):
-                acc = np.int64(0)
-                for k in range(rank):
-                    acc += np.int64(tile[k, i, lane]) * np.int64(secret_ntt[k, i])
-                t = np.int32(np.uint32(acc) * q_inverse)
-                v = np.uint32(np.int32((acc - np.int64(t) * q_wide) >> 32))
-                out[i * LANES + lane] = min(v, np.uint32(v + q))
-        _inverse_ntt_tile(out, zeta, zeta_shoup)
+    def mask(matrix: Any, tile: int, secret: Any, out: Any, zeta: Any, zeta_shoup: Any) -> None:
+        for slot in range(_D):
+            product(matrix, tile * size, secret, slot, out)
+        h = 1
+        groups = _D // 2
+        while h < _D:  # two stages at a time: h, then 2h
+            for g in range(groups // 2):
+                for j in range(4 * g * h, 4 * g * h + h):
+                    two_stages(
+                        out, j * LANES, h * LANES, zeta, zeta_shoup,
+                        groups + 2 * g, groups // 2 + g,
+                    )  # fmt: skip
+            h *= 4
+            groups //= 4
 
     return mask  # type: ignore[no-any-return]
 
@@ -150,13 +127,6 @@ def mask_tile_kernel(rank: int) -> Callable[..., None]:
 def inverse_tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """(zeta, zeta_shoup) that `mask_tile_kernel` functions take."""
     return _ZETA_INVERSE, _ZETA_INVERSE_SHOUP
-
-
-def ntt(polynomial: NDArray[np.integer[Any]]) -> NDArray[np.uint32]:
-    """NTT of integer[256] (any sign): uint32[256] in [0, q)."""
-    values = np.mod(polynomial.astype(np.int64), _Q).astype(np.uint32)
-    _forward_ntt(values, _ZETA, _ZETA_SHOUP)
-    return values
 
 
 def centre(residues: NDArray[np.integer[Any]]) -> Int32Array:
@@ -172,8 +142,11 @@ def secret_to_ntt(secret: NDArray[np.int8]) -> Int32Array:
     the inverse transform's factor. One pass over the secret saves one over every row.
     """
     factor = _MONTGOMERY * pow(_D, -1, _Q) % _Q
-    rows = [ntt(row).astype(np.uint64) * np.uint64(factor) % np.uint64(_Q) for row in secret]
-    return centre(np.stack(rows))
+    out = np.empty(secret.shape, np.int32)
+    values = np.where(secret < 0, secret + np.int64(_Q), secret).astype(np.uint32)
+    for row, result in zip(values, out, strict=True):
+        _forward_ntt(row, _ZETA, _ZETA_SHOUP, factor, result)
+    return out
 
 
 def tiles_of(rows: int) -> int:

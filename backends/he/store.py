@@ -328,7 +328,11 @@ class PreparedModel:
         """What owner and worker agree on in the handshake."""
         shapes = tuple(
             MatrixShape(
-                m.name, m.in_features, m.out_features, cipher.up_bytes(m, 1), cipher.down_bytes(m, 1)
+                m.name,
+                m.in_features,
+                m.out_features,
+                cipher.up_bytes(m, 1),
+                cipher.down_bytes(m, 1),
             )
             for m in self.owner_matrices()
         )

@@ -1,0 +1,214 @@
+"""The training loop: lanes in flight, gradients summed in a fixed order, exact resume.
+
+A step takes `batch` sequences in micro-batches of `micro_batch`. Up to `lanes` micro-batches
+are in flight, each on its own thread; their gradients are added in the order of the data, not
+of arrival, so the number of lanes changes the speed and not one bit of the result.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from backends.nn import checkpoint
+from backends.nn.adapters import trainable
+from backends.nn.checkpoint import Progress
+from backends.nn.data import batch_indices
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What decides a run's result.
+
+    batch, micro_batch  sequences of a step, and of one forward/backward pass
+    learning_rate       peak; linear warm-up, then cosine to a tenth
+    """
+
+    steps: int
+    batch: int
+    micro_batch: int
+    learning_rate: float
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.micro_batch < 1:
+            raise ValueError("steps, batch and micro_batch are at least 1")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} must divide batch {self.batch}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        span = max(1, self.steps - self.warmup_steps)
+        phase = min(1.0, (step - self.warmup_steps) / span)
+        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * phase)))
+
+
+class TrainingInterrupted(Exception):
+    """The user asked to stop; the work so far is in a checkpoint if one was asked for."""
+
+
+def token_losses(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the B*(S-1) predicted tokens of int64[B, S]."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
+    )
+
+
+def evaluate(model: nn.Module, sequences: torch.Tensor, micro_batch: int) -> float:
+    """Mean loss in nats per predicted token over int64[n, S]."""
+    model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for part in sequences.split(micro_batch):
+            total += token_losses(model, part).item()
+    return total / (sequences.shape[0] * (sequences.shape[1] - 1))
+
+
+class Trainer:
+    """Fine-tunes a model's trainable parameters on packed sequences int64[n, S].
+
+    forget_lane     called when a lane's pass was cut short (see `Remote.forget_lane`)
+    checkpoints     directory to save to and resume from; None keeps nothing
+    identity        what besides the configuration a checkpoint must agree on
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sequences: torch.Tensor,
+        config: TrainConfig,
+        lanes: int = 1,
+        forget_lane: Callable[[], None] = lambda: None,
+        checkpoints: Path | None = None,
+        checkpoint_every: int = 25,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.step_seconds: list[float] = []
+        self._model = model
+        self._sequences = sequences
+        self._lanes = lanes
+        self._forget_lane = forget_lane
+        self._checkpoints = checkpoints
+        self._every = checkpoint_every
+        self._parameters = trainable(model)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self._run = asdict(config) | (identity or {}) | {"sequences": len(sequences)}
+        self.progress = Progress(0, [])
+        if checkpoints is not None:
+            found = checkpoint.restore(checkpoints, self._run, self._parameters, self._optimizer)
+            self.progress = found or self.progress
+
+    def train(self, on_step: Callable[[int, float], None] = lambda step, loss: None) -> list[float]:
+        """Run the steps that are left; returns the mean loss of every step.
+
+        on_step receives (steps done, mean loss). Raises TrainingInterrupted after Ctrl-C, when the step
+        in work has been finished and saved.
+        """
+        self._model.train()
+        with stop_on_interrupt() as stop, ThreadPoolExecutor(self._lanes, "lane") as pool:
+            while self.progress.step < self.config.steps:
+                start = time.perf_counter()
+                loss = self._step(pool)
+                self.step_seconds.append(time.perf_counter() - start)
+                self.progress.losses.append(loss)
+                self.progress.step += 1
+                on_step(self.progress.step, loss)
+                last = self.progress.step == self.config.steps
+                if last or stop.is_set() or self.progress.step % self._every == 0:
+                    self._save()
+                if stop.is_set() and not last:
+                    raise TrainingInterrupted(f"stopped after step {self.progress.step}")
+        return self.progress.losses
+
+    def _step(self, pool: ThreadPoolExecutor) -> float:
+        step, config = self.progress.step, self.config
+        chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
+        batch = self._sequences[chosen]
+        parts = batch.split(config.micro_batch)
+        passes = [pool.submit(self._pass, part, batch.shape[0]) for part in parts]
+        total = 0.0
+        sums: list[torch.Tensor] | None = None
+        try:
+            for future in passes:
+                loss, gradients = future.result()
+                total += loss
+                if sums is None:
+                    sums = list(gradients)
+                else:
+                    for kept, new in zip(sums, gradients, strict=True):
+                        kept.add_(new)
+        except BaseException:
+            for future in passes:
+                future.cancel()
+            raise
+        assert sums is not None
+        for parameter, gradient in zip(self._parameters.values(), sums, strict=True):
+            parameter.grad = gradient
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"step {step + 1}: the gradient is not finite; lower the learning rate "
+                f"({config.learning_rate:g}) or look at the data"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        self._optimizer.step()
+        return total
+
+    def _pass(self, part: torch.Tensor, batch: int) -> tuple[float, tuple[torch.Tensor, ...]]:
+        """One lane: loss and gradients of a micro-batch, as its share of the step's mean."""
+        try:
+            loss = token_losses(self._model, part) / (batch * (part.shape[1] - 1))
+            gradients = torch.autograd.grad(loss, list(self._parameters.values()))
+        finally:
+            self._forget_lane()
+        return loss.item(), gradients
+
+    def _save(self) -> None:
+        if self._checkpoints is not None:
+            checkpoint.save(
+                self._checkpoints, self.progress, self._run, self._parameters, self._optimizer
+            )
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,147 @@
+"""One frozen linear layer: worker and owner under encryption against clear torch.
+
+    python -m benchmarks.he_linear --json benchmarks/results/he_linear.json
+
+For every shape and token count the sides are timed in turn, round after round, and each figure
+is the median over rounds, so that a machine that changes speed changes all of them. Clear torch
+is measured in fp32 and in bf16: the honest alternative is the faster of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backends.he.interface import OwnerMatrix
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.params import Parameters, preset
+from backends.he.plan import plan_matrix
+from backends.he.public import HintBuilder, PublicMatrix, public_seed
+from backends.he.quantise import dequantise, quantise
+from scenarios import record
+
+SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048), (2048, 512))
+TOKENS = (1, 64, 256, 1024)
+
+
+def heavy_tailed(tokens: int, inputs: int, seed: int) -> NDArray[np.float32]:
+    """Activations like a transformer's: Student t, with a few outlier channels."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_t(4, size=(tokens, inputs))
+    x[:, rng.choice(inputs, max(1, inputs // 256), replace=False)] *= 8
+    return x.astype(np.float32)
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """(milliseconds, result)."""
+    start = time.perf_counter()
+    result = action()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+class Layer:
+    """One layer in all its forms: prepared for the cipher, and in clear fp32 and bf16."""
+
+    def __init__(self, inputs: int, outputs: int, parameters: Parameters) -> None:
+        torch.manual_seed(inputs + outputs)
+        self.fp32 = torch.randn(outputs, inputs) * 0.02
+        self.bf16 = self.fp32.bfloat16()
+        self.codes, scale = quantise(self.fp32)
+        self.public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
+        hint = HintBuilder(self.public, parameters.rank).build(self.codes, True)
+        ones = np.ones(inputs, np.float32)
+        plan = plan_matrix(self.codes, scale)
+        self.matrix = OwnerMatrix(f"{inputs}x{outputs}", ones, scale, plan, hint)
+        self.exact = dequantise(self.codes, scale).double().numpy()
+
+
+def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> dict[str, Any]:
+    """One case of the report."""
+    x = heavy_tailed(tokens, layer.matrix.in_features, seed=tokens)
+    x32, x16 = torch.from_numpy(x), torch.from_numpy(x).bfloat16()
+    owner, worker = MlweOwner(parameters, layer.public), MlweWorker(parameters)
+    times: dict[str, list[float]] = {
+        k: [] for k in ("worker", "owner_encrypt", "owner_decrypt", "clear_fp32", "clear_bf16")
+    }
+    for turn in range(rounds + 2):
+        spent = {}
+        spent["owner_encrypt"], sent = timed(lambda: owner.encrypt(x, layer.matrix))
+        payload = memoryview(sent.payload)
+        spent["worker"], answer = timed(
+            lambda p=payload: worker.multiply(p, tokens, layer.codes, True)
+        )
+        spent["owner_decrypt"], y = timed(
+            lambda s=sent, a=answer: owner.decrypt(s.sealed, a, layer.matrix)
+        )
+        spent["clear_fp32"], _ = timed(lambda: torch.nn.functional.linear(x32, layer.fp32))
+        spent["clear_bf16"], _ = timed(lambda: torch.nn.functional.linear(x16, layer.bf16))
+        if turn >= 2:  # the first rounds compile and fill caches
+            for name, value in spent.items():
+                times[name].append(value)
+    expected = x.astype(np.float64) @ layer.exact.T
+    error = float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
+    case = {
+        "in": layer.matrix.in_features,
+        "out": layer.matrix.out_features,
+        "tokens": tokens,
+        **{f"{name}_ms": median(values) for name, values in times.items()},
+        "relative_error": error,
+        "predicted_error": layer.matrix.plan.predicted_error(parameters),
+        "bytes_up_per_value": len(sent.payload) / x.size,
+        "bytes_down_per_value": len(answer) / y.size,
+    }
+    owner_ms = case["owner_encrypt_ms"] + case["owner_decrypt_ms"]
+    case["worker_over_fp32"] = median(_ratios(times, "worker", "clear_fp32"))
+    case["worker_over_bf16"] = median(_ratios(times, "worker", "clear_bf16"))
+    case["owner_over_fp32"] = owner_ms / case["clear_fp32_ms"]
+    case["owner_over_bf16"] = owner_ms / case["clear_bf16_ms"]
+    return case
+
+
+def _ratios(times: dict[str, list[float]], over: str, under: str) -> list[float]:
+    return [a / b for a, b in zip(times[over], times[under], strict=True)]
+
+
+def print_table(cases: list[dict[str, Any]]) -> None:
+    """The cases as a table."""
+    head = ("in", "out", "tokens", "worker", "encrypt", "decrypt", "fp32", "bf16")
+    head += ("worker/fp32", "/bf16", "owner/fp32", "/bf16", "error", "predicted")
+    print("  ".join(f"{h:>9}" for h in head), "  (times in ms)")
+    for c in cases:
+        cells = [f"{c['in']:>9}", f"{c['out']:>9}", f"{c['tokens']:>9}"]
+        for key in ("worker", "owner_encrypt", "owner_decrypt", "clear_fp32", "clear_bf16"):
+            cells.append(f"{c[key + '_ms']:>9.2f}")
+        cells += [f"{c['worker_over_fp32']:>11.2f}", f"{c['worker_over_bf16']:>9.2f}"]
+        cells += [f"{c['owner_over_fp32']:>10.2f}", f"{c['owner_over_bf16']:>9.2f}"]
+        cells += [f"{c['relative_error']:>9.3%}", f"{c['predicted_error']:>9.3%}"]
+        print("  ".join(cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="standard", help="cipher parameters (standard)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds per case (15)")
+    record.add_json_option(parser)
+    args = parser.parse_args()
+    parameters = preset(args.preset)
+    cases = []
+    for inputs, outputs in SHAPES:
+        layer = Layer(inputs, outputs, parameters)
+        for tokens in TOKENS:
+            cases.append(measure(layer, tokens, parameters, args.rounds))
+    print_table(cases)
+    record.write(args.json, {"preset": args.preset, "rounds": args.rounds, "cases": cases})
+
+
+if __name__ == "__main__":
+    main()
