@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -80,6 +81,8 @@ class OwnerClient:
         self._pending: dict[int, Future[Float32Array]] = {}
         self._closed = threading.Event()
         self._failure: str | None = None
+        self.waited_s = 0.0
+        """Seconds lanes have spent blocked in `linear`, summed over lanes."""
 
     @property
     def meter(self) -> Meter:
@@ -112,7 +115,12 @@ class OwnerClient:
             self._pending[call] = future
             # Posted under the lock: the machine takes calls in increasing order.
             self._loop.post(LinearWanted(call, matrix, len(x), x))
-        return future.result()
+        start = time.perf_counter()
+        try:
+            return future.result()
+        finally:
+            with self._lock:
+                self.waited_s += time.perf_counter() - start
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Say goodbye to every worker and stop."""

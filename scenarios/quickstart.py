@@ -1,0 +1,257 @@
+"""Fine-tune a small Llama privately on a codebase it has never seen, and see that it learned.
+
+    python -m scenarios.quickstart            (what `make quickstart` runs)
+
+Plays both roles in this process: the *owner* has the private text, here the source of the
+installed `networkx` package; the *worker* has the public weights of a small Llama that comes
+with this repository and sees only ciphertexts. The same fine-tuning is then run in clear
+beside it, from the same seed, on the same int8 base weights.
+
+Expected result, in under four minutes on two cores: the held-out loss falls by more than 15 %,
+private and clear agree within 0.5 %, and a report with loss curves is in runs/quickstart/.
+Interrupt it whenever you like: the same command goes on with the step after the last one saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer
+
+from backends.he.params import PRESETS, preset
+from backends.nn.adapters import add_lora, save_adapter
+from backends.nn.data import pack, read_texts
+from backends.nn.local import localise
+from backends.nn.skeleton import build_skeleton
+from backends.nn.sources import SafetensorsSource, human_bytes
+from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted, evaluate
+from scenarios import record, report
+from scenarios.preparation import default_cache, prepared_for
+from scenarios.session import private_session, train_with_bar
+
+BASE = Path(__file__).parent / "assets" / "tiny-llama"
+SEQUENCE = 256
+PRIVATE_PACKAGE = "networkx"
+PROMPT = '    """Returns the number of nodes in the graph.\n\n    Parameters\n    ----------\n    G : '
+COMPLETION_TOKENS = 40
+
+
+@dataclass
+class Private:
+    """The owner's text as int64[n, 256]: to train on, and held out (other files)."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    files: int
+
+
+def private_text(tokenizer: Any, held_out: int) -> Private:
+    """The source files of PRIVATE_PACKAGE, split by file with a hash of its name."""
+    spec = importlib.util.find_spec(PRIVATE_PACKAGE)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    root = Path(spec.submodule_search_locations[0])
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    files = sorted(f for f in root.rglob("*.py") if "tests" not in f.parts and f.stat().st_size)
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
+        parts[bucket < 15] += read_texts(file)
+
+    def packed(texts: list[str], seed: int) -> torch.Tensor:
+        sequences = pack(texts, tokenizer, SEQUENCE, tokenizer.eos_token_id)
+        generator = torch.Generator().manual_seed(seed)
+        return sequences[torch.randperm(len(sequences), generator=generator)]
+
+    return Private(packed(parts[False], 0), packed(parts[True], 1)[:held_out], len(files))
+
+
+def complete(model: torch.nn.Module, tokenizer: Any) -> str:
+    """Greedy completion of PROMPT."""
+    model.eval()
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=COMPLETION_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :]))
+
+
+class Quickstart:
+    """One run: what both sides need, then the private and the clear fine-tuning."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.out: Path = args.out
+        self.tokenizer = AutoTokenizer.from_pretrained(BASE)
+        self.config = AutoConfig.from_pretrained(BASE)
+        self.source = SafetensorsSource(BASE)
+        self.text = private_text(self.tokenizer, args.held_out)
+        self.training = TrainConfig(
+            steps=args.steps, batch=4, micro_batch=4 // args.lanes,
+            learning_rate=args.learning_rate, seed=args.seed,
+        )  # fmt: skip
+        self.figures: dict[str, Any] = {"steps": args.steps, "lanes": args.lanes}
+
+    def _lora(self, model: torch.nn.Module) -> PeftModel:
+        return add_lora(model, self.args.rank, 2 * self.args.rank, self.args.seed)
+
+    def _trainer(self, model: PeftModel, name: str, **more: Any) -> Trainer:
+        identity = {"rank": self.args.rank, "base": self.source.identity(), "role": name}
+        return Trainer(
+            model, self.text.train, self.training, identity=identity,
+            checkpoints=self.out / f"checkpoints-{name}", **more,
+        )  # fmt: skip
+
+    def private(self) -> list[float]:
+        """Fine-tune through the worker on ciphertexts; saves the adapter."""
+        skeleton = build_skeleton(self.config, self.source)
+        parameters = preset(self.args.preset)
+        self.prepared, self.figures["prepare_s"] = prepared_for(
+            skeleton, self.config, self.source, parameters, self.args.cache
+        )
+        model = self._lora(skeleton.model)
+        trainer = self._trainer(
+            model, "private", lanes=self.args.lanes, forget_lane=skeleton.remote.forget_lane
+        )
+        with private_session(skeleton, self.prepared, self.args.lanes) as session:
+            before, done_before = session.usage(), trainer.progress.step
+            losses = train_with_bar(trainer, "private (encrypted)")
+            used, steps = session.usage().since(before), len(losses) - done_before
+            self._count(trainer, used, steps)
+            self.figures["private_loss"] = evaluate(model, self.text.held_out, 4)
+            self.figures["completion_after"] = complete(model, self.tokenizer)
+        adapter = self.out / "adapter"
+        save_adapter(model, adapter, str(BASE))
+        self.figures["adapter_dir"] = str(adapter)
+        return losses
+
+    def _count(self, trainer: Trainer, used: Any, steps: int) -> None:
+        tokens = steps * self.training.batch * SEQUENCE
+        seconds = sum(trainer.step_seconds)
+        self.figures |= {
+            "tokens": self.training.steps * self.training.batch * SEQUENCE,
+            "private_s": seconds,
+            "steps_this_run": steps,
+            "owner_cipher_s": used.owner_s,
+            "worker_s": used.worker_s,
+            "wire_s": max(0.0, used.waited_s - used.owner_s - used.worker_s),
+            "owner_model_s": max(0.0, seconds - used.waited_s / self.args.lanes),
+            "bytes_per_token_up": used.bytes_up / max(1, tokens),
+            "bytes_per_token_down": used.bytes_down / max(1, tokens),
+            "blocks_encrypted": used.blocks,
+        }
+
+    def clear(self) -> list[float]:
+        """The same fine-tuning in plain torch, on the same int8 base weights."""
+        skeleton = build_skeleton(self.config, self.source)
+        localise(skeleton, self.prepared)
+        self.figures["base_loss"] = evaluate(skeleton.model, self.text.held_out, 4)
+        self.figures["completion_before"] = complete(skeleton.model, self.tokenizer)
+        model = self._lora(skeleton.model)
+        trainer = self._trainer(model, "clear")
+        losses = train_with_bar(trainer, "clear (to compare)")
+        self.figures["clear_s"] = sum(trainer.step_seconds)
+        self.figures["clear_loss"] = evaluate(model, self.text.held_out, 4)
+        return losses
+
+    def run(self) -> dict[str, Any]:
+        """Everything; returns the figures."""
+        if self.args.fresh:
+            for name in ("private", "clear"):
+                shutil.rmtree(self.out / f"checkpoints-{name}", ignore_errors=True)
+        start = time.perf_counter()
+        print(
+            f"owner: {self.text.files} files of {PRIVATE_PACKAGE!r}, "
+            f"{self.text.train.numel():,} tokens to train on, "
+            f"{self.text.held_out.numel():,} held out"
+        )
+        private = self.private()
+        clear = self.clear()
+        self.figures["losses"], self.figures["clear_losses"] = private, clear
+        self.figures["total_s"] = time.perf_counter() - start
+        self.figures["plot"] = str(self.out / "losses.png")
+        report.plot_losses(Path(self.figures["plot"]), private, clear, self.figures)
+        text = summary(self.figures)
+        report.write_text(self.out / "report.md", text)
+        print(text)
+        return self.figures
+
+
+def summary(f: dict[str, Any]) -> str:
+    """The report a person reads."""
+    gap = f["private_loss"] / f["clear_loss"] - 1
+    fall = 1 - f["private_loss"] / f["base_loss"]
+    return f"""
+# Private fine-tuning report
+
+| held-out loss (nats per token) | |
+| --- | --- |
+| base model | {f["base_loss"]:.4f} |
+| LoRA fine-tuned in clear | {f["clear_loss"]:.4f} |
+| **LoRA fine-tuned privately** | **{f["private_loss"]:.4f}** ({fall:.1%} below base, \
+{gap:+.2%} against clear) |
+
+| time of the {f["steps_this_run"]} private steps of this run | s |
+| --- | --- |
+| in all (in clear: {f["clear_s"]:.1f}) | {f["private_s"]:.1f} |
+| owner: model (embeddings, attention, adapters, optimiser) | {f["owner_model_s"]:.1f} |
+| owner: encrypt and decrypt | {f["owner_cipher_s"]:.1f} |
+| wire (hand-over between threads; the bytes stay in memory) | {f["wire_s"]:.1f} |
+| worker: products on ciphertexts | {f["worker_s"]:.1f} |
+
+Traffic per trained token: {human_bytes(f["bytes_per_token_up"])} up, \
+{human_bytes(f["bytes_per_token_down"])} down. Encrypted blocks, each under its own secret: \
+{f["blocks_encrypted"]:,}.
+
+A completion of `{PROMPT.strip().splitlines()[0]} ...`
+
+before: {f["completion_before"]!r}
+after:  {f["completion_after"]!r}
+
+Adapter: {f["adapter_dir"]} (load it with `peft.PeftModel.from_pretrained`)
+Loss curves: {f["plot"]}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=120, help="optimiser steps of 4 x 256 tokens (120)")
+    add("--lanes", type=int, default=1, choices=(1, 2, 4), help="micro-batches in flight (1)")
+    add("--learning-rate", type=float, default=8e-3, help="peak learning rate (8e-3)")
+    add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
+    add("--seed", type=int, default=0, help="seed of adapters and data order (0), never of secrets")
+    add("--held-out", type=int, default=32, help="held-out sequences of 256 tokens (32)")
+    add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
+    add("--out", type=Path, default=Path("runs/quickstart"), help="report, adapter, checkpoints")
+    add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
+    add("--fresh", action="store_true", help="start over instead of resuming")
+    record.add_json_option(parser)
+    args = parser.parse_args()
+    try:
+        figures = Quickstart(args).run()
+    except TrainingInterrupted as stopped:
+        print(f"\n{stopped}; the same command goes on from there")
+        sys.exit(130)
+    record.write(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the real scenarios share: a private session, its training, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from tqdm import tqdm
+
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.store import PreparedModel
+from backends.net.inprocess import in_process
+from backends.net.owner import OwnerClient
+from backends.net.worker import WorkerServer
+from backends.nn.skeleton import Skeleton
+from backends.nn.trainer import Trainer
+
+
+@dataclass
+class Usage:
+    """Counters of a private session at one moment, or the difference of two."""
+
+    owner_s: float
+    worker_s: float
+    waited_s: float
+    bytes_up: int
+    bytes_down: int
+    blocks: int
+
+    def since(self, before: Usage) -> Usage:
+        """What was used after `before`."""
+        return Usage(
+            self.owner_s - before.owner_s,
+            self.worker_s - before.worker_s,
+            self.waited_s - before.waited_s,
+            self.bytes_up - before.bytes_up,
+            self.bytes_down - before.bytes_down,
+            self.blocks - before.blocks,
+        )
+
+
+class PrivateSession:
+    """An owner connected to a worker in this process, with real encryption."""
+
+    def __init__(self, cipher: MlweOwner, client: OwnerClient, server: WorkerServer) -> None:
+        self._cipher = cipher
+        self._client = client
+        self._server = server
+
+    def usage(self) -> Usage:
+        """Counters so far."""
+        return Usage(
+            self._client.meter.total_busy_s(),
+            self._server.meter.total_busy_s(),
+            self._client.waited_s,
+            self._client.meter.bytes_sent,
+            self._server.meter.bytes_sent,
+            self._cipher.blocks,
+        )
+
+    def warm_up(self, prepared: PreparedModel) -> None:
+        """One product, so that compiling the kernels is not taken for a slow first step."""
+        self._client.linear(0, np.ones((1, prepared.groups[0].in_features), np.float32))
+
+
+@contextmanager
+def private_session(
+    skeleton: Skeleton, prepared: PreparedModel, lanes: int
+) -> Iterator[PrivateSession]:
+    """Connects the skeleton's remote linears to an in-process worker under real encryption."""
+    assert prepared.parameters is not None
+    owner = MlweOwner(prepared.parameters, prepared.public_matrix())
+    worker = MlweWorker(prepared.parameters)
+    with in_process(prepared, owner, worker, lanes=lanes) as (client, server):
+        session = PrivateSession(owner, client, server)
+        session.warm_up(prepared)
+        with skeleton.remote.connected(client.linear):
+            yield session
+
+
+def train_with_bar(trainer: Trainer, label: str) -> list[float]:
+    """Train under a live progress bar; returns the losses of all steps."""
+    with tqdm(
+        total=trainer.config.steps,
+        initial=trainer.progress.step,
+        desc=label,
+        unit="step",
+        dynamic_ncols=True,
+    ) as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        return trainer.train(on_step)
+
+
+def median_or_zero(values: list[float]) -> float:
+    """Median, or 0.0 of nothing."""
+    return median(values) if values else 0.0
