@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 from tqdm import tqdm
@@ -82,7 +81,11 @@ def private_session(
             yield session
 
 
-def train_with_bar(trainer: Trainer, label: str) -> list[float]:
+def train_with_bar(
+    trainer: Trainer,
+    label: str,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
     """Train under a live progress bar; returns the losses of all steps."""
     with tqdm(
         total=trainer.config.steps,
@@ -95,10 +98,6 @@ def train_with_bar(trainer: Trainer, label: str) -> list[float]:
         def on_step(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(step - bar.n)
+            after_step(step, loss)
 
         return trainer.train(on_step)
-
-
-def median_or_zero(values: list[float]) -> float:
-    """Median, or 0.0 of nothing."""
-    return median(values) if values else 0.0
