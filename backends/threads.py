@@ -27,10 +27,8 @@ def run_split(work: Callable[[int, int], object], size: int, grain: int = 1) -> 
     """
     parts = max(1, min(core_count(), size // max(1, grain)))
     bounds = [size * i // parts for i in range(parts + 1)]
-    futures = [
-        _pool().submit(work, first, last)
-        for first, last in itertools.pairwise(bounds)
-    ]
+    others = itertools.pairwise(bounds[:-1])
+    futures = [_pool().submit(work, first, last) for first, last in others]
     try:
         work(bounds[-2], bounds[-1])
     finally:

@@ -42,7 +42,7 @@ from scenarios.session import private_session, train_with_bar
 BASE = Path(__file__).parent / "assets" / "tiny-llama"
 SEQUENCE = 256
 PRIVATE_PACKAGE = "networkx"
-PROMPT = '    """Returns the number of nodes in the graph.\n\n    Parameters\n    ----------\n    G : '
+PROMPT = "    Examples\n    --------\n    >>> G = nx."
 COMPLETION_TOKENS = 40
 
 
@@ -218,7 +218,7 @@ Traffic per trained token: {human_bytes(f["bytes_per_token_up"])} up, \
 {human_bytes(f["bytes_per_token_down"])} down. Encrypted blocks, each under its own secret: \
 {f["blocks_encrypted"]:,}.
 
-A completion of `{PROMPT.strip().splitlines()[0]} ...`
+A completion of {PROMPT!r}:
 
 before: {f["completion_before"]!r}
 after:  {f["completion_after"]!r}
@@ -233,9 +233,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=120, help="optimiser steps of 4 x 256 tokens (120)")
+    add("--steps", type=int, default=150, help="optimiser steps of 4 x 256 tokens (150)")
     add("--lanes", type=int, default=1, choices=(1, 2, 4), help="micro-batches in flight (1)")
-    add("--learning-rate", type=float, default=8e-3, help="peak learning rate (8e-3)")
+    add("--learning-rate", type=float, default=7e-3, help="peak learning rate (7e-3)")
     add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
     add("--seed", type=int, default=0, help="seed of adapters and data order (0), never of secrets")
     add("--held-out", type=int, default=32, help="held-out sequences of 256 tokens (32)")

@@ -57,23 +57,27 @@ def reciprocal(parameters: Parameters) -> int:
     return ((p << (RECIPROCAL_SHIFT + 1)) // q + 1) // 2
 
 
-@njit(nogil=True, cache=True)
+# Reassociation lets LLVM sum in vectors; `rounded_up` makes the order of the sum immaterial.
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def _token_norms(x: Any, in_scale: Any, norms: Any, first: int, last: int) -> None:
     """norms[t] = ||x_t * in_scale||_2 in float64; not finite exactly when an input is not."""
-    inputs = x.shape[1]
-    partial = np.empty(16)
-    whole = inputs // 16 * 16
     for t in range(first, last):
-        partial[:] = 0.0
-        for k in range(0, whole, 16):
-            for lane in range(16):
-                v = np.float64(x[t, k + lane]) * np.float64(in_scale[k + lane])
-                partial[lane] += v * v
         total = 0.0
-        for k in range(whole, inputs):
-            v = np.float64(x[t, k]) * np.float64(in_scale[k])
+        row = x[t]
+        for k in range(len(row)):
+            v = np.float64(row[k]) * np.float64(in_scale[k])
             total += v * v
-        norms[t] = np.sqrt(total + partial.sum())
+        norms[t] = np.sqrt(total)
+
+
+def rounded_up(norms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Norms rounded up to 20 significant bits.
+
+    A norm's last bits depend on the order of summation; the scale derived from this does not,
+    and rounding up keeps the promise that nothing wraps.
+    """
+    mantissa, exponent = np.frexp(norms)
+    return np.ldexp(np.ceil(mantissa * 2.0**20) / 2.0**20, exponent)
 
 
 @njit(nogil=True, inline="always")
@@ -273,7 +277,7 @@ class MlweOwner(OwnerCipher):
         stream = Keystream(self._entropy.fresh_key())
         with self._count_lock:
             self.secrets_drawn += count
-        return [BlockSecret(stream, self._parameters.rank, _D) for _ in range(count)]
+        return BlockSecret.draw(stream, count, self._parameters.rank, _D)
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
         """This thread's buffer for error bits: fresh pages each time would cost more than AES."""
@@ -334,7 +338,7 @@ def token_scales(
     amplitude = matrix.plan.amplitude(parameters)
     # Float32 inputs are zero or above 1e-45; the bound only keeps the division finite.
     zero = norms < 1e-200
-    safe = np.where(zero, 1.0, norms)
+    safe = rounded_up(np.where(zero, 1.0, norms))
     return np.where(zero, 1.0, amplitude / safe), np.where(zero, 0.0, safe / amplitude)
 
 

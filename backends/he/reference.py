@@ -127,13 +127,12 @@ class ReferenceOwner(OwnerCipher):
         p, rank = self._parameters.worker_modulus, self._parameters.rank
         tokens, inputs = x.shape
         wide = x.astype(np.float64) * matrix.in_scale.astype(np.float64)
-        norms = np.array([_norm(row) for row in wide])
+        norms = np.sqrt(np.sum(wide**2, axis=1))
         alpha, inverse = token_scales(norms, matrix, self._parameters)
         stream = Keystream(self._entropy.fresh_key())
-        secrets = []
-        for _ in range(-(-tokens // _D)):
-            s = ternary(stream, rank * _D).reshape(rank, _D).astype(np.int64)
-            secrets.append(matmul_mod(s % _Q, self._evaluate.T.copy()))
+        blocks = -(-tokens // _D)
+        drawn = ternary(stream, blocks * rank * _D).reshape(blocks, rank, _D).astype(np.int64)
+        secrets = [matmul_mod(s % _Q, self._evaluate.T.copy()) for s in drawn]
         error = _errors(Keystream(self._entropy.fresh_key()), tokens, inputs)
         digits = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
         for block, secret in enumerate(secrets):
@@ -182,21 +181,6 @@ class ReferenceWorker(WorkerCipher):
         y = sum((256**limb * (planes[limb] @ matrix) for limb in range(limbs)), np.int64(0))
         rounded = ((y + 2 ** (delta - 1)) >> delta) % 2**self._parameters.result_bits
         return rounded.astype("<u2").reshape(-1).view(np.uint8)
-
-
-def _norm(row: NDArray[np.float64]) -> float:
-    """||row||_2 with sixteen partial sums, then the tail: the order of the fast kernel."""
-    partial = np.zeros(16)
-    whole = len(row) // 16 * 16
-    for k in range(0, whole, 16):
-        partial += row[k : k + 16] ** 2
-    tail = 0.0
-    for v in row[whole:].tolist():
-        tail += v * v
-    total = 0.0
-    for value in partial.tolist():
-        total += value
-    return float(np.sqrt(tail + total))
 
 
 def _errors(stream: Keystream, tokens: int, inputs: int) -> NDArray[np.int64]:

@@ -124,6 +124,16 @@ def mask_tile_kernel(rank: int) -> Callable[..., None]:
     return mask  # type: ignore[no-any-return]
 
 
+@njit(nogil=True, cache=True)
+def _transform_secret(secret: Any, zeta: Any, zeta_shoup: Any, factor: int, out: Any) -> None:
+    values = np.empty(_D, np.uint32)
+    for row in range(len(secret)):
+        for j in range(_D):
+            s = np.int64(secret[row, j])
+            values[j] = np.uint32(s + (s >> np.int64(63)) * -_Q)
+        _forward_ntt(values, zeta, zeta_shoup, factor, out[row])
+
+
 def inverse_tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """(zeta, zeta_shoup) that `mask_tile_kernel` functions take."""
     return _ZETA_INVERSE, _ZETA_INVERSE_SHOUP
@@ -143,9 +153,7 @@ def secret_to_ntt(secret: NDArray[np.int8]) -> Int32Array:
     """
     factor = _MONTGOMERY * pow(_D, -1, _Q) % _Q
     out = np.empty(secret.shape, np.int32)
-    values = np.where(secret < 0, secret + np.int64(_Q), secret).astype(np.uint32)
-    for row, result in zip(values, out, strict=True):
-        _forward_ntt(row, _ZETA, _ZETA_SHOUP, factor, result)
+    _transform_secret(secret, _ZETA, _ZETA_SHOUP, factor, out)
     return out
 
 

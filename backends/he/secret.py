@@ -36,9 +36,17 @@ def ternary(stream: Keystream, count: int) -> NDArray[np.int8]:
 class BlockSecret:
     """A ternary secret s of R^rank for one block: seals one message, opens one answer."""
 
-    def __init__(self, stream: Keystream, rank: int, degree: int) -> None:
-        self._ntt = secret_to_ntt(ternary(stream, rank * degree).reshape(rank, degree))
+    def __init__(self, secret: NDArray[np.int8]) -> None:
+        self._ntt = secret_to_ntt(secret)
         self._use = _Use.FRESH
+
+    @classmethod
+    def draw(cls, stream: Keystream, count: int, rank: int, degree: int) -> list[BlockSecret]:
+        """`count` independent secrets from one fresh keystream."""
+        drawn = ternary(stream, count * rank * degree).reshape(count, rank, degree)
+        secrets = [cls(secret) for secret in drawn]
+        drawn[...] = 0
+        return secrets
 
     def seal(self) -> NDArray[np.int32]:
         """The NTT-domain secret, to encrypt the block's only message.
