@@ -1,0 +1,288 @@
+"""The worker's product as one fused AVX-512 VNNI kernel, written as LLVM vectors for numba.
+
+    answer[t, j] = ((sum_l 256^l sum_k planes[l, t, k] * M[k, j] + 2^(delta-1)) >> delta) & mask
+
+vpdpbusd multiplies unsigned by signed bytes, so a digit d is fed in as d + 128 (one XOR) and
+
+    compensation[j] = 128 * sum_l 256^l * sum_k M[k, j]   (mod 2^32)
+
+is taken off again. It depends on the weight only and is made when the weight is packed. All sums
+are taken mod 2^32 and p divides 2^32, so nothing can overflow, whatever the number of inputs.
+
+Layout. A weight is packed once per direction, into as many bytes as it has, as panels of 32
+outputs: int8[panels][ceil(inputs/4)][32][4], zero where ragged, so that a step of four inputs is
+two aligned registers and a product reads a panel from front to back. A request is packed on
+every call as uint32[blocks][ceil(inputs/4)][rows], rows = 12 (token, limb) pairs: a word is the
+four digits of one step, and the kernel broadcasts it.
+
+A tile is 12 rows x 32 outputs: 24 accumulators, 2 weight registers and the broadcasts just fit
+in 32 registers, and 24 multiplications need 14 loads. All limbs of an output lie in one tile,
+so they are recombined, rounded and stored as 16 bits without an int32 reaching memory.
+
+Floor: limbs * tokens * inputs * outputs / 64 cycles on one core (vpdpbusd on 512 bits: 64
+multiply-adds, one a cycle). With one token, reading the weight bytes once bounds the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import config, njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from backends.threads import run_split
+
+WIDTH = 32
+"""Outputs of one panel: two registers of sixteen 32-bit lanes."""
+
+_LANES = 16
+_STEP = 4
+_ROWS = 12
+_FLIP = 0x80808080
+_ALIGNMENT = 64
+_NEEDED = ("avx512f", "avx512bw", "avx512vnni")
+
+_I32 = ir.IntType(32)
+_V16 = ir.VectorType(_I32, _LANES)
+_HALVES = ir.VectorType(ir.IntType(16), _LANES)
+_ZERO = ir.Constant(_V16, [0] * _LANES)
+
+
+def supported() -> bool:
+    """Whether this machine has AVX-512 VNNI and numba generates code for this very machine."""
+    if config.CPU_NAME not in (None, "", binding.get_host_cpu_name()) or config.CPU_FEATURES:
+        return False
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:
+        return False
+    return all(features.get(name, False) for name in _NEEDED)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One direction of an int8 weight, as the kernel reads it."""
+
+    panels: NDArray[np.int8]
+    """int8[panels * steps * 32 * 4], flat and aligned to 64 bytes."""
+    compensation: NDArray[np.uint32]
+    """uint32[panels * 32]: 128 * (1 + 256 + 65536) * column sum; zero past `outputs`."""
+    inputs: int
+    outputs: int
+
+
+def _aligned(size: int, dtype: type[Any]) -> NDArray[Any]:
+    width = np.dtype(dtype).itemsize
+    raw = np.empty(size * width + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size * width].view(dtype)
+
+
+class _Emit:
+    """The few operations the tile is made of."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder) -> None:
+        self.context = context
+        self.b = builder
+        self.dot = builder.module.declare_intrinsic(
+            "llvm.x86.avx512.vpdpbusd.512", (), ir.FunctionType(_V16, [_V16] * 3)
+        )
+
+    def pointer(self, array_type: Any, array: Any, index: Any) -> Any:
+        base = self.context.make_array(array_type)(self.context, self.b, array).data
+        return self.b.gep(base, [index])
+
+    def broadcast(self, value: Any) -> Any:
+        undefined = ir.Constant(_V16, ir.Undefined)
+        first = self.b.insert_element(undefined, value, ir.Constant(_I32, 0))
+        return self.b.shuffle_vector(first, undefined, _ZERO)
+
+    def vectors(self, pointer: Any, index: Any, count: int) -> list[Any]:
+        base = self.b.bitcast(pointer, _V16.as_pointer())
+        places = [self.b.add(index, ir.Constant(index.type, i)) for i in range(count)]
+        return [self.b.load(self.b.gep(base, [place]), align=4) for place in places]
+
+    def products(self, rows: int, operand: Any, panel: Any, steps: Any) -> list[list[Any]]:
+        """The int32 sums of `rows` packed rows with the 32 outputs of a panel."""
+        b, index = self.b, steps.type
+        entry, loop = b.block, b.append_basic_block("steps")
+        done = b.append_basic_block("done")
+        b.branch(loop)
+        b.position_at_end(loop)
+        step = b.phi(index)
+        step.add_incoming(ir.Constant(index, 0), entry)
+        sums = [[b.phi(_V16) for _ in range(2)] for _ in range(rows)]
+        weights = self.vectors(panel, b.mul(step, ir.Constant(index, 2)), 2)
+        first = b.mul(step, ir.Constant(index, rows))
+        for row, pair in enumerate(sums):
+            word = b.load(b.gep(operand, [b.add(first, ir.Constant(index, row))]))
+            digits = self.broadcast(word)
+            for total, weight in zip(pair, weights, strict=True):
+                total.add_incoming(_ZERO, entry)
+                total.add_incoming(b.call(self.dot, [total, digits, weight]), loop)
+        following = b.add(step, ir.Constant(index, 1))
+        step.add_incoming(following, loop)
+        b.cbranch(b.icmp_signed("<", following, steps), loop, done)
+        b.position_at_end(done)
+        return [[total.incomings[1][0] for total in pair] for pair in sums]
+
+    def recombined(self, limbs: list[Any], offset: Any, shift: Any, mask: Any) -> Any:
+        """((sum_l 256^l limbs[l] + offset) >> shift) & mask, as sixteen 16-bit lanes."""
+        total = offset
+        for exponent, limb in enumerate(limbs):
+            places = ir.Constant(_V16, [8 * exponent] * _LANES)
+            total = self.b.add(total, self.b.shl(limb, places))
+        return self.b.trunc(self.b.and_(self.b.lshr(total, shift), mask), _HALVES)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _tile(
+    _context: Any, limbs: Any, tokens: Any, operand: Any, at_operand: Any, panels: Any,
+    at_panel: Any, steps: Any, offsets: Any, at_offset: Any, rounding: Any, out: Any,
+    at_out: Any, stride: Any,
+) -> Any:  # fmt: skip
+    """out[at_out + t*stride + lane] for `tokens` tokens and 32 lanes, from flat arrays.
+
+    `limbs` and `tokens` are literals; rounding is uint32[2]: delta and the mask.
+    """
+    place = types.intp
+    signature = types.void(
+        limbs, tokens, operand, place, panels, place, place, offsets, place, rounding, out,
+        place, place,
+    )  # fmt: skip
+    digits, count = limbs.literal_value, tokens.literal_value
+
+    def build(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        e = _Emit(context, builder)
+        index = args[3].type
+        words = e.pointer(sig.args[2], args[2], args[3])
+        panel = e.pointer(sig.args[4], args[4], args[5])
+        sums = e.products(digits * count, words, panel, args[6])
+        zero = ir.Constant(index, 0)
+        offset = e.vectors(e.pointer(sig.args[7], args[7], args[8]), zero, 2)
+        shift, mask = (
+            e.broadcast(builder.load(e.pointer(sig.args[9], args[9], ir.Constant(index, i))))
+            for i in range(2)
+        )
+        for token in range(count):
+            rows = sums[token * digits : (token + 1) * digits]
+            for half in range(2):
+                lane = builder.add(args[11], builder.mul(args[12], ir.Constant(index, token)))
+                lane = builder.add(lane, ir.Constant(index, half * _LANES))
+                where = e.pointer(sig.args[10], args[10], lane)
+                value = e.recombined([row[half] for row in rows], offset[half], shift, mask)
+                builder.store(value, builder.bitcast(where, _HALVES.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return signature, build
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _tiles(
+    operand: Any, panels: Any, offsets: Any, rounding: Any, limbs: int, height: int, steps: int,
+    tokens: int, outputs: int, out: Any, first: int, last: int,
+) -> None:  # fmt: skip
+    """Tiles first..last of the (panel, block of `height` tokens) grid, panel by panel."""
+    blocks = (tokens + height - 1) // height
+    scratch = np.empty(_ROWS * WIDTH, np.uint16)
+    for tile in range(first, last):
+        panel, block = tile // blocks, tile % blocks
+        j, t = panel * WIDTH, block * height
+        whole = j + WIDTH <= outputs and t + height <= tokens
+        target = out if whole else scratch
+        at = t * outputs + j if whole else 0
+        stride = outputs if whole else WIDTH
+        a, b = t * limbs * steps, j * steps * _STEP
+        if limbs == 3 and height == 4:
+            _tile(3, 4, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
+        elif limbs == 2 and height == 6:
+            _tile(2, 6, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
+        elif limbs == 3:
+            _tile(3, 1, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
+        else:
+            _tile(2, 1, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
+        if not whole:
+            for row in range(min(height, tokens - t)):
+                for lane in range(min(WIDTH, outputs - j)):
+                    out[(t + row) * outputs + j + lane] = scratch[row * WIDTH + lane]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _pack_words(words: Any, operand: Any, height: int, first: int, last: int) -> None:
+    """words uint32[limbs, T, steps] -> blocks first..last of the flat packed request."""
+    limbs, tokens, steps = words.shape
+    rows = limbs * height
+    for block in range(first, last):
+        for row in range(rows):
+            t = min(block * height + row // limbs, tokens - 1)
+            source = words[row % limbs, t]
+            at = block * steps * rows + row
+            for step in range(steps):
+                operand[at + step * rows] = source[step] ^ np.uint32(_FLIP)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _pack_panels(matrix: Any, panels: Any, compensation: Any, first: int, last: int) -> None:
+    """matrix int8[outputs, inputs], of any strides -> panels first..last and their sums."""
+    outputs, inputs = matrix.shape
+    size = len(panels) // (len(compensation) // WIDTH)
+    factor = np.uint32(128 * (1 + 256 + 65536))
+    for panel in range(first, last):
+        panels[panel * size : (panel + 1) * size] = 0
+        for lane in range(WIDTH):
+            j = panel * WIDTH + lane
+            total = np.int32(0)
+            if j < outputs:
+                row = matrix[j]
+                for k in range(inputs):
+                    value = row[k]
+                    total += np.int32(value)
+                    at = panel * size + (k // _STEP) * WIDTH * _STEP + lane * _STEP + k % _STEP
+                    panels[at] = value
+            compensation[j] = np.uint32(total) * factor
+
+
+def pack(weight: NDArray[np.int8], forward: bool) -> PackedWeight:
+    """Pack weight[N, K] for products with its transpose (forward: K in, N out) or with itself."""
+    matrix = weight if forward else weight.T
+    outputs, inputs = matrix.shape
+    count, steps = -(-outputs // WIDTH), -(-inputs // _STEP)
+    panels = _aligned(count * steps * WIDTH * _STEP, np.int8)
+    compensation = _aligned(count * WIDTH, np.uint32)
+    run_split(lambda a, b: _pack_panels(matrix, panels, compensation, a, b), count)
+    return PackedWeight(panels, compensation, inputs, outputs)
+
+
+def multiply(
+    planes: NDArray[np.int8], packed: PackedWeight, dropped_bits: int
+) -> NDArray[np.uint16]:
+    """planes int8[limbs, T, inputs] -> the rounded answer uint16[T, outputs]."""
+    limbs, tokens, inputs = planes.shape
+    if inputs != packed.inputs or limbs not in (2, 3):
+        raise ValueError(f"planes {planes.shape} do not fit a weight with {packed.inputs} inputs")
+    steps = -(-inputs // _STEP)
+    if inputs % _STEP or not planes.flags.c_contiguous:
+        padded = np.zeros((limbs, tokens, steps * _STEP), np.int8)
+        padded[:, :, :inputs] = planes
+        planes = padded
+    height = 1 if tokens == 1 else _ROWS // limbs
+    blocks = -(-tokens // height)
+    operand = _aligned(blocks * steps * limbs * height, np.uint32)
+    words = planes.view(np.uint32)
+    run_split(lambda a, b: _pack_words(words, operand, height, a, b), blocks, 8)
+    half = np.uint32((1 << dropped_bits) >> 1)
+    offsets = half - packed.compensation
+    rounding = np.array([dropped_bits, (1 << (8 * limbs - dropped_bits)) - 1], np.uint32)
+    out = np.empty(tokens * packed.outputs, np.uint16)
+    run_split(
+        lambda a, b: _tiles(
+            operand, packed.panels, offsets, rounding, limbs, height, steps, tokens,
+            packed.outputs, out, a, b,
+        ),
+        blocks * (len(packed.compensation) // WIDTH),
+    )  # fmt: skip
+    return out.reshape(tokens, packed.outputs)

@@ -1,0 +1,94 @@
+"""A tiny random Llama and GPT-2, prepared for both backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+
+from backends.he.clear import ClearOwner, ClearWorker
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.params import preset
+from backends.he.store import PreparedModel, prepare
+from backends.net.inprocess import in_process
+from backends.net.owner import OwnerClient
+from backends.nn.skeleton import Skeleton, build_skeleton
+from backends.nn.sources import RandomSource
+
+LLAMA = LlamaConfig(
+    vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+GPT2 = GPT2Config(
+    vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+CONFIGS: dict[str, PretrainedConfig] = {"llama": LLAMA, "gpt2": GPT2}
+SOURCE = RandomSource(0, deviation=0.1)
+
+
+@dataclass
+class Tiny:
+    """A config and its prepared models."""
+
+    config: PretrainedConfig
+    prepared: dict[str, PreparedModel]
+
+    def skeleton(self) -> Skeleton:
+        """A fresh owner's model."""
+        return build_skeleton(self.config, SOURCE)
+
+    @contextmanager
+    def connected(
+        self, skeleton: Skeleton, backend: str, lanes: int = 1
+    ) -> Iterator[OwnerClient]:
+        """The skeleton connected to an in-process worker."""
+        prepared = self.prepared[backend]
+        parameters = prepared.parameters
+        owner = MlweOwner(parameters, prepared.public_matrix()) if parameters else ClearOwner()
+        worker = MlweWorker(parameters) if parameters else ClearWorker()
+        with (
+            in_process(prepared, owner, worker, lanes=lanes) as (client, _),
+            skeleton.remote.connected(client.linear),
+        ):
+            yield client
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Each architecture in turn."""
+    return make_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The Llama alone."""
+    return make_tiny("llama", tmp_path_factory.mktemp("llama-alone"))
+
+
+def make_tiny(name: str, directory: Path) -> Tiny:
+    """Prepare one architecture for `clear` and `mlwe`."""
+    config = CONFIGS[name]
+    skeleton = build_skeleton(config, SOURCE)
+    prepared = {}
+    for backend, parameters in (("clear", None), ("mlwe", preset("standard"))):
+        prepared[backend] = prepare(
+            directory / backend,
+            skeleton.groups,
+            lambda module: skeleton.load_weight(SOURCE, module),
+            parameters,
+            lambda label, done: None,
+        )
+    return Tiny(config, prepared)
+
+
+def tokens(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random int64[count, length]."""
+    return torch.randint(0, 96, (count, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,173 @@
+"""Lanes, exact resume, adapters that plain `peft` loads, and data in a fixed order."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from backends.nn import checkpoint
+from backends.nn.adapters import add_lora, save_adapter, trainable
+from backends.nn.checkpoint import ResumeError
+from backends.nn.data import ByteTokenizer, DataError, batch_indices, pack, read_texts
+from backends.nn.local import localise
+from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted, evaluate
+from tests.nn.conftest import Tiny, tokens
+
+CONFIG = TrainConfig(steps=4, batch=4, micro_batch=1, learning_rate=1e-2, warmup_steps=1)
+DATA = tokens(10, 12)
+
+
+def run(
+    tiny: Tiny, backend: str, lanes: int = 1, directory: Path | None = None, stop_after: int = 0
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train; returns the adapter's weights and the losses. Stops by Ctrl-C when asked."""
+    skeleton = tiny.skeleton()
+    model = add_lora(skeleton.model, 4, 8, seed=0)
+    trainer = Trainer(
+        model, DATA, CONFIG, lanes=lanes, forget_lane=skeleton.remote.forget_lane,
+        checkpoints=directory, checkpoint_every=100,
+    )  # fmt: skip
+
+    def on_step(step: int, loss: float) -> None:
+        if step == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with tiny.connected(skeleton, backend, lanes):
+        try:
+            losses = trainer.train(on_step)
+        except TrainingInterrupted:
+            losses = trainer.progress.losses
+    return {name: p.detach().clone() for name, p in trainable(model).items()}, losses
+
+
+def test_lanes_change_not_one_bit(llama: Tiny) -> None:
+    """With `clear`, 1, 2 and 4 lanes give identical adapters."""
+    expected, losses = run(llama, "clear", lanes=1)
+    for lanes in (2, 4):
+        found, other = run(llama, "clear", lanes=lanes)
+        assert other == losses
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_private_training_follows_clear_training(llama: Tiny) -> None:
+    """Losses of encrypted training stay close to those in clear."""
+    _, clear = run(llama, "clear")
+    _, private = run(llama, "mlwe", lanes=2)
+    assert private == pytest.approx(clear, rel=2e-3)
+    assert clear[-1] < clear[0]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_interrupt_and_resume_is_one_uninterrupted_run(
+    llama: Tiny, tmp_path: Path, stop_after: int
+) -> None:
+    """Ctrl-C ends the step in work, and the next start goes on: bit-identical with `clear`."""
+    expected, losses = run(llama, "clear")
+    _, first = run(llama, "clear", directory=tmp_path, stop_after=stop_after)
+    assert first == losses[:stop_after]
+    found, resumed = run(llama, "clear", directory=tmp_path)
+    assert resumed == losses
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_hold_no_randomness_and_no_pickle(llama: Tiny, tmp_path: Path) -> None:
+    """Three files, two of them safetensors; at most two checkpoints are kept."""
+    run(llama, "clear", directory=tmp_path, stop_after=1)
+    run(llama, "clear", directory=tmp_path, stop_after=2)
+    run(llama, "clear", directory=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000004"]
+    names = sorted(p.name for p in (tmp_path / "step-000004").iterdir())
+    assert names == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def test_a_half_written_checkpoint_is_never_seen(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while saving leaves the former checkpoint in force."""
+    run(llama, "clear", directory=tmp_path, stop_after=1)
+
+    def crash(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "write_json", crash)
+    with pytest.raises(OSError, match="disk full"):
+        run(llama, "clear", directory=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_resuming_with_other_settings_is_refused(llama: Tiny, tmp_path: Path) -> None:
+    """The error names what differs."""
+    run(llama, "clear", directory=tmp_path, stop_after=1)
+    skeleton = llama.skeleton()
+    model = add_lora(skeleton.model, 4, 8, seed=0)
+    other = TrainConfig(steps=4, batch=4, micro_batch=1, learning_rate=2e-2, warmup_steps=1)
+    with pytest.raises(ResumeError, match=r"learning_rate.*--fresh"):
+        Trainer(model, DATA, other, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["clear", "mlwe"])
+def test_plain_peft_loads_the_adapter(tiny: Tiny, tmp_path: Path, backend: str) -> None:
+    """A saved adapter on an ordinary model gives the logits of the owner's model in clear."""
+    skeleton = tiny.skeleton()
+    model = add_lora(skeleton.model, 4, 8, seed=0)
+    trainer = Trainer(model, DATA, CONFIG)
+    with tiny.connected(skeleton, backend):
+        trainer.train()
+    save_adapter(model, tmp_path / "adapter", "tiny")
+    plain = tiny.skeleton()
+    localise(plain, tiny.prepared[backend])
+    loaded = PeftModel.from_pretrained(plain.model, tmp_path / "adapter").eval()
+    ours = tiny.skeleton()
+    localise(ours, tiny.prepared[backend])
+    mine = add_lora(ours.model, 4, 8, seed=0).eval()
+    with torch.no_grad():
+        for name, parameter in trainable(mine).items():
+            parameter.copy_(trainable(model)[name])
+        expected = mine(input_ids=DATA).logits
+        assert torch.equal(loaded(input_ids=DATA).logits, expected)
+    with loaded.disable_adapter():
+        before = evaluate(loaded, DATA, 4)
+    assert evaluate(loaded, DATA, 4) < before
+
+
+def test_every_epoch_sees_every_sequence_once() -> None:
+    """And the order is a function of seed and step alone."""
+    seen = [i for step in range(5) for i in batch_indices(step, 4, 10, seed=3)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert batch_indices(2, 4, 10, seed=3) == seen[8:12]
+
+
+def test_text_is_packed_without_loss(tmp_path: Path) -> None:
+    """Sequences joined are the texts joined, separator between."""
+    (tmp_path / "a.py").write_text("abcd")
+    (tmp_path / "b.txt").write_text("éf")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    packed = pack(read_texts(tmp_path), ByteTokenizer(), 3, separator=0)
+    assert packed.flatten().tolist() == [*b"abcd", 0, *"éf".encode(), 0]
+    assert ByteTokenizer().decode(packed[0].tolist()) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none", None, "no such file"),
+        ("bad.txt", b"\xff\xfe", "not UTF-8"),
+        ("blank.txt", b" \n", "no text found"),
+    ],
+)
+def test_unusable_text_is_explained(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    """What, where, and what to do."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_texts(tmp_path / name)
+    with pytest.raises(DataError, match="fewer than one sequence"):
+        pack(["ab"], ByteTokenizer(), 10, None)

@@ -1,0 +1,156 @@
+"""What these tests share: a small catalogue, a toy cipher, and both machines with a test driver.
+
+The toy is additive masking, so it has the shape of the real cipher: the worker multiplies what
+it cannot read, and only the holder of the mask reads the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from protocol.catalogue import Catalogue, MatrixShape
+from protocol.events import (
+    Decrypt,
+    Effect,
+    Encrypt,
+    Event,
+    FrameArrived,
+    LinearWanted,
+    MultiplyCiphertext,
+    RunTask,
+    Start,
+    TaskDone,
+)
+from protocol.messages import Hello, Message, Multiply, Product, Welcome, encode
+from protocol.owner import Owner, OwnerConfig
+from protocol.worker import Worker, WorkerConfig
+
+SESSION = b"session-of-tests"
+OTHER_SESSION = b"another-session!"
+PARAMETERS = b"p" * 32
+MODEL = b"m" * 32
+STRANGE = b"?" * 32
+MODULUS = 1 << 32
+FACTORS = (3, 5)
+CATALOGUE = Catalogue(
+    MODEL,
+    PARAMETERS,
+    (
+        MatrixShape("layer.up", 1, 2, up_bytes_per_token=4, down_bytes_per_token=8),
+        MatrixShape("layer.down", 2, 1, up_bytes_per_token=4, down_bytes_per_token=8),
+    ),
+)
+HELLO = Hello(SESSION, PARAMETERS, MODEL)
+E = TypeVar("E")
+
+
+def all_of(effects: Iterable[Effect], kind: type[E]) -> list[E]:
+    """The effects of one kind, in order."""
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def one(effects: Iterable[Effect], kind: type[E]) -> E:
+    """The only effect of a kind."""
+    (found,) = all_of(effects, kind)
+    return found
+
+
+# --- the toy cipher -------------------------------------------------------------------------
+
+
+def _pack(values: Iterable[int], width: int) -> bytes:
+    return b"".join(value.to_bytes(width, "little") for value in values)
+
+
+def encrypt(x: Sequence[int], serial: int) -> tuple[bytes, tuple[int, ...]]:
+    """u32 per token, masked; `serial` is new for every encryption, and so is the mask."""
+    mask = tuple((serial * 2654435761 + 40503 * row) % MODULUS for row in range(len(x)))
+    return _pack(((v + m) % MODULUS for v, m in zip(x, mask, strict=True)), 4), mask
+
+
+def multiply(work: MultiplyCiphertext) -> bytes:
+    """u64 per token: a function of the request's bytes and nothing else."""
+    payload = bytes(work.payload)
+    rows = (int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4))
+    return _pack((row * FACTORS[work.matrix] for row in rows), 8)
+
+
+def decrypt(work: Decrypt) -> tuple[int, ...]:
+    """The masked product, unmasked."""
+    payload, mask = bytes(work.payload), work.sealed
+    assert isinstance(mask, tuple)
+    rows = (int.from_bytes(payload[i : i + 8], "little") for i in range(0, len(payload), 8))
+    factor = FACTORS[work.matrix]
+    return tuple((row - m * factor) % MODULUS for row, m in zip(rows, mask, strict=True))
+
+
+def clear(matrix: int, x: Sequence[int]) -> tuple[int, ...]:
+    """What a call must deliver."""
+    return tuple(v * FACTORS[matrix] % MODULUS for v in x)
+
+
+# --- the machines, with the test as driver ----------------------------------------------------
+
+
+class OwnerDesk:
+    """An owner; the test plays its driver and its workers."""
+
+    def __init__(self, peers: Sequence[str] = ("w1",), config: OwnerConfig | None = None) -> None:
+        self.owner = Owner(SESSION, CATALOGUE, peers, config)
+        self.peers = peers
+
+    def do(self, event: Event) -> list[Effect]:
+        """Hand over one event."""
+        return self.owner.handle(event, 0.0)
+
+    def hear(self, message: Message, peer: str = "w1") -> list[Effect]:
+        """Hand over a message of a worker."""
+        return self.do(FrameArrived(peer, encode(message)))
+
+    def welcome(self, peer: str = "w1", max_tokens: int = 64) -> list[Effect]:
+        """A worker agrees."""
+        return self.hear(Welcome(SESSION, PARAMETERS, MODEL, max_tokens), peer)
+
+    def open(self) -> OwnerDesk:
+        """Start, and be welcomed by everyone."""
+        self.do(Start())
+        for peer in self.peers:
+            self.welcome(peer)
+        return self
+
+    def ask(self, call: int = 1, matrix: int = 0, x: Sequence[int] = (7,)) -> list[Effect]:
+        """A lane asks and the encryption ends at once; returns what followed."""
+        run = one(self.do(LinearWanted(call, matrix, len(x), x)), RunTask)
+        assert isinstance(run.work, Encrypt)
+        return self.do(TaskDone(run.task, encrypt(x, serial=call)))
+
+    def product(self, call: int = 1, tokens: int = 1, peer: str = "w1") -> list[Effect]:
+        """A worker answers with the right number of bytes."""
+        return self.hear(Product(SESSION, call, bytes(8 * tokens)), peer)
+
+
+class WorkerDesk:
+    """A worker; the test plays its driver and the owners."""
+
+    def __init__(self, config: WorkerConfig | None = None) -> None:
+        self.worker = Worker(CATALOGUE, config)
+
+    def do(self, event: Event) -> list[Effect]:
+        """Hand over one event."""
+        return self.worker.handle(event, 0.0)
+
+    def hear(self, message: Message, peer: str = "o1") -> list[Effect]:
+        """Hand over a message of an owner."""
+        return self.do(FrameArrived(peer, encode(message)))
+
+    def open(self, peer: str = "o1") -> WorkerDesk:
+        """Be greeted."""
+        self.hear(HELLO, peer)
+        return self
+
+    def ask(
+        self, request: int = 1, session: bytes = SESSION, peer: str = "o1", tokens: int = 1
+    ) -> list[Effect]:
+        """An owner asks for a product."""
+        return self.hear(Multiply(session, request, 0, tokens, bytes(4 * tokens)), peer)

@@ -1,0 +1,114 @@
+"""The shape of the house: import arrows, the trust boundary, and what may never be imported."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("protocol", "backends", "sim", "scenarios", "benchmarks")
+ALLOWED = {
+    "protocol": set(),
+    "backends": {"protocol"},
+    "sim": {"protocol", "backends"},
+    "scenarios": {"protocol", "backends", "sim"},
+    "benchmarks": {"protocol", "backends", "sim", "scenarios"},
+}
+SECRET_HOLDERS = {
+    "backends.he.entropy", "backends.he.secret", "backends.he.mlwe_owner",
+    "backends.he.reference", "backends.he.clear", "backends.net.owner", "protocol.owner",
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by dotted name."""
+    found = {}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def closure(start: str) -> set[str]:
+    """Project modules that importing `start` loads, its packages included."""
+    known, seen, waiting = modules(), set(), [start]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in known:
+            continue
+        seen.add(name)
+        waiting += imports(known[name])
+        waiting += [name.rpartition(".")[0]]
+    return seen
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_one_way(room: str) -> None:
+    """scenarios -> (sim | backends) -> protocol."""
+    for name, path in modules().items():
+        if name.partition(".")[0] != room:
+            continue
+        used = {i.partition(".")[0] for i in imports(path)} & set(ROOMS)
+        assert used <= ALLOWED[room] | {room}, f"{name} imports {used - ALLOWED[room] - {room}}"
+
+
+def test_sim_uses_only_the_cipher_of_backends() -> None:
+    """The simulator may compute, but never runs the real drivers."""
+    for name, path in modules().items():
+        if name.startswith("sim"):
+            other = {i for i in imports(path) if i.startswith(("backends.net", "backends.nn"))}
+            assert not other, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("worker", ["backends.net.worker", "backends.he.mlwe_worker"])
+def test_worker_code_cannot_reach_a_secret(worker: str) -> None:
+    """Walking all imports of the worker's modules meets none that holds secrets or keys."""
+    reached = closure(worker)
+    assert worker in reached
+    assert len(reached) > 5
+    assert not reached & SECRET_HOLDERS
+
+
+def test_the_walk_would_notice() -> None:
+    """The same walk from the owner's side does reach them."""
+    assert {"backends.he.secret", "backends.he.entropy"} <= closure("backends.net.owner") | closure(
+        "backends.he.mlwe_owner"
+    )
+
+
+def test_nothing_unpickles() -> None:
+    """No pickle, no eval of what was read: files are safetensors, npy without objects, JSON."""
+    for name, path in modules().items():
+        text = path.read_text()
+        assert "pickle" not in imports(path), name
+        assert "allow_pickle" not in text, name
+        assert "torch.load(" not in text, name
+
+
+def test_private_values_are_not_logged() -> None:
+    """Log calls on the wire's path take names and reasons, never arrays."""
+    for name in ("backends.net.loop", "backends.net.owner", "backends.net.worker"):
+        for node in ast.walk(ast.parse(modules()[name].read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id == "log"
+            ):
+                words = {n.id for a in node.args for n in ast.walk(a) if isinstance(n, ast.Name)}
+                words |= {n.attr for a in node.args for n in ast.walk(a) if isinstance(n, ast.Attribute)}
+                assert not words & {"x", "payload", "sealed", "result", "frame", "loss"}, name
