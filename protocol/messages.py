@@ -223,7 +223,8 @@ def _decode_body(kind: int, session: bytes, body: memoryview) -> Message:
             request, matrix, tokens = _MULTIPLY.unpack_from(body)
             return Multiply(session, request, matrix, tokens, body[_MULTIPLY.size :])
         case 4:
-            return Product(session, *_PRODUCT.unpack_from(body), body[_PRODUCT.size :])
+            (request,) = _PRODUCT.unpack_from(body)
+            return Product(session, request, body[_PRODUCT.size :])
         case 5:
             request, reason = _REFUSE.unpack(body)
             return Refuse(session, request, Reason(reason))

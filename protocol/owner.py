@@ -353,7 +353,9 @@ class Owner:
             # The call failed while its task was running; the result has nowhere to go.
             return []
         if call.state is CallState.ENCRYPTING:
-            payload, call.sealed = result  # type: ignore[misc]
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise MisuseError("an encryption task returns (payload, sealed)")
+            payload, call.sealed = result
             if len(payload) != self._catalogue.up_bytes(call.matrix, call.tokens):
                 raise MisuseError("the ciphertext's size does not match the catalogue")
             call.frame = encode(Multiply(self._session, call.id, call.matrix, call.tokens, payload))

@@ -33,7 +33,8 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     facts = {key.strip(): value.strip() for key, value in fields.items()}
-    useful = [f for f in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if f in facts.get("flags", "")]
+    flags = facts.get("flags", "").split()
+    useful = [f for f in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if f in flags]
     family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
     return f"{facts.get('model name', platform.machine())} ({family}; {' '.join(useful)})"
 

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from backends.files import replacing
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 
 def write_text(path: Path, text: str) -> None:

@@ -109,6 +109,7 @@ def test_private_values_are_not_logged() -> None:
                 and isinstance(node.func.value, ast.Name)
                 and node.func.value.id == "log"
             ):
-                words = {n.id for a in node.args for n in ast.walk(a) if isinstance(n, ast.Name)}
-                words |= {n.attr for a in node.args for n in ast.walk(a) if isinstance(n, ast.Attribute)}
+                parts = [part for argument in node.args for part in ast.walk(argument)]
+                words = {part.id for part in parts if isinstance(part, ast.Name)}
+                words |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
                 assert not words & {"x", "payload", "sealed", "result", "frame", "loss"}, name

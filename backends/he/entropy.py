@@ -35,7 +35,7 @@ class Keystream:
             encryptor.update(bytes(skip))
         # Encrypting in place spares a second buffer; the buffer must be zero first.
         out[...] = 0
-        view = memoryview(out).cast("B")
+        view = out.data.cast("B")
         encryptor.update_into(view, view)
 
     def take(self, size: int) -> NDArray[np.uint8]:

@@ -38,9 +38,9 @@ from backends.he.interface import (
 )
 from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.ring import LANES, inverse_tables, mask_tile_kernel
+from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
-from backends.he.vector import popcount
+from backends.he.vector import LANES, popcount
 from backends.threads import run_split
 
 _D = RING_DEGREE

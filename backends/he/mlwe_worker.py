@@ -11,6 +11,7 @@ The limb planes cannot overflow int32: |P| <= 128*127*K < 2^31 for K <= 131,072.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 from backends.he.interface import Payload, WorkerCipher
 from backends.he.params import Parameters
 from backends.threads import run_split
+
+# Requests and memory-mapped weights are read-only buffers, and they are only read here.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 MAX_INPUTS = (1 << 31) // (128 * 127)
 _PRODUCT_BYTES = 8 << 20  # int32 products of one slice of outputs: small enough for the L3

@@ -25,7 +25,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
-from backends.he.ring import LANES, centre, tiles_of
+from backends.he.ring import centre, tiles_of
+from backends.he.vector import LANES
 from backends.threads import run_split
 
 _Q = NTT_PRIME

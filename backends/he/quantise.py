@@ -33,4 +33,4 @@ def quantise(weight: torch.Tensor) -> tuple[NDArray[np.int8], NDArray[np.float32
 
 def dequantise(weight: NDArray[np.int8], scales: NDArray[np.float32]) -> torch.Tensor:
     """float32[N, K]: what the quantised weight stands for."""
-    return torch.from_numpy(weight).float() * torch.from_numpy(scales)[:, None]
+    return torch.from_numpy(weight * scales[:, None])

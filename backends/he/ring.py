@@ -121,7 +121,7 @@ def mask_tile_kernel(rank: int) -> Callable[..., None]:
             h *= 4
             groups //= 4
 
-    return mask  # type: ignore[no-any-return]
+    return mask
 
 
 @njit(nogil=True, cache=True)

@@ -33,7 +33,8 @@ from backends.he.params import RING_DEGREE, Parameters
 from backends.he.plan import MatrixPlan, plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
 from backends.he.quantise import quantise
-from backends.he.ring import LANES, tiles_of
+from backends.he.ring import tiles_of
+from backends.he.vector import LANES
 from backends.threads import core_count
 from protocol.catalogue import Catalogue, MatrixShape
 
@@ -236,7 +237,7 @@ class PreparedModel:
         ]
         stored = manifest["parameters"]
         self.parameters = Parameters(**stored) if stored else None
-        self.model_digest = bytes.fromhex(manifest["model_digest"])
+        self.model_digest = _model_digest(manifest["groups"])
 
     @classmethod
     def open(cls, directory: Path, verify: bool = True) -> PreparedModel:
@@ -253,6 +254,11 @@ class PreparedModel:
         if manifest.get("format") != _FORMAT:
             raise PreparationError(f"{directory} has another format; delete it and prepare anew")
         model = cls(directory, manifest)
+        if model.model_digest.hex() != manifest["model_digest"]:
+            raise PreparationError(
+                f"{directory}: the model digest in the manifest is not that of its groups; delete "
+                "the directory and prepare anew"
+            )
         if verify:
             model.verify()
         return model

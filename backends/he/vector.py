@@ -101,7 +101,7 @@ class _Emit:
         return total, self.times_constant(difference, *w)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def two_stages(
     _context: Any, tile: Any, at: Any, step: Any, zeta: Any, zeta_shoup: Any, first: Any, last: Any
 ) -> Any:
@@ -149,7 +149,7 @@ def slot_product(rank: int) -> Callable[..., None]:
     Montgomery reduction.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def product(_context: Any, matrix: Any, at: Any, secret: Any, slot: Any, out: Any) -> Any:
         signature = types.void(matrix, types.intp, secret, types.intp, out)
 
@@ -179,7 +179,7 @@ def slot_product(rank: int) -> Callable[..., None]:
 
         return signature, build
 
-    return product  # type: ignore[no-any-return]
+    return product
 
 
 def _montgomery(e: _Emit, acc: Any) -> Any:
@@ -188,7 +188,7 @@ def _montgomery(e: _Emit, acc: Any) -> Any:
     return e.b.sub(acc, e.b.mul(e.low_signed(factor), _splat(_V8, NTT_PRIME)))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def popcount(_context: Any, value: Any) -> Any:
     """Bits set in an unsigned integer (LLVM's ctpop: a vector instruction where there is one)."""
 

@@ -34,15 +34,17 @@ from numba import config, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from backends.threads import run_split
+from backends.threads import core_count, run_split
 
 WIDTH = 32
 """Outputs of one panel: two registers of sixteen 32-bit lanes."""
 
 _LANES = 16
-_STEP = 4
-_ROWS = 12
-_FLIP = 0x80808080
+_STEP = 4  # inputs of one multiply-add
+_ROWS = 12  # (token, limb) pairs of one tile
+_FLIP = 0x80808080  # adds 128 to each of four digits
+_BLOCKS_A_CORE = 8  # fewer would read the weight too often: then split over the outputs
+_CHUNK_BYTES = 1 << 19  # packed request a core works on: about half an L2
 _ALIGNMENT = 64
 _NEEDED = ("avx512f", "avx512bw", "avx512vnni")
 
@@ -139,7 +141,7 @@ class _Emit:
         return self.b.trunc(self.b.and_(self.b.lshr(total, shift), mask), _HALVES)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def _tile(
     _context: Any, limbs: Any, tokens: Any, operand: Any, at_operand: Any, panels: Any,
     at_panel: Any, steps: Any, offsets: Any, at_offset: Any, rounding: Any, out: Any,
@@ -181,79 +183,97 @@ def _tile(
     return signature, build
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _tiles(
-    operand: Any, panels: Any, offsets: Any, rounding: Any, limbs: int, height: int, steps: int,
-    tokens: int, outputs: int, out: Any, first: int, last: int,
-) -> None:  # fmt: skip
-    """Tiles first..last of the (panel, block of `height` tokens) grid, panel by panel."""
-    blocks = (tokens + height - 1) // height
-    scratch = np.empty(_ROWS * WIDTH, np.uint16)
-    for tile in range(first, last):
-        panel, block = tile // blocks, tile % blocks
-        j, t = panel * WIDTH, block * height
-        whole = j + WIDTH <= outputs and t + height <= tokens
-        target = out if whole else scratch
-        at = t * outputs + j if whole else 0
-        stride = outputs if whole else WIDTH
-        a, b = t * limbs * steps, j * steps * _STEP
-        if limbs == 3 and height == 4:
-            _tile(3, 4, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
-        elif limbs == 2 and height == 6:
-            _tile(2, 6, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
-        elif limbs == 3:
-            _tile(3, 1, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
-        else:
-            _tile(2, 1, operand, a, panels, b, steps, offsets, j, rounding, target, at, stride)
-        if not whole:
-            for row in range(min(height, tokens - t)):
-                for lane in range(min(WIDTH, outputs - j)):
-                    out[(t + row) * outputs + j + lane] = scratch[row * WIDTH + lane]
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _pack_words(words: Any, operand: Any, height: int, first: int, last: int) -> None:
-    """words uint32[limbs, T, steps] -> blocks first..last of the flat packed request."""
+@njit(nogil=True, cache=True)
+def _pack_blocks(words: Any, operand: Any, height: int, first: int, last: int) -> None:
+    """Token blocks first..last of words uint32[limbs, T, steps] -> the front of `operand`."""
     limbs, tokens, steps = words.shape
     rows = limbs * height
     for block in range(first, last):
         for row in range(rows):
-            t = min(block * height + row // limbs, tokens - 1)
-            source = words[row % limbs, t]
-            at = block * steps * rows + row
+            # Rows past the last token repeat it; nobody reads their results.
+            source = words[row % limbs, min(block * height + row // limbs, tokens - 1)]
+            at = (block - first) * steps * rows + row
             for step in range(steps):
                 operand[at + step * rows] = source[step] ^ np.uint32(_FLIP)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
+def _products(
+    words: Any, panels: Any, offsets: Any, rounding: Any, height: int, out: Any, chunk: int,
+    blocks: Any, columns: Any,
+) -> None:  # fmt: skip
+    """out uint16[T, outputs] for a range of token blocks, packed `chunk` at a time, and panels."""
+    limbs, _, steps = words.shape
+    tokens, outputs = out.shape
+    flat = out.reshape(-1)
+    scratch = np.empty(_ROWS * WIDTH, np.uint16)
+    operand = np.empty(min(chunk, blocks[1] - blocks[0]) * height * limbs * steps, np.uint32)
+    for begin in range(blocks[0], blocks[1], chunk):
+        end = min(blocks[1], begin + chunk)
+        _pack_blocks(words, operand, height, begin, end)
+        for tile in range(columns[0] * (end - begin), columns[1] * (end - begin)):
+            panel, block = tile // (end - begin), tile % (end - begin)
+            j, b = panel * WIDTH, panel * WIDTH * steps * _STEP
+            t, a = (begin + block) * height, block * height * limbs * steps
+            whole = j + WIDTH <= outputs and t + height <= tokens
+            to = flat if whole else scratch
+            at = t * outputs + j if whole else 0
+            stride = outputs if whole else WIDTH
+            if limbs == 3 and height == 4:
+                _tile(3, 4, operand, a, panels, b, steps, offsets, j, rounding, to, at, stride)
+            elif limbs == 2 and height == 6:
+                _tile(2, 6, operand, a, panels, b, steps, offsets, j, rounding, to, at, stride)
+            elif limbs == 3:
+                _tile(3, 1, operand, a, panels, b, steps, offsets, j, rounding, to, at, stride)
+            else:
+                _tile(2, 1, operand, a, panels, b, steps, offsets, j, rounding, to, at, stride)
+            if not whole:
+                for row in range(min(height, tokens - t)):
+                    for lane in range(min(WIDTH, outputs - j)):
+                        out[t + row, j + lane] = scratch[row * WIDTH + lane]
+
+
+@njit(nogil=True, cache=True)
 def _pack_panels(matrix: Any, panels: Any, compensation: Any, first: int, last: int) -> None:
-    """matrix int8[outputs, inputs], of any strides -> panels first..last and their sums."""
+    """matrix int8[outputs, inputs] -> panels first..last of uint32[panels, steps, 32], and sums."""
     outputs, inputs = matrix.shape
-    size = len(panels) // (len(compensation) // WIDTH)
-    factor = np.uint32(128 * (1 + 256 + 65536))
+    whole = inputs // _STEP
     for panel in range(first, last):
-        panels[panel * size : (panel + 1) * size] = 0
+        start = panel * WIDTH
+        width = min(WIDTH, outputs - start)
+        target = panels[panel]
+        sums = compensation[start : start + WIDTH]
+        sums[:] = 0
+        if width < WIDTH or whole * _STEP < inputs:
+            target[:] = 0
+        for step in range(whole):
+            k = step * _STEP
+            for lane in range(width):
+                a, b = matrix[start + lane, k], matrix[start + lane, k + 1]
+                c, d = matrix[start + lane, k + 2], matrix[start + lane, k + 3]
+                low = np.uint32(np.uint8(a)) | np.uint32(np.uint8(b)) << np.uint32(8)
+                high = np.uint32(np.uint8(c)) | np.uint32(np.uint8(d)) << np.uint32(8)
+                target[step, lane] = low | high << np.uint32(16)
+                sums[lane] += np.uint32(np.int32(a) + np.int32(b) + np.int32(c) + np.int32(d))
+        for k in range(whole * _STEP, inputs):
+            for lane in range(width):
+                a = matrix[start + lane, k]
+                target[whole, lane] |= np.uint32(np.uint8(a)) << np.uint32(8 * (k % _STEP))
+                sums[lane] += np.uint32(np.int32(a))
         for lane in range(WIDTH):
-            j = panel * WIDTH + lane
-            total = np.int32(0)
-            if j < outputs:
-                row = matrix[j]
-                for k in range(inputs):
-                    value = row[k]
-                    total += np.int32(value)
-                    at = panel * size + (k // _STEP) * WIDTH * _STEP + lane * _STEP + k % _STEP
-                    panels[at] = value
-            compensation[j] = np.uint32(total) * factor
+            sums[lane] *= np.uint32(128 * (1 + 256 + 65536))
 
 
 def pack(weight: NDArray[np.int8], forward: bool) -> PackedWeight:
     """Pack weight[N, K] for products with its transpose (forward: K in, N out) or with itself."""
-    matrix = weight if forward else weight.T
+    matrix = weight.view() if forward else weight.T
+    matrix.flags.writeable = False  # mapped weights are: one compilation for all
     outputs, inputs = matrix.shape
     count, steps = -(-outputs // WIDTH), -(-inputs // _STEP)
     panels = _aligned(count * steps * WIDTH * _STEP, np.int8)
     compensation = _aligned(count * WIDTH, np.uint32)
-    run_split(lambda a, b: _pack_panels(matrix, panels, compensation, a, b), count)
+    words = panels.view(np.uint32).reshape(count, steps, WIDTH)
+    run_split(lambda a, b: _pack_panels(matrix, words, compensation, a, b), count)
     return PackedWeight(panels, compensation, inputs, outputs)
 
 
@@ -265,24 +285,26 @@ def multiply(
     if inputs != packed.inputs or limbs not in (2, 3):
         raise ValueError(f"planes {planes.shape} do not fit a weight with {packed.inputs} inputs")
     steps = -(-inputs // _STEP)
-    if inputs % _STEP or not planes.flags.c_contiguous:
+    if inputs % _STEP or not planes.flags.c_contiguous or planes.ctypes.data % _STEP:
         padded = np.zeros((limbs, tokens, steps * _STEP), np.int8)
         padded[:, :, :inputs] = planes
         planes = padded
+    words = planes.view(np.uint32)
+    words.flags.writeable = False  # requests off the wire are: one compilation for all
     height = 1 if tokens == 1 else _ROWS // limbs
     blocks = -(-tokens // height)
-    operand = _aligned(blocks * steps * limbs * height, np.uint32)
-    words = planes.view(np.uint32)
-    run_split(lambda a, b: _pack_words(words, operand, height, a, b), blocks, 8)
-    half = np.uint32((1 << dropped_bits) >> 1)
-    offsets = half - packed.compensation
+    panels = packed.panels
+    offsets = np.uint32((1 << dropped_bits) >> 1) - packed.compensation
     rounding = np.array([dropped_bits, (1 << (8 * limbs - dropped_bits)) - 1], np.uint32)
-    out = np.empty(tokens * packed.outputs, np.uint16)
-    run_split(
-        lambda a, b: _tiles(
-            operand, packed.panels, offsets, rounding, limbs, height, steps, tokens,
-            packed.outputs, out, a, b,
-        ),
-        blocks * (len(packed.compensation) // WIDTH),
-    )  # fmt: skip
-    return out.reshape(tokens, packed.outputs)
+    out = np.empty((tokens, packed.outputs), np.uint16)
+    count = len(offsets) // WIDTH
+    chunk = max(_BLOCKS_A_CORE, _CHUNK_BYTES // (4 * height * limbs * steps))
+
+    def work(some: tuple[int, int], columns: tuple[int, int]) -> None:
+        _products(words, panels, offsets, rounding, height, out, chunk, some, columns)
+
+    if blocks >= _BLOCKS_A_CORE * core_count():
+        run_split(lambda a, b: work((a, b), (0, count)), blocks)
+    else:
+        run_split(lambda a, b: work((0, blocks), (a, b)), count)
+    return out

@@ -23,7 +23,7 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int, dropout: float 
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
     return wrapped
 

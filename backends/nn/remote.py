@@ -119,7 +119,7 @@ class _GroupProduct(torch.autograd.Function):
         return remote.product(group.forward_matrix, x)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.remote.product(ctx.group.backward_matrix, dy), None, None
 
 

@@ -78,7 +78,7 @@ def evaluate(model: nn.Module, sequences: torch.Tensor, micro_batch: int) -> flo
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for part in sequences.split(micro_batch):
+        for part in torch.split(sequences, micro_batch):
             total += token_losses(model, part).item()
     return total / (sequences.shape[0] * (sequences.shape[1] - 1))
 
@@ -123,8 +123,8 @@ class Trainer:
     def train(self, on_step: Callable[[int, float], None] = lambda step, loss: None) -> list[float]:
         """Run the steps that are left; returns the mean loss of every step.
 
-        on_step receives (steps done, mean loss). Raises TrainingInterrupted after Ctrl-C, when the step
-        in work has been finished and saved.
+        on_step receives (steps done, mean loss). Raises TrainingInterrupted after Ctrl-C, when
+        the step in work has been finished and saved.
         """
         self._model.train()
         with stop_on_interrupt() as stop, ThreadPoolExecutor(self._lanes, "lane") as pool:
@@ -146,7 +146,7 @@ class Trainer:
         step, config = self.progress.step, self.config
         chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
         batch = self._sequences[chosen]
-        parts = batch.split(config.micro_batch)
+        parts = torch.split(batch, config.micro_batch)
         passes = [pool.submit(self._pass, part, batch.shape[0]) for part in parts]
         total = 0.0
         sums: list[torch.Tensor] | None = None

@@ -46,9 +46,7 @@ class Tiny:
         return build_skeleton(self.config, SOURCE)
 
     @contextmanager
-    def connected(
-        self, skeleton: Skeleton, backend: str, lanes: int = 1
-    ) -> Iterator[OwnerClient]:
+    def connected(self, skeleton: Skeleton, backend: str, lanes: int = 1) -> Iterator[OwnerClient]:
         """The skeleton connected to an in-process worker."""
         prepared = self.prepared[backend]
         parameters = prepared.parameters

@@ -99,7 +99,7 @@ def test_errors_say_what_where_and_what_to_do(llama: Tiny) -> None:
     with llama.connected(skeleton, "mlwe"):
         with pytest.raises(ValueError, match=r"q_proj: takes \[\.\.\., 48\]"):
             module(torch.ones(1, 47))
-        with pytest.raises(RemoteLinearError, match="q_proj.*NaN or infinity in token 0"):
+        with pytest.raises(RemoteLinearError, match=r"q_proj.*NaN or infinity in token 0"):
             module(torch.full((1, 48), float("nan")))
         # One bad call does not end the session.
         assert torch.isfinite(module(torch.ones(1, 48))).all()

@@ -1,0 +1,1 @@
+"""The simulated world. Its driver arrives with a later version; nothing is simulated yet."""

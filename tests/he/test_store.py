@@ -1,0 +1,150 @@
+"""The prepared model on disk: whole or absent, resumable, checked when opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backends import files
+from backends.he import store
+from backends.he.params import preset
+from backends.he.quantise import dequantise, quantise
+from backends.he.store import (
+    GroupSpec,
+    PreparationError,
+    PreparedModel,
+    disk_bytes,
+    prepare,
+    work_units,
+)
+
+GROUPS = [GroupSpec("a.q+k", ("a.q", "a.k"), 24, (24, 8)), GroupSpec("a.o", ("a.o",), 32, (24,))]
+SHAPES = {"a.q": (24, 24), "a.k": (8, 24), "a.o": (24, 32)}
+STANDARD = preset("standard")
+
+
+class Loader:
+    """Random weights; counts reads and fails on request."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.reads: list[str] = []
+        self.fail_at = fail_at
+
+    def __call__(self, module: str) -> torch.Tensor:
+        if len(self.reads) == self.fail_at:
+            raise KeyboardInterrupt
+        self.reads.append(module)
+        generator = torch.Generator().manual_seed(sum(map(ord, module)))
+        return torch.randn(SHAPES[module], generator=generator)
+
+
+def quiet(label: str, done: int) -> None:
+    """No progress."""
+
+
+def test_prepared_arrays_and_sizes(tmp_path: Path) -> None:
+    """Weights, scales and hints of the stated shapes; the announced size is the size."""
+    done: list[int] = []
+    model = prepare(tmp_path, GROUPS, Loader(), STANDARD, lambda label, n: done.append(n))
+    assert sum(done) == work_units(GROUPS, STANDARD)
+    arrays = sum(np.load(p, mmap_mode="r").nbytes for p in tmp_path.rglob("*.npy"))
+    assert arrays == disk_bytes(GROUPS, STANDARD)
+    assert [w.shape for w in model.worker_weights()] == [(32, 24), (24, 32)]
+    shapes = [(m.in_features, m.out_features) for m in model.owner_matrices()]
+    assert shapes == [(24, 32), (32, 24), (32, 24), (24, 32)]
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path: Path) -> None:
+    """What was finished is not done again, and the result is the uninterrupted one."""
+    first = Loader(fail_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "a", GROUPS, first, STANDARD, quiet)
+    with pytest.raises(PreparationError, match="no finished preparation"):
+        PreparedModel.open(tmp_path / "a")
+    second = Loader()
+    resumed = prepare(tmp_path / "a", GROUPS, second, STANDARD, quiet)
+    assert second.reads == ["a.o"]
+    whole = prepare(tmp_path / "b", GROUPS, Loader(), STANDARD, quiet)
+    assert resumed.model_digest == whole.model_digest
+    for ours, theirs in zip(resumed.owner_matrices(), whole.owner_matrices(), strict=True):
+        assert ours.hint is not None
+        assert np.array_equal(ours.hint, theirs.hint)
+    third = Loader()
+    prepare(tmp_path / "a", GROUPS, third, STANDARD, quiet)
+    assert third.reads == []
+
+
+@pytest.mark.parametrize("name", ["worker/g0001.weight.npy", "owner/g0000.forward.npy"])
+def test_a_damaged_file_is_found(tmp_path: Path, name: str) -> None:
+    """One flipped bit, and a missing file, are errors that say which file."""
+    prepare(tmp_path, GROUPS, Loader(), STANDARD, quiet)
+    path = tmp_path / name
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PreparationError, match=f"{path.name} is damaged"):
+        PreparedModel.open(tmp_path)
+    path.unlink()
+    with pytest.raises(PreparationError, match=f"{path.name} cannot be read"):
+        PreparedModel.open(tmp_path)
+
+
+def test_the_owner_does_not_take_the_digest_on_trust(tmp_path: Path) -> None:
+    """A manifest with a forged model digest is refused."""
+    prepare(tmp_path, GROUPS, Loader(), STANDARD, quiet)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["model_digest"] = "00" * 32
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PreparationError, match="digest"):
+        PreparedModel.open(tmp_path)
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With how much is needed and where."""
+    usage = store.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage)
+    loader = Loader()
+    with pytest.raises(PreparationError, match=r"GB more in .* --cache"):
+        prepare(tmp_path, GROUPS, loader, STANDARD, quiet)
+    assert loader.reads == []
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """The error names the module and both shapes."""
+    wrong = [GroupSpec("a.o", ("a.o",), 33, (24,))]
+    with pytest.raises(PreparationError, match=r"a\.o.*\[24, 32\].*\[24, 33\]"):
+        prepare(tmp_path, wrong, Loader(), None, quiet)
+
+
+def test_quantisation_is_within_half_a_step() -> None:
+    """Per row; zero rows stay zero; NaN is refused."""
+    weight = torch.randn(40, 30) * torch.logspace(-6, 3, 40)[:, None]
+    weight[7] = 0
+    codes, scales = quantise(weight)
+    half_step = torch.from_numpy(scales)[:, None] * 0.5001
+    assert torch.all((dequantise(codes, scales) - weight).abs() <= half_step)
+    assert not codes[7].any()
+    assert scales[7] == 1
+    weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        quantise(weight)
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """An error while writing leaves the old file and no stray one."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), files.replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    with pytest.raises(RuntimeError), files.replacing_directory(tmp_path / "d") as aside:
+        (aside / "x").write_bytes(b"half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]

@@ -1,0 +1,193 @@
+"""The real driver: encoded bytes, retries of the same bytes, refusals that help."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backends.he.entropy import SeededEntropy
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.params import preset
+from backends.he.store import GroupSpec, PreparedModel, prepare
+from backends.net.inprocess import in_process
+from backends.net.owner import OwnerClient, RemoteLinearError, SimulatedRandomnessError
+from backends.net.worker import WorkerServer
+from protocol.messages import Multiply, Product, decode
+from protocol.owner import OwnerConfig
+
+FAST = OwnerConfig(hello_timeout_s=0.2, request_timeout_s=0.2, attempts_max=4)
+
+
+def make(directory: Path, seed: int = 0) -> PreparedModel:
+    """One group of 24 -> 40."""
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(seed))
+    groups = [GroupSpec("layer", ("layer",), 24, (40,))]
+    return prepare(directory, groups, lambda m: weight, preset("standard"), lambda label, n: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    """Shared by the tests of this file."""
+    return make(tmp_path_factory.mktemp("model"))
+
+
+def expected(model: PreparedModel, x: np.ndarray) -> np.ndarray:
+    scale = model.owner_matrices()[0].out_scale
+    return x @ (model.worker_weights()[0].astype(np.float32) * scale[:, None]).T
+
+
+class Wire:
+    """Owner and worker joined by a wire that can lose or change frames, and remembers them."""
+
+    def __init__(self, model: PreparedModel, config: OwnerConfig = FAST) -> None:
+        assert model.parameters is not None
+        self.cipher = MlweOwner(model.parameters, model.public_matrix())
+        catalogue = model.catalogue(self.cipher)
+        self.up: list[bytes] = []
+        self.down: list[bytes] = []
+        self.drop_products = 0
+        self.server = WorkerServer(
+            catalogue, model.worker_weights(), MlweWorker(model.parameters), self._down
+        )
+        self.client = OwnerClient(
+            catalogue, model.owner_matrices(), self.cipher, ["worker"], self._up, config
+        )
+
+    def _up(self, peer: str, frame: bytes) -> None:
+        self.up.append(frame)
+        self.server.deliver("owner", frame)
+
+    def _down(self, peer: str, frame: bytes) -> None:
+        self.down.append(frame)
+        if isinstance(decode(frame), Product) and self.drop_products > 0:
+            self.drop_products -= 1
+            return
+        self.client.deliver("worker", frame)
+
+    def __enter__(self) -> Wire:
+        self.server.start()
+        self.client.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.server.stop()
+
+
+def test_products_from_several_lanes(model: PreparedModel) -> None:
+    """Each lane gets its own answer."""
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    worker = MlweWorker(preset("standard"))
+    with in_process(model, owner, worker, lanes=4) as (client, server):
+        results: dict[int, bool] = {}
+
+        def lane(number: int) -> None:
+            x = np.random.default_rng(number).standard_normal((number + 1, 24)).astype(np.float32)
+            y = client.linear(0, x)
+            results[number] = np.allclose(y, expected(model, x), rtol=1e-2, atol=1e-2)
+
+        threads = [threading.Thread(target=lane, args=(n,)) for n in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == dict.fromkeys(range(12), True)
+        assert owner.blocks == owner.secrets_drawn == 12
+        assert server.meter.tasks == {"MultiplyCiphertext": 12}
+
+
+def test_a_retry_after_a_lost_answer_sends_the_same_bytes(model: PreparedModel) -> None:
+    """And encrypts nothing anew."""
+    with Wire(model) as wire:
+        wire.drop_products = 2
+        x = np.ones((3, 24), np.float32)
+        assert np.allclose(wire.client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
+        requests = [f for f in wire.up if isinstance(decode(f), Multiply)]
+        assert len(requests) == 3
+        assert len(set(requests)) == 1
+        assert wire.cipher.blocks == wire.cipher.secrets_drawn == 1
+
+
+def test_garbage_frames_change_nothing(model: PreparedModel) -> None:
+    """They are dropped and counted on both sides."""
+    with Wire(model) as wire:
+        for junk in (b"", b"x" * 28, b"PFTL" + bytes(60), wire.up[0][:-1] if wire.up else b"y"):
+            wire.client.deliver("worker", junk)
+            wire.server.deliver("owner", junk)
+        x = np.ones((1, 24), np.float32)
+        assert np.allclose(wire.client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
+        assert wire.client.meter.dropped >= 4
+        assert wire.server.meter.dropped >= 4
+
+
+def test_frame_sizes_depend_on_public_shapes_only(model: PreparedModel) -> None:
+    """Whatever the values."""
+    with Wire(model) as wire:
+        for scale in (0.0, 1e-20, 1e20):
+            wire.client.linear(0, np.full((5, 24), scale, np.float32))
+        assert len({len(f) for f in wire.up if isinstance(decode(f), Multiply)}) == 1
+        assert len({len(f) for f in wire.down if isinstance(decode(f), Product)}) == 1
+
+
+def test_no_plaintext_in_any_frame(model: PreparedModel) -> None:
+    """Neither inputs nor results, in float32 or bfloat16, nor the token scale."""
+    x = np.random.default_rng(0).standard_normal((4, 24)).astype(np.float32)
+    with Wire(model) as wire:
+        y = wire.client.linear(0, x)
+        traffic = b"".join(wire.up + wire.down)
+    for values in (x, y, expected(model, x).astype(np.float32), np.linalg.norm(x, axis=1)):
+        raw = values.astype(np.float32)
+        for value in raw.reshape(-1):
+            assert value.tobytes() not in traffic
+
+
+def test_simulated_randomness_is_refused(model: PreparedModel) -> None:
+    """There is no switch for it."""
+    cipher = MlweOwner(preset("standard"), model.public_matrix(), SeededEntropy(1))
+    with pytest.raises(SimulatedRandomnessError, match="OsEntropy"):
+        OwnerClient(
+            model.catalogue(cipher), model.owner_matrices(), cipher, ["w"], lambda p, f: None
+        )
+
+
+def test_a_worker_of_another_model_is_refused_with_a_reason(
+    model: PreparedModel, tmp_path: Path
+) -> None:
+    """The handshake pins the model; waiting calls fail with what to check."""
+    other = make(tmp_path, seed=1)
+    wire = Wire(model)
+    wire.server = WorkerServer(
+        other.catalogue(wire.cipher), other.worker_weights(), MlweWorker(preset("standard")),
+        wire._down,
+    )  # fmt: skip
+    with wire, pytest.raises(RemoteLinearError, match=r"holds another model.*--weights"):
+        wire.client.linear(0, np.ones((1, 24), np.float32))
+
+
+def test_a_silent_worker_is_given_up(model: PreparedModel) -> None:
+    """Bounded attempts, then every call fails, the next one at once."""
+    wire = Wire(model, OwnerConfig(hello_timeout_s=0.02, attempts_max=3))
+    wire.server.deliver = lambda peer, frame: None  # type: ignore[method-assign]
+    with wire:
+        with pytest.raises(RemoteLinearError, match="no answer"):
+            wire.client.linear(0, np.ones((1, 24), np.float32))
+        start = time.perf_counter()
+        with pytest.raises(RemoteLinearError):
+            wire.client.linear(0, np.ones((1, 24), np.float32))
+        assert time.perf_counter() - start < 5
+
+
+def test_incarnations_differ(model: PreparedModel) -> None:
+    """Two starts of the same owner never share a session id."""
+    sessions = set()
+    for _ in range(2):
+        with Wire(model) as wire:
+            wire.client.linear(0, np.ones((1, 24), np.float32))
+        sessions |= {decode(frame).session for frame in wire.up}
+    assert len(sessions) == 2

@@ -1,0 +1,152 @@
+"""Scenarios and benchmarks as a user runs them, in their own process and small."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
+
+
+def run(*args: str, cwd: Path = ROOT, code: int = 0) -> str:
+    """Output of `python -m ...`; checks the exit status."""
+    result = subprocess.run(
+        [sys.executable, "-m", *args], cwd=cwd, capture_output=True, text=True, timeout=280,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of prepared models for the file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "scenarios.quickstart",
+        "scenarios.llama1b",
+        "scenarios.make_tiny_llama",
+        "benchmarks.he_linear",
+    ],
+)
+def test_help_teaches(module: str) -> None:
+    """`--help` shows the command and what to expect."""
+    text = run(module, "--help")
+    assert f"python -m {module}" in text
+    assert len(text.splitlines()) > 10
+
+
+@pytest.mark.slow
+def test_quickstart_reports_and_agrees_with_clear(tmp_path: Path, cache: Path) -> None:
+    """Few steps: every figure of the report is there, and the files are."""
+    out, figures = tmp_path / "out", tmp_path / "f.json"
+    text = run(
+        "scenarios.quickstart", "--steps", "6", "--held-out", "4", "--out", str(out),
+        "--cache", str(cache), "--json", str(figures),
+    )  # fmt: skip
+    assert "Private fine-tuning report" in text
+    found: dict[str, Any] = json.loads(figures.read_text())
+    for key in (
+        "base_loss", "clear_loss", "private_loss", "steps", "tokens", "private_s", "clear_s",
+        "bytes_per_token_up", "bytes_per_token_down", "adapter_dir", "plot", "origin",
+    ):  # fmt: skip
+        assert key in found
+    assert found["private_loss"] == pytest.approx(found["clear_loss"], rel=5e-3)
+    assert found["private_loss"] < found["base_loss"]
+    assert Path(found["plot"]).read_bytes()[:4] == b"\x89PNG"
+    adapter = Path(found["adapter_dir"]) / "adapter_model.safetensors"
+    with safe_open(adapter, framework="pt") as file:
+        assert len(file.keys()) == 2 * 7 * 5
+
+
+@pytest.mark.slow
+def test_llama1b_on_a_small_checkpoint_resumes_after_ctrl_c(tmp_path: Path, cache: Path) -> None:
+    """Real loading code, interrupted in the middle and gone on."""
+    data = tmp_path / "private.txt"
+    data.write_text("The owner keeps the text; the worker sees ciphertexts.\n" * 200)
+    command = [
+        "scenarios.llama1b", "--real-cpu", "--weights", str(TINY), "--data", str(data),
+        "--tokens", "64", "--sequence", "64", "--lanes", "2", "--rank", "4",
+        "--out", str(tmp_path / "out"), "--cache", str(cache), "--steps",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "400"], cwd=ROOT, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    assert process.stdout is not None
+    seen = ""
+    while "loss=" not in seen and time.monotonic() < deadline:
+        seen += process.stdout.read(64)
+    process.send_signal(signal.SIGINT)
+    seen += process.communicate(timeout=60)[0]
+    assert process.returncode == 130, seen
+    assert "the same command goes on" in seen
+    saved = list((tmp_path / "out" / "checkpoints").iterdir())
+    assert len(saved) == 1
+    text = run(*command, "401", code=1)
+    assert "made with other settings (steps)" in text
+    text = run(*command, "3", "--fresh", "--json", str(tmp_path / "f.json"))
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert len(found["losses"]) == 3
+    assert "peak memory" in text
+
+
+@pytest.mark.slow
+def test_llama1b_compares_with_clear(tmp_path: Path, cache: Path) -> None:
+    """Both sides in one run, and their losses agree."""
+    figures = tmp_path / "f.json"
+    run(
+        "scenarios.llama1b", "--real-cpu", "--weights", str(TINY), "--tokens", "64",
+        "--sequence", "64", "--steps", "2", "--compare-clear", "--out", str(tmp_path / "out"),
+        "--cache", str(cache), "--json", str(figures), "--learning-rate", "1e-2",
+    )  # fmt: skip
+    found = json.loads(figures.read_text())
+    for key in (
+        "weights", "prepare_s", "private_step_s", "clear_step_s", "owner_s", "worker_s",
+        "bytes_per_token_up", "bytes_per_token_down", "peak_rss_mb", "losses", "clear_losses",
+    ):  # fmt: skip
+        assert key in found
+    assert found["losses"] == pytest.approx(found["clear_losses"], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--real-gpu"], "not in this version yet"),
+        ([], "not in this version yet"),
+        (["--real-cpu", "--steps", "0"], "--steps is at least 1"),
+    ],
+)
+def test_llama1b_says_what_it_cannot_do(arguments: list[str], message: str) -> None:
+    """In one line, with what to do instead."""
+    assert message in run("scenarios.llama1b", *arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "nobody/nothing"], "neither a directory here nor a model"),
+        (["--weights", str(TINY), "--data", "nowhere.txt"], "no such file or directory"),
+        (["--weights", str(TINY), "--tokens", "100"], "must be a multiple of --sequence"),
+    ],
+)
+def test_llama1b_explains_bad_input(arguments: list[str], message: str) -> None:
+    """No traceback."""
+    text = run("scenarios.llama1b", "--real-cpu", *arguments, code=1)
+    assert message in text
+    assert "Traceback" not in text
