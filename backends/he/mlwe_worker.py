@@ -11,20 +11,16 @@ The limb planes cannot overflow int32: |P| <= 128*127*K < 2^31 for K <= 131,072.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import NDArray
 
+from backends.he.gemm import int8_product
 from backends.he.interface import Payload, WorkerCipher
 from backends.he.params import Parameters
 from backends.threads import run_split
-
-# Requests and memory-mapped weights are read-only buffers, and they are only read here.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 MAX_INPUTS = (1 << 31) // (128 * 127)
 _PRODUCT_BYTES = 8 << 20  # int32 products of one slice of outputs: small enough for the L3
@@ -61,8 +57,7 @@ class MlweWorker(WorkerCipher):
         self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
     ) -> NDArray[np.uint8]:
         limbs = self._parameters.limbs
-        operand = torch.from_numpy(weight)
-        operand = operand.t() if forward else operand
+        operand = weight.T if forward else weight
         inputs, outputs = operand.shape
         if inputs > MAX_INPUTS:
             raise ValueError(f"{inputs} inputs overflow int32; at most {MAX_INPUTS}")
@@ -72,12 +67,12 @@ class MlweWorker(WorkerCipher):
                 f"a request of {tokens} tokens with {inputs} inputs has "
                 f"{limbs * tokens * inputs} bytes, this one {digits.size}"
             )
-        planes = torch.from_numpy(digits.reshape(limbs * tokens, inputs))
+        planes = digits.reshape(limbs * tokens, inputs)
         answer = np.empty((tokens, outputs), np.uint16)
         width = max(256, _PRODUCT_BYTES // (4 * limbs * tokens) // 64 * 64)
         for start in range(0, outputs, width):
             stop = min(outputs, start + width)
-            products = torch._int_mm(planes, operand[:, start:stop]).numpy()
+            products = int8_product(planes, operand[:, start:stop])
             _recombine_all(
                 products.reshape(limbs, tokens, stop - start),
                 answer[:, start:stop],

@@ -19,11 +19,11 @@ import hashlib
 from typing import Any
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numba import njit
 from numpy.typing import NDArray
 
+from backends.he.gemm import int8_product
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.ring import centre, tiles_of
 from backends.he.vector import LANES
@@ -137,17 +137,16 @@ class HintBuilder:
 
         Returns int32[tiles, rank, 256, 16], written into `out` when given.
         """
-        operand = torch.from_numpy(weight)
-        operand = operand.t() if forward else operand
+        operand = weight.T if forward else weight
         inputs, outputs = operand.shape
-        planes = torch.from_numpy(self._planes_for(inputs))
+        planes = self._planes_for(inputs)
         if out is None:
             out = np.empty((tiles_of(outputs), self.rank, RING_DEGREE, LANES), np.int32)
         flat = out.reshape(len(out), self._slots, LANES)
         width = 64 * LANES
         for start in range(0, outputs, width):
             stop = min(outputs, start + width)
-            products = torch._int_mm(planes, operand[:, start:stop]).numpy()
+            products = int8_product(planes, operand[:, start:stop])
             products = products.reshape(_LIMBS_OF_A, self._slots, stop - start)
             part = flat[start // LANES : tiles_of(stop)]
             if (stop - start) % LANES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,7 @@ def test_ntt_domain_product_is_the_negacyclic_product() -> None:
 )
 @example(300, 5, 256, True, 30.0, True, True, 0)
 @example(1, 1, 1, True, -30.0, False, False, 0)
+@example(1, 2, 1, True, 0.0, False, False, 0)
 def test_result_is_within_the_bound(
     inputs: int, outputs: int, tokens: int, forward: bool, magnitude: float,
     outlier: bool, zero_rows: bool, seed: int,
@@ -193,3 +195,17 @@ def test_wrong_shapes_and_sizes_are_refused(small: Case) -> None:
     sent = owner.encrypt(np.ones((2, 48), np.float32), small.matrix)
     with pytest.raises(ValueError, match="bytes"):
         owner.decrypt(sent.sealed, bytes(7), small.matrix)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_worker_equals_reference_on_degenerate_shapes(forward: bool) -> None:
+    """One input, one output, one token: where library products go wrong first."""
+    rng = np.random.default_rng(0)
+    parameters = preset("standard")
+    for inputs, outputs, tokens in itertools.product((1, 2, 3, 17), (1, 2, 5, 33), (1, 2, 5)):
+        shape = (outputs, inputs) if forward else (inputs, outputs)
+        weight = rng.integers(-127, 128, size=shape).astype(np.int8)
+        request = rng.integers(0, 256, size=3 * tokens * inputs).astype(np.uint8)
+        fast = MlweWorker(parameters).multiply(request, tokens, weight, forward)
+        slow = ReferenceWorker(parameters).multiply(request, tokens, weight, forward)
+        assert np.array_equal(fast, slow), (inputs, outputs, tokens)
