@@ -526,5 +526,5 @@ def test_a_negative_matrix_is_refused_before_anything_is_encrypted() -> None:
 )
 def test_a_configuration_that_cannot_work_is_refused(wrong: dict[str, float]) -> None:
     """A window of nothing would let every call wait for ever, with no timer running."""
-    with pytest.raises(ValueError, match="window|attempts|timeout"):
+    with pytest.raises(ValueError, match=r"window|attempts|timeout"):
         OwnerConfig(**wrong)  # type: ignore[arg-type]
