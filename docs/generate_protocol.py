@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from protocol import messages, owner, worker
 
@@ -32,7 +33,7 @@ _BODY = {
 }
 _WIDTH = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
 
-Rows = Mapping[tuple[Enum, Enum], tuple[Enum, str]]
+Rows: TypeAlias = Mapping[Any, tuple[Any, str]]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -19,6 +19,10 @@ A tile is 12 rows x 32 outputs: 24 accumulators, 2 weight registers and the broa
 in 32 registers, and 24 multiplications need 14 loads. All limbs of an output lie in one tile,
 so they are recombined, rounded and stored as 16 bits without an int32 reaching memory.
 
+With many tokens each core takes a range of blocks and packs its own, a few at a time, so that
+they stay in its L2 while the panels pass by once for each few; with few tokens each core takes
+a range of panels and packs all blocks itself. Either way the cores meet only at the end.
+
 Floor: limbs * tokens * inputs * outputs / 64 cycles on one core (vpdpbusd on 512 bits: 64
 multiply-adds, one a cycle). With one token, reading the weight bytes once bounds the time.
 """
@@ -50,6 +54,7 @@ _NEEDED = ("avx512f", "avx512bw", "avx512vnni")
 
 _I32 = ir.IntType(32)
 _V16 = ir.VectorType(_I32, _LANES)
+_V4 = ir.VectorType(_I32, 4)
 _HALVES = ir.VectorType(ir.IntType(16), _LANES)
 _ZERO = ir.Constant(_V16, [0] * _LANES)
 
@@ -90,6 +95,7 @@ class _Emit:
     def __init__(self, context: Any, builder: ir.IRBuilder) -> None:
         self.context = context
         self.b = builder
+        # LLVM before 22 wants these types; later ones read the declaration as bytes themselves.
         self.dot = builder.module.declare_intrinsic(
             "llvm.x86.avx512.vpdpbusd.512", (), ir.FunctionType(_V16, [_V16] * 3)
         )
@@ -183,18 +189,58 @@ def _tile(
     return signature, build
 
 
+@intrinsic
+def _transpose(_context: Any, words: Any, rows: Any, operand: Any, at: Any, stride: Any) -> Any:
+    """operand[at + s*stride + i] = words[rows[i] + s] with flipped signs, for i, s in 0..3."""
+    signature = types.void(words, types.UniTuple(types.intp, 4), operand, types.intp, types.intp)
+
+    def build(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        e = _Emit(context, builder)
+
+        def load(i: int) -> Any:
+            source = e.pointer(sig.args[0], args[0], builder.extract_value(args[1], i))
+            word = builder.load(builder.bitcast(source, _V4.as_pointer()), align=4)
+            return builder.xor(word, ir.Constant(_V4, [_FLIP] * 4))
+
+        def join(x: Any, y: Any, lanes: list[int]) -> Any:
+            return builder.shuffle_vector(x, y, ir.Constant(_V4, lanes))
+
+        w0, w1, w2, w3 = (load(i) for i in range(4))
+        for half, lanes in enumerate(([0, 4, 1, 5], [2, 6, 3, 7])):
+            left, right = join(w0, w1, lanes), join(w2, w3, lanes)
+            for odd, pick in enumerate(([0, 1, 4, 5], [2, 3, 6, 7])):
+                step = ir.Constant(args[4].type, 2 * half + odd)
+                where = builder.add(args[3], builder.mul(args[4], step))
+                target = e.pointer(sig.args[2], args[2], where)
+                value = join(left, right, pick)
+                builder.store(value, builder.bitcast(target, _V4.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return signature, build
+
+
 @njit(nogil=True, cache=True)
 def _pack_blocks(words: Any, operand: Any, height: int, first: int, last: int) -> None:
     """Token blocks first..last of words uint32[limbs, T, steps] -> the front of `operand`."""
     limbs, tokens, steps = words.shape
     rows = limbs * height
+    flat = words.reshape(-1)
+    source = np.empty(rows, np.intp)
+    fast = steps - steps % 4 if rows % 4 == 0 else 0
     for block in range(first, last):
         for row in range(rows):
             # Rows past the last token repeat it; nobody reads their results.
-            source = words[row % limbs, min(block * height + row // limbs, tokens - 1)]
-            at = (block - first) * steps * rows + row
-            for step in range(steps):
-                operand[at + step * rows] = source[step] ^ np.uint32(_FLIP)
+            token = min(block * height + row // limbs, tokens - 1)
+            source[row] = ((row % limbs) * tokens + token) * steps
+        start = (block - first) * steps * rows
+        for row in range(0, rows if fast else 0, 4):
+            four = (source[row], source[row + 1], source[row + 2], source[row + 3])
+            for s in range(0, fast, 4):
+                at = (four[0] + s, four[1] + s, four[2] + s, four[3] + s)
+                _transpose(flat, at, operand, start + s * rows + row, rows)
+        for s in range(fast, steps):
+            for row in range(rows):
+                operand[start + s * rows + row] = flat[source[row] + s] ^ np.uint32(_FLIP)
 
 
 @njit(nogil=True, cache=True)

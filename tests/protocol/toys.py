@@ -12,6 +12,7 @@ from typing import TypeVar
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.events import (
     Decrypt,
+    Dropped,
     Effect,
     Encrypt,
     Event,
@@ -54,6 +55,11 @@ def one(effects: Iterable[Effect], kind: type[E]) -> E:
     """The only effect of a kind."""
     (found,) = all_of(effects, kind)
     return found
+
+
+def is_dropped(effects: Sequence[Effect]) -> bool:
+    """Whether a frame was dropped and nothing else happened."""
+    return [type(effect) for effect in effects] == [Dropped]
 
 
 # --- the toy cipher -------------------------------------------------------------------------
