@@ -328,8 +328,8 @@ class Owner:
             peer = self._peer(name)
             used_up = peer.attempts >= self._config.attempts_max
             return self._step(peer, Input.EXHAUSTED if used_up else Input.TIMEOUT)
-        call = self._calls.get(int(name))
-        if kind != "call" or call is None or call.state is not CallState.IN_FLIGHT:
+        call = self._calls.get(int(name)) if kind == "call" else None
+        if call is None or call.state is not CallState.IN_FLIGHT:
             raise MisuseError(f"timer {timer!r} is not set")
         if call.attempts >= self._config.attempts_max:
             return self._step(self._peers[call.peer], Input.EXHAUSTED)
@@ -339,7 +339,7 @@ class Owner:
     def _on_linear(self, wanted: LinearWanted) -> list[Effect]:
         if wanted.call <= self._last_call:
             raise MisuseError(f"call {wanted.call} does not follow call {self._last_call}")
-        if wanted.matrix >= len(self._catalogue.matrices):
+        if not 0 <= wanted.matrix < len(self._catalogue.matrices):
             raise MisuseError(f"the catalogue has no matrix {wanted.matrix}")
         self._last_call = wanted.call
         if self._aborted or self._closing:

@@ -6,7 +6,8 @@ vpdpbusd multiplies unsigned by signed bytes, so a digit d is fed in as d + 128 
 
     compensation[j] = 128 * sum_l 256^l * sum_k M[k, j]   (mod 2^32)
 
-is taken off again. It depends on the weight only and is made when the weight is packed. All sums
+is taken off again. It depends on the weight only and is made when the weight is packed, for three
+limbs: with two, p = 2^16 divides what the third adds. All sums
 are taken mod 2^32 and p divides 2^32, so nothing can overflow, whatever the number of inputs.
 
 Layout. A weight is packed once per direction, into as many bytes as it has, as panels of 32

@@ -77,7 +77,7 @@ def test_arbitrary_bytes_are_refused(frame: bytes) -> None:
     decodes_faithfully_or_is_refused(frame)
 
 
-@given(st.integers(0, 255), sessions, st.binary(max_size=120))
+@given(st.integers(0, 9) | st.integers(0, 255), sessions, st.binary(max_size=120))
 def test_arbitrary_bodies_under_a_good_header(kind: int, session: bytes, body: bytes) -> None:
     """Behind a right header and length, any body of any kind is read or refused."""
     frame = with_header(encode(Bye(session)), kind=kind, size=len(body)) + body
@@ -124,6 +124,13 @@ def test_a_wrong_header_is_refused(wrong: dict[str, int | bytes]) -> None:
     assert decode(with_header(frame)) == Refuse(ID, 1, Reason.BUSY)
     with pytest.raises(ProtocolError):
         decode(with_header(frame, **wrong))
+
+
+@pytest.mark.parametrize("message", [Bye(ID), Farewell(ID)], ids=repr)
+def test_a_closing_message_with_a_body_is_refused(message: Message) -> None:
+    """It could carry what nobody checks."""
+    with pytest.raises(ProtocolError):
+        decode(with_header(encode(message), size=1) + b"x")
 
 
 @pytest.mark.parametrize("reason", [0, len(Reason) + 1, 0xFFFF])

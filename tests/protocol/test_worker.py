@@ -233,6 +233,7 @@ def test_a_request_against_the_catalogue_is_refused(
         b"",
         b"\x80\x04pickle" * 9,
     ],
+    ids=lambda frame: f"{len(frame)} bytes",
 )
 def test_misplaced_frames_change_nothing(frame: bytes) -> None:
     """Messages for an owner and malformed frames are dropped."""
