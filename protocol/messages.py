@@ -185,7 +185,8 @@ def encode(message: Message) -> bytes:
             body = (_REFUSE.pack(message.request, message.reason),)
         case Bye() | Farewell():
             body = ()
-    size = sum(len(part) for part in body)
+    # In bytes: len() of a view counts its items, which may be wider.
+    size = sum(memoryview(part).nbytes for part in body)
     _require(size <= MAX_BODY_BYTES, f"a body has at most {MAX_BODY_BYTES} bytes, got {size}")
     header = _HEADER.pack(MAGIC, VERSION, _KIND[type(message)], 0, message.session, size)
     return b"".join((header, *body))

@@ -136,6 +136,8 @@ SESSIONS: dict[tuple[State, Input], tuple[State, str]] = {
     (State.CLOSING, Input.CLOSE): (State.CLOSING, "ignore"),
     **_late(State.CLOSED),
     **_late(State.LOST),
+    # A transport may fail before the driver starts the machine.
+    (State.LOST, Input.START): (State.LOST, "ignore"),
 }
 
 
@@ -198,6 +200,12 @@ class OwnerConfig:
     attempts_max: int = 5
     window: int = 8
 
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.attempts_max < 1:
+            raise ValueError("window and attempts_max are at least 1")
+        if min(self.hello_timeout_s, self.request_timeout_s, self.timeout_s_max) <= 0:
+            raise ValueError("timeouts are positive")
+
 
 @dataclass
 class _Peer:
@@ -206,6 +214,7 @@ class _Peer:
     attempts: int = 0
     max_tokens: int = 0
     why_lost: str = ""
+    forgot: int = 0
 
 
 @dataclass
@@ -312,6 +321,8 @@ class Owner:
             case Product():
                 return self._step(peer, Input.PRODUCT, message)
             case Refuse(reason=Reason.NO_SESSION):
+                if peer.state is State.READY and peer.forgot >= self._config.attempts_max:
+                    return self._step(peer, Input.EXHAUSTED, message)
                 return self._step(peer, Input.FORGOTTEN, message)
             case Refuse(request=0):
                 return self._step(peer, Input.REFUSED_SESSION, message)
@@ -414,15 +425,17 @@ class Owner:
         for call in list(self._calls.values()):
             if call.state is not CallState.WAITING:
                 continue
-            chosen = least_loaded(ready, load, self._config.window)
-            if chosen is None:
-                break
-            if call.tokens > self._peers[chosen].max_tokens:
+            able = [name for name in ready if self._peers[name].max_tokens >= call.tokens]
+            if ready and not able:
                 effects += self._fail(
                     call,
-                    f"{call.tokens} tokens in one micro-batch; worker {chosen!r} takes at most "
-                    f"{self._peers[chosen].max_tokens}: use smaller micro-batches",
+                    f"{call.tokens} tokens in one micro-batch; the worker takes at most "
+                    f"{max(self._peers[name].max_tokens for name in ready)}: "
+                    "use smaller micro-batches",
                 )
+                continue
+            chosen = least_loaded(able, load, self._config.window)
+            if chosen is None:
                 continue
             load[chosen] += 1
             call.peer, call.attempts = chosen, 0
@@ -445,12 +458,14 @@ class Owner:
 
     # --- actions --------------------------------------------------------------------------
 
-    def _ignore(self, peer: _Peer, kind: Input, _: Message | None) -> list[Effect]:
-        return [] if kind is Input.CLOSE else [Dropped(peer.name, "late or duplicate")]
+    def _ignore(self, peer: _Peer, _: Input, message: Message | None) -> list[Effect]:
+        return [] if message is None else [Dropped(peer.name, "late or duplicate")]
 
     def _greet(self, peer: _Peer, kind: Input, _: Message | None) -> list[Effect]:
         if kind is not Input.TIMEOUT:
             peer.attempts = 0
+        if kind is Input.FORGOTTEN:
+            peer.forgot += 1
         hello = Hello(
             self._session, self._catalogue.parameters_digest, self._catalogue.model_digest
         )
@@ -473,10 +488,11 @@ class Owner:
         if len(product.payload) != self._catalogue.down_bytes(call.matrix, call.tokens):
             raise ProtocolError("an answer of the wrong size")
         self._move(call, CallInput.ANSWERED)
+        peer.forgot = 0
         call.frame = b""
         work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload)
         call.sealed = None
-        return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work)]
+        return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work), *self._pump()]
 
     def _refused(self, peer: _Peer, _: Input, refuse: Refuse) -> list[Effect]:
         call = self._calls.get(refuse.request)

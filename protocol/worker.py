@@ -217,6 +217,9 @@ class Worker:
 
     def _welcome(self, peer: str, session: _Session, hello: Hello) -> list[Effect]:
         if peer not in self._sessions and len(self._sessions) >= self._config.max_peers:
+            ended = (name for name, s in self._sessions.items() if s.state is State.ENDED)
+            self._sessions.pop(next(ended, ""), None)
+        if peer not in self._sessions and len(self._sessions) >= self._config.max_peers:
             session.state = State.ABSENT
             return [Send(peer, encode(Refuse(hello.session, 0, Reason.BUSY)))]
         if session.id != hello.session:
@@ -252,7 +255,7 @@ class Worker:
     def _compute(self, peer: str, session: _Session, message: Multiply) -> list[Effect]:
         if message.request in session.working:
             return [Dropped(peer, "duplicate of a request in work")]
-        reason = self._fault_of(session, message)
+        reason = self._fault_of(peer, message)
         if reason is not None:
             return [Send(peer, encode(Refuse(message.session, message.request, reason)))]
         task, self._next_task = self._next_task, self._next_task + 1
@@ -261,14 +264,15 @@ class Worker:
         work = MultiplyCiphertext(message.matrix, message.tokens, message.payload)
         return [RunTask(task, work)]
 
-    def _fault_of(self, session: _Session, message: Multiply) -> Reason | None:
+    def _fault_of(self, peer: str, message: Multiply) -> Reason | None:
         if message.matrix >= len(self._catalogue.matrices):
             return Reason.UNKNOWN_MATRIX
         if not 1 <= message.tokens <= self._config.max_tokens:
             return Reason.TOO_MANY_TOKENS
         if len(message.payload) != self._catalogue.up_bytes(message.matrix, message.tokens):
             return Reason.WRONG_SIZE
-        if len(session.working) >= self._config.max_in_flight:
+        # Of this peer, under any session: a new Hello or connection does not stop old tasks.
+        if sum(job.peer == peer for job in self._jobs.values()) >= self._config.max_in_flight:
             return Reason.BUSY
         return None
 

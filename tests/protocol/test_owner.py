@@ -492,7 +492,6 @@ def test_workers_are_named_once_each(peers: tuple[str, ...]) -> None:
 # --- known faults: each turns into a plain test when it is mended ---------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="a forgotten session may be opened again without end")
 def test_a_worker_that_always_forgets_is_given_up() -> None:
     """Welcome, forget, welcome, forget ... uses up attempts like any other failure."""
     desk = OwnerDesk().open()
@@ -504,7 +503,6 @@ def test_a_worker_that_always_forgets_is_given_up() -> None:
     assert desk.owner.state("w1") is State.LOST
 
 
-@pytest.mark.xfail(strict=True, reason="Start raises when a worker was lost before it")
 def test_a_worker_lost_before_the_start_does_not_stop_the_others() -> None:
     """A transport may fail before the driver starts the machine."""
     desk = OwnerDesk(TWO)
@@ -512,7 +510,6 @@ def test_a_worker_lost_before_the_start_does_not_stop_the_others() -> None:
     assert decode(one(desk.do(Start()), Send).frame) == Hello(SESSION, PARAMETERS, MODEL)
 
 
-@pytest.mark.xfail(strict=True, reason="only the least loaded worker's limit is looked at")
 def test_a_large_call_goes_to_the_worker_that_takes_it() -> None:
     """A worker with a small limit does not fail a call that another one would serve."""
     desk = OwnerDesk(TWO)
@@ -522,7 +519,6 @@ def test_a_large_call_goes_to_the_worker_that_takes_it() -> None:
     assert requests(desk.ask(1, x=(1, 2))) == [("w2", 1)]
 
 
-@pytest.mark.xfail(strict=True, reason="an answer frees its place only when it is decrypted")
 def test_an_answer_frees_its_place_in_the_window() -> None:
     """The next request leaves while the answer is being decrypted, not after."""
     desk = OwnerDesk(config=OwnerConfig(window=1)).open()
@@ -531,7 +527,6 @@ def test_an_answer_frees_its_place_in_the_window() -> None:
     assert requests(desk.product(1)) == [("w1", 2)]
 
 
-@pytest.mark.xfail(strict=True, reason="configurations are not validated")
 @pytest.mark.parametrize(
     "wrong", [{"window": 0}, {"attempts_max": 0}, {"hello_timeout_s": 0.0}], ids=str
 )

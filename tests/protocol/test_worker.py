@@ -269,7 +269,6 @@ def test_events_that_are_not_a_workers_are_misuse() -> None:
 # --- known faults: each turns into a plain test when it is mended ---------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="the bound counts the latest session only")
 @pytest.mark.parametrize("how", ["new session", "new connection"])
 def test_a_peer_cannot_get_around_the_bound_on_work(how: str) -> None:
     """Tasks still running count, whichever session they were asked under."""
@@ -285,7 +284,6 @@ def test_a_peer_cannot_get_around_the_bound_on_work(how: str) -> None:
     assert running == 2
 
 
-@pytest.mark.xfail(strict=True, reason="an ended session keeps its place until PeerLost")
 def test_an_ended_session_makes_room() -> None:
     """Owners that said goodbye do not keep new ones out."""
     desk = WorkerDesk(WorkerConfig(max_peers=1)).open("o1")
