@@ -68,6 +68,7 @@ def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> d
     x = heavy_tailed(tokens, layer.matrix.in_features, seed=tokens)
     x32, x16 = torch.from_numpy(x), torch.from_numpy(x).bfloat16()
     owner, worker = MlweOwner(parameters, layer.public), MlweWorker(parameters)
+    loaded = worker.load(layer.codes, True)
     times: dict[str, list[float]] = {
         k: [] for k in ("worker", "owner_encrypt", "owner_decrypt", "clear_fp32", "clear_bf16")
     }
@@ -75,9 +76,7 @@ def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> d
         spent = {}
         spent["owner_encrypt"], sent = timed(lambda: owner.encrypt(x, layer.matrix))
         payload = memoryview(sent.payload)
-        spent["worker"], answer = timed(
-            lambda p=payload: worker.multiply(p, tokens, layer.codes, True)
-        )
+        spent["worker"], answer = timed(lambda p=payload: worker.multiply(p, tokens, loaded))
         spent["owner_decrypt"], y = timed(
             lambda s=sent, a=answer: owner.decrypt(s.sealed, a, layer.matrix)
         )

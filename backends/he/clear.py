@@ -54,13 +54,13 @@ class ClearOwner(OwnerCipher):
 class ClearWorker(WorkerCipher):
     """Multiplies float32 by the int8 weights."""
 
-    def multiply(
-        self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
-    ) -> NDArray[np.uint8]:
+    def load(self, weight: NDArray[np.int8], forward: bool) -> torch.Tensor:
         operand = torch.from_numpy(weight.astype(np.float32))
-        operand = operand.t() if forward else operand
+        return operand.t() if forward else operand
+
+    def multiply(self, payload: Payload, tokens: int, matrix: torch.Tensor) -> NDArray[np.uint8]:
         values = np.frombuffer(payload, np.float32)
-        if values.size != tokens * operand.shape[0]:
+        if values.size != tokens * matrix.shape[0]:
             raise ValueError("wrong number of bytes in a request")
         x = torch.from_numpy(values.reshape(tokens, -1).copy())
-        return (x @ operand).numpy().reshape(-1).view(np.uint8)
+        return (x @ matrix).numpy().reshape(-1).view(np.uint8)

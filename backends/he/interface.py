@@ -95,13 +95,16 @@ class WorkerCipher(ABC):
     """The worker's half: one public integer matrix product, no state, no secrets."""
 
     @abstractmethod
-    def multiply(
-        self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
-    ) -> NDArray[np.uint8]:
-        """Answer bytes for `tokens` encrypted rows.
+    def load(self, weight: NDArray[np.int8], forward: bool) -> Any:
+        """A matrix in the form this backend computes with; opaque to everyone else.
 
         weight   int8[N, K] as stored, one copy for both directions
         forward  multiply by weight^T (K in, N out) or by weight (N in, K out)
+        """
+
+    @abstractmethod
+    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
+        """Answer bytes for `tokens` encrypted rows times a matrix that `load` made.
 
         Raises ValueError when the payload has the wrong number of bytes.
         """

@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from backends.he import vnni
 from backends.he.gemm import int8_product
 from backends.he.interface import Payload, WorkerCipher
 from backends.he.params import Parameters
@@ -30,7 +31,7 @@ _PRODUCT_BYTES = 8 << 20  # int32 products of one slice of outputs: small enough
 def _recombine(products: Any, out: Any, dropped_bits: int, first: int, last: int) -> None:
     """products int32[limbs, T, N] -> out uint16[T, N] for tokens first..last."""
     limbs, _, outputs = products.shape
-    half = np.uint32(1 << (dropped_bits - 1))
+    half = np.uint32((1 << dropped_bits) >> 1)
     shift = np.uint32(dropped_bits)
     mask = np.uint32((1 << (8 * limbs - dropped_bits)) - 1)
     for t in range(first, last):
@@ -48,37 +49,57 @@ def _recombine(products: Any, out: Any, dropped_bits: int, first: int, last: int
 
 
 class MlweWorker(WorkerCipher):
-    """Worker half of the module-LWE backend on CPU (oneDNN int8 GEMM through torch)."""
+    """Worker half of the module-LWE backend on CPU.
 
-    def __init__(self, parameters: Parameters) -> None:
+    fused  use the fused VNNI kernel (`vnni.py`), which keeps a packed copy of each matrix; else
+           oneDNN's int8 GEMM through torch on the weight as stored. Same bits either way. None
+           takes the kernel where the machine has the instructions.
+    """
+
+    def __init__(self, parameters: Parameters, fused: bool | None = None) -> None:
         self._parameters = parameters
+        self._fused = vnni.supported() if fused is None else fused
+
+    def load(self, weight: NDArray[np.int8], forward: bool) -> vnni.PackedWeight | NDArray[np.int8]:
+        if self._fused:
+            return vnni.pack(weight, forward)
+        operand = weight.T if forward else weight
+        if len(operand) > MAX_INPUTS:
+            raise ValueError(f"{len(operand)} inputs overflow int32; at most {MAX_INPUTS}")
+        return operand
 
     def multiply(
-        self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
+        self, payload: Payload, tokens: int, matrix: vnni.PackedWeight | NDArray[np.int8]
     ) -> NDArray[np.uint8]:
-        limbs = self._parameters.limbs
-        operand = weight.T if forward else weight
-        inputs, outputs = operand.shape
-        if inputs > MAX_INPUTS:
-            raise ValueError(f"{inputs} inputs overflow int32; at most {MAX_INPUTS}")
+        limbs, dropped_bits = self._parameters.limbs, self._parameters.dropped_bits
+        inputs = matrix.inputs if isinstance(matrix, vnni.PackedWeight) else len(matrix)
         digits = np.frombuffer(payload, np.int8)
         if digits.size != limbs * tokens * inputs:
             raise ValueError(
                 f"a request of {tokens} tokens with {inputs} inputs has "
                 f"{limbs * tokens * inputs} bytes, this one {digits.size}"
             )
-        planes = digits.reshape(limbs * tokens, inputs)
-        answer = np.empty((tokens, outputs), np.uint16)
-        width = max(256, _PRODUCT_BYTES // (4 * limbs * tokens) // 64 * 64)
-        for start in range(0, outputs, width):
-            stop = min(outputs, start + width)
-            products = int8_product(planes, operand[:, start:stop])
-            _recombine_all(
-                products.reshape(limbs, tokens, stop - start),
-                answer[:, start:stop],
-                self._parameters.dropped_bits,
-            )
+        planes = digits.reshape(limbs, tokens, inputs)
+        if isinstance(matrix, vnni.PackedWeight):
+            answer = vnni.multiply(planes, matrix, dropped_bits)
+        else:
+            answer = _multiply_by_slices(planes, matrix, dropped_bits)
         return answer.reshape(-1).view(np.uint8)
+
+
+def _multiply_by_slices(
+    planes: NDArray[np.int8], operand: NDArray[np.int8], dropped_bits: int
+) -> NDArray[np.uint16]:
+    """planes int8[limbs, T, K] @ operand int8[K, N], a slice of outputs at a time."""
+    limbs, tokens, inputs = planes.shape
+    outputs = operand.shape[1]
+    answer = np.empty((tokens, outputs), np.uint16)
+    width = max(256, _PRODUCT_BYTES // (4 * limbs * tokens) // 64 * 64)
+    for start in range(0, outputs, width):
+        stop = min(outputs, start + width)
+        products = int8_product(planes.reshape(-1, inputs), operand[:, start:stop])
+        _recombine_all(products.reshape(limbs, tokens, -1), answer[:, start:stop], dropped_bits)
+    return answer
 
 
 def _recombine_all(products: NDArray[np.int32], out: NDArray[np.uint16], dropped_bits: int) -> None:

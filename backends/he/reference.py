@@ -171,15 +171,17 @@ class ReferenceWorker(WorkerCipher):
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
 
+    def load(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int64]:
+        return (weight.T if forward else weight).astype(np.int64)
+
     def multiply(
-        self, payload: Payload, tokens: int, weight: NDArray[np.int8], forward: bool
+        self, payload: Payload, tokens: int, matrix: NDArray[np.int64]
     ) -> NDArray[np.uint8]:
         limbs, delta = self._parameters.limbs, self._parameters.dropped_bits
-        matrix = (weight.T if forward else weight).astype(np.int64)
         planes = np.frombuffer(payload, np.int8).astype(np.int64)
         planes = planes.reshape(limbs, tokens, len(matrix))
         y = sum((256**limb * (planes[limb] @ matrix) for limb in range(limbs)), np.int64(0))
-        rounded = ((y + 2 ** (delta - 1)) >> delta) % 2**self._parameters.result_bits
+        rounded = ((y + 2**delta // 2) >> delta) % 2**self._parameters.result_bits
         return rounded.astype("<u2").reshape(-1).view(np.uint8)
 
 

@@ -133,7 +133,7 @@ class OwnerClient:
         if isinstance(task, Encrypt):
             assert isinstance(task.x, np.ndarray)
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
-            return memoryview(encrypted.payload), encrypted.sealed  # type: ignore[arg-type]
+            return encrypted.payload.data, encrypted.sealed
         assert isinstance(task, Decrypt)
         matrix = self._matrices[task.matrix]
         return self._cipher.decrypt(task.sealed, task.payload, matrix)

@@ -41,8 +41,10 @@ class WorkerServer:
                 f"{len(weights)} weights make {2 * len(weights)} matrices; the catalogue has "
                 f"{len(catalogue.matrices)}"
             )
-        self._weights = weights
         self._cipher = cipher
+        self._matrices = [
+            cipher.load(weight, forward) for weight in weights for forward in (True, False)
+        ]
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config), self._compute, reply, self._report,
             self._crashed, threads,
@@ -67,11 +69,8 @@ class WorkerServer:
 
     def _compute(self, task: Task) -> memoryview:
         assert isinstance(task, MultiplyCiphertext)
-        weight = self._weights[task.matrix // 2]
-        payload = memoryview(task.payload)
-        return memoryview(
-            self._cipher.multiply(payload, task.tokens, weight, task.matrix % 2 == 0)  # type: ignore[arg-type]
-        )
+        matrix = self._matrices[task.matrix]
+        return self._cipher.multiply(task.payload, task.tokens, matrix).data
 
     def _report(self, effect: Effect) -> None:
         if isinstance(effect, Dropped):

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from backends.he import vnni
 from backends.he.entropy import SeededEntropy
-from backends.he.interface import NonFiniteInputError
+from backends.he.interface import NonFiniteInputError, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters, preset
@@ -44,8 +45,14 @@ KNOWN = {
 def round_trip(case: Case, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
     sent = owner.encrypt(x, case.matrix)
-    answer = worker.multiply(sent.payload, len(x), case.weight, case.forward)
+    answer = worker.multiply(sent.payload, len(x), worker.load(case.weight, case.forward))
     return owner.decrypt(sent.sealed, answer, case.matrix)
+
+
+def workers(parameters: Parameters) -> list[WorkerCipher]:
+    """The reference, and every fast path this machine has."""
+    fused = [MlweWorker(parameters, fused=True)] if vnni.supported() else []
+    return [ReferenceWorker(parameters), MlweWorker(parameters, fused=False), *fused]
 
 
 def relative_error(y: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
@@ -59,7 +66,8 @@ def test_known_answers(name: str) -> None:
     x = np.random.default_rng(5).standard_normal((9, 70)).astype(np.float32)
     owner = MlweOwner(case.parameters, case.public, SeededEntropy(7))
     sent = owner.encrypt(x, case.matrix)
-    answer = MlweWorker(case.parameters).multiply(sent.payload, 9, case.weight, True)
+    worker = MlweWorker(case.parameters)
+    answer = worker.multiply(sent.payload, 9, worker.load(case.weight, True))
     y = owner.decrypt(sent.sealed, answer, case.matrix)
     parts = (sent.payload, answer, y)
     found = tuple(hashlib.sha256(part.tobytes()).hexdigest()[:32] for part in parts)
@@ -81,10 +89,11 @@ def test_fast_equals_reference_bit_for_bit(
     slow = ReferenceOwner(parameters, case.public, SeededEntropy(1))
     a, b = fast.encrypt(x, case.matrix), slow.encrypt(x, case.matrix)
     assert np.array_equal(a.payload, b.payload)
-    answer = MlweWorker(parameters).multiply(a.payload, tokens, case.weight, forward)
-    assert np.array_equal(
-        answer, ReferenceWorker(parameters).multiply(a.payload, tokens, case.weight, forward)
+    answer, *others = (
+        worker.multiply(a.payload, tokens, worker.load(case.weight, forward))
+        for worker in workers(parameters)
     )
+    assert all(np.array_equal(answer, other) for other in others)
     assert np.array_equal(
         fast.decrypt(a.sealed, answer, case.matrix), slow.decrypt(b.sealed, answer, case.matrix)
     )
@@ -191,7 +200,7 @@ def test_wrong_shapes_and_sizes_are_refused(small: Case) -> None:
     with pytest.raises(ValueError, match="contiguous float32"):
         owner.encrypt(np.ones((2, 48)), small.matrix)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bytes"):
-        worker.multiply(np.zeros(100, np.uint8), 2, small.weight, True)
+        worker.multiply(np.zeros(100, np.uint8), 2, worker.load(small.weight, True))
     sent = owner.encrypt(np.ones((2, 48), np.float32), small.matrix)
     with pytest.raises(ValueError, match="bytes"):
         owner.decrypt(sent.sealed, bytes(7), small.matrix)
@@ -206,6 +215,8 @@ def test_worker_equals_reference_on_degenerate_shapes(forward: bool) -> None:
         shape = (outputs, inputs) if forward else (inputs, outputs)
         weight = rng.integers(-127, 128, size=shape).astype(np.int8)
         request = rng.integers(0, 256, size=3 * tokens * inputs).astype(np.uint8)
-        fast = MlweWorker(parameters).multiply(request, tokens, weight, forward)
-        slow = ReferenceWorker(parameters).multiply(request, tokens, weight, forward)
-        assert np.array_equal(fast, slow), (inputs, outputs, tokens)
+        slow, *fast = (
+            worker.multiply(request, tokens, worker.load(weight, forward))
+            for worker in workers(parameters)
+        )
+        assert all(np.array_equal(answer, slow) for answer in fast), (inputs, outputs, tokens)

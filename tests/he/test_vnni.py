@@ -42,12 +42,12 @@ def _weight(outputs: int, inputs: int, seed: int = 1) -> NDArray[np.int8]:
 def test_the_bits_are_those_of_the_torch_worker(
     forward: bool, parameters: Parameters, tokens: int
 ) -> None:
-    worker = MlweWorker(parameters)
+    worker = MlweWorker(parameters, fused=False)
     for shape in SHAPES:
         weight = _weight(*shape)
         outputs, inputs = shape if forward else shape[::-1]
         planes = _planes(parameters.limbs, tokens, inputs)
-        theirs = worker.multiply(planes.tobytes(), tokens, weight, forward)
+        theirs = worker.multiply(planes.tobytes(), tokens, worker.load(weight, forward))
         ours = multiply(planes, pack(weight, forward), parameters.dropped_bits)
         assert ours.shape == (tokens, outputs)
         assert ours.dtype == np.uint16
