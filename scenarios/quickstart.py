@@ -3,11 +3,11 @@
     python -m scenarios.quickstart            (what `make quickstart` runs)
 
 Plays both roles in this process: the *owner* has the private text, here the source of the
-installed `networkx` package; the *worker* has the public weights of a small Llama that comes
+installed `networkx` package's algorithms; the *worker* has the public weights of a small Llama that comes
 with this repository and sees only ciphertexts. The same fine-tuning is then run in clear
 beside it, from the same seed, on the same int8 base weights.
 
-Expected result, in under four minutes on two cores: the held-out loss falls by more than 15 %,
+Expected result, in under four minutes on two cores: the held-out loss falls by more than 20 %,
 private and clear agree within 0.5 %, and a report with loss curves is in runs/quickstart/.
 Interrupt it whenever you like: the same command goes on with the step after the last one saved.
 """
@@ -41,7 +41,7 @@ from scenarios.session import private_session, train_with_bar
 
 BASE = Path(__file__).parent / "assets" / "tiny-llama"
 SEQUENCE = 256
-PRIVATE_PACKAGE = "networkx"
+PRIVATE_PACKAGE = "networkx.algorithms"
 PROMPT = "    Examples\n    --------\n    >>> G = nx."
 COMPLETION_TOKENS = 40
 
@@ -103,7 +103,8 @@ class Quickstart:
         self.text = private_text(self.tokenizer, args.held_out)
         self.training = TrainConfig(
             steps=args.steps, batch=4, micro_batch=4 // args.lanes,
-            learning_rate=args.learning_rate, seed=args.seed,
+            learning_rate=args.learning_rate, warmup_steps=max(1, args.steps // 10),
+            seed=args.seed,
         )  # fmt: skip
         self.figures: dict[str, Any] = {"steps": args.steps, "lanes": args.lanes}
 
@@ -233,9 +234,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=150, help="optimiser steps of 4 x 256 tokens (150)")
+    add("--steps", type=int, default=120, help="optimiser steps of 4 x 256 tokens (120)")
     add("--lanes", type=int, default=1, choices=(1, 2, 4), help="micro-batches in flight (1)")
-    add("--learning-rate", type=float, default=7e-3, help="peak learning rate (7e-3)")
+    add("--learning-rate", type=float, default=4e-3, help="peak learning rate (4e-3)")
     add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
     add("--seed", type=int, default=0, help="seed of adapters and data order (0), never of secrets")
     add("--held-out", type=int, default=32, help="held-out sequences of 256 tokens (32)")

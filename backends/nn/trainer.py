@@ -34,7 +34,7 @@ class TrainConfig:
     """What decides a run's result.
 
     batch, micro_batch  sequences of a step, and of one forward/backward pass
-    learning_rate       peak; linear warm-up, then cosine to a tenth
+    learning_rate       peak; linear warm-up, then cosine to zero
     """
 
     steps: int
@@ -58,7 +58,7 @@ class TrainConfig:
             return self.learning_rate * (step + 1) / self.warmup_steps
         span = max(1, self.steps - self.warmup_steps)
         phase = min(1.0, (step - self.warmup_steps) / span)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * phase)))
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * phase))
 
 
 class TrainingInterrupted(Exception):
