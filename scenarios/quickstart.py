@@ -3,9 +3,9 @@
     python -m scenarios.quickstart            (what `make quickstart` runs)
 
 Plays both roles in this process: the *owner* has the private text, here the source of the
-installed `networkx` package's algorithms; the *worker* has the public weights of a small Llama that comes
-with this repository and sees only ciphertexts. The same fine-tuning is then run in clear
-beside it, from the same seed, on the same int8 base weights.
+algorithms in the installed `networkx` package; the *worker* has the public weights of a small
+Llama that comes with this repository and sees only ciphertexts. The same fine-tuning is then run
+in clear beside it, from the same seed, on the same int8 base weights.
 
 Expected result, in under four minutes on two cores: the held-out loss falls by more than 20 %,
 private and clear agree within 0.5 %, and a report with loss curves is in runs/quickstart/.

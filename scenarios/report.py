@@ -41,7 +41,7 @@ def plot_losses(
     )
     left.set_xlabel("optimiser step")
     left.set_ylabel("training loss (nats per token)")
-    left.set_title("Training: the two curves coincide")
+    left.set_title("Training loss, encrypted and in clear (running mean)")
     left.legend(frameon=False)
     names = ["base", "clear\nLoRA", "private\nLoRA"]
     values = [figures["base_loss"], figures["clear_loss"], figures["private_loss"]]
