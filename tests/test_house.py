@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from docs import generate_figures
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("protocol", "backends", "sim", "scenarios", "benchmarks")
 ALLOWED = {
@@ -97,6 +99,12 @@ def test_nothing_unpickles() -> None:
         assert "pickle" not in imports(path), name
         assert "allow_pickle" not in text, name
         assert "torch.load(" not in text, name
+
+
+def test_the_readme_shows_the_recorded_figures() -> None:
+    """Every number in its tables comes from a file under benchmarks/results."""
+    page = generate_figures.PAGE.read_text(encoding="utf-8")
+    assert generate_figures.renewed(page) == page
 
 
 def test_private_values_are_not_logged() -> None:
