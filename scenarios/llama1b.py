@@ -107,6 +107,7 @@ def load_sequences(
         sequences = pack(texts, ByteTokenizer(), args.sequence, None)
     else:
         tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
         sequences = pack(texts, tokenizer, args.sequence, tokenizer.eos_token_id)
     if int(sequences.max()) >= config.vocab_size:
         raise DataError(f"the tokenizer gives ids beyond the model's {config.vocab_size}")

@@ -98,6 +98,7 @@ class Quickstart:
         self.args = args
         self.out: Path = args.out
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
+        self.tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
         self.config = AutoConfig.from_pretrained(BASE)
         self.source = SafetensorsSource(BASE)
         self.text = private_text(self.tokenizer, args.held_out)

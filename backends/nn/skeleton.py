@@ -26,6 +26,7 @@ class Skeleton:
 
     shapes      [out, in] of every remote module, by name
     transposed  names of remote modules whose stored weight is [in, out] (Conv1D)
+    aliases     tensors stored under another name: a tied head is the embedding
     """
 
     model: PreTrainedModel
@@ -33,13 +34,16 @@ class Skeleton:
     groups: list[GroupSpec]
     shapes: dict[str, torch.Size]
     transposed: frozenset[str]
+    aliases: dict[str, str]
 
     def load_weight(self, source: WeightSource, module: str) -> torch.Tensor:
         """The float weight [out, in] of a remote module."""
         shape = self.shapes[module]
+        name = f"{module}.weight"
+        name = self.aliases.get(name, name)
         if module in self.transposed:
-            return source.get(f"{module}.weight", torch.Size(reversed(shape))).t()
-        return source.get(f"{module}.weight", shape)
+            return source.get(name, torch.Size(reversed(shape))).t()
+        return source.get(name, shape)
 
 
 def build_skeleton(
@@ -57,6 +61,11 @@ def build_skeleton(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     remote = Remote()
     head = model.get_output_embeddings()
+    aliases = {}
+    if config.tie_word_embeddings:
+        aliases[f"{_name(model, head)}.weight"] = (
+            f"{_name(model, model.get_input_embeddings())}.weight"
+        )
     transposed = set()
     shapes: dict[str, torch.Size] = {}
     for name, module in list(model.named_modules()):
@@ -71,13 +80,17 @@ def build_skeleton(
         shapes[name] = torch.Size((swapped.out_features, swapped.in_features))
     if not shapes:
         raise ValueError(f"{type(model).__name__} has no linear layer to compute remotely")
-    _load_local(model, source, dtype, tied_head=config.tie_word_embeddings)
+    _load_local(model, source, dtype, skip=frozenset(aliases))
     if config.tie_word_embeddings and not remote_head:
         model.tie_weights()
     model.requires_grad_(False)
     model.eval()
     groups = discover_groups(model, remote)
-    return Skeleton(model, remote, groups, shapes, frozenset(transposed))
+    return Skeleton(model, remote, groups, shapes, frozenset(transposed), aliases)
+
+
+def _name(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _shell(
@@ -94,13 +107,13 @@ def _shell(
 
 
 def _load_local(
-    model: nn.Module, source: WeightSource, dtype: torch.dtype, tied_head: bool
+    model: nn.Module, source: WeightSource, dtype: torch.dtype, skip: frozenset[str]
 ) -> None:
-    """Replace every meta parameter by the checkpoint's tensor; one read serves a tied pair."""
+    """Replace every meta parameter, but those to skip, by the checkpoint's tensor."""
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type != "meta":
             continue
-        if tied_head and name == "lm_head.weight":
+        if name in skip:
             continue
         tensor = source.get(name, parameter.shape).to(dtype)
         owner, _, leaf = name.rpartition(".")

@@ -51,9 +51,12 @@ def test_a_checkpoint_without_the_base_prefix_loads(tmp_path: Path) -> None:
 
 def test_a_remote_head_is_a_group_of_its_own() -> None:
     """And then no linear weight is left with the owner, tied or not."""
-    skeleton = build_skeleton(CONFIGS["llama"], RandomSource(0), remote_head=True)
+    source = RandomSource(0)
+    skeleton = build_skeleton(CONFIGS["llama"], source, remote_head=True)
     assert skeleton.groups[-1].members == ("lm_head",)
     assert skeleton.groups[-1].out_features == (96,)
+    embedding = skeleton.model.get_input_embeddings().weight
+    assert torch.equal(skeleton.load_weight(source, "lm_head"), embedding)
 
 
 def test_mistakes_are_explained(tmp_path: Path) -> None:
