@@ -68,6 +68,7 @@ def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> d
     x = heavy_tailed(tokens, layer.matrix.in_features, seed=tokens)
     x32, x16 = torch.from_numpy(x), torch.from_numpy(x).bfloat16()
     owner, worker = MlweOwner(parameters, layer.public), MlweWorker(parameters)
+    owner.guard(layer.matrix, layer.codes, True)  # as real runs do: decrypting includes the check
     loaded = worker.load(layer.codes, True)
     times: dict[str, list[float]] = {
         k: [] for k in ("worker", "owner_encrypt", "owner_decrypt", "clear_fp32", "clear_bf16")

@@ -147,7 +147,8 @@ def make_trainer(
         setup.training,
         lanes=args.lanes if private else 1,
         forget_lane=setup.skeleton.remote.forget_lane,
-        checkpoints=args.out / "checkpoints" if private else None,
+        # A comparison starts from the first step, and touches no checkpoint of a real run.
+        checkpoints=args.out / "checkpoints" if private and not args.compare_clear else None,
         checkpoint_every=args.checkpoint_every,
         identity={"rank": args.rank, "model": prepared.model_digest.hex()},
     )
@@ -234,10 +235,11 @@ class Run:
         peer = ClearPeer(argv) if args.compare_clear else None
         with private_session(setup.skeleton, prepared, args.lanes) as session:
             self._train(trainer, session, peer)
-        save_adapter(model, args.out / "adapter", setup.base_name)
+        adapter = args.out / ("adapter-comparison" if args.compare_clear else "adapter")
+        save_adapter(model, adapter, setup.base_name)
         if peer is not None:
             peer.close()
-        return self._figures(setup, trainer, prepare_s)
+        return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
 
     def _train(self, trainer: Trainer, session: PrivateSession, peer: ClearPeer | None) -> None:
         last = session.usage()
@@ -263,7 +265,6 @@ class Run:
             "prepare_s": prepare_s,
             "losses": trainer.progress.losses,
             "peak_rss_mb": record.peak_rss_mb(),
-            "adapter_dir": str(args.out / "adapter"),
         }
         if self.usages:
             step_s = median(trainer.step_seconds)
@@ -357,8 +358,7 @@ def main() -> None:
         if args.clear_peer:
             clear_peer(args)
             return
-        if args.fresh or args.compare_clear:
-            # A comparison measures steps from the first one on.
+        if args.fresh and not args.compare_clear:
             shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
         figures = Run(args).run(argv)
     except TrainingInterrupted as stopped:

@@ -73,6 +73,10 @@ def private_session(
     """Connects the skeleton's remote linears to an in-process worker under real encryption."""
     assert prepared.parameters is not None
     owner = MlweOwner(prepared.parameters, prepared.public_matrix())
+    weights = prepared.worker_weights()
+    for index, matrix in enumerate(prepared.owner_matrices()):
+        owner.guard(matrix, weights[index // 2], forward=index % 2 == 0)
+    del weights
     worker = MlweWorker(prepared.parameters)
     with in_process(prepared, owner, worker, lanes=lanes) as (client, server):
         session = PrivateSession(owner, client, server)

@@ -19,7 +19,7 @@ ALLOWED = {
     "benchmarks": {"protocol", "backends", "sim", "scenarios"},
 }
 SECRET_HOLDERS = {
-    "backends.he.entropy", "backends.he.secret", "backends.he.mlwe_owner",
+    "backends.he.entropy", "backends.he.secret", "backends.he.integrity", "backends.he.mlwe_owner",
     "backends.he.reference", "backends.he.clear", "backends.net.owner", "protocol.owner",
 }  # fmt: skip
 

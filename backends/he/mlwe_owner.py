@@ -28,6 +28,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, Keystream, OsEntropy
+from backends.he.integrity import IntegrityCheck
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -211,6 +212,7 @@ class Sealed:
 
     secrets: list[BlockSecret] = field(repr=False)
     inverse_alpha: NDArray[np.float64] = field(repr=False)
+    planes: NDArray[np.int8] = field(repr=False)  # what was sent, for the integrity check
 
 
 class MlweOwner(OwnerCipher):
@@ -227,6 +229,7 @@ class MlweOwner(OwnerCipher):
         self._entropy = entropy if entropy is not None else OsEntropy()
         self._encrypt, self._decrypt = _kernels(parameters.rank)
         self._reciprocal = np.uint64(reciprocal(parameters))
+        self._checks: dict[str, IntegrityCheck] = {}
         self._local = threading.local()
         self._count_lock = threading.Lock()
         self.blocks = 0
@@ -235,6 +238,10 @@ class MlweOwner(OwnerCipher):
     @property
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
+
+    def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
+        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
+        self._checks[matrix.name] = IntegrityCheck(matrix.name, weight, forward, self._entropy)
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return self._parameters.up_bytes_per_value * tokens * matrix.in_features
@@ -271,7 +278,7 @@ class MlweOwner(OwnerCipher):
 
         run_split(part, -(-inputs // WIDE))
         sealing[...] = 0
-        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse))
+        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse, planes))
 
     def _fresh_secrets(self, count: int) -> list[BlockSecret]:
         stream = Keystream(self._entropy.fresh_key())
@@ -293,6 +300,9 @@ class MlweOwner(OwnerCipher):
         hint = matrix.hint
         if hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
+        check = self._checks.get(matrix.name)
+        if check is not None:
+            check.verify(sealed.planes, answer, self._parameters)
         opening = np.stack([secret.open().reshape(-1) for secret in sealed.secrets])
         out = np.empty((tokens, outputs), np.float32)
         flat = hint.reshape(-1)

@@ -7,6 +7,7 @@ of arrival, so the number of lanes changes the speed and not one bit of the resu
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import threading
@@ -114,7 +115,8 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self._run = asdict(config) | (identity or {}) | {"sequences": len(sequences)}
+        data = hashlib.sha256(sequences.contiguous().numpy().tobytes()).hexdigest()
+        self._run = asdict(config) | (identity or {}) | {"data": data}
         self.progress = Progress(0, [])
         if checkpoints is not None:
             found = checkpoint.restore(checkpoints, self._run, self._parameters, self._optimizer)

@@ -170,6 +170,23 @@ def test_a_worker_of_another_model_is_refused_with_a_reason(
         wire.client.linear(0, np.ones((1, 24), np.float32))
 
 
+def test_a_lying_worker_ends_the_call_with_its_name_and_the_layer(model: PreparedModel) -> None:
+    """Wrong products are never delivered."""
+    wire = Wire(model)
+    wire.cipher.guard(model.owner_matrices()[0], model.worker_weights()[0], forward=True)
+    honest = wire._down
+
+    def lie(peer: str, frame: bytes) -> None:
+        answer = isinstance(decode(frame), Product)
+        honest(peer, frame[:-40] + bytes(40) if answer else frame)
+
+    wire.server = WorkerServer(
+        model.catalogue(wire.cipher), model.worker_weights(), MlweWorker(preset("standard")), lie
+    )
+    with wire, pytest.raises(RemoteLinearError, match=r"layer forward.*broken or lying"):
+        wire.client.linear(0, np.ones((1, 24), np.float32))
+
+
 def test_a_silent_worker_is_given_up(model: PreparedModel) -> None:
     """Bounded attempts, then every call fails, the next one at once."""
     wire = Wire(model, OwnerConfig(hello_timeout_s=0.02, attempts_max=3))

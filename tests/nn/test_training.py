@@ -108,6 +108,8 @@ def test_resuming_with_other_settings_is_refused(llama: Tiny, tmp_path: Path) ->
     other = TrainConfig(steps=4, batch=4, micro_batch=1, learning_rate=2e-2, warmup_steps=1)
     with pytest.raises(ResumeError, match=r"learning_rate.*--fresh"):
         Trainer(model, DATA, other, checkpoints=tmp_path)
+    with pytest.raises(ResumeError, match=r"data.*--fresh"):
+        Trainer(model, tokens(10, 12, seed=1), CONFIG, checkpoints=tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["clear", "mlwe"])
