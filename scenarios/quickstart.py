@@ -174,8 +174,7 @@ class Quickstart:
     def run(self) -> dict[str, Any]:
         """Everything; returns the figures."""
         if self.args.fresh:
-            for name in ("private", "clear"):
-                shutil.rmtree(self.out / f"checkpoints-{name}", ignore_errors=True)
+            self._drop_checkpoints()
         start = time.perf_counter()
         print(
             f"owner: {self.text.files} files of {PRIVATE_PACKAGE!r}, "
@@ -191,7 +190,13 @@ class Quickstart:
         text = summary(self.figures)
         report.write_text(self.out / "report.md", text)
         print(text)
+        # The run is complete: the next one is a new run, not a resumed one.
+        self._drop_checkpoints()
         return self.figures
+
+    def _drop_checkpoints(self) -> None:
+        for name in ("private", "clear"):
+            shutil.rmtree(self.out / f"checkpoints-{name}", ignore_errors=True)
 
 
 def summary(f: dict[str, Any]) -> str:
