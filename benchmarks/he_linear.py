@@ -56,7 +56,7 @@ class Layer:
         self.bf16 = self.fp32.bfloat16()
         self.codes, scale = quantise(self.fp32)
         self.public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
-        hint = HintBuilder(self.public, parameters.rank).build(self.codes, True)
+        hint = HintBuilder(self.public).build(self.codes, True)
         ones = np.ones(inputs, np.float32)
         plan = plan_matrix(self.codes, scale)
         self.matrix = OwnerMatrix(f"{inputs}x{outputs}", ones, scale, plan, hint)

@@ -30,18 +30,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig
 
-from backends.he.interface import NonFiniteInputError
 from backends.he.params import PRESETS, preset
-from backends.he.store import PreparationError, PreparedModel
-from backends.net.owner import RemoteLinearError
+from backends.he.store import PreparedModel
 from backends.nn.adapters import add_lora, save_adapter
-from backends.nn.checkpoint import ResumeError
 from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
 from backends.nn.local import localise
 from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import CheckpointError, WeightSource, human_bytes, source_for
-from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
+from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record
+from scenarios.cli import clean_exit
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.session import PrivateSession, Usage, private_session, train_with_bar
 
@@ -354,24 +352,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     argv = sys.argv[1:]
     args = parse(argv)
-    try:
+    with clean_exit():
         if args.clear_peer:
             clear_peer(args)
             return
         if args.fresh and not args.compare_clear:
             shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
         figures = Run(args).run(argv)
-    except TrainingInterrupted as stopped:
-        print(f"\n{stopped}; the same command goes on from there")
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was prepared or saved so far is kept")
-        sys.exit(130)
-    except (
-        CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
-        NonFiniteInputError, FloatingPointError,
-    ) as error:  # fmt: skip
-        sys.exit(f"error: {error}")
     print_report(figures)
     record.write(args.json, figures)
 

@@ -34,8 +34,9 @@ from backends.nn.data import pack, read_texts
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import SafetensorsSource, human_bytes
-from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted, evaluate
+from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from scenarios import record, report
+from scenarios.cli import clean_exit
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.session import private_session, train_with_bar
 
@@ -252,11 +253,8 @@ def main() -> None:
     add("--fresh", action="store_true", help="start over instead of resuming")
     record.add_json_option(parser)
     args = parser.parse_args()
-    try:
+    with clean_exit():
         figures = Quickstart(args).run()
-    except TrainingInterrupted as stopped:
-        print(f"\n{stopped}; the same command goes on from there")
-        sys.exit(130)
     record.write(args.json, figures)
 
 

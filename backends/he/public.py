@@ -16,6 +16,7 @@ integer GEMM on A's NTT values: four signed int8 limbs of A against Wq, recombin
 from __future__ import annotations
 
 import hashlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -53,23 +54,27 @@ class PublicMatrix:
     def __init__(self, seed: bytes, rank: int) -> None:
         if len(seed) != 32:
             raise ValueError(f"the seed of A has 32 bytes, got {len(seed)}")
+        self.rank = rank
         self._seed = seed
-        self._rank = rank
+        self._growing = threading.Lock()
         self._tiles = np.empty((0, rank, RING_DEGREE, LANES), np.int32)
 
     def rows(self, count: int) -> NDArray[np.int32]:
         """int32[tiles, rank, 256, 16] whose first `count` rows are A's."""
-        have, want = len(self._tiles), tiles_of(count)
-        if have < want:
-            grown = np.empty((want, *self._tiles.shape[1:]), np.int32)
-            grown[:have] = self._tiles
-            run_split(lambda a, b: self._expand(grown, have + a, have + b), want - have)
-            self._tiles = grown
-        return self._tiles[:want]
+        want = tiles_of(count)
+        # Lanes ask at the same time: one grows A, and nobody ever gets a shorter one.
+        with self._growing:
+            have = len(self._tiles)
+            if have < want:
+                grown = np.empty((want, *self._tiles.shape[1:]), np.int32)
+                grown[:have] = self._tiles
+                run_split(lambda a, b: self._expand(grown, have + a, have + b), want - have)
+                self._tiles = grown
+            return self._tiles[:want]
 
     def _expand(self, out: NDArray[np.int32], first: int, last: int) -> None:
         for tile in range(first, last):
-            out[tile] = expand_tile(self._seed, tile, self._rank)
+            out[tile] = expand_tile(self._seed, tile, self.rank)
 
 
 def expand_tile(seed: bytes, tile: int, rank: int) -> NDArray[np.int32]:
@@ -124,24 +129,21 @@ def _recombine_mod_q(products: Any, out: Any, first: int, last: int) -> None:
 class HintBuilder:
     """Builds hints against one A. Reuses the limb planes of A between matrices."""
 
-    def __init__(self, public: PublicMatrix, rank: int) -> None:
+    def __init__(self, public: PublicMatrix) -> None:
         self._public = public
-        self.rank = rank
-        self._slots = rank * RING_DEGREE
+        self.rank = public.rank
+        self._slots = public.rank * RING_DEGREE
         self._planes = np.empty((_LIMBS_OF_A, self._slots, 0), np.int8)
 
-    def build(
-        self, weight: NDArray[np.int8], forward: bool, out: NDArray[np.int32] | None = None
-    ) -> NDArray[np.int32]:
-        """Hint of int8[N, K] (forward: N rows; backward: K rows, of the transpose).
+    def build(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int32]:
+        """int32[tiles, rank, 256, 16]: the hint of int8[N, K].
 
-        Returns int32[tiles, rank, 256, 16], written into `out` when given.
+        It has N rows forward, and K rows backward, where the matrix is the transpose.
         """
         operand = weight.T if forward else weight
         inputs, outputs = operand.shape
         planes = self._planes_for(inputs)
-        if out is None:
-            out = np.empty((tiles_of(outputs), self.rank, RING_DEGREE, LANES), np.int32)
+        out = np.empty((tiles_of(outputs), self.rank, RING_DEGREE, LANES), np.int32)
         flat = out.reshape(len(out), self._slots, LANES)
         width = 64 * LANES
         for start in range(0, outputs, width):

@@ -114,7 +114,7 @@ def prepare(
     if parameters is not None:
         seed = public_seed(model_digest, parameters, owner_tag)
         public = PublicMatrix(seed, parameters.rank)
-        builder = HintBuilder(public, parameters.rank)
+        builder = HintBuilder(public)
         # Groups of equal width share the limb planes of A: widest first, then by width.
         for direction in ("forward", "backward"):
             order = sorted(range(len(groups)), key=lambda i: _inputs(groups[i], direction))

@@ -144,7 +144,10 @@ class OwnerClient:
                 assert isinstance(result, np.ndarray)
                 self._pending.pop(call).set_result(result)
             case FailCall(call, reason):
-                self._pending.pop(call).set_exception(RemoteLinearError(reason))
+                # Gone when an abort has failed it while its request was still queued.
+                waiting = self._pending.pop(call, None)
+                if waiting is not None:
+                    waiting.set_exception(RemoteLinearError(reason))
             case Abort(reason):
                 self._fail_all(reason)
             case Dropped(peer, reason):

@@ -50,7 +50,7 @@ def make_case(
     ones = np.ones(shape[1], np.float32)
     in_scale, out_scale = (ones, scale) if forward else (scale, ones)
     plan = plan_matrix(weight if forward else weight.T, out_scale)
-    hint = HintBuilder(public, parameters.rank).build(weight, forward)
+    hint = HintBuilder(public).build(weight, forward)
     matrix = OwnerMatrix(f"{inputs}x{outputs}", in_scale, out_scale, plan, hint)
     return Case(parameters, public, weight, forward, matrix)
 

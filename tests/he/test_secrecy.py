@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from backends.he.params import (
 )
 from backends.he.public import PublicMatrix, expand_tile, hint_matches, public_seed
 from backends.he.secret import BlockSecret, SecretReuseError, ternary
+from backends.he.vector import LANES
 from tests.he.conftest import Case, make_case
 
 
@@ -141,6 +144,16 @@ def test_public_matrix_is_a_function_of_its_seed() -> None:
     }
     assert len(others | {seed}) == 4
     assert abs(np.mean(tall / 2147483137)) < 0.002, "centred residues are uniform around zero"
+
+
+def test_lanes_growing_the_public_matrix_all_get_their_rows() -> None:
+    """However they interleave: a shorter matrix would be read past its end."""
+    counts = [16 * n for n in (9, 1, 8, 2, 7, 3, 6, 4)]
+    for _ in range(20):
+        public = PublicMatrix(bytes(32), 5)
+        with ThreadPoolExecutor(8) as pool:
+            tiles = list(pool.map(public.rows, counts))
+        assert [LANES * len(part) for part in tiles] == counts
 
 
 @pytest.mark.parametrize("forward", [True, False])

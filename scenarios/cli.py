@@ -1,0 +1,33 @@
+"""How a scenario ends when it cannot go on: one clear line and an exit status, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from backends.he.interface import NonFiniteInputError
+from backends.he.store import PreparationError
+from backends.net.owner import RemoteLinearError
+from backends.nn.checkpoint import ResumeError
+from backends.nn.data import DataError
+from backends.nn.sources import CheckpointError
+from backends.nn.trainer import TrainingInterrupted
+
+
+@contextmanager
+def clean_exit() -> Iterator[None]:
+    """Turns the errors a user can mend into `error: ...`, and Ctrl-C into exit status 130."""
+    try:
+        yield
+    except TrainingInterrupted as stopped:
+        print(f"\n{stopped}; the same command goes on from there")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was prepared or saved so far is kept")
+        sys.exit(130)
+    except (
+        CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
+        NonFiniteInputError, FloatingPointError,
+    ) as error:  # fmt: skip
+        sys.exit(f"error: {error}")
