@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from backends.he.entropy import Keystream, OsEntropy, SeededEntropy
 from backends.he.mlwe_owner import MlweOwner
@@ -146,14 +147,26 @@ def test_public_matrix_is_a_function_of_its_seed() -> None:
     assert abs(np.mean(tall / 2147483137)) < 0.002, "centred residues are uniform around zero"
 
 
-def test_lanes_growing_the_public_matrix_all_get_their_rows() -> None:
-    """However they interleave: a shorter matrix would be read past its end."""
-    counts = [16 * n for n in (9, 1, 8, 2, 7, 3, 6, 4)]
-    for _ in range(20):
-        public = PublicMatrix(bytes(32), 5)
-        with ThreadPoolExecutor(8) as pool:
-            tiles = list(pool.map(public.rows, counts))
-        assert [LANES * len(part) for part in tiles] == counts
+def test_a_slow_lane_does_not_shrink_the_public_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane that grew A a little must not undo a wider growth: A would be read past its end."""
+    public = PublicMatrix(bytes(32), 5)
+    started, wide_is_done = threading.Event(), threading.Event()
+    expand = public._expand
+
+    def slow(out: NDArray[np.int32], first: int, last: int) -> None:
+        if len(out) == 1:
+            started.set()
+            wide_is_done.wait(0.3)
+        expand(out, first, last)
+
+    monkeypatch.setattr(public, "_expand", slow)
+    narrow = threading.Thread(target=public.rows, args=(LANES,))
+    narrow.start()
+    assert started.wait(10)
+    assert len(public.rows(9 * LANES)) == 9
+    wide_is_done.set()
+    narrow.join()
+    assert len(public._tiles) == 9
 
 
 @pytest.mark.parametrize("forward", [True, False])
