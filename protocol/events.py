@@ -64,6 +64,14 @@ class TaskFailed:
 
 
 @dataclass(frozen=True)
+class AnswerRejected:
+    """A decryption found that the answer is not the product it asked for; nothing was opened."""
+
+    task: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class LinearWanted:
     """A lane met a remote linear. `call` is unique and increasing; `x` holds `tokens` rows."""
 
@@ -83,8 +91,8 @@ class CloseWanted:
 
 
 Event: TypeAlias = (
-    Start | FrameArrived | PeerLost | TimerFired | TaskDone | TaskFailed | LinearWanted
-    | CloseWanted
+    Start | FrameArrived | PeerLost | TimerFired | TaskDone | TaskFailed | AnswerRejected
+    | LinearWanted | CloseWanted
 )  # fmt: skip
 
 # --- tasks: what an effect can ask to compute ----------------------------------------------
@@ -101,7 +109,10 @@ class Encrypt:
 
 @dataclass(frozen=True)
 class Decrypt:
-    """Decrypt an answer. Result: whatever the lane waits for."""
+    """Check and decrypt an answer. Result: whatever the lane waits for.
+
+    Ends with AnswerRejected, and `sealed` still closed, when the answer is not the product.
+    """
 
     matrix: int
     tokens: int
@@ -175,6 +186,14 @@ class FailCall:
 
 
 @dataclass(frozen=True)
+class Retired:
+    """A worker will not be used again; the reason is for a person."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Dropped:
     """A frame was ignored: late, duplicate, or against the rules. For counters only."""
 
@@ -195,5 +214,14 @@ class Closed:
 
 
 Effect: TypeAlias = (
-    Send | RunTask | SetTimer | CancelTimer | Deliver | FailCall | Dropped | Abort | Closed
+    Send
+    | RunTask
+    | SetTimer
+    | CancelTimer
+    | Deliver
+    | FailCall
+    | Retired
+    | Dropped
+    | Abort
+    | Closed
 )

@@ -6,6 +6,9 @@ Rules
   * A frame holds public facts and ciphertext only. There is no field for free text, so
     nothing private can slip into one.
 
+The header, and the body of Refuse, keep their layout in every version: so two sides can tell each
+other that they speak different ones.
+
 Header, 28 bytes, little endian: magic "PFTL", version u8, kind u8, zero u16, session 16 bytes
 (the owner's incarnation, fresh random bytes at every start), body length u32.
 
@@ -19,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TypeAlias
 
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, VersionError
 
 VERSION = 1
 MAGIC = b"PFTL"
@@ -203,8 +206,8 @@ def decode(frame: Bytes) -> Message:
     magic, version, kind, zero, session, size = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise ProtocolError("not a frame of this protocol")
-    if version != VERSION:
-        raise ProtocolError(f"protocol version {version}, this side speaks {VERSION}")
+    if version != VERSION and kind != _KIND[Refuse]:
+        raise VersionError(session, version, VERSION)
     if zero != 0 or size > MAX_BODY_BYTES or size != len(view) - HEADER_BYTES:
         raise ProtocolError("header and frame length disagree")
     body = view[HEADER_BYTES:]

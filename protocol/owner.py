@@ -1,33 +1,26 @@
 """The owner's machine: it turns a lane's linear into one encrypted request and its answer.
 
-Theory. A call is encrypted once, with secrets used for nothing else, into one frame. From then
-on the frame never changes: a retry after a time-out, a lost worker or a forgotten session sends
-the same bytes, so a worker can learn nothing from a retry and may answer it twice without harm.
-The first acceptable answer is decrypted and delivered; later ones are dropped.
-
 Rules
-  * An answer counts only under this owner's session id, for a call in flight, with exactly the
-    bytes the catalogue says.
+  * A call's frame is made once and never changes; every sending of it is the same bytes.
+  * An answer counts only under this owner's session id, for a call in flight, from the worker it
+    was sent to last, with exactly the bytes the catalogue says.
   * Every wait has a timer; every timer is cancelled or answered; attempts are bounded.
   * Malformed or misplaced frames are dropped and counted; they change no state.
 
-Two tables: SESSIONS, one row per (state of a worker's session, input), and CALLS, one row per
-(state of a call, input). What is absent is an error: a ProtocolError when a peer caused it, a
-MisuseError when the driver did.
-
-In sync with: worker.py (the other side), messages.py, docs/protocol.md (drawn from the tables).
+The theory, and every transition: owner_tables.py.
+In sync with: worker.py (the other side), messages.py, docs/protocol.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 from protocol.catalogue import Catalogue
 from protocol.errors import MisuseError, ProtocolError
 from protocol.events import (
     Abort,
+    AnswerRejected,
     CancelTimer,
     Closed,
     CloseWanted,
@@ -41,6 +34,7 @@ from protocol.events import (
     FrameArrived,
     LinearWanted,
     PeerLost,
+    Retired,
     RunTask,
     Send,
     SetTimer,
@@ -62,125 +56,14 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.placement import least_loaded
-
-
-class State(Enum):
-    """Of the session with one worker."""
-
-    NEW = "new"
-    GREETING = "greeting"
-    READY = "ready"
-    CLOSING = "closing"
-    CLOSED = "closed"
-    LOST = "lost"
-
-
-class Input(Enum):
-    """What can happen to a session."""
-
-    START = "start"
-    WELCOME = "Welcome"
-    PRODUCT = "Product"
-    REFUSED_CALL = "Refuse of a call"
-    REFUSED_SESSION = "Refuse of the session"
-    FORGOTTEN = "Refuse: no such session"
-    FAREWELL = "Farewell"
-    TIMEOUT = "time-out"
-    EXHAUSTED = "attempts used up"
-    LOST = "peer lost"
-    CLOSE = "close wanted"
-
-
-def _late(state: State) -> dict[tuple[State, Input], tuple[State, str]]:
-    """Frames that may still arrive after the end, and change nothing."""
-    inputs = (
-        Input.WELCOME, Input.PRODUCT, Input.REFUSED_CALL, Input.REFUSED_SESSION,
-        Input.FORGOTTEN, Input.FAREWELL, Input.LOST, Input.CLOSE,
-    )  # fmt: skip
-    return {(state, kind): (state, "ignore") for kind in inputs}
-
-
-# (state, input) -> (next state, action).
-SESSIONS: dict[tuple[State, Input], tuple[State, str]] = {
-    (State.NEW, Input.START): (State.GREETING, "greet"),
-    (State.NEW, Input.LOST): (State.LOST, "give_up"),
-    (State.NEW, Input.CLOSE): (State.CLOSED, "closed"),
-    (State.GREETING, Input.WELCOME): (State.READY, "ready"),
-    (State.GREETING, Input.REFUSED_SESSION): (State.LOST, "give_up"),
-    (State.GREETING, Input.TIMEOUT): (State.GREETING, "greet"),
-    (State.GREETING, Input.EXHAUSTED): (State.LOST, "give_up"),
-    (State.GREETING, Input.LOST): (State.LOST, "give_up"),
-    (State.GREETING, Input.CLOSE): (State.CLOSING, "bye"),
-    # Answers to requests sent before the worker forgot us, and repeats of its forgetting.
-    (State.GREETING, Input.PRODUCT): (State.GREETING, "accept"),
-    (State.GREETING, Input.REFUSED_CALL): (State.GREETING, "ignore"),
-    (State.GREETING, Input.FORGOTTEN): (State.GREETING, "ignore"),
-    (State.READY, Input.WELCOME): (State.READY, "ignore"),
-    (State.READY, Input.PRODUCT): (State.READY, "accept"),
-    (State.READY, Input.REFUSED_CALL): (State.READY, "refused"),
-    (State.READY, Input.REFUSED_SESSION): (State.READY, "ignore"),
-    (State.READY, Input.FORGOTTEN): (State.GREETING, "greet"),
-    (State.READY, Input.EXHAUSTED): (State.LOST, "give_up"),
-    (State.READY, Input.LOST): (State.LOST, "give_up"),
-    (State.READY, Input.CLOSE): (State.CLOSING, "bye"),
-    (State.CLOSING, Input.WELCOME): (State.CLOSING, "ignore"),
-    (State.CLOSING, Input.PRODUCT): (State.CLOSING, "ignore"),
-    (State.CLOSING, Input.REFUSED_CALL): (State.CLOSING, "ignore"),
-    (State.CLOSING, Input.REFUSED_SESSION): (State.CLOSING, "ignore"),
-    (State.CLOSING, Input.FORGOTTEN): (State.CLOSING, "ignore"),
-    (State.CLOSING, Input.FAREWELL): (State.CLOSED, "closed"),
-    (State.CLOSING, Input.TIMEOUT): (State.CLOSING, "bye"),
-    (State.CLOSING, Input.EXHAUSTED): (State.CLOSED, "closed"),
-    (State.CLOSING, Input.LOST): (State.CLOSED, "closed"),
-    (State.CLOSING, Input.CLOSE): (State.CLOSING, "ignore"),
-    **_late(State.CLOSED),
-    **_late(State.LOST),
-    # A transport may fail before the driver starts the machine.
-    (State.LOST, Input.START): (State.LOST, "ignore"),
-}
-
-
-class CallState(Enum):
-    """Of one linear a lane waits for."""
-
-    ENCRYPTING = "encrypting"
-    WAITING = "waiting for a worker"
-    IN_FLIGHT = "in flight"
-    DECRYPTING = "decrypting"
-    DONE = "done"
-
-
-class CallInput(Enum):
-    """What can happen to a call."""
-
-    ENCRYPTED = "encrypted"
-    SENT = "sent"
-    ANSWERED = "answered"
-    TIMEOUT = "time-out"
-    ORPHANED = "its worker is gone"
-    DECRYPTED = "decrypted"
-    FAILED = "failed"
-
-
-CALLS: dict[tuple[CallState, CallInput], CallState] = {
-    (CallState.ENCRYPTING, CallInput.ENCRYPTED): CallState.WAITING,
-    (CallState.ENCRYPTING, CallInput.FAILED): CallState.DONE,
-    (CallState.WAITING, CallInput.SENT): CallState.IN_FLIGHT,
-    (CallState.WAITING, CallInput.FAILED): CallState.DONE,
-    (CallState.IN_FLIGHT, CallInput.ANSWERED): CallState.DECRYPTING,
-    (CallState.IN_FLIGHT, CallInput.TIMEOUT): CallState.IN_FLIGHT,
-    (CallState.IN_FLIGHT, CallInput.ORPHANED): CallState.WAITING,
-    (CallState.IN_FLIGHT, CallInput.FAILED): CallState.DONE,
-    (CallState.DECRYPTING, CallInput.DECRYPTED): CallState.DONE,
-    (CallState.DECRYPTING, CallInput.FAILED): CallState.DONE,
-}
+from protocol.owner_tables import CALLS, FRAMES, SESSIONS, CallInput, CallState, Input, State
+from protocol.placement import Placement
 
 _REFUSAL_TEXT = {
     Reason.OTHER_PARAMETERS: "it was prepared with other cipher parameters (check --preset)",
     Reason.OTHER_MODEL: "it holds another model (check --weights on both sides)",
     Reason.OTHER_VERSION: "it speaks another protocol version",
-    Reason.BUSY: "it serves too many owners already",
+    Reason.BUSY: "it is busy with other requests or owners",
     Reason.UNKNOWN_MATRIX: "it does not know this layer",
     Reason.WRONG_SIZE: "it expected another number of bytes",
     Reason.TOO_MANY_TOKENS: "the micro-batch has more tokens than it takes at once",
@@ -188,23 +71,37 @@ _REFUSAL_TEXT = {
     Reason.NO_SESSION: "it knows no such session",
 }
 _RETRIED = frozenset({Reason.BUSY, Reason.FAILED})
+_OVER = frozenset({State.CLOSED, State.LOST, State.RETIRED})
 
 
 @dataclass(frozen=True)
 class OwnerConfig:
-    """Patience and width. Time-outs double with each attempt, up to `timeout_s_max`."""
+    """Patience and width.
+
+    hello_timeout_s, request_timeout_s  first wait; it doubles with each attempt, up to
+                                        timeout_s_max
+    attempts_max                        sendings without an answer before a worker is lost
+    retry_s                             first wait after BUSY or FAILED; it doubles too
+    refusals_max                        BUSY or FAILED answers before a call fails
+    revive_s                            how often a lost worker is greeted again
+    window                              requests in flight per worker
+    """
 
     hello_timeout_s: float = 5.0
     request_timeout_s: float = 60.0
     timeout_s_max: float = 240.0
     attempts_max: int = 5
+    retry_s: float = 0.25
+    refusals_max: int = 10
+    revive_s: float = 60.0
     window: int = 8
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.attempts_max < 1:
-            raise ValueError("window and attempts_max are at least 1")
-        if min(self.hello_timeout_s, self.request_timeout_s, self.timeout_s_max) <= 0:
-            raise ValueError("timeouts are positive")
+        if min(self.window, self.attempts_max, self.refusals_max) < 1:
+            raise ValueError("window, attempts_max and refusals_max are at least 1")
+        waits = (self.hello_timeout_s, self.request_timeout_s, self.timeout_s_max)
+        if min(*waits, self.retry_s, self.revive_s) <= 0:
+            raise ValueError("waits are positive")
 
 
 @dataclass
@@ -227,6 +124,7 @@ class _Call:
     sealed: object = field(default=None, repr=False)
     peer: str = ""
     attempts: int = 0
+    refusals: int = 0
 
 
 class Owner:
@@ -234,6 +132,7 @@ class Owner:
 
     session     16 bytes from the OS's CSPRNG, new at every start of the process
     peers       names of the workers, in order of preference
+    placement   which worker may hold which matrix; every worker holds all without one
     """
 
     def __init__(
@@ -242,12 +141,15 @@ class Owner:
         catalogue: Catalogue,
         peers: Sequence[str],
         config: OwnerConfig | None = None,
+        placement: Placement | None = None,
     ) -> None:
         if not peers or len(set(peers)) != len(peers):
             raise MisuseError("name at least one worker, each once")
         self._session = session
         self._catalogue = catalogue
         self._config = config or OwnerConfig()
+        self._placement = placement or Placement.everywhere(peers, len(catalogue.matrices))
+        self._placement.check(peers, len(catalogue.matrices))
         self._peers = {name: _Peer(name) for name in peers}
         self._calls: dict[int, _Call] = {}
         self._last_call = 0
@@ -256,10 +158,12 @@ class Owner:
         self._closed = False
         self._actions: dict[str, Callable[..., list[Effect]]] = {
             "greet": self._greet,
+            "revive": self._revive,
             "ready": self._ready,
             "accept": self._accept,
             "refused": self._refused,
-            "give_up": self._give_up,
+            "lose": self._lose,
+            "retire": self._retire,
             "bye": self._bye,
             "closed": lambda peer, *_: [CancelTimer(f"session:{peer.name}")],
             "ignore": self._ignore,
@@ -276,7 +180,7 @@ class Owner:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """React to one event. Raises MisuseError for what only a wrong driver could do."""
         effects = self._react(event)
-        ended = all(p.state in (State.CLOSED, State.LOST) for p in self._peers.values())
+        ended = all(p.state in _OVER for p in self._peers.values())
         if self._closing and ended and not self._closed:
             self._closed = True
             effects = [*effects, Closed()]
@@ -300,6 +204,8 @@ class Owner:
             case TaskFailed(task, reason):
                 call = self._calls.get(task)
                 return [] if call is None else [*self._fail(call, reason), *self._pump()]
+            case AnswerRejected(task, reason):
+                return self._on_rejected(task, reason)
             case LinearWanted():
                 return self._on_linear(event)
             case CloseWanted():
@@ -321,9 +227,7 @@ class Owner:
             case Product():
                 return self._step(peer, Input.PRODUCT, message)
             case Refuse(reason=Reason.NO_SESSION):
-                if peer.state is State.READY and peer.forgot >= self._config.attempts_max:
-                    return self._step(peer, Input.EXHAUSTED, message)
-                return self._step(peer, Input.FORGOTTEN, message)
+                return self._step(peer, self._forgotten(peer, message), message)
             case Refuse(request=0):
                 return self._step(peer, Input.REFUSED_SESSION, message)
             case Refuse():
@@ -333,11 +237,18 @@ class Owner:
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not for an owner")
 
+    def _forgotten(self, peer: _Peer, refuse: Refuse) -> Input:
+        """A late refusal must not end a session that was opened since."""
+        if peer.state is not State.READY or self._in_flight(peer, refuse.request) is None:
+            return Input.REFUSED_CALL
+        used_up = peer.forgot >= self._config.attempts_max
+        return Input.EXHAUSTED if used_up else Input.FORGOTTEN
+
     def _on_timer(self, timer: str) -> list[Effect]:
         kind, _, name = timer.partition(":")
         if kind == "session":
             peer = self._peer(name)
-            used_up = peer.attempts >= self._config.attempts_max
+            used_up = peer.state is not State.LOST and peer.attempts >= self._config.attempts_max
             return self._step(peer, Input.EXHAUSTED if used_up else Input.TIMEOUT)
         call = self._calls.get(int(name)) if kind == "call" else None
         if call is None or call.state is not CallState.IN_FLIGHT:
@@ -376,7 +287,19 @@ class Owner:
         del self._calls[call.id]
         return [Deliver(call.id, result), *self._pump()]
 
+    def _on_rejected(self, task: int, reason: str) -> list[Effect]:
+        call = self._calls.get(task)
+        if call is None:
+            return []
+        # Back in the queue first: retiring the worker sends what waits to the others.
+        self._move(call, CallInput.REJECTED)
+        peer = self._peers[call.peer]
+        peer.why_lost = reason
+        return [*self._step(peer, Input.WRONG_ANSWER), *self._pump()]
+
     def _on_close(self) -> list[Effect]:
+        if self._closing:
+            return []
         self._closing = True
         effects: list[Effect] = []
         for call in list(self._calls.values()):
@@ -399,7 +322,7 @@ class Owner:
             following, action = SESSIONS[peer.state, kind]
         except KeyError:
             text = f"{kind.value} while {peer.state.value}"
-            if kind in (Input.START, Input.TIMEOUT, Input.EXHAUSTED):
+            if kind not in FRAMES:
                 raise MisuseError(text) from None
             raise ProtocolError(text) from None
         peer.state = following
@@ -411,37 +334,50 @@ class Owner:
         except KeyError:
             raise MisuseError(f"call {call.id}: {kind.value} while {call.state.value}") from None
 
+    def _in_flight(self, peer: _Peer, request: int) -> _Call | None:
+        """The call a frame of `peer` speaks of, if it waits for exactly that."""
+        call = self._calls.get(request)
+        if call is None or call.state is not CallState.IN_FLIGHT or call.peer != peer.name:
+            return None
+        return call
+
     def _patience(self, base_s: float, attempts: int) -> float:
         return min(base_s * 2.0 ** (attempts - 1), self._config.timeout_s_max)
+
+    def _load(self) -> dict[str, int]:
+        load = {peer.name: 0 for peer in self._peers.values() if peer.state is State.READY}
+        for call in self._calls.values():
+            if call.state is CallState.IN_FLIGHT and call.peer in load:
+                load[call.peer] += 1
+        return load
 
     def _pump(self) -> list[Effect]:
         """Send what waits, oldest first, to workers with room."""
         effects: list[Effect] = []
-        ready = [peer.name for peer in self._peers.values() if peer.state is State.READY]
-        load = dict.fromkeys(ready, 0)
-        for call in self._calls.values():
-            if call.state is CallState.IN_FLIGHT and call.peer in load:
-                load[call.peer] += 1
+        load = self._load()
         for call in list(self._calls.values()):
             if call.state is not CallState.WAITING:
                 continue
-            able = [name for name in ready if self._peers[name].max_tokens >= call.tokens]
-            if ready and not able:
+            holders = self._placement.holders(call.matrix, load)
+            able = [name for name in holders if self._peers[name].max_tokens >= call.tokens]
+            if holders and not able:
+                most = max(self._peers[name].max_tokens for name in holders)
                 effects += self._fail(
                     call,
-                    f"{call.tokens} tokens in one micro-batch; the worker takes at most "
-                    f"{max(self._peers[name].max_tokens for name in ready)}: "
+                    f"{call.tokens} tokens in one micro-batch; the worker takes at most {most}: "
                     "use smaller micro-batches",
                 )
                 continue
-            chosen = least_loaded(able, load, self._config.window)
-            if chosen is None:
-                continue
-            load[chosen] += 1
-            call.peer, call.attempts = chosen, 0
-            self._move(call, CallInput.SENT)
-            effects += self._transmit(call)
+            chosen = self._placement.choose(able, load, self._config.window)
+            if chosen is not None:
+                load[chosen] += 1
+                effects += self._dispatch(call, chosen)
         return effects
+
+    def _dispatch(self, call: _Call, peer: str) -> list[Effect]:
+        call.peer, call.attempts = peer, 0
+        self._move(call, CallInput.SENT)
+        return self._transmit(call)
 
     def _transmit(self, call: _Call) -> list[Effect]:
         call.attempts += 1
@@ -471,6 +407,11 @@ class Owner:
         )
         return [*self._orphan(peer), *self._send_session(peer, hello)]
 
+    def _revive(self, peer: _Peer, kind: Input, message: Message | None) -> list[Effect]:
+        # One greeting; if nobody answers, the worker is lost again until the next.
+        peer.attempts = self._config.attempts_max - 1
+        return self._greet(peer, kind, message)
+
     def _send_session(self, peer: _Peer, message: Hello | Bye) -> list[Effect]:
         peer.attempts += 1
         delay_s = self._patience(self._config.hello_timeout_s, peer.attempts)
@@ -482,28 +423,43 @@ class Owner:
         return [CancelTimer(f"session:{peer.name}"), *self._pump()]
 
     def _accept(self, peer: _Peer, _: Input, product: Product) -> list[Effect]:
-        call = self._calls.get(product.request)
-        if call is None or call.state is not CallState.IN_FLIGHT or call.peer != peer.name:
+        call = self._in_flight(peer, product.request)
+        if call is None:
             return [Dropped(peer.name, "answer to no call in flight")]
         if len(product.payload) != self._catalogue.down_bytes(call.matrix, call.tokens):
             raise ProtocolError("an answer of the wrong size")
         self._move(call, CallInput.ANSWERED)
         peer.forgot = 0
-        call.frame = b""
         work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload)
-        call.sealed = None
         return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work), *self._pump()]
 
     def _refused(self, peer: _Peer, _: Input, refuse: Refuse) -> list[Effect]:
-        call = self._calls.get(refuse.request)
-        if call is None or call.state is not CallState.IN_FLIGHT or call.peer != peer.name:
+        call = self._in_flight(peer, refuse.request)
+        if call is None:
             return [Dropped(peer.name, "refusal of no call in flight")]
-        if refuse.reason in _RETRIED:
-            # The call's timer is running; the same bytes go out again when it fires.
-            return []
+        call.refusals += 1
+        if refuse.reason in _RETRIED and call.refusals < self._config.refusals_max:
+            return self._retry(call)
         name = self._catalogue.matrices[call.matrix].name
         text = _REFUSAL_TEXT[refuse.reason]
         return [*self._fail(call, f"worker {peer.name!r} refused {name}: {text}"), *self._pump()]
+
+    def _retry(self, call: _Call) -> list[Effect]:
+        """Another worker at once, or the same one a little later. Either way it is alive."""
+        load = self._load()
+        others = [
+            name
+            for name in self._placement.holders(call.matrix, load)
+            if name != call.peer and self._peers[name].max_tokens >= call.tokens
+        ]
+        chosen = self._placement.choose(others, load, self._config.window)
+        timer = f"call:{call.id}"
+        # Each other worker is tried once without delay; after that everybody is given time.
+        if chosen is not None and call.refusals <= len(others):
+            self._move(call, CallInput.ORPHANED)
+            return [CancelTimer(timer), *self._dispatch(call, chosen), *self._pump()]
+        call.attempts = 0
+        return [SetTimer(timer, self._patience(self._config.retry_s, call.refusals))]
 
     def _orphan(self, peer: _Peer) -> list[Effect]:
         effects: list[Effect] = []
@@ -513,19 +469,32 @@ class Owner:
                 effects.append(CancelTimer(f"call:{call.id}"))
         return effects
 
-    def _give_up(self, peer: _Peer, kind: Input, message: Message | None) -> list[Effect]:
+    def _lose(self, peer: _Peer, kind: Input, message: Message | None) -> list[Effect]:
         if isinstance(message, Refuse):
             peer.why_lost = _REFUSAL_TEXT[message.reason]
         else:
             peer.why_lost = "no answer" if kind is Input.EXHAUSTED else "connection lost"
-        effects = [CancelTimer(f"session:{peer.name}"), *self._orphan(peer)]
-        if any(p.state not in (State.LOST, State.CLOSED) for p in self._peers.values()):
+        again = SetTimer(f"session:{peer.name}", self._config.revive_s)
+        return self._without(peer, again)
+
+    def _retire(self, peer: _Peer, *_: object) -> list[Effect]:
+        told = Retired(peer.name, peer.why_lost)
+        return [told, *self._without(peer, CancelTimer(f"session:{peer.name}"))]
+
+    def _without(self, peer: _Peer, timer: Effect) -> list[Effect]:
+        """Go on without a worker, or give up when a matrix has none left to hold it."""
+        if self._aborted:
+            return [CancelTimer(f"session:{peer.name}")]
+        effects = [timer, *self._orphan(peer)]
+        left = [p.name for p in self._peers.values() if p.state not in _OVER]
+        if self._placement.covered(left):
             return [*effects, *self._pump()]
         self._aborted = "no worker left: " + "; ".join(
             f"{p.name!r}: {p.why_lost}" for p in self._peers.values() if p.why_lost
         )
         for call in list(self._calls.values()):
             effects += self._fail(call, self._aborted)
+        effects += [CancelTimer(f"session:{name}") for name in self._peers]
         return [*effects, Abort(self._aborted)]
 
     def _bye(self, peer: _Peer, kind: Input, _: Message | None) -> list[Effect]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from protocol.catalogue import Catalogue
-from protocol.errors import MisuseError, ProtocolError
+from protocol.errors import MisuseError, ProtocolError, VersionError
 from protocol.events import (
     Dropped,
     Effect,
@@ -73,10 +73,7 @@ class Input(Enum):
 TRANSITIONS: dict[tuple[State, Input], tuple[State, str]] = {
     (State.ABSENT, Input.HELLO): (State.SERVING, "welcome"),
     (State.ABSENT, Input.STRANGE_HELLO): (State.ABSENT, "refuse_session"),
-    (State.ABSENT, Input.MULTIPLY): (State.ABSENT, "refuse_stale"),
     (State.ABSENT, Input.STALE): (State.ABSENT, "refuse_stale"),
-    (State.ABSENT, Input.BYE): (State.ABSENT, "farewell"),
-    (State.ABSENT, Input.LOST): (State.ABSENT, "ignore"),
     (State.SERVING, Input.HELLO): (State.SERVING, "welcome"),
     (State.SERVING, Input.STRANGE_HELLO): (State.SERVING, "refuse_session"),
     (State.SERVING, Input.MULTIPLY): (State.SERVING, "compute"),
@@ -152,6 +149,8 @@ class Worker:
             case FrameArrived(peer, frame):
                 try:
                     return self._on_message(peer, decode(frame))
+                except VersionError as error:
+                    return [Send(peer, encode(Refuse(error.session, 0, Reason.OTHER_VERSION)))]
                 except ProtocolError as error:
                     return [Dropped(peer, str(error))]
             case TaskDone(task, result):

@@ -78,7 +78,7 @@ def private_session(
         owner.guard(matrix, weights[index // 2], forward=index % 2 == 0)
     del weights
     worker = MlweWorker(prepared.parameters)
-    with in_process(prepared, owner, worker, lanes=lanes) as (client, server):
+    with in_process(prepared, owner, [worker], lanes=lanes) as (client, (server,)):
         session = PrivateSession(owner, client, server)
         session.warm_up(prepared)
         with skeleton.remote.connected(client.linear):

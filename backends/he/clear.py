@@ -5,7 +5,8 @@ Values travel as float32. Nothing here is private, and the name says so wherever
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,14 +21,66 @@ from backends.he.interface import (
     Payload,
     WorkerCipher,
 )
+from protocol.errors import WrongAnswerError
+
+
+ROWS = 8
+"""Random sign vectors a check uses: a wrong answer passes all of them with 2^-ROWS."""
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What was sent, float32[T, K]: nothing here is secret, but the check needs it."""
+
+    values: Float32Array = field(repr=False)
+
+
+class ClearCheck:
+    """Freivalds' check in float64: V*y = (V*M)*x for secret sign vectors V, up to rounding.
+
+    A float32 product of K terms errs by at most K*2^-24 times the sum of the terms' sizes, in
+    any order of summation; an honest answer never exceeds the sum of these bounds over outputs.
+    """
+
+    def __init__(self, name: str, weight: NDArray[np.int8], forward: bool) -> None:
+        operand = (weight if forward else weight.T).astype(np.float64)
+        bits = np.frombuffer(os.urandom(ROWS * len(operand)), np.uint8) & 1
+        self._name = name
+        self._signs = bits.reshape(ROWS, -1).astype(np.float64) * 2 - 1
+        self._projected = self._signs @ operand
+        self._sizes = np.abs(operand).sum(axis=0)
+
+    def tolerance(self, values: Float32Array) -> NDArray[np.float64]:
+        """float64[T]: the largest difference an honest answer to float32[T, K] may show."""
+        inputs = values.shape[1]
+        return 2.0**-23 * inputs * (np.abs(values.astype(np.float64)) @ self._sizes)
+
+    def verify(self, values: Float32Array, answer: Float32Array) -> None:
+        """Raise WrongAnswerError unless answer float32[T, N] fits the request float32[T, K]."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            expected = values.astype(np.float64) @ self._projected.T
+            found = answer.astype(np.float64) @ self._signs.T
+            fits = np.abs(found - expected) <= self.tolerance(values)[:, None]
+        # A NaN fits nothing.
+        if not fits.all():
+            raise WrongAnswerError(
+                f"{self._name}: the worker's answer is not the product that was asked for; the "
+                "worker is broken or lying: stop using it"
+            )
 
 
 class ClearOwner(OwnerCipher):
     """Sends inputs as they are."""
 
+    def __init__(self) -> None:
+        self._checks: dict[str, ClearCheck] = {}
+
     @property
     def simulated_randomness(self) -> bool:
         return False
+
+    def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
+        self._checks[matrix.name] = ClearCheck(matrix.name, weight, forward)
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return 4 * tokens * matrix.in_features
@@ -42,13 +95,18 @@ class ClearOwner(OwnerCipher):
             )
         if not np.isfinite(x).all():
             raise NonFiniteInputError(f"{matrix.name}: NaN or infinity in the input")
-        return Encrypted((x * matrix.in_scale).reshape(-1).view(np.uint8), len(x))
+        values = x * matrix.in_scale
+        return Encrypted(values.reshape(-1).view(np.uint8), Sealed(values))
 
-    def decrypt(self, sealed: Any, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
-        values = np.frombuffer(payload, np.float32)
-        if values.size != sealed * matrix.out_features:
+    def decrypt(self, sealed: Sealed, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
+        answer = np.frombuffer(payload, np.float32)
+        if answer.size != len(sealed.values) * matrix.out_features:
             raise ValueError(f"{matrix.name}: wrong number of bytes in an answer")
-        return values.reshape(sealed, matrix.out_features) * matrix.out_scale
+        answer = answer.reshape(-1, matrix.out_features)
+        check = self._checks.get(matrix.name)
+        if check is not None:
+            check.verify(sealed.values, answer)
+        return answer * matrix.out_scale
 
 
 class ClearWorker(WorkerCipher):

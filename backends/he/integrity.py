@@ -28,12 +28,9 @@ from backends.he.entropy import Entropy, Keystream
 from backends.he.gemm import int8_product
 from backends.he.params import Parameters
 from backends.threads import run_split
+from protocol.errors import WrongAnswerError
 
 ROWS = 8
-
-
-class IntegrityError(ValueError):
-    """A worker's answer is not the product it was asked for."""
 
 
 @njit(nogil=True, cache=True)
@@ -103,7 +100,7 @@ class IntegrityCheck:
     def verify(
         self, planes: NDArray[np.int8], answer: NDArray[np.uint16], parameters: Parameters
     ) -> None:
-        """Raise IntegrityError unless answer uint16[T, N] fits the request int8[limbs, T, K]."""
+        """Raise WrongAnswerError unless answer uint16[T, N] fits the request int8[limbs, T, K]."""
         tokens = len(answer)
         found = np.empty((tokens, ROWS), np.int32)
         run_split(
@@ -114,7 +111,7 @@ class IntegrityCheck:
             tokens,
         )  # fmt: skip
         if np.abs(found.astype(np.int64)).max() > self.tolerance(parameters):
-            raise IntegrityError(
+            raise WrongAnswerError(
                 f"{self._name}: the worker's answer is not the product that was asked for; the "
                 "worker is broken or lying: stop using it (the request revealed nothing to it)"
             )

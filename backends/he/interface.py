@@ -69,6 +69,10 @@ class OwnerCipher(ABC):
         """True when secrets come from a seeded generator; real drivers refuse that."""
 
     @abstractmethod
+    def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
+        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
+
+    @abstractmethod
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         """Bytes of an encrypted request. Depends on public shapes only."""
 
@@ -87,7 +91,8 @@ class OwnerCipher(ABC):
     def decrypt(self, sealed: Any, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
         """float32[T, N] from the worker's answer. A sealed value opens once, then is wiped.
 
-        Raises ValueError when the answer has the wrong number of bytes.
+        Raises ValueError when the answer has the wrong number of bytes, WrongAnswerError, with
+        `sealed` still closed, when a guarded matrix's answer is not the product.
         """
 
 

@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from protocol.errors import WrongAnswerError
 from protocol.events import (
+    AnswerRejected,
     CancelTimer,
     Effect,
     Event,
@@ -66,8 +68,9 @@ class Meter:
 class MachineLoop:
     """Drives `machine` until `stop`. Events may be posted from any thread.
 
-    compute   runs one task on a pool thread and returns its result; a ValueError it raises
-              becomes TaskFailed with its text, anything else too, with its type named
+    compute   runs one task on a pool thread and returns its result; a WrongAnswerError it raises
+              becomes AnswerRejected, a ValueError TaskFailed with its text, anything else
+              TaskFailed with its type named
     transmit  hands (peer, frame) to the transport
     report    receives every effect that is not about frames, tasks or timers
     on_crash  receives an exception the machine itself raised; the loop has then stopped
@@ -161,6 +164,8 @@ class MachineLoop:
         start = time.perf_counter()
         try:
             result = self._compute(work)
+        except WrongAnswerError as error:
+            self.post(AnswerRejected(task, str(error)))
         except ValueError as error:
             self.post(TaskFailed(task, str(error)))
         except Exception as error:

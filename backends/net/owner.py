@@ -31,6 +31,7 @@ from protocol.events import (
     FrameArrived,
     LinearWanted,
     PeerLost,
+    Retired,
     Start,
     Task,
 )
@@ -81,6 +82,8 @@ class OwnerClient:
         self._pending: dict[int, Future[Float32Array]] = {}
         self._closed = threading.Event()
         self._failure: str | None = None
+        self.retired: dict[str, str] = {}
+        """Workers found to give wrong answers, and what was found."""
         self.waited_s = 0.0
         """Seconds lanes have spent blocked in `linear`, summed over lanes."""
 
@@ -148,6 +151,9 @@ class OwnerClient:
                 waiting = self._pending.pop(call, None)
                 if waiting is not None:
                     waiting.set_exception(RemoteLinearError(reason))
+            case Retired(peer, reason):
+                self.retired[peer] = reason
+                log.error("worker %s is not used any more: %s", peer, reason)
             case Abort(reason):
                 self._fail_all(reason)
             case Dropped(peer, reason):

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,12 +84,18 @@ def evaluate(model: nn.Module, sequences: torch.Tensor, micro_batch: int) -> flo
     return total / (sequences.shape[0] * (sequences.shape[1] - 1))
 
 
+def lane_threads(lanes: int) -> Executor:
+    """One thread a lane."""
+    return ThreadPoolExecutor(lanes, "lane")
+
+
 class Trainer:
     """Fine-tunes a model's trainable parameters on packed sequences int64[n, S].
 
     forget_lane     called when a lane's pass was cut short (see `Remote.forget_lane`)
     checkpoints     directory to save to and resume from; None keeps nothing
     identity        what besides the configuration a checkpoint must agree on
+    pool            makes the executor of so many lanes: threads, or a simulated world's
     """
 
     def __init__(
@@ -102,12 +108,14 @@ class Trainer:
         checkpoints: Path | None = None,
         checkpoint_every: int = 25,
         identity: dict[str, Any] | None = None,
+        pool: Callable[[int], Executor] = lane_threads,
     ) -> None:
         self.config = config
         self.step_seconds: list[float] = []
         self._model = model
         self._sequences = sequences
         self._lanes = lanes
+        self._pool = pool
         self._forget_lane = forget_lane
         self._checkpoints = checkpoints
         self._every = checkpoint_every
@@ -129,7 +137,7 @@ class Trainer:
         the step in work has been finished and saved.
         """
         self._model.train()
-        with stop_on_interrupt() as stop, ThreadPoolExecutor(self._lanes, "lane") as pool:
+        with stop_on_interrupt() as stop, self._pool(self._lanes) as pool:
             while self.progress.step < self.config.steps:
                 start = time.perf_counter()
                 loss = self._step(pool)
@@ -144,7 +152,7 @@ class Trainer:
                     raise TrainingInterrupted(f"stopped after step {self.progress.step}")
         return self.progress.losses
 
-    def _step(self, pool: ThreadPoolExecutor) -> float:
+    def _step(self, pool: Executor) -> float:
         step, config = self.progress.step, self.config
         chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
         batch = self._sequences[chosen]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from backends.he.entropy import OsEntropy
-from backends.he.integrity import IntegrityCheck, IntegrityError
+from backends.he.integrity import IntegrityCheck
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
+from protocol.errors import WrongAnswerError
 from tests.he.conftest import Case, make_case
 
 
@@ -60,7 +61,7 @@ def test_a_lying_worker_is_found(tamper: object) -> None:
     """The error names the layer and says what to do."""
     case = make_case(70, 60)
     for _ in range(10):
-        with pytest.raises(IntegrityError, match=r"70x60: .*broken or lying.*stop using"):
+        with pytest.raises(WrongAnswerError, match=r"70x60: .*broken or lying.*stop using"):
             ask(case, 8, tamper)
 
 
@@ -76,7 +77,7 @@ def test_errors_that_cancel_are_found_by_some_row() -> None:
     for _ in range(60):
         try:
             ask(case, 2, opposite)
-        except IntegrityError:
+        except WrongAnswerError:
             found += 1
     assert found >= 55
 

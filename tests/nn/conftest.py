@@ -53,7 +53,7 @@ class Tiny:
         owner = MlweOwner(parameters, prepared.public_matrix()) if parameters else ClearOwner()
         worker = MlweWorker(parameters) if parameters else ClearWorker()
         with (
-            in_process(prepared, owner, worker, lanes=lanes) as (client, _),
+            in_process(prepared, owner, [worker], lanes=lanes) as (client, _),
             skeleton.remote.connected(client.linear),
         ):
             yield client

@@ -41,7 +41,8 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.owner import CallState, Owner, OwnerConfig, State
+from protocol.owner import Owner, OwnerConfig
+from protocol.owner_tables import CallState, State
 from tests.protocol.toys import (
     CATALOGUE,
     HELLO,

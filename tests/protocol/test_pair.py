@@ -49,7 +49,8 @@ from protocol.events import (
     TimerFired,
 )
 from protocol.messages import HEADER_BYTES, Multiply, decode
-from protocol.owner import CallState, Owner, OwnerConfig, State
+from protocol.owner import Owner, OwnerConfig
+from protocol.owner_tables import CallState, State
 from protocol.worker import Worker, WorkerConfig
 from tests.protocol import toys
 

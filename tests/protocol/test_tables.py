@@ -23,7 +23,8 @@ from protocol.events import (
     TimerFired,
 )
 from protocol.messages import Bye, Farewell, Hello, Product, Reason, Refuse
-from protocol.owner import CALLS, SESSIONS, CallInput, CallState, Input, OwnerConfig, State, _Call
+from protocol.owner import OwnerConfig, _Call
+from protocol.owner_tables import CALLS, SESSIONS, CallInput, CallState, Input, State
 from protocol.worker import TRANSITIONS
 from protocol.worker import Input as WorkerInput
 from protocol.worker import State as WorkerState

@@ -1,0 +1,350 @@
+"""Hosts, links and the bytes between them: a fluid model of a network.
+
+A frame is one flow. While it is transmitted it has a rate on every link direction of its route at
+once, and all flows share each direction max-min fairly (progressive filling, Bertsekas and
+Gallager, Data Networks, 6.5): no flow can get more without taking from one that has no more. Packet
+loss bounds what one flow can reach (Mathis et al. 1997). After its last byte is sent a frame needs
+the propagation delay of its route, and is late by a random jitter of its own.
+
+Not modelled: packets, slow start, queues in routers, routes that change when a link is cut.
+
+How it is kept fast:
+
+- Flows with the same route have the same rate, so rates belong to routes. A route counts the bytes
+  each of its flows has been given since it became busy (its `level`); a flow ends when the level
+  reaches what it was at the flow's start plus the flow's size. Starting or ending one is a step in
+  a heap, however many are under way.
+- A link direction whose busy routes cannot fill it together, each limited by its own narrowest
+  link, holds nobody back. Only routes that meet in an overloaded direction are worked out together.
+- One SimPy event waits for the next flow to end. When that flow is slowed down the event stays,
+  finds nothing to do and waits again; when another will end earlier, a new event takes over. Such
+  events that came to nothing may move the clock past the last arrival of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop, heappush
+from itertools import combinations, pairwise
+
+import networkx
+import simpy
+
+from sim.flows import Link, Pipe, Route, fill
+
+__all__ = ["Link", "Network", "describe", "star", "two_sites"]
+
+
+class Network:
+    """Carries frames between the hosts of a graph.
+
+    graph: nodes are host names, every edge has an attribute `link`, a `Link`. It is copied. Frames
+    take the path of the least delay; those under way keep the path they started on. `rng` draws the
+    jitter, in the order of sending.
+
+    Raises ValueError for a directed graph or an edge without a `Link`.
+    """
+
+    def __init__(self, env: simpy.Environment, graph: networkx.Graph, rng: random.Random) -> None:
+        if graph.is_directed() or graph.is_multigraph():
+            raise ValueError("a network is a plain undirected graph: one edge for one cable")
+        self.graph = graph.copy()
+        self.bytes_sent = 0  # handed to `send`, for other hosts
+        self._env = env
+        self._rng = rng
+        self._pipes: dict[tuple[str, str], Pipe] = {}
+        for a, b, link in self.graph.edges(data="link"):
+            if not isinstance(link, Link):
+                raise ValueError(
+                    f"the edge {a!r} - {b!r} has link={link!r}; "
+                    "give it one: graph.add_edge(a, b, link=Link(...))"
+                )
+            self._pipes[a, b] = Pipe((a, b), link)
+            self._pipes[b, a] = Pipe((b, a), link)
+        self._routes: dict[tuple[str, str], Route] = {}
+        self._busy: dict[Route, None] = {}
+        self._started = 0
+        self._sharings = 0
+        self._generation = 0
+        self._wake_at = math.inf
+
+    def send(self, source: str, target: str, size_bytes: int, arrived: Callable[[], None]) -> None:
+        """Send a frame; `arrived()` is called from a SimPy callback once its last byte is there.
+
+        To the same host it takes no time. Raises ValueError for hosts that are unknown or not
+        connected and for a negative size.
+        """
+        if not size_bytes >= 0:
+            raise ValueError(
+                f"{source} -> {target}: a frame has at least 0 bytes, got {size_bytes}"
+            )
+        if source == target:
+            self._check_host(source)
+            self._env.timeout(0, arrived).callbacks.append(_deliver)
+            return
+        route = self._routes.get((source, target)) or self._find(source, target)
+        now = self._env.now
+        late_s = 0.0
+        for mean_s in route.jitters_s:
+            late_s += self._rng.expovariate(1 / mean_s)
+        if route.flows:
+            route.advance(now)
+        else:
+            self._busy[route] = None
+            route.level = 0.0
+            route.since = now
+            for pipe in route.pipes:
+                pipe.routes[route] = None
+                pipe.load += route.narrowest
+        self.bytes_sent += size_bytes
+        self._started += 1
+        heappush(
+            route.flows, (route.level + size_bytes, self._started, size_bytes, late_s, arrived)
+        )
+        self._share((route,))
+        self._watch()
+
+    def round_trip_s(self, a: str, b: str) -> float:
+        """Propagation there and back, without transmission and jitter."""
+        if a == b:
+            self._check_host(a)
+            return 0.0
+        return self._find(a, b).delay_s + self._find(b, a).delay_s
+
+    def set_link(self, a: str, b: str, link: Link) -> None:
+        """Replace a link. Frames under way keep their path; new ones take the best there is now."""
+        for pipe in self._directions(a, b):
+            pipe.link = link
+        self.graph.edges[a, b]["link"] = link
+        self._routes.clear()
+        self._relink(a, b)
+
+    def cut(self, a: str, b: str) -> None:
+        """Stop a link in both directions: what is or comes on it waits until it is healed.
+
+        What has left it already still arrives. No other way is looked for. Harmless if it is cut.
+        """
+        for pipe in self._directions(a, b):
+            pipe.up = False
+        self._relink(a, b)
+
+    def heal(self, a: str, b: str) -> None:
+        """End a cut; harmless if there is none."""
+        for pipe in self._directions(a, b):
+            pipe.up = True
+        self._relink(a, b)
+
+    @property
+    def moved_bytes(self) -> dict[tuple[str, str], float]:
+        """Bytes each link direction (from, to) has carried until now."""
+        now = self._env.now
+        moved = {pipe.ends: float(pipe.carried) for pipe in self._pipes.values()}
+        for route in self._busy:
+            level = route.level + route.rate * (now - route.since)
+            part = sum(max(0.0, size - max(0.0, end - level)) for end, _, size, *_ in route.flows)
+            for pipe in route.pipes:
+                moved[pipe.ends] += part
+        return moved
+
+    def rates_bps(self) -> list[tuple[str, str, float]]:
+        """(source, target, bits/s) of every frame under way, those of one route together."""
+        return [(*route.pair, 8 * route.rate) for route in self._busy for _ in route.flows]
+
+    def _check_host(self, name: str) -> None:
+        if name not in self.graph:
+            raise ValueError(
+                f"no host {name!r} in this network; it has {_some([str(n) for n in self.graph])}"
+            )
+
+    def _directions(self, a: str, b: str) -> tuple[Pipe, Pipe]:
+        if (a, b) not in self._pipes:
+            for name in (a, b):
+                self._check_host(name)
+            ends = [str(n) for n in self.graph[a]]
+            raise ValueError(f"no link {a} - {b}; {a} has links to {_some(ends) or 'nothing'}")
+        return self._pipes[a, b], self._pipes[b, a]
+
+    def _find(self, source: str, target: str) -> Route:
+        pair = (source, target)
+        if pair not in self._routes:
+            for name in pair:
+                self._check_host(name)
+            try:
+                path = networkx.shortest_path(
+                    self.graph, source, target, weight=lambda a, b, edge: edge["link"].delay_s
+                )
+            except networkx.NetworkXNoPath:
+                raise ValueError(
+                    f"no route from {source} to {target}: join them with a link"
+                ) from None
+            pipes = tuple(self._pipes[ends] for ends in pairwise(path))
+            self._routes[pair] = Route(pair, pipes)
+        return self._routes[pair]
+
+    def _relink(self, a: str, b: str) -> None:
+        """A link has changed: measure all routes again, share all links again."""
+        now = self._env.now
+        for pipe in self._directions(a, b):
+            pipe.capacity = pipe.link.bandwidth_bps / 8 if pipe.up else 0.0
+        for route in self._busy:
+            route.advance(now)
+        for route in {**self._busy, **dict.fromkeys(self._routes.values())}:
+            route.measure()
+        for pipe in self._pipes.values():
+            pipe.load = sum((route.narrowest for route in pipe.routes), 0.0)
+        self._share(self._busy)
+        self._watch()
+
+    def _share(self, changed: Iterable[Route]) -> None:
+        """Renew the rates of these routes, and of all they compete with, directly or not."""
+        now = self._env.now
+        self._sharings = turn = self._sharings + 1
+        for first in changed:
+            if first.mark == turn or not first.flows:
+                continue
+            first.mark = turn
+            routes, tight = [first], []
+            for route in routes:  # grows on the way
+                for pipe in route.pipes:
+                    if pipe.load > pipe.capacity and pipe.mark != turn:
+                        pipe.mark = turn
+                        tight.append(pipe)
+                        for other in pipe.routes:
+                            if other.mark != turn:
+                                other.mark = turn
+                                routes.append(other)
+            for route in routes:
+                route.advance(now)
+                route.limit = min(route.cap, route.narrowest / len(route.flows))
+            if tight:
+                fill(routes, tight)
+            else:
+                first.rate = first.limit
+            for route in routes:
+                route.foresee(now)
+
+    def _watch(self) -> None:
+        """Have an event by the time the next flow ends."""
+        ends_at = min([route.ends_at for route in self._busy], default=math.inf)
+        if ends_at < self._wake_at:
+            self._generation += 1
+            self._wake_at = ends_at
+            timeout = self._env.timeout(max(0.0, ends_at - self._env.now), self._generation)
+            timeout.callbacks.append(self._wake)
+
+    def _wake(self, event: simpy.Event) -> None:
+        if event.value != self._generation:
+            return
+        now = self._env.now
+        self._wake_at = math.inf
+        changed: list[Route] = []
+        for route in [route for route in self._busy if route.ends_at <= now]:
+            # `ends_at` decides, not the level: rounding may have left a sliver of a byte.
+            level = route.level = route.flows[0][0]
+            route.since = now
+            while route.flows and route.flows[0][0] <= level:
+                _, _, size_bytes, late_s, arrived = heappop(route.flows)
+                for pipe in route.pipes:
+                    pipe.carried += size_bytes
+                timeout = self._env.timeout(route.delay_s + late_s, arrived)
+                timeout.callbacks.append(_deliver)
+            changed.append(route)
+            if not route.flows:
+                changed += self._retire(route)
+        self._share(changed)
+        self._watch()
+
+    def _retire(self, route: Route) -> list[Route]:
+        """Take a route without flows off its links; returns who may go faster now."""
+        faster: list[Route] = []
+        del self._busy[route]
+        for pipe in route.pipes:
+            del pipe.routes[route]
+            if pipe.load > pipe.capacity:
+                faster += pipe.routes
+            # Back to exactly zero when idle, lest rounding add up over a long run.
+            pipe.load = pipe.load - route.narrowest if pipe.routes else 0.0
+        return faster
+
+
+def _deliver(event: simpy.Event) -> None:
+    event.value()
+
+
+def star(owners: Sequence[str], workers: Sequence[str], access: Link, site: Link) -> networkx.Graph:
+    """Every owner behind an `access` link of its own, every worker behind a `site` link of its own,
+    and between them an "internet" that is never the bottleneck."""
+    _check_names([*owners, *workers], ["internet"])
+    graph = networkx.Graph()
+    for names, link in ((owners, access), (workers, site)):
+        for name in names:
+            graph.add_edge(name, "internet", link=link)
+    return graph
+
+
+def two_sites(
+    owners: Sequence[str],
+    workers_a: Sequence[str],
+    workers_b: Sequence[str],
+    *,
+    access: Link,
+    uplink_a: Link,
+    uplink_b: Link,
+    lan: Link,
+) -> networkx.Graph:
+    """Workers at two sites. All workers of a site share its uplink to the "internet".
+
+    owner - access - "internet" - uplink - "site A" or "site B" - lan - worker
+    """
+    _check_names([*owners, *workers_a, *workers_b], ["internet", "site A", "site B"])
+    graph = networkx.Graph()
+    for name in owners:
+        graph.add_edge(name, "internet", link=access)
+    for site, uplink, workers in (
+        ("site A", uplink_a, workers_a),
+        ("site B", uplink_b, workers_b),
+    ):
+        graph.add_edge(site, "internet", link=uplink)
+        for name in workers:
+            graph.add_edge(name, site, link=lan)
+    return graph
+
+
+def describe(graph: networkx.Graph) -> str:
+    """The network in words, one line for all equal links of a hub."""
+    groups: dict[tuple[str, Link], list[str]] = {}
+    for a, b, link in graph.edges(data="link"):
+        leaf, hub = (b, a) if graph.degree[a] > graph.degree[b] else (a, b)
+        groups.setdefault((hub, link), []).append(leaf)
+    return "\n".join(
+        f"{_some(leaves)} - {hub}: {_in_words(link)}{', each' if len(leaves) > 1 else ''}"
+        for (hub, link), leaves in groups.items()
+    )
+
+
+def _in_words(link: Link) -> str:
+    unit = next((u for u in ((1e9, "Gb/s"), (1e6, "Mb/s")) if link.bandwidth_bps >= u[0]), None)
+    size, name = unit or (1e3, "kb/s")
+    words = [f"{link.bandwidth_bps / size:g} {name}", f"{link.delay_s * 1e3:g} ms one way"]
+    if link.jitter_s:
+        words.append(f"jitter {link.jitter_s * 1e3:g} ms")
+    if link.loss:
+        words.append(f"loss {link.loss:.3g}")
+    return ", ".join(words)
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """Names as a list that stays readable."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most - 1])}, ..., {names[-1]} ({len(names)} in all)"
+
+
+def _check_names(names: Sequence[str], taken: Sequence[str]) -> None:
+    """Host names are different from each other and from the names of the network's own nodes."""
+    everyone = [*names, *taken]
+    if len(set(everyone)) < len(everyone):
+        twice = next(a for a, b in combinations(sorted(everyone), 2) if a == b)
+        raise ValueError(f"two hosts are called {twice!r}; give each a name of its own")
