@@ -72,6 +72,10 @@ _REFUSAL_TEXT = {
 }
 _RETRIED = frozenset({Reason.BUSY, Reason.FAILED})
 _OVER = frozenset({State.CLOSED, State.LOST, State.RETIRED})
+# A worker nobody has heard of since it was lost is no reason to wait: two of them, greeted in turn,
+# would keep each other's calls waiting for ever.
+_NO_HELP = _OVER | {State.REVIVING}
+_COUNTED = frozenset({State.GREETING, State.CLOSING})
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class OwnerConfig:
                                         timeout_s_max
     attempts_max                        sendings without an answer before a worker is lost
     retry_s                             first wait after BUSY or FAILED; it doubles too
-    refusals_max                        BUSY or FAILED answers before a call fails
+    refusals_max                        BUSY or FAILED answers, or workers lost waiting for its
+                                        answer, before a call fails
     revive_s                            how often a lost worker is greeted again
     window                              requests in flight per worker
     """
@@ -125,6 +130,8 @@ class _Call:
     peer: str = ""
     attempts: int = 0
     refusals: int = 0
+    refused_by: set[str] = field(default_factory=set)
+    silences: int = 0
 
 
 class Owner:
@@ -158,7 +165,6 @@ class Owner:
         self._closed = False
         self._actions: dict[str, Callable[..., list[Effect]]] = {
             "greet": self._greet,
-            "revive": self._revive,
             "ready": self._ready,
             "accept": self._accept,
             "refused": self._refused,
@@ -239,7 +245,9 @@ class Owner:
 
     def _forgotten(self, peer: _Peer, refuse: Refuse) -> Input:
         """A late refusal must not end a session that was opened since."""
-        if peer.state is not State.READY or self._in_flight(peer, refuse.request) is None:
+        if peer.state is not State.READY:
+            return Input.FORGOTTEN
+        if self._in_flight(peer, refuse.request) is None:
             return Input.REFUSED_CALL
         used_up = peer.forgot >= self._config.attempts_max
         return Input.EXHAUSTED if used_up else Input.FORGOTTEN
@@ -248,15 +256,25 @@ class Owner:
         kind, _, name = timer.partition(":")
         if kind == "session":
             peer = self._peer(name)
-            used_up = peer.state is not State.LOST and peer.attempts >= self._config.attempts_max
+            used_up = peer.state in _COUNTED and peer.attempts >= self._config.attempts_max
             return self._step(peer, Input.EXHAUSTED if used_up else Input.TIMEOUT)
         call = self._calls.get(int(name)) if kind == "call" else None
         if call is None or call.state is not CallState.IN_FLIGHT:
             raise MisuseError(f"timer {timer!r} is not set")
         if call.attempts >= self._config.attempts_max:
-            return self._step(self._peers[call.peer], Input.EXHAUSTED)
+            return self._silent(call)
         self._move(call, CallInput.TIMEOUT)
         return self._transmit(call)
+
+    def _silent(self, call: _Call) -> list[Effect]:
+        peer = self._peers[call.peer]
+        call.silences += 1
+        failed: list[Effect] = []
+        if call.silences >= self._config.refusals_max:
+            # Workers that greet but never answer would else be lost and revived in turn for ever.
+            layer = self._catalogue.matrices[call.matrix].name
+            failed = self._fail(call, f"no worker answered {layer}, tried {call.silences} times")
+        return [*failed, *self._step(peer, Input.EXHAUSTED)]
 
     def _on_linear(self, wanted: LinearWanted) -> list[Effect]:
         if wanted.call <= self._last_call:
@@ -360,7 +378,7 @@ class Owner:
                 continue
             holders = self._placement.holders(call.matrix, load)
             able = [name for name in holders if self._peers[name].max_tokens >= call.tokens]
-            if holders and not able:
+            if holders and not able and not self._coming(call.matrix):
                 most = max(self._peers[name].max_tokens for name in holders)
                 effects += self._fail(
                     call,
@@ -373,6 +391,11 @@ class Owner:
                 load[chosen] += 1
                 effects += self._dispatch(call, chosen)
         return effects
+
+    def _coming(self, matrix: int) -> bool:
+        """Whether a worker that is still being greeted may take what the ready ones cannot."""
+        greeted = {p.name for p in self._peers.values() if p.state in (State.NEW, State.GREETING)}
+        return bool(self._placement.holders(matrix, greeted))
 
     def _dispatch(self, call: _Call, peer: str) -> list[Effect]:
         call.peer, call.attempts = peer, 0
@@ -398,7 +421,7 @@ class Owner:
         return [] if message is None else [Dropped(peer.name, "late or duplicate")]
 
     def _greet(self, peer: _Peer, kind: Input, _: Message | None) -> list[Effect]:
-        if kind is not Input.TIMEOUT:
+        if kind is not Input.TIMEOUT or peer.state is State.REVIVING:
             peer.attempts = 0
         if kind is Input.FORGOTTEN:
             peer.forgot += 1
@@ -406,11 +429,6 @@ class Owner:
             self._session, self._catalogue.parameters_digest, self._catalogue.model_digest
         )
         return [*self._orphan(peer), *self._send_session(peer, hello)]
-
-    def _revive(self, peer: _Peer, kind: Input, message: Message | None) -> list[Effect]:
-        # One greeting; if nobody answers, the worker is lost again until the next.
-        peer.attempts = self._config.attempts_max - 1
-        return self._greet(peer, kind, message)
 
     def _send_session(self, peer: _Peer, message: Hello | Bye) -> list[Effect]:
         peer.attempts += 1
@@ -420,6 +438,7 @@ class Owner:
     def _ready(self, peer: _Peer, _: Input, welcome: Welcome) -> list[Effect]:
         peer.attempts = 0
         peer.max_tokens = welcome.max_tokens
+        peer.why_lost = ""
         return [CancelTimer(f"session:{peer.name}"), *self._pump()]
 
     def _accept(self, peer: _Peer, _: Input, product: Product) -> list[Effect]:
@@ -438,6 +457,7 @@ class Owner:
         if call is None:
             return [Dropped(peer.name, "refusal of no call in flight")]
         call.refusals += 1
+        call.refused_by.add(peer.name)
         if refuse.reason in _RETRIED and call.refusals < self._config.refusals_max:
             return self._retry(call)
         name = self._catalogue.matrices[call.matrix].name
@@ -450,16 +470,17 @@ class Owner:
         others = [
             name
             for name in self._placement.holders(call.matrix, load)
-            if name != call.peer and self._peers[name].max_tokens >= call.tokens
+            if name not in call.refused_by and self._peers[name].max_tokens >= call.tokens
         ]
         chosen = self._placement.choose(others, load, self._config.window)
         timer = f"call:{call.id}"
         # Each other worker is tried once without delay; after that everybody is given time.
-        if chosen is not None and call.refusals <= len(others):
+        if chosen is not None:
             self._move(call, CallInput.ORPHANED)
             return [CancelTimer(timer), *self._dispatch(call, chosen), *self._pump()]
         call.attempts = 0
-        return [SetTimer(timer, self._patience(self._config.retry_s, call.refusals))]
+        waits = 1 + call.refusals - len(call.refused_by)
+        return [SetTimer(timer, self._patience(self._config.retry_s, waits))]
 
     def _orphan(self, peer: _Peer) -> list[Effect]:
         effects: list[Effect] = []
@@ -473,7 +494,7 @@ class Owner:
         if isinstance(message, Refuse):
             peer.why_lost = _REFUSAL_TEXT[message.reason]
         else:
-            peer.why_lost = "no answer" if kind is Input.EXHAUSTED else "connection lost"
+            peer.why_lost = "connection lost" if kind is Input.LOST else "no answer"
         again = SetTimer(f"session:{peer.name}", self._config.revive_s)
         return self._without(peer, again)
 
@@ -486,7 +507,7 @@ class Owner:
         if self._aborted:
             return [CancelTimer(f"session:{peer.name}")]
         effects = [timer, *self._orphan(peer)]
-        left = [p.name for p in self._peers.values() if p.state not in _OVER]
+        left = [p.name for p in self._peers.values() if p.state not in _NO_HELP]
         if self._placement.covered(left):
             return [*effects, *self._pump()]
         self._aborted = "no worker left: " + "; ".join(

@@ -9,8 +9,9 @@ SESSIONS has one row per (state of a worker's session, input), CALLS one per (st
 input). What is absent is an error: a ProtocolError when a peer caused it, a MisuseError when the
 driver did.
 
-A worker that falls silent or refuses is LOST and greeted again now and then, as long as another
-one can serve; a worker whose answer was wrong is RETIRED for good.
+A worker that falls silent or refuses is LOST; now and then one Hello more finds out whether it is
+back (REVIVING), as long as another one can serve. A worker whose answer was wrong is RETIRED for
+good.
 
 In sync with: owner.py (the actions), worker.py (the other side), docs/protocol.md (drawn from
 these tables).
@@ -30,6 +31,7 @@ class State(Enum):
     CLOSING = "closing"
     CLOSED = "closed"
     LOST = "lost"
+    REVIVING = "reviving"
     RETIRED = "retired"
 
 
@@ -90,11 +92,18 @@ SESSIONS: dict[tuple[State, Input], tuple[State, str]] = {
     (State.CLOSING, Input.LOST): (State.CLOSED, "closed"),
     **_ignored(State.CLOSING, *(kind for kind in FRAMES if kind is not Input.FAREWELL)),
     **_ignored(State.CLOSED, *FRAMES, Input.LOST),
-    (State.LOST, Input.TIMEOUT): (State.GREETING, "revive"),
+    (State.LOST, Input.TIMEOUT): (State.REVIVING, "greet"),
     (State.LOST, Input.WRONG_ANSWER): (State.RETIRED, "retire"),
     (State.LOST, Input.CLOSE): (State.CLOSED, "closed"),
     # A transport may fail before the driver starts the machine.
     **_ignored(State.LOST, *FRAMES, Input.LOST, Input.START),
+    (State.REVIVING, Input.WELCOME): (State.READY, "ready"),
+    (State.REVIVING, Input.REFUSED_SESSION): (State.LOST, "lose"),
+    (State.REVIVING, Input.WRONG_ANSWER): (State.RETIRED, "retire"),
+    (State.REVIVING, Input.TIMEOUT): (State.LOST, "lose"),
+    (State.REVIVING, Input.LOST): (State.LOST, "lose"),
+    (State.REVIVING, Input.CLOSE): (State.CLOSING, "bye"),
+    **_ignored(State.REVIVING, Input.PRODUCT, Input.REFUSED_CALL, Input.FORGOTTEN),
     (State.RETIRED, Input.CLOSE): (State.CLOSED, "closed"),
     **_ignored(State.RETIRED, *FRAMES, Input.LOST, Input.WRONG_ANSWER),
 }

@@ -310,7 +310,7 @@ class Device:
         self._env = env
         self._processor = processor or Processor(env, profile.cores)
         self._servers = servers
-        self._waiting: deque[tuple[str, Work, float, Callable[[float, float, float], None]]] = (
+        self._waiting: deque[tuple[float, float, float, Callable[[float, float, float], None]]] = (
             deque()
         )
         self._running = 0
@@ -329,15 +329,20 @@ class Device:
 
     def submit(self, task: str, work: Work, done: Callable[[float, float, float], None]) -> None:
         """Queue a task of kind `task`; `done(queued_at, started_at, ended_at)` in simulated s."""
-        self._waiting.append((task, work, self._env.now, done))
+        self.submit_cost(*self.profile.cost(work, task), done)
+
+    def submit_cost(
+        self, seconds: float, demand: float, done: Callable[[float, float, float], None]
+    ) -> None:
+        """Queue a task that takes `seconds` alone and keeps `demand` cores busy."""
+        self._waiting.append((seconds, demand, self._env.now, done))
         self._start_next()
 
     def _start_next(self) -> None:
         while self._waiting and self._running < self._servers:
-            task, work, queued_at, done = self._waiting.popleft()
+            seconds, demand, queued_at, done = self._waiting.popleft()
             self._count(+1)
             started_at = self._env.now
-            seconds, demand = self.profile.cost(work, task)
 
             def ended(
                 queued_at: float = queued_at,

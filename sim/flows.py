@@ -106,11 +106,6 @@ class Route:
         self.level += self.rate * (now - self.since)
         self.since = now
 
-    def foresee(self, now: float) -> None:
-        """Work out when its next flow ends, at the rate it has now."""
-        left = max(0.0, self.flows[0][0] - self.level)
-        self.ends_at = now + left / self.rate if self.rate else math.inf
-
 
 def fill(routes: list[Route], tight: list[Pipe]) -> None:
     """Max-min rates of routes that compete for the tight pipes, by progressive filling.
@@ -137,7 +132,10 @@ def fill(routes: list[Route], tight: list[Pipe]) -> None:
                 dict.fromkeys(route for pipe in full for route in pipe.routes if route.rate < 0)
             )
         for route in stopped:
-            route.rate = min(route.limit, share)
+            route.rate = route.limit if route.limit < share else share
+        if len(stopped) == len(growing):
+            return
+        for route in stopped:
             flows = len(route.flows)
             for pipe in route.pipes:
                 pipe.spare -= flows * route.rate

@@ -131,9 +131,10 @@ class LanePool(Executor):
         self._waiting.clear()
         for lane in self._running:
             lane.killed = True
+            # One that was submitted at this very moment has no thread yet.
             if lane.thread.is_alive():
                 lane.take_baton()
-            lane.thread.join()
+                lane.thread.join()
         self._running.clear()
 
     def _start_more(self) -> None:

@@ -41,8 +41,8 @@ class Network:
     """Carries frames between the hosts of a graph.
 
     graph: nodes are host names, every edge has an attribute `link`, a `Link`. It is copied. Frames
-    take the path of the least delay; those under way keep the path they started on. `rng` draws the
-    jitter, in the order of sending.
+    take the path of the least delay, the same there and back; those under way keep the path they
+    started on. `rng` draws the jitter, in the order of sending.
 
     Raises ValueError for a directed graph or an edge without a `Link`.
     """
@@ -111,10 +111,13 @@ class Network:
         if a == b:
             self._check_host(a)
             return 0.0
-        return self._find(a, b).delay_s + self._find(b, a).delay_s
+        return 2 * self._find(a, b).delay_s
 
     def set_link(self, a: str, b: str, link: Link) -> None:
-        """Replace a link. Frames under way keep their path; new ones take the best there is now."""
+        """Replace a link; if it is cut, it stays cut.
+
+        Frames under way keep their path, new ones take the best there is now.
+        """
         for pipe in self._directions(a, b):
             pipe.link = link
         self.graph.edges[a, b]["link"] = link
@@ -124,14 +127,15 @@ class Network:
     def cut(self, a: str, b: str) -> None:
         """Stop a link in both directions: what is or comes on it waits until it is healed.
 
-        What has left it already still arrives. No other way is looked for. Harmless if it is cut.
+        What has left it already still arrives. No other way is looked for. Harmless if it is cut
+        already.
         """
         for pipe in self._directions(a, b):
             pipe.up = False
         self._relink(a, b)
 
     def heal(self, a: str, b: str) -> None:
-        """End a cut; harmless if there is none."""
+        """End a cut. Harmless if there is none."""
         for pipe in self._directions(a, b):
             pipe.up = True
         self._relink(a, b)
@@ -179,17 +183,16 @@ class Network:
                 raise ValueError(
                     f"no route from {source} to {target}: join them with a link"
                 ) from None
-            pipes = tuple(self._pipes[ends] for ends in pairwise(path))
-            self._routes[pair] = Route(pair, pipes)
+            # The way back is the same way, also where another has the same delay.
+            for hops in (path, path[::-1]):
+                ends = (hops[0], hops[-1])
+                self._routes[ends] = Route(ends, tuple(self._pipes[hop] for hop in pairwise(hops)))
         return self._routes[pair]
 
     def _relink(self, a: str, b: str) -> None:
         """A link has changed: measure all routes again, share all links again."""
-        now = self._env.now
         for pipe in self._directions(a, b):
             pipe.capacity = pipe.link.bandwidth_bps / 8 if pipe.up else 0.0
-        for route in self._busy:
-            route.advance(now)
         for route in {**self._busy, **dict.fromkeys(self._routes.values())}:
             route.measure()
         for pipe in self._pipes.values():
@@ -217,13 +220,16 @@ class Network:
                                 routes.append(other)
             for route in routes:
                 route.advance(now)
-                route.limit = min(route.cap, route.narrowest / len(route.flows))
+                limit = route.narrowest / len(route.flows)
+                route.limit = limit if limit < route.cap else route.cap
             if tight:
                 fill(routes, tight)
             else:
                 first.rate = first.limit
             for route in routes:
-                route.foresee(now)
+                rate = route.rate
+                left = route.flows[0][0] - route.level
+                route.ends_at = now + left / rate if rate else math.inf
 
     def _watch(self) -> None:
         """Have an event by the time the next flow ends."""

@@ -5,13 +5,13 @@ Values travel as float32. Nothing here is private, and the name says so wherever
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from backends.he.entropy import Entropy, Keystream, OsEntropy
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -22,7 +22,6 @@ from backends.he.interface import (
     WorkerCipher,
 )
 from protocol.errors import WrongAnswerError
-
 
 ROWS = 8
 """Random sign vectors a check uses: a wrong answer passes all of them with 2^-ROWS."""
@@ -42,9 +41,11 @@ class ClearCheck:
     any order of summation; an honest answer never exceeds the sum of these bounds over outputs.
     """
 
-    def __init__(self, name: str, weight: NDArray[np.int8], forward: bool) -> None:
+    def __init__(
+        self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy
+    ) -> None:
         operand = (weight if forward else weight.T).astype(np.float64)
-        bits = np.frombuffer(os.urandom(ROWS * len(operand)), np.uint8) & 1
+        bits = Keystream(entropy.fresh_key()).take(ROWS * len(operand)) & 1
         self._name = name
         self._signs = bits.reshape(ROWS, -1).astype(np.float64) * 2 - 1
         self._projected = self._signs @ operand
@@ -70,17 +71,18 @@ class ClearCheck:
 
 
 class ClearOwner(OwnerCipher):
-    """Sends inputs as they are."""
+    """Sends inputs as they are. Its only secrets are the signs of its checks."""
 
-    def __init__(self) -> None:
+    def __init__(self, entropy: Entropy | None = None) -> None:
+        self._entropy = entropy if entropy is not None else OsEntropy()
         self._checks: dict[str, ClearCheck] = {}
 
     @property
     def simulated_randomness(self) -> bool:
-        return False
+        return self._entropy.simulated
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        self._checks[matrix.name] = ClearCheck(matrix.name, weight, forward)
+        self._checks[matrix.name] = ClearCheck(matrix.name, weight, forward, self._entropy)
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return 4 * tokens * matrix.in_features

@@ -238,6 +238,7 @@ class PreparedModel:
         stored = manifest["parameters"]
         self.parameters = Parameters(**stored) if stored else None
         self.model_digest = _model_digest(manifest["groups"])
+        self._owner_matrices: list[OwnerMatrix] = []
 
     @classmethod
     def open(cls, directory: Path, verify: bool = True) -> PreparedModel:
@@ -310,6 +311,11 @@ class PreparedModel:
 
     def owner_matrices(self) -> list[OwnerMatrix]:
         """Forward and backward matrix of each group, in the catalogue's order."""
+        if not self._owner_matrices:
+            self._owner_matrices = self._load_owner_matrices()
+        return self._owner_matrices
+
+    def _load_owner_matrices(self) -> list[OwnerMatrix]:
         matrices = []
         for index, group in enumerate(self.groups):
             entry = self._manifest["groups"][index]

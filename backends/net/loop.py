@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -74,6 +74,7 @@ class MachineLoop:
     transmit  hands (peer, frame) to the transport
     report    receives every effect that is not about frames, tasks or timers
     on_crash  receives an exception the machine itself raised; the loop has then stopped
+    observe   sees every event and what it led to, on the loop's thread, before it takes effect
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class MachineLoop:
         report: Callable[[Effect], None],
         on_crash: Callable[[BaseException], None],
         threads: int = 1,
+        observe: Callable[[Event, Sequence[Effect]], None] = lambda event, effects: None,
     ) -> None:
         self.meter = Meter()
         self._machine = machine
@@ -92,6 +94,7 @@ class MachineLoop:
         self._transmit = transmit
         self._report = report
         self._on_crash = on_crash
+        self._observe = observe
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"{name}-task")
         self._timers: list[tuple[float, int, str]] = []
@@ -120,7 +123,9 @@ class MachineLoop:
                 event = self._next()
                 if event is None:
                     return
-                for effect in self._machine.handle(event, time.monotonic()):
+                effects = self._machine.handle(event, time.monotonic())
+                self._observe(event, effects)
+                for effect in effects:
                     self._interpret(effect)
         except BaseException as error:
             log.error("%s stopped: %s", self._thread.name, type(error).__name__)

@@ -80,11 +80,15 @@ class Remote:
 
     def product(self, matrix: int, x: torch.Tensor) -> torch.Tensor:
         """x[..., K] times a matrix of the catalogue, in x's dtype, through the worker."""
+        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+        y = self.compute(matrix, rows)
+        return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+    def compute(self, matrix: int, rows: torch.Tensor) -> torch.Tensor:
+        """float32[T, K] -> float32[T, N]; the one step a trace without numbers replaces."""
         if self._linear is None:
             raise NotConnectedError("remote linear called outside `with remote.connected(...)`")
-        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-        y = torch.from_numpy(self._linear(matrix, rows.numpy()))
-        return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+        return torch.from_numpy(self._linear(matrix, rows.numpy()))
 
     def member_output(self, module: RemoteLinear, x: torch.Tensor) -> torch.Tensor:
         """This member's output for x, computing the whole group's when it is the first."""

@@ -51,15 +51,17 @@ def build_skeleton(
     source: WeightSource,
     remote_head: bool = False,
     dtype: torch.dtype = torch.float32,
+    remote: Remote | None = None,
 ) -> Skeleton:
     """The owner's model for a causal-LM config.
 
     remote_head  send the language-model head to the worker too
+    remote       what computes the remote linears, where it is not a plain `Remote`
     Raises CheckpointError when the source lacks a tensor, ValueError for no linear to send.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    remote = Remote()
+    remote = remote or Remote()
     head = model.get_output_embeddings()
     aliases = {}
     if config.tie_word_embeddings:

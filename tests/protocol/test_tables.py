@@ -12,19 +12,21 @@ import pytest
 from docs import generate_protocol
 from protocol.errors import MisuseError
 from protocol.events import (
+    AnswerRejected,
+    CancelTimer,
     CloseWanted,
     Effect,
     PeerLost,
     RunTask,
     Send,
+    SetTimer,
     Start,
     TaskDone,
     TaskFailed,
-    TimerFired,
 )
-from protocol.messages import Bye, Farewell, Hello, Product, Reason, Refuse
+from protocol.messages import Bye, Farewell, Hello, Reason
 from protocol.owner import OwnerConfig, _Call
-from protocol.owner_tables import CALLS, SESSIONS, CallInput, CallState, Input, State
+from protocol.owner_tables import CALLS, FRAMES, SESSIONS, CallInput, CallState, Input, State
 from protocol.worker import TRANSITIONS
 from protocol.worker import Input as WorkerInput
 from protocol.worker import State as WorkerState
@@ -39,6 +41,7 @@ from tests.protocol.toys import (
     all_of,
     is_dropped,
     one,
+    owner_in,
 )
 
 # Keys of a mapping are invariant, so a table of one machine's enums is not one of Enum's.
@@ -94,9 +97,9 @@ def test_every_action_is_known_and_used() -> None:
 
 
 def test_the_end_is_the_end() -> None:
-    """A closed or lost session and a call that is done go nowhere; all else has a way out."""
+    """A closed session and a call that is done go nowhere; all else has a way out."""
     ends = {state for state in State if not exits(state, edges_of(SESSIONS))}
-    assert ends == {State.CLOSED, State.LOST}
+    assert ends == {State.CLOSED}
     assert {action for (state, _), (_, action) in SESSIONS.items() if state in ends} == {"ignore"}
     assert not [pair for pair in CALLS if pair[0] is CallState.DONE]
     assert all(exits(state, CALLS) for state in set(CallState) - {CallState.DONE})
@@ -104,9 +107,31 @@ def test_the_end_is_the_end() -> None:
 
 
 def test_every_open_session_can_be_lost_or_closed() -> None:
-    """Whatever the state, these two inputs of the driver are taken."""
-    for state in State:
-        assert {(state, Input.LOST), (state, Input.CLOSE)} <= set(SESSIONS)
+    """Whatever the state, the driver may report a loss, and a first wish to close is taken."""
+    closes = {state for state in State if (state, Input.CLOSE) in SESSIONS}
+    assert closes == set(State) - {State.CLOSING, State.CLOSED}
+    assert all((state, Input.LOST) in SESSIONS for state in State)
+
+
+def test_a_retired_worker_can_only_be_closed() -> None:
+    """No input of any kind makes it serve again."""
+    assert exits(State.RETIRED, edges_of(SESSIONS)) == {State.CLOSED}
+    actions = {action for (state, _), (_, action) in SESSIONS.items() if state is State.RETIRED}
+    assert actions == {"ignore", "closed"}
+
+
+def test_every_frame_has_a_row_once_a_worker_was_greeted() -> None:
+    """But a Farewell before any Bye: that, and any frame before the Hello, breaks the rules."""
+    missing = set(product(State, FRAMES)) - set(SESSIONS)
+    said_too_early = {(State.NEW, kind) for kind in FRAMES}
+    unasked = {(state, Input.FAREWELL) for state in (State.GREETING, State.READY, State.REVIVING)}
+    assert missing == said_too_early | unasked
+
+
+def test_a_wrong_answer_can_be_found_while_calls_live() -> None:
+    """In every state between the first Welcome and the close, which fails all calls."""
+    found = {state for state in State if (state, Input.WRONG_ANSWER) in SESSIONS}
+    assert found == set(State) - {State.NEW, State.CLOSING, State.CLOSED}
 
 
 def test_every_call_that_has_not_ended_can_fail() -> None:
@@ -118,61 +143,103 @@ def test_every_call_that_has_not_ended_can_fail() -> None:
 # --- the owner's machine follows its tables ---------------------------------------------------
 
 
-def owner_in(state: State, attempts_max: int) -> OwnerDesk:
-    """An owner whose only session is in a state, reached by events alone."""
-    desk = OwnerDesk(config=OwnerConfig(attempts_max=attempts_max))
-    if state is not State.NEW:
-        desk.do(Start())
-    if state in (State.READY, State.CLOSING, State.CLOSED):
-        desk.welcome()
-    if state in (State.CLOSING, State.CLOSED):
-        desk.do(CloseWanted())
-    if state is State.CLOSED:
-        desk.hear(Farewell(SESSION))
-    if state is State.LOST:
-        desk.do(PeerLost("w1"))
-    assert desk.owner.state("w1") is state
-    return desk
-
-
 def exhaust(desk: OwnerDesk) -> list[Effect]:
     """The last timer there is: of a call when the session is ready, of the session otherwise."""
     if desk.owner.state("w1") is State.READY:
         desk.ask()
-        return desk.do(TimerFired("call:1"))
-    return desk.do(TimerFired("session:w1"))
+        return desk.fire("call:1")
+    return desk.fire("session:w1")
+
+
+def forgotten(desk: OwnerDesk) -> list[Effect]:
+    """The worker forgot; when the session is ready, that counts for a call in flight."""
+    if desk.owner.state("w1") is State.READY:
+        desk.ask()
+    return desk.refuse(Reason.NO_SESSION)
 
 
 OWNER_EVENTS: dict[Input, Callable[[OwnerDesk], list[Effect]]] = {
     Input.START: lambda desk: desk.do(Start()),
     Input.WELCOME: lambda desk: desk.welcome(),
-    Input.PRODUCT: lambda desk: desk.hear(Product(SESSION, 1, bytes(8))),
-    Input.REFUSED_CALL: lambda desk: desk.hear(Refuse(SESSION, 1, Reason.WRONG_SIZE)),
-    Input.REFUSED_SESSION: lambda desk: desk.hear(Refuse(SESSION, 0, Reason.OTHER_MODEL)),
-    Input.FORGOTTEN: lambda desk: desk.hear(Refuse(SESSION, 1, Reason.NO_SESSION)),
+    Input.PRODUCT: lambda desk: desk.product(),
+    Input.REFUSED_CALL: lambda desk: desk.refuse(Reason.WRONG_SIZE),
+    Input.REFUSED_SESSION: lambda desk: desk.refuse(Reason.OTHER_MODEL, 0),
+    Input.FORGOTTEN: forgotten,
     Input.FAREWELL: lambda desk: desk.hear(Farewell(SESSION)),
-    Input.TIMEOUT: lambda desk: desk.do(TimerFired("session:w1")),
+    Input.WRONG_ANSWER: lambda desk: desk.do(AnswerRejected(1, "a lie")),
+    Input.TIMEOUT: lambda desk: desk.fire("session:w1"),
     Input.EXHAUSTED: exhaust,
-    Input.LOST: lambda desk: desk.do(PeerLost("w1")),
+    Input.LOST: lambda desk: desk.lose(),
     Input.CLOSE: lambda desk: desk.do(CloseWanted()),
 }
-LOCAL = {Input.START, Input.TIMEOUT, Input.EXHAUSTED}
 
 
-@pytest.mark.parametrize(("state", "kind"), product(State, Input))
-def test_the_owner_follows_its_table(state: State, kind: Input) -> None:
-    """Every pair: the row's next state; or, without a row, an error that changes nothing."""
-    desk = owner_in(state, attempts_max=1 if kind is Input.EXHAUSTED else 3)
-    if (state, kind) in SESSIONS:
-        OWNER_EVENTS[kind](desk)
-        assert desk.owner.state("w1") is SESSIONS[state, kind][0]
-        return
-    if kind in LOCAL:
-        with pytest.raises(MisuseError):
-            OWNER_EVENTS[kind](desk)
-    else:
-        assert is_dropped(OWNER_EVENTS[kind](desk))
+def with_an_answer(state: State) -> OwnerDesk:
+    """An owner in a state, that is still decrypting what w1 said in answer to call 1."""
+    desk = OwnerDesk(("w1", "w2")).open()
+    for call in (1, 2, 3):
+        desk.ask(call)
+    desk.product(1)
+    if state is State.GREETING:
+        desk.refuse(Reason.NO_SESSION, 3)
+    if state in (State.LOST, State.REVIVING):
+        desk.lose()
+    if state is State.REVIVING:
+        desk.fire("session:w1")
+    if state is State.RETIRED:
+        desk.reject(3)
     assert desk.owner.state("w1") is state
+    return desk
+
+
+@pytest.mark.parametrize(("state", "kind"), SESSIONS)
+def test_the_owner_follows_its_table(state: State, kind: Input) -> None:
+    """Every row: its next state; and when it ignores, nothing but a dropped frame."""
+    if kind is Input.WRONG_ANSWER:
+        desk = with_an_answer(state)
+    else:
+        desk = owner_in(state, attempts_max=1 if kind is Input.EXHAUSTED else 3)
+    effects = OWNER_EVENTS[kind](desk)
+    following, action = SESSIONS[state, kind]
+    assert desk.owner.state("w1") is following
+    if action == "ignore" and kind in FRAMES:
+        assert is_dropped(effects)
+    elif action == "ignore":
+        # The start is for the other worker too; a lie found twice sends its call elsewhere.
+        assert not [effect for effect in effects if getattr(effect, "peer", "") == "w1"]
+        assert "session:w1" not in [getattr(effect, "timer", "") for effect in effects]
+    else:
+        assert effects
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"), [pair for pair in product(State, Input) if pair not in SESSIONS]
+)
+def test_what_has_no_row_changes_nothing(state: State, kind: Input) -> None:
+    """A frame is dropped; what only a wrong driver could do raises MisuseError."""
+    desk = owner_in(state)
+    if kind in FRAMES:
+        assert is_dropped(OWNER_EVENTS[kind](desk))
+    else:
+        with pytest.raises(MisuseError, match=kind.value):
+            desk.owner._step(desk.owner._peers["w1"], kind)
+    assert desk.owner.state("w1") is state
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_lost_session_is_revived_as_long_as_another_serves(state: State) -> None:
+    """Exactly the rows that lose set the timer; exactly those that end a wait cancel it."""
+    for (before, kind), (_, action) in SESSIONS.items():
+        if before is not state or action not in ("lose", "retire", "closed", "ready"):
+            continue
+        if kind is Input.WRONG_ANSWER:
+            desk = with_an_answer(state)
+        else:
+            desk = owner_in(state, attempts_max=1 if kind is Input.EXHAUSTED else 3)
+        effects = OWNER_EVENTS[kind](desk)
+        set_again = SetTimer("session:w1", OwnerConfig().revive_s)
+        assert (set_again in effects) == (action == "lose")
+        assert (CancelTimer("session:w1") in effects) == (action != "lose")
 
 
 @pytest.mark.parametrize(("state", "kind"), product(CallState, CallInput))
@@ -214,26 +281,35 @@ WORKER_EVENTS: dict[WorkerInput, Callable[[WorkerDesk, int], list[Effect]]] = {
     WorkerInput.FAILED: lambda desk, task: desk.do(TaskFailed(task, "toy")),
     WorkerInput.LOST: lambda desk, _: desk.do(PeerLost("o1")),
 }
+# Answered before the table is asked: an absent session has no id that they could name.
+WITHOUT_ROW = {
+    WorkerInput.MULTIPLY: (WorkerState.ABSENT, "refuse_stale"),
+    WorkerInput.BYE: (WorkerState.ABSENT, "farewell"),
+}
 SAID = {"welcome", "refuse_session", "refuse_stale", "refuse_failed", "farewell", "answer"}
 
 
 @pytest.mark.parametrize(("state", "kind"), product(WorkerState, WorkerInput))
 def test_the_worker_follows_its_table(state: WorkerState, kind: WorkerInput) -> None:
-    """Every pair: next state and kind of effect of the row; without one, nothing at all."""
+    """Every pair: next state and kind of effect of the row; without one, nothing changes."""
     desk, task = worker_in(state)
     effects = WORKER_EVENTS[kind](desk, task)
-    following, action = TRANSITIONS.get((state, kind), (state, "ignore"))
+    following, action = TRANSITIONS.get((state, kind), WITHOUT_ROW.get(kind, (state, "ignore")))
     assert desk.worker.state("o1") is following
     assert bool(all_of(effects, Send)) == (action in SAID)
     assert bool(all_of(effects, RunTask)) == (action == "compute")
 
 
-def test_only_late_tasks_have_no_row() -> None:
-    """A worker whose peer is gone lets its running tasks end unheard; all else has a row."""
+def test_only_an_absent_session_has_gaps() -> None:
+    """It has no id for a request or a Bye to name, nothing to lose, and its tasks end unheard."""
     missing = set(product(WorkerState, WorkerInput)) - set(TRANSITIONS)
-    assert missing == {
-        (WorkerState.ABSENT, WorkerInput.DONE),
-        (WorkerState.ABSENT, WorkerInput.FAILED),
+    assert {state for state, _ in missing} == {WorkerState.ABSENT}
+    assert {kind for _, kind in missing} == {
+        WorkerInput.MULTIPLY,
+        WorkerInput.BYE,
+        WorkerInput.DONE,
+        WorkerInput.FAILED,
+        WorkerInput.LOST,
     }
 
 

@@ -18,6 +18,7 @@ from protocol.events import (
     TimerFired,
 )
 from protocol.messages import (
+    VERSION,
     Bye,
     Farewell,
     Hello,
@@ -74,6 +75,37 @@ def test_another_model_or_parameter_set_is_refused(hello: Hello, reason: Reason)
     desk = WorkerDesk()
     assert said(desk.hear(hello)) == Refuse(SESSION, 0, reason)
     assert desk.worker.state("o1") is State.ABSENT
+
+
+def of_version(frame: bytes, version: int) -> bytes:
+    """The same frame, from a side that speaks another version."""
+    return frame[:4] + bytes([version]) + frame[5:]
+
+
+@pytest.mark.parametrize("version", [0, VERSION + 1, 255])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        encode(Hello(OTHER_SESSION, PARAMETERS, MODEL)),
+        encode(Multiply(OTHER_SESSION, 1, 0, 1, bytes(4))),
+        encode(Bye(OTHER_SESSION)) + b"a field we do not know",
+    ],
+    ids=["Hello", "Multiply", "Bye"],
+)
+def test_another_version_is_refused_by_name(frame: bytes, version: int) -> None:
+    """Whatever it says, its owner is told why nothing comes of it; an open session goes on."""
+    desk = WorkerDesk().open()
+    effects = desk.do(FrameArrived("o1", of_version(frame, version)))
+    assert said(effects) == Refuse(OTHER_SESSION, 0, Reason.OTHER_VERSION)
+    assert desk.worker.state("o1") is State.SERVING
+    assert all_of(desk.ask(), RunTask)
+
+
+def test_a_refusal_of_another_version_is_not_answered() -> None:
+    """Or two workers of different versions, joined by mistake, would refuse each other for ever."""
+    desk = WorkerDesk()
+    frame = encode(Refuse(SESSION, 0, Reason.OTHER_VERSION))
+    assert is_dropped(desk.do(FrameArrived("o1", of_version(frame, VERSION + 1))))
 
 
 def test_a_strange_hello_leaves_an_open_session_alone() -> None:
@@ -264,9 +296,6 @@ def test_events_that_are_not_a_workers_are_misuse() -> None:
     ):  # fmt: skip
         with pytest.raises(MisuseError):
             desk.do(event)
-
-
-# --- known faults: each turns into a plain test when it is mended ---------------------------------
 
 
 @pytest.mark.parametrize("how", ["new session", "new connection"])

@@ -1,16 +1,20 @@
 """What these tests share: a small catalogue, a toy cipher, and both machines with a test driver.
 
 The toy is additive masking, so it has the shape of the real cipher: the worker multiplies what
-it cannot read, and only the holder of the mask reads the product.
+it cannot read, and only the holder of the mask reads the product, once it has found it right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from protocol.catalogue import Catalogue, MatrixShape
+from protocol.errors import WrongAnswerError
 from protocol.events import (
+    AnswerRejected,
+    CloseWanted,
     Decrypt,
     Dropped,
     Effect,
@@ -19,12 +23,29 @@ from protocol.events import (
     FrameArrived,
     LinearWanted,
     MultiplyCiphertext,
+    PeerLost,
     RunTask,
+    Send,
     Start,
+    Task,
     TaskDone,
+    TimerFired,
 )
-from protocol.messages import Hello, Message, Multiply, Product, Welcome, encode
+from protocol.messages import (
+    Farewell,
+    Hello,
+    Message,
+    Multiply,
+    Product,
+    Reason,
+    Refuse,
+    Welcome,
+    decode,
+    encode,
+)
 from protocol.owner import Owner, OwnerConfig
+from protocol.owner_tables import State
+from protocol.placement import Placement
 from protocol.worker import Worker, WorkerConfig
 
 SESSION = b"session-of-tests"
@@ -62,17 +83,36 @@ def is_dropped(effects: Sequence[Effect]) -> bool:
     return [type(effect) for effect in effects] == [Dropped]
 
 
+def requests(effects: Iterable[Effect]) -> list[tuple[str, int]]:
+    """(worker, call) of every request sent, in order."""
+    found = []
+    for send in all_of(effects, Send):
+        message = decode(send.frame)
+        if isinstance(message, Multiply):
+            found.append((send.peer, message.request))
+    return found
+
+
 # --- the toy cipher -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What it takes to check an answer, and to read it."""
+
+    masked: tuple[int, ...]
+    mask: tuple[int, ...]
 
 
 def _pack(values: Iterable[int], width: int) -> bytes:
     return b"".join(value.to_bytes(width, "little") for value in values)
 
 
-def encrypt(x: Sequence[int], serial: int) -> tuple[bytes, tuple[int, ...]]:
+def encrypt(x: Sequence[int], serial: int) -> tuple[bytes, Sealed]:
     """u32 per token, masked; `serial` is new for every encryption, and so is the mask."""
     mask = tuple((serial * 2654435761 + 40503 * row) % MODULUS for row in range(len(x)))
-    return _pack(((v + m) % MODULUS for v, m in zip(x, mask, strict=True)), 4), mask
+    masked = tuple((v + m) % MODULUS for v, m in zip(x, mask, strict=True))
+    return _pack(masked, 4), Sealed(masked, mask)
 
 
 def multiply(work: MultiplyCiphertext) -> bytes:
@@ -83,12 +123,29 @@ def multiply(work: MultiplyCiphertext) -> bytes:
 
 
 def decrypt(work: Decrypt) -> tuple[int, ...]:
-    """The masked product, unmasked."""
-    payload, mask = bytes(work.payload), work.sealed
-    assert isinstance(mask, tuple)
-    rows = (int.from_bytes(payload[i : i + 8], "little") for i in range(0, len(payload), 8))
+    """The masked product, unmasked. Raises WrongAnswerError when it is not the product."""
+    payload, sealed = bytes(work.payload), work.sealed
+    assert isinstance(sealed, Sealed)
     factor = FACTORS[work.matrix]
-    return tuple((row - m * factor) % MODULUS for row, m in zip(rows, mask, strict=True))
+    if payload != _pack((value * factor for value in sealed.masked), 8):
+        raise WrongAnswerError("toy: not the product")
+    rows = (int.from_bytes(payload[i : i + 8], "little") for i in range(0, len(payload), 8))
+    return tuple((row - m * factor) % MODULUS for row, m in zip(rows, sealed.mask, strict=True))
+
+
+def compute(task: int, work: Task) -> TaskDone | AnswerRejected:
+    """Really compute a task, in toy, and report its end as a driver does."""
+    match work:
+        case Encrypt(_, _, x):
+            assert isinstance(x, list | tuple)
+            return TaskDone(task, encrypt(x, serial=task))
+        case MultiplyCiphertext():
+            return TaskDone(task, multiply(work))
+        case Decrypt():
+            try:
+                return TaskDone(task, decrypt(work))
+            except WrongAnswerError as error:
+                return AnswerRejected(task, str(error))
 
 
 def clear(matrix: int, x: Sequence[int]) -> tuple[int, ...]:
@@ -102,8 +159,13 @@ def clear(matrix: int, x: Sequence[int]) -> tuple[int, ...]:
 class OwnerDesk:
     """An owner; the test plays its driver and its workers."""
 
-    def __init__(self, peers: Sequence[str] = ("w1",), config: OwnerConfig | None = None) -> None:
-        self.owner = Owner(SESSION, CATALOGUE, peers, config)
+    def __init__(
+        self,
+        peers: Sequence[str] = ("w1",),
+        config: OwnerConfig | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        self.owner = Owner(SESSION, CATALOGUE, peers, config, placement)
         self.peers = peers
 
     def do(self, event: Event) -> list[Effect]:
@@ -134,6 +196,46 @@ class OwnerDesk:
     def product(self, call: int = 1, tokens: int = 1, peer: str = "w1") -> list[Effect]:
         """A worker answers with the right number of bytes."""
         return self.hear(Product(SESSION, call, bytes(8 * tokens)), peer)
+
+    def refuse(self, reason: Reason, call: int = 1, peer: str = "w1") -> list[Effect]:
+        """A worker refuses a call, or with call 0 its session."""
+        return self.hear(Refuse(SESSION, call, reason), peer)
+
+    def reject(self, call: int = 1, peer: str = "w1") -> list[Effect]:
+        """A worker answers, and the answer is found wrong; returns what the finding led to."""
+        self.product(call, peer=peer)
+        return self.do(AnswerRejected(call, f"{peer} lied"))
+
+    def lose(self, peer: str = "w1") -> list[Effect]:
+        """The transport to a worker is gone."""
+        return self.do(PeerLost(peer))
+
+    def fire(self, timer: str) -> list[Effect]:
+        """A timer runs out."""
+        return self.do(TimerFired(timer))
+
+
+def owner_in(state: State, attempts_max: int = 3) -> OwnerDesk:
+    """An owner whose session with w1 is in a state, reached by events alone; w2 can serve."""
+    desk = OwnerDesk(("w1", "w2"), OwnerConfig(attempts_max=attempts_max))
+    if state in (State.LOST, State.REVIVING):
+        desk.lose()
+    elif state is not State.NEW:
+        desk.do(Start())
+        desk.welcome("w2")
+    if state is State.REVIVING:
+        desk.fire("session:w1")
+    if state in (State.READY, State.CLOSING, State.CLOSED, State.RETIRED):
+        desk.welcome()
+    if state is State.RETIRED:
+        desk.ask()
+        desk.reject()
+    if state in (State.CLOSING, State.CLOSED):
+        desk.do(CloseWanted())
+    if state is State.CLOSED:
+        desk.hear(Farewell(SESSION))
+    assert desk.owner.state("w1") is state
+    return desk
 
 
 class WorkerDesk:

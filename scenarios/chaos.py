@@ -1,0 +1,183 @@
+"""Train a small real model while everything goes wrong, thousands of times, and watch the promises.
+
+Each seed draws a model, a cipher (`clear` or real `mlwe` encryption), workers, lanes and patience,
+and a plan of faults: frames that are dropped, doubled, overtaken, damaged or late; partitions; slow
+workers; workers that lose their memory, lie, answer twice or refuse; an owner that dies and
+resumes; clocks that jump. The real trainer trains on the real protocol through all of it, in
+simulated time. Checked from outside, by code that shares nothing with the protocol:
+
+  safety    every step applied once and in order; with `clear` every bit of every step's weights as
+            without faults; no secret used twice; nothing private on the wire; no stale, foreign or
+            wrong answer accepted; a worker found lying never asked again
+  liveness  within a stated bound after the last fault, training has ended, every honest worker
+            serves again and the sessions close
+
+The command:
+    python -m scenarios.chaos --seeds 10000 --json chaos.json
+Expected: `0 violations`, and how often each kind of fault was injected, within 15 minutes on two
+cores. A violation prints its seed, the commit and the drawn options; the exit status is then 1.
+
+    python -m scenarios.chaos --seed 7 --trace run.txt     replays it, event by event
+    python -m scenarios.chaos --seed 7 --trace-hash        is the same in every process
+    python -m scenarios.chaos --planted --json planted.json
+
+The last one checks the checks: it plants known defects (tests/planted/) in a copy of this source
+tree, one at a time, and tells how many seeds each took to be found. Expected: all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from backends.files import replacing
+from scenarios import record
+from scenarios.chaos_log import EventLog
+from scenarios.chaos_search import Bench, Result, scratch, search
+from scenarios.chaos_world import draw_options
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scenarios.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--seeds", type=int, default=200, metavar="N", help="run so many seeds")
+    what.add_argument("--seed", type=int, metavar="S", help="run one seed in this process")
+    what.add_argument("--planted", action="store_true", help="look for every planted defect")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="first of the seeds")
+    parser.add_argument("--processes", type=int, metavar="P", help="default: one a core")
+    parser.add_argument("--stop-at-first", action="store_true", help="end at the first violation")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="with --seed: write every event to a file"
+    )
+    parser.add_argument(
+        "--trace-hash", action="store_true", help="with --seed: print the SHA-256 of all events"
+    )
+    record.add_json_option(parser)
+    options = parser.parse_args(arguments)
+    if options.seed is None and (options.trace or options.trace_hash):
+        parser.error("--trace and --trace-hash belong to --seed")
+    if options.seeds < 1 or (options.processes is not None and options.processes < 1):
+        parser.error("--seeds and --processes are at least 1")
+    return options
+
+
+def tell(result: Result) -> None:
+    """A violation, and how to see it again."""
+    print(
+        f"VIOLATION at seed {result.seed}, commit {record.commit()}: {result.violation}\n"
+        f"  drawn: {draw_options(result.seed)}\n"
+        f"  injected: {faults(result.injected)}\n"
+        f"  replay: python -m scenarios.chaos --seed {result.seed} --trace run.txt"
+    )
+
+
+def faults(injected: Counter[str]) -> str:
+    """Counts by kind, by name."""
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(injected.items())) or "none"
+
+
+def many(options: argparse.Namespace) -> int:
+    """Run the seeds; returns the exit status."""
+    injected: Counter[str] = Counter()
+    violations: list[dict[str, Any]] = []
+    done = 0
+    start = time.perf_counter()
+    results = search(options.first, options.seeds, options.stop_at_first, options.processes)
+    interrupted = False
+    try:
+        with tqdm(total=options.seeds, desc="seeds", unit="seed", dynamic_ncols=True) as bar:
+            for result in results:
+                done += 1
+                injected += result.injected
+                if result.violation:
+                    violations.append({"seed": result.seed, "violation": result.violation})
+                    with tqdm.external_write_mode():
+                        tell(result)
+                bar.set_postfix(violations=len(violations), refresh=False)
+                bar.update()
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted; what was found so far:")
+    finally:
+        results.close()
+    elapsed_s = time.perf_counter() - start
+    print(f"{done} seeds in {elapsed_s:.1f} s: {len(violations)} violations")
+    print(f"injected: {faults(injected)}")
+    figures = {
+        "seeds": done,
+        "violations": len(violations),
+        "violation_list": violations,
+        "elapsed_s": round(elapsed_s, 2),
+        "faults_injected": dict(sorted(injected.items())),
+    }
+    record.write(options.json, figures)
+    return 130 if interrupted else int(bool(violations))
+
+
+def single(options: argparse.Namespace) -> int:
+    """Run one seed; returns the exit status."""
+    log = EventLog() if options.trace or options.trace_hash else None
+    start = time.perf_counter()
+    with scratch() as directory:
+        result = Bench(directory).run(options.seed, log)
+    if log is not None and options.trace_hash:
+        print(log.sha256())
+    else:
+        print(f"drawn: {draw_options(options.seed)}")
+    if log is not None and options.trace:
+        with replacing(options.trace) as file:
+            file.write(("\n".join(log.lines) + "\n").encode())
+        print(f"{len(log.lines)} events written to {options.trace}")
+    if result.violation:
+        tell(result)
+    elif not options.trace_hash:
+        print(
+            f"no violation; {result.simulated_s:.2f} simulated seconds (stated bound: "
+            f"{result.bound_s:.1f} after the last fault); injected: {faults(result.injected)}"
+        )
+    record.write(
+        options.json,
+        {
+            "seeds": 1,
+            "violations": int(bool(result.violation)),
+            "violation_list": [{"seed": result.seed, "violation": result.violation}]
+            if result.violation
+            else [],
+            "elapsed_s": round(time.perf_counter() - start, 2),
+            "faults_injected": dict(sorted(result.injected.items())),
+        },
+    )
+    return int(bool(result.violation))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    options = parse(arguments)
+    try:
+        if options.planted:
+            from scenarios.chaos_planted import hunt
+
+            status = hunt(options)
+        elif options.seed is not None:
+            status = single(options)
+        else:
+            status = many(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        status = 130
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Many seeds on all cores, or one; what was found is data, not an exception."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import tempfile
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends.nn.trainer import TrainingInterrupted
+from backends.threads import core_count
+from scenarios.chaos_checks import Violation
+from scenarios.chaos_model import Subject
+from scenarios.chaos_world import World, draw_options
+from sim.driver import Observer
+
+_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one seed. `violation` is empty when every promise was kept."""
+
+    seed: int
+    violation: str
+    injected: Counter[str]
+    simulated_s: float
+    bound_s: float
+
+
+class Bench:
+    """Runs seeds one after the other in this process, below a scratch directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._subjects: dict[str, Subject] = {}
+        torch.set_num_threads(1)
+
+    def run(self, seed: int, log: Observer | None = None) -> Result:
+        """One seed, from draws to verdict. Raises only what the user asked for (Ctrl-C)."""
+        options = draw_options(seed)
+        if options.kind not in self._subjects:
+            self._subjects[options.kind] = Subject(options.kind, self._directory / "models")
+        with tempfile.TemporaryDirectory(dir=self._directory) as checkpoints:
+            world = World(options, self._subjects[options.kind], Path(checkpoints), log)
+            violation = ""
+            try:
+                world.run()
+            except TrainingInterrupted as error:
+                raise KeyboardInterrupt from error
+            except Violation as error:
+                violation = str(error)
+            except Exception as error:
+                # Whatever else comes out of a run is a defect too; tell where it is from.
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(place.filename).name}:{place.lineno} {place.name}"
+                violation = f"{type(error).__name__} at {where}: {error}"
+        finished_s = float(world.env.now)
+        return Result(seed, violation, world.wire.injected, finished_s, world.bound_s)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory that is gone afterwards; in memory where the system has such a place."""
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir=place) as name:
+        yield Path(name)
+
+
+def search(
+    first: int, count: int, stop_at_first: bool = False, processes: int | None = None
+) -> Iterator[Result]:
+    """Results of seeds first .. first + count - 1 as they come, from all cores.
+
+    Leaving the loop early ends the processes.
+    """
+    # Children are started afresh: a fork would copy torch's thread pools in an unknown state.
+    context = multiprocessing.get_context("spawn")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    following = context.Value("q", first)
+    results = context.Queue()
+    wanted = max(1, min(count, processes or core_count()))
+    with scratch() as directory:
+        children = [
+            context.Process(
+                target=_child,
+                args=(index, following, first + count, results, directory / str(index)),
+                daemon=True,
+            )
+            for index in range(wanted)
+        ]
+        for child in children:
+            child.start()
+        try:
+            yield from _collect(children, results, count, stop_at_first)
+        finally:
+            for child in children:
+                child.kill()
+                child.join()
+
+
+def _collect(
+    children: list[Any], results: Any, count: int, stop_at_first: bool
+) -> Iterator[Result]:
+    received = 0
+    while received < count:
+        try:
+            result: Result = results.get(timeout=_PATIENCE_S)
+        except queue.Empty:
+            dead = [child for child in children if child.exitcode not in (None, 0)]
+            if dead:
+                raise RuntimeError(
+                    f"a process of the search ended with status {dead[0].exitcode}; its output is "
+                    "above. Run again with --processes 1"
+                ) from None
+            continue
+        received += 1
+        yield result
+        if stop_at_first and result.violation:
+            return
+
+
+def _child(index: int, following: Any, end: int, results: Any, directory: Path) -> None:
+    # Ctrl-C goes to the parent alone; it ends the children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "sched_setaffinity"):
+        # One core a process: the kernels then do not split work this small over threads.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+    def work() -> None:
+        directory.mkdir()
+        bench = Bench(directory)
+        while True:
+            with following.get_lock():
+                seed = following.value
+                following.value += 1
+            if seed >= end:
+                return
+            results.put(bench.run(seed))
+
+    # Not on the main thread: there the trainer listens for Ctrl-C.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()

@@ -1,0 +1,148 @@
+"""The simulated run of `python -m scenarios.llama1b`: the same protocol, modelled time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from backends.nn.sources import human_bytes
+from scenarios import quantities
+from scenarios.setting import (
+    KEYS,
+    Prices,
+    Setting,
+    SettingError,
+    changed,
+    device_name,
+    figures,
+    profile_of,
+    values_of,
+    world_of,
+)
+from scenarios.timeline import WORDS, headline, plot_timeline
+from sim.device import DeviceProfile
+from sim.trace import PARTS, write_perfetto
+from sim.world import WorldResult, simulate
+
+# name: (bits/s of the owner's line, round trip in s, what it stands for)
+NETWORKS = {
+    "lan": (10e9, 0.0002, "the same building"),
+    "datacenter": (25e9, 0.001, "the same data centre"),
+    "default": (1e9, 0.020, "an office with a gigabit line"),
+    "fibre": (1e9, 0.010, "fibre at home, 1 Gb/s both ways"),
+    "home": (100e6, 0.020, "100 Mb/s both ways"),
+    "dsl": (40e6, 0.030, "VDSL by its upload, 40 Mb/s"),
+}
+OPTIONS = ("bandwidth", "rtt", "loss", "jitter", "workers", "owners", "gpu", "owner-device", "model")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What only the simulated run takes."""
+    group = parser.add_argument_group("the simulated run (neither --real-cpu nor --real-gpu)")
+    known = ", ".join(f"{name}: {what[2]}" for name, what in NETWORKS.items())
+    group.add_argument("--network", choices=tuple(NETWORKS), default="default", help=known)
+    for name in OPTIONS:
+        group.add_argument(f"--{name}", metavar=name.upper(), help=KEYS[name].meaning)
+
+
+def setting_from(args: argparse.Namespace) -> Setting:
+    """The world of a command line. Raises SettingError."""
+    bandwidth_bps, rtt_s, _ = NETWORKS[args.network]
+    setting = Setting(
+        tokens=args.tokens, sequence=args.sequence, lanes=args.lanes, steps=args.steps,
+        head=args.lm_head, bandwidth_bps=bandwidth_bps, rtt_s=rtt_s,
+    )  # fmt: skip
+    for name in OPTIONS:
+        text = getattr(args, name.replace("-", "_"))
+        if text is not None:
+            values = values_of(name, text)
+            if len(values) != 1:
+                raise SettingError(f"--{name} takes one value here; `scenarios.whatif` sweeps")
+            setting = changed(setting, {name: values[0]})
+    return setting
+
+
+def describe_profile(profile: DeviceProfile) -> str:
+    """Its name, and whether its figures were measured."""
+    origin = profile.origin
+    name = device_name(profile.name)
+    if origin.kind == "measured":
+        text = f"{name}: measured on {origin.where}, {origin.when}"
+        return text + (f", commit {origin.commit}" if origin.commit else "")
+    assumed = f", {len(origin.assumed)} figures assumed" if origin.assumed else ""
+    return f"{name}: data sheet{assumed}, NOT MEASURED ({origin.where})"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Simulate, write the picture and the trace; returns the figures."""
+    setting = setting_from(args)
+    gpu, owner = profile_of(setting.gpu), profile_of(setting.owner_device)
+    print(f"simulating {setting.label}; nothing is computed, time is modelled")
+    print(f"  GPU    {describe_profile(gpu)}")
+    for text in gpu.origin.assumed:
+        print(f"         assumed: {text}")
+    print(f"  owner  {describe_profile(owner)}")
+    for text in owner.origin.assumed:
+        print(f"         assumed: {text}")
+    config = world_of(setting, seed=args.seed)
+    result = simulate(replace(config, record_owners=None) if setting.owners <= 8 else config)
+    found = figures(setting, result, Prices(gpu_hour=0.0))
+    found = {k: v for k, v in found.items() if not k.startswith("cost")}
+    line = f"{quantities.show_bandwidth(setting.bandwidth_bps)}, {quantities.show_duration(setting.rtt_s)} round trip"
+    pictures = _write(args.out, setting, result, found, line)
+    return {
+        "simulated": True,
+        "setting": {f: getattr(setting, f) for f in setting.__dataclass_fields__},
+        "gpu_profile": describe_profile(gpu),
+        "owner_profile": describe_profile(owner),
+        "line": line,
+        **found,
+        **pictures,
+    }
+
+
+def _write(
+    out: Path, setting: Setting, result: WorldResult, found: dict[str, Any], line: str
+) -> dict[str, str]:
+    """The timeline of the last counted step of the first owner, and the trace of all steps."""
+    step = [s for s in result.steps if s.owner == "owner0"][-1]
+    spans = [s for s in result.trace.spans if _of_first_owner(s.track, s.lane)]
+    parts = {part: found[f"path_{part}"] for part in PARTS}
+    lanes = f"{setting.lanes} lane{'s' if setting.lanes > 1 else ''} of {setting.tokens} tokens"
+    subtitle = (
+        f"simulated: {setting.label}, {lanes}, owner on {device_name(setting.owner_device)}, {line}"
+    )
+    plot_timeline(out / "timeline.png", spans, (step.start_s, step.end_s), parts, subtitle)
+    write_perfetto(out / "trace.json", result.trace.spans, subtitle)
+    return {"timeline": str(out / "timeline.png"), "trace": str(out / "trace.json")}
+
+
+def _of_first_owner(track: str, lane: str) -> bool:
+    return lane.startswith("owner0/") or track.startswith("owner0/")
+
+
+def print_report(f: dict[str, Any]) -> None:
+    """What a person wants to know of a simulated run."""
+    parts: Sequence[str] = sorted(PARTS, key=lambda part: -f[f"path_{part}"])
+    print(f"\nover {f['line']}:")
+    print(f"step                {f['step_p50_s']:10.2f} s   {f['tokens_per_step']} tokens an owner")
+    print(f"speed               {f['tokens_per_s_owner']:10.1f} tokens/s an owner")
+    print("a step waits for")
+    for part in parts:
+        if f[f"path_{part}"] >= 0.0005:
+            share = f[f"path_{part}"]
+            print(f"  {WORDS[part]:<22}{100 * share:6.1f} %  {share * f['step_p50_s']:8.2f} s")
+    up, down = (1e9 * f[f"gb_{way}_per_step"] / f["tokens_per_step"] for way in ("up", "down"))
+    print(
+        f"traffic per token   {human_bytes(up)} up + {human_bytes(down)} down = "
+        f"{human_bytes(up + down)}; {f['gb_per_step']:.2f} GB a step"
+    )
+    print(f"GPU busy            {100 * f['gpu_utilisation']:10.2f} %")
+    if f["resent"]:
+        print(f"sent again          {f['resent']:10d} requests, for want of an answer in time")
+    parts_of = {part: f[f"path_{part}"] for part in PARTS}
+    print(f"\n{headline(parts_of, f['step_p50_s'])}: see {f['timeline']}")
+    print(f"every span: {f['trace']} (drop it on https://ui.perfetto.dev)")

@@ -1,0 +1,238 @@
+"""What-if studies: which settings to try, where that is written, and how they are all run.
+
+A study is a TOML file:
+
+    title = "Home office"
+    question = "How fast ...?"
+    [fixed]                        # knobs that stay; names as in `scenarios.setting.KEYS`
+    bandwidth = "100Mb/s"
+    [sweep]                        # knobs that vary: a range, or a list
+    lanes = "1..8 x4"
+    rtt = ["5ms", "20ms"]
+    [prices]                       # optional: gpu-hour, gb-out, mbps-month
+    [answer]                       # optional: how rows become an answer, see `scenarios.answers`
+    kind = "effects"
+    [plot]                         # optional: value, x, y, panels
+    value = "tokens_per_s_owner"
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from scenarios.quantities import Value
+from scenarios.setting import (
+    KEYS,
+    Prices,
+    Setting,
+    SettingError,
+    changed,
+    measure,
+    profile_of,
+    values_of,
+    workload_for,
+)
+from sim.device import ProfileError
+from sim.workload import WorkloadError
+from sim.world import WorldError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+STUDIES = Path(__file__).with_name("studies")
+_SECTIONS = ("title", "question", "fixed", "sweep", "prices", "answer", "plot")
+_PRICES = {"gpu-hour": "gpu_hour", "gb-out": "gb_out", "mbps-month": "mbps_month"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question and the settings that answer it.
+
+    sweep   values by knob; the first varies slowest
+    answer  options of the answer, "kind" among them; plot likewise of the picture
+    """
+
+    title: str
+    question: str
+    fixed: Mapping[str, Value]
+    sweep: Mapping[str, Sequence[Value]]
+    prices: Prices = field(default_factory=Prices)
+    answer: Mapping[str, Any] = field(default_factory=dict)
+    plot: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> list[Setting]:
+        """All of them, the whole product. Raises SettingError."""
+        base = Setting()
+        return [
+            changed(base, {**self.fixed, **dict(zip(self.sweep, values, strict=True))})
+            for values in itertools.product(*self.sweep.values())
+        ]
+
+    def with_sweeps(self, sweeps: Sequence[str], fixed: Sequence[str]) -> Study:
+        """The study with `knob=values` and `knob=value` of a command line put over its own."""
+        swept, kept = dict(self.sweep), dict(self.fixed)
+        for text in sweeps:
+            name, values = assignment(text)
+            kept.pop(name, None)
+            swept[name] = values
+        for text in fixed:
+            name, values = assignment(text)
+            if len(values) != 1:
+                raise SettingError(f"--set {text}: one value; --sweep {text} takes several")
+            swept.pop(name, None)
+            kept[name] = values[0]
+        return replace(self, sweep=swept, fixed=kept)
+
+
+def assignment(text: str) -> tuple[str, list[Value]]:
+    """("lanes", [1, 2]) of "lanes=1,2". Raises SettingError."""
+    name, equals, values = text.partition("=")
+    if not equals or not values.strip():
+        raise SettingError(f"{text!r}: write KNOB=VALUES, for instance lanes=1,2,4")
+    return name.strip(), values_of(name.strip(), values)
+
+
+def study_names() -> list[str]:
+    """The studies that come with the project."""
+    return sorted(path.stem for path in STUDIES.glob("*.toml"))
+
+
+def load_study(name: str) -> Study:
+    """A study of the project by name, or of a TOML file. Raises SettingError, naming the file."""
+    path = Path(name) if name.endswith(".toml") else STUDIES / f"{name}.toml"
+    if not name.endswith(".toml") and name not in study_names():
+        raise SettingError(
+            f"no study {name!r}; there are {', '.join(study_names())}, or give a .toml file"
+        )
+    try:
+        facts = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingError(f"{path}: {error}") from None
+    try:
+        return _study(path.stem, facts)
+    except SettingError as error:
+        raise SettingError(f"{path}: {error}") from None
+
+
+def _study(name: str, facts: dict[str, Any]) -> Study:
+    for section in facts:
+        if section not in _SECTIONS:
+            raise SettingError(f"unknown section {section!r}; there are {', '.join(_SECTIONS)}")
+    for section in _SECTIONS[2:]:
+        if not isinstance(facts.get(section, {}), dict):
+            raise SettingError(f"[{section}] is a table")
+    sweep = {name: _listed(name, given) for name, given in facts.get("sweep", {}).items()}
+    fixed = {}
+    for knob, given in facts.get("fixed", {}).items():
+        values = _listed(knob, given)
+        if len(values) != 1:
+            raise SettingError(f"[fixed] {knob}: one value, got {given!r}")
+        fixed[knob] = values[0]
+    return Study(
+        str(facts.get("title", name)),
+        str(facts.get("question", "")),
+        fixed,
+        sweep,
+        _prices(facts.get("prices", {})),
+        facts.get("answer", {}),
+        facts.get("plot", {}),
+    )
+
+
+def _listed(knob: str, given: object) -> list[Value]:
+    parts = given if isinstance(given, list) else [given]
+    return [value for part in parts for value in values_of(knob, str(part))]
+
+
+def _prices(given: Mapping[str, Any]) -> Prices:
+    for name, value in given.items():
+        if name not in _PRICES or not isinstance(value, int | float) or value < 0:
+            raise SettingError(
+                f"[prices] {name} = {value!r}: prices are numbers of at least 0 called "
+                f"{', '.join(_PRICES)}"
+            )
+    return Prices(**{_PRICES[name]: float(value) for name, value in given.items()})
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def prepare(settings: Sequence[Setting]) -> Iterator[str]:
+    """Trace each distinct workload once, so that forked processes have them; yields each's name.
+
+    Raises SettingError for what no run could mend.
+    """
+    seen = set()
+    for setting in settings:
+        for choice in (setting.gpu, setting.owner_device):
+            _or_setting_error(lambda choice=choice: profile_of(choice))  # type: ignore[misc]
+        key = (setting.model, setting.tokens, setting.sequence, setting.head)
+        if key not in seen:
+            seen.add(key)
+            yield f"{setting.model}, {setting.tokens} tokens"
+            _or_setting_error(lambda setting=setting: workload_for(setting))  # type: ignore[misc]
+
+
+def _or_setting_error(action: Any) -> None:
+    try:
+        action()
+    except (ProfileError, WorkloadError) as error:
+        raise SettingError(str(error)) from None
+
+
+def run_all(
+    settings: Sequence[Setting], prices: Prices, processes: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, row) of every setting, as they come, from so many processes.
+
+    A setting whose training cannot go on gives a row with its knobs and "error". Closing the
+    iterator ends the processes.
+    """
+    # What takes longest first, so that the last ones to end are short.
+    order = sorted(range(len(settings)), key=lambda i: -_effort(settings[i]))
+    if processes == 1:
+        for index in order:
+            yield index, _row(settings[index], prices)
+        return
+    # Forked children have the traces and all imports; elsewhere each makes its own.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    with ProcessPoolExecutor(
+        processes, multiprocessing.get_context(method), initializer=_deaf
+    ) as pool:
+        futures: dict[Future[dict[str, Any]], int] = {
+            pool.submit(_row, settings[index], prices): index for index in order
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _deaf() -> None:
+    """Ctrl-C goes to the parent, which ends the children."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _effort(setting: Setting) -> float:
+    """Grows with the events a setting takes to simulate."""
+    layers = len(workload_for(setting).matrices)
+    return float(setting.owners * setting.lanes * setting.steps * layers)
+
+
+def _row(setting: Setting, prices: Prices) -> dict[str, Any]:
+    try:
+        return measure(setting, prices)
+    except WorldError as error:
+        knobs = {key.field: getattr(setting, key.field) for key in KEYS.values()}
+        return knobs | {"error": str(error)}

@@ -1,0 +1,154 @@
+"""The trace of one micro-batch's pass: the owner's own layers and, between them, remote linears.
+
+The owner's real program (skeleton, adapters, loss, autograd) runs on the meta device inside a
+`Tally`: every operation happens, no number does. What is traced is therefore what torch really
+does, down to the first layer's products that autograd leaves out in backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PretrainedConfig
+
+from backends.he.store import GroupSpec
+from backends.nn.adapters import add_lora, trainable
+from backends.nn.remote import Remote
+from backends.nn.skeleton import build_skeleton
+from backends.nn.sources import WeightSource
+from sim.device import Work
+from sim.tally import CpuAttention, Tally
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The owner's work up to a remote linear (a catalogue index; None at the end of the pass)."""
+
+    parts: tuple[Work, ...]
+    matrix: int | None
+
+
+@dataclass(frozen=True)
+class LaneTrace:
+    """One pass of one micro-batch.
+
+    groups      in the catalogue's order: group g has matrices 2g (forward) and 2g + 1 (backward)
+    parameters  shapes of what is trained, by name
+    """
+
+    groups: tuple[GroupSpec, ...]
+    segments: tuple[Segment, ...]
+    parameters: Mapping[str, tuple[int, ...]]
+
+
+class MetaSource(WeightSource):
+    """Tensors that have a shape and no numbers."""
+
+    def get(self, name: str, shape: torch.Size) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    def identity(self) -> str:
+        return "meta"
+
+    def describe(self) -> str:
+        return "no weights"
+
+
+class _Recorder(Remote):
+    """Remote linears that note when they are asked, and answer with tensors without numbers."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self.segments: list[Segment] = []
+        self.groups: list[GroupSpec] = []
+        self._tally = tally
+
+    def compute(self, matrix: int, rows: torch.Tensor) -> torch.Tensor:
+        """An empty product; everything since the last one becomes a segment."""
+        self.segments.append(Segment(self._tally.take(), matrix))
+        group = self.groups[matrix // 2]
+        outputs = group.in_features if matrix % 2 else group.total_out
+        return rows.new_empty(rows.shape[0], outputs)
+
+
+def trace_lane(
+    config: PretrainedConfig,
+    sequences: int,
+    sequence: int,
+    lora_rank: int,
+    remote_head: bool,
+    dtype: torch.dtype,
+) -> LaneTrace:
+    """Trace a micro-batch of `sequences` sequences of `sequence` tokens through all layers."""
+    tally = Tally()
+    remote = _Recorder(tally)
+    # `add_lora` seeds torch's generator: whoever traces does not notice.
+    with torch.random.fork_rng(devices=[]), tally, _on_meta():
+        tally.counting = False
+        skeleton = build_skeleton(config, MetaSource(), remote_head, dtype, remote)
+        remote.groups = skeleton.groups
+        model = add_lora(skeleton.model, lora_rank, 2 * lora_rank, seed=0)
+        model.train()
+        tokens = torch.empty(sequences, sequence, dtype=torch.long)
+        tally.counting = True
+        parameters = trainable(model)
+        loss = _mean_loss(model, tokens)
+        torch.autograd.grad(loss, list(parameters.values()))
+        remote.segments.append(Segment(tally.take(), None))
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    return LaneTrace(tuple(skeleton.groups), tuple(remote.segments), shapes)
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), CpuAttention():
+        yield
+
+
+def _mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every next token, as a run computes it."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    total = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
+    )
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def trace_update(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple[Work, Work]:
+    """(adding one more micro-batch's gradients to the sum, clipping and one step of AdamW)."""
+    counts = Counter(shapes)
+    gradients = [_parameter(shape, dtype) for shape in counts.elements()]
+    tally = Tally()
+    with tally:
+        nn.utils.clip_grad_norm_(gradients, 1.0)
+        update = _total(tally.take())
+        accumulate = Work(launches=0.0)
+        for shape, count in counts.items():  # AdamW takes the parameters one by one
+            parameter = _parameter(shape, dtype)
+            assert parameter.grad is not None
+            parameter.grad.add_(parameter.grad)
+            accumulate += count * _total(tally.take())
+            optimiser = torch.optim.AdamW([parameter], lr=1e-4, weight_decay=0.0)
+            optimiser.step()  # the first step makes the moments
+            tally.take()
+            optimiser.step()
+            update += count * _total(tally.take())
+    return accumulate, update
+
+
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    """A parameter with a gradient."""
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    parameter.grad = torch.empty_like(parameter)
+    return parameter
+
+
+def _total(parts: tuple[Work, ...]) -> Work:
+    """One work: none of its operations multiplies matrices, so none hides another."""
+    return sum(parts, Work(launches=0.0))

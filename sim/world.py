@@ -1,0 +1,232 @@
+"""A whole simulated world: owners who fine-tune, workers who multiply, and the network between.
+
+The machines are the real ones, `protocol.owner.Owner` and `protocol.worker.Worker`; only time is
+modelled. `sim.hosts` says what each side does; here is what they share: the clock, the network,
+the costs, the record.
+
+Nothing is computed, so payloads are *phantoms*: eight bytes a token that repeat the number of
+bytes the real payload would have. The machines check and carry them like any payload; the network
+reads the number and takes the time that many bytes would take.
+
+In one process (`WorldConfig.in_process`) owner and worker share one processor and hand frames
+over without a network, which is how `backends.net.inprocess` runs them.
+
+Measuring. The first `warmup` steps of an owner are taken and not counted. Where several owners
+share a world, each goes on stepping after its last counted step until all have taken theirs, so
+that nobody is measured in a world that is emptying. `WorldResult.window_s` is the time from the
+end of the last owner's warm-up to the end of the last owner's steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import networkx as nx
+import simpy
+
+from protocol.catalogue import Catalogue, MatrixShape
+from protocol.owner import OwnerConfig
+from protocol.placement import Placement
+from sim.device import DeviceProfile, Processor
+from sim.hosts import (
+    PHANTOM_BYTES_PER_TOKEN,
+    Costs,
+    OwnerHost,
+    Step,
+    WorkerHost,
+    WorldError,
+    wire_bytes,
+)
+from sim.network import Link, Network, star
+from sim.trace import Recorder, Span
+from sim.workload import Workload
+
+__all__ = ["Step", "World", "WorldConfig", "WorldError", "WorldResult", "simulate"]
+
+LOOPBACK = Link(bandwidth_bps=1e15, delay_s=0.0)
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """One world.
+
+    lanes      micro-batches of an owner's step, all in flight
+    access     each owner's own link to the internet
+    site       the link of the workers' site
+    graph      a topology of one's own, with hosts owner0.. and worker0..; else a star
+    placement  which worker holds which matrix; every worker holds all without one
+    steps      steps every owner takes and that count, after `warmup` that do not
+    stagger    start owners at drawn moments of their first step instead of all at once
+    record     keep spans: of all owners, or of the first `record_owners`
+    """
+
+    workload: Workload
+    owner: DeviceProfile
+    worker: DeviceProfile
+    lanes: int = 1
+    owners: int = 1
+    workers: int = 1
+    access: Link = LOOPBACK
+    site: Link = LOOPBACK
+    graph: nx.Graph | None = None
+    placement: Placement | None = None
+    in_process: bool = False
+    steps: int = 3
+    warmup: int = 0
+    seed: int = 0
+    stagger: bool = True
+    protocol: OwnerConfig = field(default_factory=OwnerConfig)
+    record: bool = True
+    record_owners: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "owners", "workers", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup is at least 0, got {self.warmup}")
+        if self.in_process and (self.owners, self.workers) != (1, 1):
+            raise ValueError("in one process there is one owner and one worker")
+
+
+@dataclass
+class WorldResult:
+    """What happened, in simulated time.
+
+    steps             that counted, owner by owner
+    tokens_per_step   of one owner
+    window_s          (start, end) of what is measured
+    worker_busy_s     seconds each worker's device computed, within the window
+    bytes_up, _down   over all owners and all time; retransmissions included
+    resent            requests that were sent more than once
+    events            SimPy events it took to simulate
+    """
+
+    steps: list[Step]
+    tokens_per_step: int
+    elapsed_s: float
+    window_s: tuple[float, float]
+    worker_busy_s: dict[str, float]
+    owner_busy_s: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+    resent: int
+    events: int
+    trace: Recorder
+
+    @property
+    def utilisation(self) -> float:
+        """Part of the window that the workers' devices computed, 0 to 1, their average."""
+        length_s = self.window_s[1] - self.window_s[0]
+        return sum(self.worker_busy_s.values()) / (length_s * len(self.worker_busy_s))
+
+
+class World:
+    """Builds the hosts of a `WorldConfig` and runs them; use `simulate`."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+        self.env = simpy.Environment()
+        self.trace = Recorder()
+        self.costs = Costs(config.workload, config.lanes, config.owner, config.worker)
+        self.rng = random.Random(f"world {config.seed}")
+        self.catalogue = _phantom_catalogue(config.workload)
+        graph = config.graph or star(
+            [f"owner{i}" for i in range(config.owners)],
+            [f"worker{i}" for i in range(config.workers)],
+            config.access,
+            config.site,
+        )
+        self.network = Network(self.env, graph, random.Random(f"network {config.seed}"))
+        processor = Processor(self.env, config.owner.cores) if config.in_process else None
+        self.workers = {
+            host.name: host
+            for host in (WorkerHost(self, i, processor) for i in range(config.workers))
+        }
+        recorded = config.owners if config.record_owners is None else config.record_owners
+        self.owners = {
+            host.name: host
+            for host in (
+                OwnerHost(self, i, processor, config.record and i < recorded)
+                for i in range(config.owners)
+            )
+        }
+        self._warming = config.owners
+        self._stepping = config.owners
+        self._window_from_s = 0.0
+        self._busy_before = dict.fromkeys(self.workers, 0.0)
+
+    @property
+    def over(self) -> bool:
+        """Whether every owner has taken its steps."""
+        return self._stepping == 0
+
+    def send(self, source: str, target: str, frame: bytes, arrived: Callable[[], None]) -> int:
+        """Put a frame on the way; returns the bytes it really would have."""
+        size = wire_bytes(frame)
+        if self.config.in_process:
+            event = self.env.event()
+            event.callbacks.append(lambda _: arrived())
+            event.succeed()
+        else:
+            self.network.send(source, target, size, arrived)
+        return size
+
+    def span(self, track: str, name: str, start_s: float, lane: str, call: int, kind: str) -> None:
+        """Record what ends now."""
+        if self.env.now > start_s:
+            self.trace.add(Span(track, name, start_s, self.env.now, lane, call, kind))
+
+    def step_ended(self, steps: int) -> None:
+        """An owner has ended its `steps`-th step, warm-up included."""
+        if steps == self.config.warmup:
+            self._warming -= 1
+            if self._warming == 0:
+                self._window_from_s = self.env.now
+                self._busy_before = {n: h.device.busy_s for n, h in self.workers.items()}
+        if steps == self.config.warmup + self.config.steps:
+            self._stepping -= 1
+
+    def run(self) -> WorldResult:
+        """Simulate until every owner has taken its steps. Raises WorldError."""
+        for host in self.owners.values():
+            host.begin()
+        events, step = 0, self.env.step
+        while self._stepping:
+            try:
+                step()
+            except simpy.core.EmptySchedule:
+                raise WorldError("an owner waits for something that will not happen") from None
+            events += 1
+        owners, workers, now = self.owners.values(), self.workers, self.env.now
+        return WorldResult(
+            steps=[step for host in owners for step in host.steps],
+            tokens_per_step=self.config.workload.tokens * self.config.lanes,
+            elapsed_s=now,
+            window_s=(self._window_from_s, now),
+            worker_busy_s={n: h.device.busy_s - self._busy_before[n] for n, h in workers.items()},
+            owner_busy_s={h.name: h.own_layers.busy_s + h.cipher.busy_s for h in owners},
+            bytes_up=sum(host.sent_bytes for host in owners),
+            bytes_down=sum(host.sent_bytes for host in workers.values()),
+            resent=sum(host.requests_sent - host.requests for host in owners),
+            events=events,
+            trace=self.trace,
+        )
+
+
+def simulate(config: WorldConfig) -> WorldResult:
+    """Run one world. Raises WorldError when its training cannot go on."""
+    return World(config).run()
+
+
+def _phantom_catalogue(workload: Workload) -> Catalogue:
+    """The workload's matrices, with payloads of the phantoms' size."""
+    size = PHANTOM_BYTES_PER_TOKEN
+    shapes = tuple(
+        MatrixShape(m.name, m.in_features, m.out_features, size, size) for m in workload.matrices
+    )
+    digest = hashlib.sha256(workload.name.encode()).digest()
+    return Catalogue(digest, digest, shapes)
