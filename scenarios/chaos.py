@@ -39,6 +39,7 @@ from tqdm import tqdm
 from backends.files import replacing
 from scenarios import record
 from scenarios.chaos_log import EventLog
+from scenarios.chaos_planted import hunt
 from scenarios.chaos_search import Bench, Result, scratch, search
 from scenarios.chaos_world import draw_options
 
@@ -57,6 +58,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, metavar="K", help="first of the seeds")
     parser.add_argument("--processes", type=int, metavar="P", help="default: one a core")
     parser.add_argument("--stop-at-first", action="store_true", help="end at the first violation")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="with --planted: these defects only"
+    )
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="with --seed: write every event to a file"
     )
@@ -166,9 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
         if options.planted:
-            from scenarios.chaos_planted import hunt
-
-            status = hunt(options)
+            status = hunt(options.json, options.processes, options.only)
         elif options.seed is not None:
             status = single(options)
         else:

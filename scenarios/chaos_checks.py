@@ -31,6 +31,7 @@ from protocol.events import (
     MultiplyCiphertext,
     Retired,
     RunTask,
+    Send,
     SetTimer,
     TaskDone,
     TaskFailed,
@@ -42,6 +43,7 @@ _FIXED = {HELLO: 64, WELCOME: 68, REFUSE: 10, BYE: 0, FAREWELL: 0}
 _CHI_SQUARE_MOST = 700.0
 """For 255 degrees of freedom: honest bytes exceed this with probability below 1e-40."""
 _WORD = 4
+_OTHER_VERSION = (1).to_bytes(2, "little")
 
 
 class Violation(Exception):
@@ -91,16 +93,16 @@ def digest(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _windows(data: bytes) -> list[int]:
-    """Every 8 bytes that start at a multiple of 4."""
-    words = np.frombuffer(data, "<u4", len(data) // _WORD).astype(np.uint64)
-    windows: list[int] = (words[:-1] << np.uint64(32) | words[1:]).tolist()
+def _windows(data: bytes, telling: bool = False) -> list[int]:
+    """Every 8 bytes that start at a multiple of 4; with `telling`, without mere constants."""
+    words = np.frombuffer(data, "<u4", len(data) // _WORD)
+    pairs = words[:-1].astype(np.uint64) << np.uint64(32) | words[1:]
+    if telling:
+        # Zeros, and runs of one byte, are everywhere.
+        varied = (words << np.uint32(8) | words >> np.uint32(24)) != words
+        pairs = pairs[varied[:-1] & varied[1:] & (words[:-1] != words[1:])]
+    windows: list[int] = pairs.tolist()
     return windows
-
-
-def _tells_something(window: int) -> bool:
-    """Zeros and other constants are everywhere."""
-    return len(set(window.to_bytes(2 * _WORD, "little"))) > _WORD
 
 
 class Wire:
@@ -115,7 +117,7 @@ class Wire:
         self._payloads: dict[tuple[bytes, int], tuple[str, int]] = {}
         self._senders: dict[str, tuple[bytes, int]] = {}
         self.last_target: dict[tuple[bytes, int], str] = {}
-        self._plain: set[bytes] = set()
+        self._plain: set[int] = set()
         self._counts: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def owner_starts(self, session: bytes) -> None:
@@ -181,7 +183,7 @@ class Wire:
         top = np.abs(values).max(axis=1, keepdims=True)
         coarse = np.round(values / np.where(top == 0, 1, top) * 127).astype(np.int8)
         for data in (values.tobytes(), coarse.tobytes()):
-            self._plain.update(w for w in _windows(data) if _tells_something(w))
+            self._plain.update(_windows(data, telling=True))
 
     def bytes_are_uniform(self) -> None:
         """Requests' payload bytes, pooled per matrix and digit plane, look like random bytes."""
@@ -349,6 +351,8 @@ class WorkerWatch:
         """One event, and all that the machine asked for in return."""
         if isinstance(event, TaskDone | TaskFailed):
             self._in_work.pop(event.task, None)
+        if isinstance(event, FrameArrived) and read(event.frame) is None:
+            self._malformed(effects)
         for effect in effects:
             if not (isinstance(effect, RunTask) and isinstance(effect.work, MultiplyCiphertext)):
                 continue
@@ -371,6 +375,15 @@ class WorkerWatch:
             )
             require(key not in self._in_work.values(), f"{self._name} computes a request twice")
             self._in_work[effect.task] = key
+
+    def _malformed(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            # It may say that it speaks another version; that needs no more than a header.
+            answer = read(effect.frame) if isinstance(effect, Send) else None
+            refuses = answer is not None and answer.body[8:] == _OTHER_VERSION
+            require(
+                isinstance(effect, Dropped) or refuses, f"{self._name} reacted to a malformed frame"
+            )
 
     def job(self, task: int) -> tuple[bytes, int]:
         """(session, request) of a task in work."""

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def scratch() -> Iterator[Path]:
 
 def search(
     first: int, count: int, stop_at_first: bool = False, processes: int | None = None
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Results of seeds first .. first + count - 1 as they come, from all cores.
 
     Leaving the loop early ends the processes.

@@ -507,7 +507,7 @@ class World:
             if isinstance(work, Encrypt):
                 assert isinstance(work.x, np.ndarray)
                 made = self._cipher.encrypt(work.x, matrix)
-                self._secrets.encrypted(made.payload.data, made.sealed)
+                self._secrets.encrypted(made.payload.tobytes(), made.sealed)
                 return TaskDone(run.task, (made.payload.data, made.sealed))
             result = self._cipher.decrypt(work.sealed, work.payload, matrix)
         except WrongAnswerError as error:

@@ -16,8 +16,11 @@ from backends.nn.trainer import TrainingInterrupted
 
 
 @contextmanager
-def clean_exit() -> Iterator[None]:
-    """Turns the errors a user can mend into `error: ...`, and Ctrl-C into exit status 130."""
+def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
+    """Turns the errors a user can mend into `error: ...`, and Ctrl-C into exit status 130.
+
+    mendable  more such errors, of what only some scenarios use
+    """
     try:
         yield
     except TrainingInterrupted as stopped:
@@ -28,6 +31,6 @@ def clean_exit() -> Iterator[None]:
         sys.exit(130)
     except (
         CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
-        NonFiniteInputError, FloatingPointError,
+        NonFiniteInputError, FloatingPointError, *mendable,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")

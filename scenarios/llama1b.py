@@ -10,9 +10,9 @@ and the run says how fast fine-tuning would be and what it would wait for, with 
 step (runs/llama1b-sim/timeline.png) and a trace for ui.perfetto.dev. It takes seconds. What was
 measured and what is only a data sheet's figure is printed with it.
 
-With --real-cpu the owner's part (embeddings, attention, adapters, loss, optimiser) and the worker's part (every
-frozen linear, forward and backward, on ciphertexts) run in this process, with encoded bytes
-between them. Without --weights the model has the full 1B shape and seeded random weights: good
+With --real-cpu the owner's part (embeddings, attention, adapters, loss, optimiser) and the
+worker's part (every frozen linear, forward and backward, on ciphertexts) run in this process,
+with encoded bytes between them. Without --weights the model has the full 1B shape and seeded random weights: good
 for measuring, useless for learning, and it says so. The first run prepares the public set-up
 (int8 weights and hints, about 4.1 GB on disk); it is cached, and can be interrupted.
 
@@ -342,7 +342,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--compare-clear", action="store_true", help="take turns with the same training in clear")
     add("--checkpoint-every", type=int, default=25, help="steps between checkpoints (25)")
     add("--out", type=Path,
-        help="adapter and checkpoints (runs/llama1b), or picture and trace (runs/llama1b-sim)")  # fmt: skip
+        help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
+        "(runs/llama1b-sim)")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
     add("--clear-peer", action="store_true", help=argparse.SUPPRESS)
@@ -364,7 +365,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     argv = sys.argv[1:]
     args = parse(argv)
-    with clean_exit():
+    with clean_exit(*simulated.MENDABLE):
         if not args.real_cpu:
             figures = simulated.run(args)
             simulated.print_report(figures)

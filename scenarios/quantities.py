@@ -109,7 +109,8 @@ class Form:
             part = step / (steps - 1)
             value = first + (last - first) * part if linear else first * (last / first) ** part
             # Three digits are enough, and round values stay round.
-            values.append(float(f"{value:.3g}") if 0 < step < steps - 1 else (first, last)[step > 0])
+            inner = 0 < step < steps - 1
+            values.append(float(f"{value:.3g}") if inner else (first, last)[step > 0])
         return [round(value) for value in values] if self.whole else values
 
 

@@ -20,13 +20,17 @@ from protocol.owner import OwnerConfig
 from protocol.placement import Placement
 from scenarios import quantities
 from scenarios.quantities import Form, Value
-from sim.device import DeviceProfile
+from sim.device import DeviceProfile, ProfileError
 from sim.network import Link, star, two_sites
 from sim.trace import PARTS, critical_path
-from sim.workload import MODELS, Workload, trace_step
-from sim.world import WorldConfig, WorldResult, simulate
+from sim.workload import MODELS, Workload, WorkloadError, trace_step
+from sim.world import WorldConfig, WorldError, WorldResult, simulate
 
-PLACEMENTS = ("spread", "by-layer", "one")
+CHOICES = {
+    "placement": ("spread", "by-layer", "one"),
+    "connection": ("stream", "parallel"),
+    "head": ("local", "remote"),
+}
 WARMUP = 1
 SITE_LAN = Link(bandwidth_bps=400e9, delay_s=5e-6)
 
@@ -48,6 +52,8 @@ class Setting:
     jitter_s, loss      of each owner's own line
     placement           spread: every worker holds all layers; by-layer: each holds as many layers,
                         one after the other; one: only the first worker is used
+    connection          stream: an owner's requests to a worker follow each other on the line;
+                        parallel: they share it
     head                who multiplies by the language model's head
     """
 
@@ -67,11 +73,12 @@ class Setting:
     far_rtt_s: float = 0.060
     jitter_s: float = 0.0
     loss: float = 0.0
+    connection: str = "stream"
     head: str = "local"
     steps: int = 2
 
     def __post_init__(self) -> None:
-        for knob, choices in (("placement", PLACEMENTS), ("head", ("local", "remote"))):
+        for knob, choices in CHOICES.items():
             if getattr(self, knob) not in choices:
                 raise SettingError(
                     f"{knob}={getattr(self, knob)!r}: it is one of {', '.join(choices)}"
@@ -81,9 +88,7 @@ class Setting:
         if self.sites > self.workers:
             raise SettingError(f"sites={self.sites} needs as many workers; workers={self.workers}")
         if self.tokens % self.sequence and self.tokens > self.sequence:
-            raise SettingError(
-                f"tokens={self.tokens} is no multiple of sequence={self.sequence}"
-            )
+            raise SettingError(f"tokens={self.tokens} is no multiple of sequence={self.sequence}")
 
     @property
     def label(self) -> str:
@@ -95,8 +100,9 @@ class Setting:
 
 
 def device_name(choice: str) -> str:
-    """A profile's name as a person writes it."""
-    return Path(choice).stem if choice.endswith(".json") else choice.upper().replace("RTX", "RTX ")
+    """A profile's name as a person writes it: H200, RTX 4090, cpu-2core."""
+    name = Path(choice).stem if choice.endswith(".json") else choice
+    return name if name.startswith("cpu") else name.upper().replace("RTX", "RTX ")
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ KEYS: dict[str, Key] = {
     "owners": Key("owners", _COUNT, "owners that fine-tune at the same time"),
     "workers": Key("workers", _COUNT, "GPUs"),
     "sites": Key("sites", _COUNT, "places the GPUs are in, 1 or 2"),
-    "placement": Key("placement", _WORD, f"of layers on GPUs: {', '.join(PLACEMENTS)}"),
+    "placement": Key("placement", _WORD, f"of layers on GPUs: {', '.join(CHOICES['placement'])}"),
     "gpu": Key("gpu", _WORD, "device profile of a worker, or a JSON file"),
     "owner-device": Key("owner_device", _WORD, "device profile of an owner, or a JSON file"),
     "bandwidth": Key("bandwidth_bps", _RATE, "of each owner's line"),
@@ -131,6 +137,7 @@ KEYS: dict[str, Key] = {
     "far-rtt": Key("far_rtt_s", _TIME, "round trip to the second site"),
     "jitter": Key("jitter_s", _TIME, "mean extra delay of a frame"),
     "loss": Key("loss", _PART, "packets lost on an owner's line"),
+    "connection": Key("connection", _WORD, "requests on the line: stream or parallel"),
     "head": Key("head", _WORD, "local or remote"),
     "steps": Key("steps", _COUNT, "counted steps, after one that is not"),
 }
@@ -176,6 +183,10 @@ def shown(name: str, value: Value) -> str:
 # --- its world ----------------------------------------------------------------------------------
 
 
+MENDABLE = (SettingError, ProfileError, WorkloadError, WorldError)
+"""What a user can mend by turning knobs."""
+
+
 @functools.cache
 def profile_of(choice: str) -> DeviceProfile:
     """A built-in profile, or the one in a JSON file. Raises ProfileError."""
@@ -217,6 +228,7 @@ def world_of(setting: Setting, record: bool = True, seed: int = 0) -> WorldConfi
         warmup=WARMUP,
         seed=seed,
         protocol=_patience(setting, workload),
+        streams=setting.connection == "stream",
         record=record,
         record_owners=1,
     )
@@ -245,9 +257,7 @@ def _placement(setting: Setting, matrices: int) -> Placement:
     if setting.placement == "one":
         return Placement(((workers[0],),) * matrices)
     groups = matrices // 2  # matrices 2g and 2g + 1 are one group of layers
-    return Placement(
-        tuple((workers[m // 2 * setting.workers // groups],) for m in range(matrices))
-    )
+    return Placement(tuple((workers[m // 2 * setting.workers // groups],) for m in range(matrices)))
 
 
 def _patience(setting: Setting, workload: Workload) -> OwnerConfig:
@@ -287,7 +297,9 @@ class Prices:
         try:
             return GPU_HOUR[gpu]
         except KeyError:
-            raise SettingError(f"no price is known for gpu={gpu!r}: give --price-gpu-hour") from None
+            raise SettingError(
+                f"no price is known for gpu={gpu!r}: give --price-gpu-hour"
+            ) from None
 
 
 GPU_HOUR = {"h200": 3.5, "a100": 1.8, "l4": 0.7, "rtx4090": 0.4}

@@ -12,6 +12,7 @@ from backends.nn.sources import human_bytes
 from scenarios import quantities
 from scenarios.setting import (
     KEYS,
+    MENDABLE,
     Prices,
     Setting,
     SettingError,
@@ -27,6 +28,8 @@ from sim.device import DeviceProfile
 from sim.trace import PARTS, write_perfetto
 from sim.world import WorldResult, simulate
 
+__all__ = ["MENDABLE", "add_options", "print_report", "run"]
+
 # name: (bits/s of the owner's line, round trip in s, what it stands for)
 NETWORKS = {
     "lan": (10e9, 0.0002, "the same building"),
@@ -36,7 +39,9 @@ NETWORKS = {
     "home": (100e6, 0.020, "100 Mb/s both ways"),
     "dsl": (40e6, 0.030, "VDSL by its upload, 40 Mb/s"),
 }
-OPTIONS = ("bandwidth", "rtt", "loss", "jitter", "workers", "owners", "gpu", "owner-device", "model")
+OPTIONS = (
+    "bandwidth", "rtt", "loss", "jitter", "workers", "owners", "gpu", "owner-device", "model",
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +96,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = simulate(replace(config, record_owners=None) if setting.owners <= 8 else config)
     found = figures(setting, result, Prices(gpu_hour=0.0))
     found = {k: v for k, v in found.items() if not k.startswith("cost")}
-    line = f"{quantities.show_bandwidth(setting.bandwidth_bps)}, {quantities.show_duration(setting.rtt_s)} round trip"
+    rate = quantities.show_bandwidth(setting.bandwidth_bps)
+    line = f"{rate}, {quantities.show_duration(setting.rtt_s)} round trip"
     pictures = _write(args.out, setting, result, found, line)
     return {
         "simulated": True,

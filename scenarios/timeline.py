@@ -162,9 +162,7 @@ def _window(
     spans: Sequence[Span], lanes: Sequence[str], start_s: float, end_s: float
 ) -> tuple[float, float]:
     """From one remote linear of the first lane to its fifth next, in the middle of its forward."""
-    sent = sorted(
-        s.start_s for s in spans if s.kind == "up" and lanes and s.lane == lanes[0]
-    )
+    sent = sorted(s.start_s for s in spans if s.kind == "up" and lanes and s.lane == lanes[0])
     if len(sent) < 8:
         return start_s, end_s
     at = len(sent) // 4

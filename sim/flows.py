@@ -15,8 +15,9 @@ MSS_BYTES = 1460
 MATHIS = 1.22
 TIED = 1 + 1e-12  # shares this close count as equal: one round of filling instead of many
 
-# Level at which it ends, order of starting, size_bytes, lateness by jitter (s), what to call.
-Flow: TypeAlias = tuple[float, int, int, float, Callable[[], None]]
+# Level at which it ends, order of starting, size_bytes, lateness by jitter (s), what to call when
+# it has arrived, and when it has left.
+Flow: TypeAlias = tuple[float, int, int, float, Callable[[], None], Callable[[], None] | None]
 
 
 @dataclass(frozen=True)

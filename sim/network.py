@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import combinations, pairwise
@@ -34,7 +35,7 @@ import simpy
 
 from sim.flows import Link, Pipe, Route, fill
 
-__all__ = ["Link", "Network", "describe", "star", "two_sites"]
+__all__ = ["Link", "Network", "Stream", "describe", "star", "two_sites"]
 
 
 class Network:
@@ -70,10 +71,18 @@ class Network:
         self._generation = 0
         self._wake_at = math.inf
 
-    def send(self, source: str, target: str, size_bytes: int, arrived: Callable[[], None]) -> None:
+    def send(
+        self,
+        source: str,
+        target: str,
+        size_bytes: int,
+        arrived: Callable[[], None],
+        left: Callable[[], None] | None = None,
+    ) -> None:
         """Send a frame; `arrived()` is called from a SimPy callback once its last byte is there.
 
-        To the same host it takes no time. Raises ValueError for hosts that are unknown or not
+        `left()`, likewise, once its last byte is on the way. To the same host it takes no time.
+        Raises ValueError for hosts that are unknown or not
         connected and for a negative size.
         """
         if not size_bytes >= 0:
@@ -83,6 +92,8 @@ class Network:
         if source == target:
             self._check_host(source)
             self._env.timeout(0, arrived).callbacks.append(_deliver)
+            if left is not None:
+                self._env.timeout(0, left).callbacks.append(_deliver)
             return
         route = self._routes.get((source, target)) or self._find(source, target)
         now = self._env.now
@@ -100,9 +111,8 @@ class Network:
                 pipe.load += route.narrowest
         self.bytes_sent += size_bytes
         self._started += 1
-        heappush(
-            route.flows, (route.level + size_bytes, self._started, size_bytes, late_s, arrived)
-        )
+        ends = route.level + size_bytes
+        heappush(route.flows, (ends, self._started, size_bytes, late_s, arrived, left))
         self._share((route,))
         self._watch()
 
@@ -246,12 +256,15 @@ class Network:
         now = self._env.now
         self._wake_at = math.inf
         changed: list[Route] = []
+        departed: list[Callable[[], None]] = []
         for route in [route for route in self._busy if route.ends_at <= now]:
             # `ends_at` decides, not the level: rounding may have left a sliver of a byte.
             level = route.level = route.flows[0][0]
             route.since = now
             while route.flows and route.flows[0][0] <= level:
-                _, _, size_bytes, late_s, arrived = heappop(route.flows)
+                _, _, size_bytes, late_s, arrived, left = heappop(route.flows)
+                if left is not None:
+                    departed.append(left)
                 for pipe in route.pipes:
                     pipe.carried += size_bytes
                 timeout = self._env.timeout(route.delay_s + late_s, arrived)
@@ -261,6 +274,8 @@ class Network:
                 changed += self._retire(route)
         self._share(changed)
         self._watch()
+        for left in departed:
+            left()
 
     def _retire(self, route: Route) -> list[Route]:
         """Take a route without flows off its links; returns who may go faster now."""
@@ -273,6 +288,27 @@ class Network:
             # Back to exactly zero when idle, lest rounding add up over a long run.
             pipe.load = pipe.load - route.narrowest if pipe.routes else 0.0
         return faster
+
+
+class Stream:
+    """One connection between two hosts: frames go out one after the other, in the order given."""
+
+    def __init__(self, network: Network, source: str, target: str) -> None:
+        self._network = network
+        self._ends = (source, target)
+        self._queue: deque[tuple[int, Callable[[], None]]] = deque()
+        self._sending = False
+
+    def send(self, size_bytes: int, arrived: Callable[[], None]) -> None:
+        """As `Network.send`, once everything sent before has left."""
+        self._queue.append((size_bytes, arrived))
+        if not self._sending:
+            self._next()
+
+    def _next(self) -> None:
+        self._sending = bool(self._queue)
+        if self._sending:
+            self._network.send(*self._ends, *self._queue.popleft(), self._next)
 
 
 def _deliver(event: simpy.Event) -> None:

@@ -60,18 +60,20 @@ _PICKED: Mapping[Any, tuple[int, bool]] = {
     aten.nll_loss_backward: (1, False),
 }
 
-_UNTOUCHED = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # fmt: skip
+_UNTOUCHED = (
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
+)  # fmt: skip
 
 
 class NoNumbersError(ValueError):
     """A model's program depends on values that a trace without numbers does not have."""
 
 
-class Tally(TorchDispatchMode):
+class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the costs of all operations run inside it, until `take` starts a new sum."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counting = True
         self._sums: dict[int | None, list[float]] = {}
         self._known = WeakTensorKeyDictionary()
@@ -109,12 +111,14 @@ class Tally(TorchDispatchMode):
     # start anew in the middle, say. Integers that depend on nothing else are computed along.
 
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
-        value = self._known.get(tensor) if tensor.is_meta else tensor
-        if value is None:
+        if not tensor.is_meta:
+            return tensor
+        if tensor not in self._known:
             raise NoNumbersError(
                 "the forward pass asks for a number that depends on its data or weights; this "
                 "model cannot be traced from its config alone"
             )
+        value: torch.Tensor = self._known[tensor]
         return value
 
     def _remember(
@@ -128,7 +132,8 @@ class Tally(TorchDispatchMode):
         exact = [r for r in results if r.is_meta and not r.is_floating_point()]
         if not exact:
             return
-        known = all(not t.is_meta or t in self._known for t in operands)
+        known = func.overloadpacket not in _UNTOUCHED and not _draws(func)
+        known = known and all(not t.is_meta or t in self._known for t in operands)
         small = sum(r.numel() for r in exact) <= _KNOWN_VALUES_MAX
         if not (known and small and len(exact) == len(results)):
             if func._schema.is_mutable:
@@ -140,8 +145,7 @@ class Tally(TorchDispatchMode):
                 return self._value(value)
             return torch.device("cpu") if isinstance(value, torch.device) else value
 
-        with torch._C._DisableTorchDispatch():
-            values = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+        values = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
         values = values if isinstance(values, tuple | list) else (values,)
         for meta, value in zip(results, _tensors(values), strict=True):
             self._known[meta] = value
@@ -179,11 +183,12 @@ def _attention(
             torch.scalar_tensor(0.0, dtype=query.dtype, device="meta"),
             torch.scalar_tensor(-math.inf, dtype=query.dtype, device="meta"),
         )
-    with torch._C._DisableTorchDispatch():
-        shapes = [_on_cpu(t) for t in (query, key, value, attn_mask)]
+    with torch._C._DisableTorchDispatch():  # asking for the choice costs the model nothing
+        mask = None if attn_mask is None else _on_cpu(attn_mask)
         fused = torch._fused_sdp_choice(
-            *shapes, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+            _on_cpu(query), _on_cpu(key), _on_cpu(value), mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
     if not fused:
         return func(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -194,10 +199,8 @@ def _attention(
     return out
 
 
-def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same form; its memory is never touched, so it takes none."""
-    if tensor is None:
-        return None
     like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return like.requires_grad_(tensor.requires_grad)
 
@@ -208,6 +211,11 @@ def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
+
+
+def _draws(func: Any) -> bool:
+    """Whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _free(func: Any, operands: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
@@ -237,7 +245,7 @@ def _cost(
 ) -> tuple[float, float]:
     """(multiply-adds, bytes read and written) of one operation."""
     packet = func.overloadpacket
-    written = sum(_bytes(t) for t in results)
+    written = sum(_bytes(t) for t in results or _written(func, args))
     read = sum(_bytes(t) for t in operands)
     if packet in _PICKED:
         place, picks = _PICKED[packet]
@@ -254,6 +262,12 @@ def _cost(
         out = results[0] if len(results) == 1 else tuple(results)
         return flop_registry[packet](*args, **kwargs, out_val=out) / 2, read + written
     return 0, read + written
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> Iterable[torch.Tensor]:
+    """The operands that an operation without results writes to."""
+    places = zip(func._schema.arguments, args, strict=False)
+    return _tensors(arg for place, arg in places if place.is_write)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor) -> int:

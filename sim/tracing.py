@@ -123,10 +123,10 @@ def _mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def trace_update(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple[Work, Work]:
     """(adding one more micro-batch's gradients to the sum, clipping and one step of AdamW)."""
     counts = Counter(shapes)
-    gradients = [_parameter(shape, dtype) for shape in counts.elements()]
+    gradients = [torch.empty(shape, dtype=dtype, device="meta") for shape in counts.elements()]
     tally = Tally()
     with tally:
-        nn.utils.clip_grad_norm_(gradients, 1.0)
+        _clip(gradients)
         update = _total(tally.take())
         accumulate = Work(launches=0.0)
         for shape, count in counts.items():  # AdamW takes the parameters one by one
@@ -140,6 +140,12 @@ def trace_update(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple
             optimiser.step()
             update += count * _total(tally.take())
     return accumulate, update
+
+
+def _clip(gradients: list[torch.Tensor]) -> None:
+    """What `clip_grad_norm_` does on the CPU; on the meta device it would take one by one."""
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
+    torch._foreach_mul_(gradients, torch.clamp(1.0 / (total + 1e-6), max=1.0))
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -40,7 +40,7 @@ from sim.hosts import (
     WorldError,
     wire_bytes,
 )
-from sim.network import Link, Network, star
+from sim.network import Link, Network, Stream, star
 from sim.trace import Recorder, Span
 from sim.workload import Workload
 
@@ -60,6 +60,8 @@ class WorldConfig:
     placement  which worker holds which matrix; every worker holds all without one
     steps      steps every owner takes and that count, after `warmup` that do not
     stagger    start owners at drawn moments of their first step instead of all at once
+    streams    one connection from each side to each of the others, on which frames follow each
+               other; else every frame is a flow of its own, and they share the line
     record     keep spans: of all owners, or of the first `record_owners`
     """
 
@@ -79,6 +81,7 @@ class WorldConfig:
     seed: int = 0
     stagger: bool = True
     protocol: OwnerConfig = field(default_factory=OwnerConfig)
+    streams: bool = True
     record: bool = True
     record_owners: int | None = None
 
@@ -141,6 +144,7 @@ class World:
             config.site,
         )
         self.network = Network(self.env, graph, random.Random(f"network {config.seed}"))
+        self._streams: dict[tuple[str, str], Stream] = {}
         processor = Processor(self.env, config.owner.cores) if config.in_process else None
         self.workers = {
             host.name: host
@@ -171,6 +175,11 @@ class World:
             event = self.env.event()
             event.callbacks.append(lambda _: arrived())
             event.succeed()
+        elif self.config.streams:
+            stream = self._streams.get((source, target))
+            if stream is None:
+                stream = self._streams[source, target] = Stream(self.network, source, target)
+            stream.send(size, arrived)
         else:
             self.network.send(source, target, size, arrived)
         return size

@@ -68,12 +68,15 @@ def test_imports_point_one_way(room: str) -> None:
         assert used <= ALLOWED[room] | {room}, f"{name} imports {used - ALLOWED[room] - {room}}"
 
 
-def test_sim_uses_only_the_cipher_of_backends() -> None:
-    """The simulator may compute, but never runs the real drivers."""
+def test_sim_runs_nothing_of_the_real_world() -> None:
+    """The simulator may compute and look at models, but never drives, trains or saves for real."""
+    real = ("backends.net", "backends.nn.trainer", "backends.nn.checkpoint", "backends.nn.local")
     for name, path in modules().items():
         if name.startswith("sim"):
-            other = {i for i in imports(path) if i.startswith(("backends.net", "backends.nn"))}
+            other = {i for i in imports(path) if i.startswith(real)}
             assert not other, f"{name} imports {other}"
+        if name.startswith("backends"):
+            assert not {i for i in imports(path) if i.partition(".")[0] == "sim"}, name
 
 
 @pytest.mark.parametrize("worker", ["backends.net.worker", "backends.he.mlwe_worker"])

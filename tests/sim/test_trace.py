@@ -70,7 +70,7 @@ def test_times_are_rounded_to_an_eighth_of_a_microsecond(tmp_path: Path) -> None
     """Good enough to look at, also late in a long run."""
     span = Span("owner0/lane 1", "encrypt", 100_000.123456789, 100_000.987654321)
     event = written(tmp_path, [span])[-1]
-    assert (event["ts"], event["dur"]) == (100_000_123_456.75, 864_197.5)
+    assert (event["ts"], event["dur"]) == (100_000_123_456.75, 864_197.625)
     (back,) = read_perfetto(tmp_path / "trace.json")
     assert back.start_s == pytest.approx(span.start_s, abs=0.07e-6)
     assert back.end_s == pytest.approx(span.end_s, abs=0.07e-6)

@@ -412,7 +412,7 @@ def test_labels_say_where_a_lane_is() -> None:
 
 def test_errors_say_what_to_do() -> None:
     """Sizes that do not fit, and an unknown preset, before anything is traced."""
-    with pytest.raises(WorkloadError, match="100 tokens in sequences of 64 .* multiple"):
+    with pytest.raises(WorkloadError, match=r"100 tokens in sequences of 64 .* multiple"):
         trace_step(tiny_llama(), 100, 64)
     with pytest.raises(WorkloadError, match="65 tokens is longer than the 64 that gpt2 takes"):
         trace_step(tiny_gpt2(), 65)

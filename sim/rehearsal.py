@@ -1,0 +1,248 @@
+"""A private training pass on this machine, in miniature, with a clock at every step.
+
+What a task takes inside a training run is not what it takes in a loop of its own: caches are
+cold, threads have to be woken, torch and the cipher's kernels fight for cores. So calibration
+times tasks where they happen: the real program of the owner (skeleton, adapters, autograd), the
+real machines, the real cipher with its integrity check, on the threads that a real run has: one a
+lane, one a machine, a pool of as many as lanes for the owner's tasks and one for the worker's.
+
+Two things are not real. Frames pass between the two sides as they are, without timers: nothing
+is lost here. And the hints are noise: decrypting reads and computes the same with them, its
+results are noise of about the size of the inputs, and training goes nowhere.
+"""
+
+from __future__ import annotations
+
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+from transformers import PretrainedConfig
+
+from backends.he.interface import OwnerMatrix
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.plan import MatrixPlan
+from backends.he.public import PublicMatrix
+from backends.he.ring import tiles_of
+from backends.he.vector import LANES
+from backends.nn.adapters import add_lora, trainable
+from backends.nn.skeleton import build_skeleton
+from backends.nn.sources import RandomSource
+from protocol.catalogue import Catalogue, MatrixShape
+from protocol.events import (
+    CancelTimer,
+    Closed,
+    CloseWanted,
+    Decrypt,
+    Deliver,
+    Effect,
+    Encrypt,
+    Event,
+    FrameArrived,
+    LinearWanted,
+    MultiplyCiphertext,
+    RunTask,
+    Send,
+    SetTimer,
+    Start,
+    Task,
+    TaskDone,
+)
+from protocol.messages import HEADER_BYTES, SESSION_BYTES
+from protocol.owner import Owner
+from protocol.worker import Worker
+
+_REQUEST = struct.Struct("<Q")
+_RANK = 16
+_NOISE = 1 << 18  # int32 values that all hints repeat
+
+
+class RehearsalError(RuntimeError):
+    """The rehearsal ended early; the text says why."""
+
+
+@dataclass
+class PassTimes:
+    """One pass of one lane, alone. Seconds.
+
+    local    between the remote linears, all together
+    linears  (matrix, encrypt, multiply, decrypt) of every remote linear; a phase ends when its
+             result is where the next one takes it, hand-over between threads included
+    """
+
+    local: float = 0.0
+    linears: list[tuple[int, float, float, float]] = field(default_factory=list)
+
+
+class _Machine(Protocol):
+    def handle(self, event: Event, now: float) -> list[Effect]: ...
+
+
+class _Side:
+    """A machine on a thread of its own, its tasks on a pool."""
+
+    def __init__(
+        self,
+        machine: _Machine,
+        compute: Callable[[Task], object],
+        transmit: Callable[[bytes], None],
+        report: Callable[[Effect | Exception], None],
+        threads: int,
+    ) -> None:
+        self._machine, self._compute = machine, compute
+        self._transmit, self._report = transmit, report
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(threads)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def post(self, event: Event | None) -> None:
+        """Queue an event; None stops the thread."""
+        self._events.put(event)
+
+    def stop(self) -> None:
+        """Stop after the events already queued."""
+        self.post(None)
+        self._thread.join()
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        while (event := self._events.get()) is not None:
+            try:
+                for effect in self._machine.handle(event, time.monotonic()):
+                    match effect:
+                        case Send(_, frame):
+                            self._transmit(frame)
+                        case RunTask(task, work):
+                            self._pool.submit(self._perform, task, work)
+                        case SetTimer() | CancelTimer():
+                            pass
+                        case _:
+                            self._report(effect)
+            except Exception as error:
+                self._report(error)
+
+    def _perform(self, task: int, work: Task) -> None:
+        try:
+            self.post(TaskDone(task, self._compute(work)))
+        except Exception as error:
+            self._report(error)
+
+
+class Rehearsal:
+    """One small model, its worker, and as many lanes as it is told to; close it after use."""
+
+    def __init__(self, config: PretrainedConfig, parameters: Parameters, lanes: int) -> None:
+        skeleton = build_skeleton(config, RandomSource(0))
+        self._model = add_lora(skeleton.model, _RANK, 2 * _RANK, 0)
+        self._model.train()
+        self._remote = skeleton.remote
+        self._vocabulary = config.get_text_config().vocab_size
+        self.parameters = list(trainable(self._model).values())
+        self._optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
+        self._cipher = MlweOwner(parameters, PublicMatrix(bytes(32), parameters.rank))
+        self._worker = MlweWorker(parameters)
+        self._matrices: list[OwnerMatrix] = []
+        self._loaded: list[object] = []
+        rng = np.random.default_rng(0)
+        for group in skeleton.groups:
+            weight = rng.integers(-127, 128, (group.total_out, group.in_features), np.int8)
+            for forward in (True, False):
+                matrix = _matrix(group.name, weight, forward, parameters)
+                self._cipher.guard(matrix, weight, forward)
+                self._matrices.append(matrix)
+                self._loaded.append(self._worker.load(weight, forward))
+        shapes = tuple(
+            MatrixShape(
+                m.name, m.in_features, m.out_features,
+                self._cipher.up_bytes(m, 1), self._cipher.down_bytes(m, 1),
+            )
+            for m in self._matrices
+        )  # fmt: skip
+        catalogue = Catalogue(bytes(32), parameters.digest(), shapes)
+        self._waiting: dict[int, Future[NDArray[np.float32]]] = {}
+        self._marks: dict[int, list[float]] = {}
+        self._asking = threading.Lock()
+        self._calls = 0
+        self._closed = threading.Event()
+        self._failure: Exception | None = None
+        self._lanes = ThreadPoolExecutor(lanes)
+        self._there = _Side(
+            Worker(catalogue), self._multiply, lambda f: self._sent(self._here, f),
+            self._report, 1,
+        )  # fmt: skip
+        self._here = _Side(
+            Owner(bytes(SESSION_BYTES), catalogue, ["worker"]), self._secret_task,
+            lambda f: self._sent(self._there, f), self._report, lanes,
+        )  # fmt: skip
+        self._here.post(Start())
+
+    def alone(self, tokens: int) -> PassTimes:
+        """Time one pass of one lane over a sequence of `tokens` random tokens."""
+        times = PassTimes()
+        self._lanes.submit(self._pass, tokens, times).result()
+        return times
+
+    def together(self, tokens: int, lanes: int) -> float:
+        """Seconds that `lanes` passes take which start at the same moment."""
+        start = time.perf_counter()
+        for lane in [self._lanes.submit(self._pass, tokens, None) for _ in range(lanes)]:
+            lane.result()
+        return time.perf_counter() - start
+
+    def update(self) -> float:
+        """Seconds of clipping and one optimiser step on the gradients of the last pass."""
+        start = time.perf_counter()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self._optimizer.step()
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """End the session and the threads."""
+        self._here.post(CloseWanted())
+        self._closed.wait(10.0)
+        for side in (self._here, self._there):
+            side.stop()
+        self._lanes.shutdown()
+
+    # --- a lane -----------------------------------------------------------------------------
+
+    def _pass(self, tokens: int, times: PassTimes | None) -> None:
+        left_at = time.perf_counter()
+
+        def linear(matrix: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            nonlocal left_at
+            asked_at = time.perf_counter()
+            y, marks = self._ask(matrix, x)
+            if times is not None:
+                times.local += asked_at - left_at
+                left_at = time.perf_counter()
+                phases = (marks[0] - asked_at, marks[1] - marks[0], left_at - marks[1])
+                times.linears.append((matrix, *phases))
+            return y
+
+        ids = torch.randint(0, self._vocabulary, (1, tokens))
+        self._remote.lane_linear = linear
+        logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1]
+        rows = logits.reshape(-1, logits.shape[-1]).float()
+        loss = functional.cross_entropy(rows, ids[:, 1:].reshape(-1), reduction="sum") / tokens
+        gradients = torch.autograd.grad(loss, self.parameters)
+        loss.item()
+        if times is not None:
+            times.local += time.perf_counter() - left_at
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
