@@ -37,6 +37,7 @@ from typing import Any
 from tqdm import tqdm
 
 from backends.files import replacing
+from backends.machine import commit
 from scenarios import record
 from scenarios.chaos_log import EventLog
 from scenarios.chaos_planted import hunt
@@ -79,7 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def tell(result: Result) -> None:
     """A violation, and how to see it again."""
     print(
-        f"VIOLATION at seed {result.seed}, commit {record.commit()}: {result.violation}\n"
+        f"VIOLATION at seed {result.seed}, commit {commit()}: {result.violation}\n"
         f"  drawn: {draw_options(result.seed)}\n"
         f"  injected: {faults(result.injected)}\n"
         f"  replay: python -m scenarios.chaos --seed {result.seed} --trace run.txt"

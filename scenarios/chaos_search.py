@@ -81,7 +81,7 @@ def scratch() -> Iterator[Path]:
 
 def search(
     first: int, count: int, stop_at_first: bool = False, processes: int | None = None
-) -> Generator[Result]:
+) -> Generator[Result, None, None]:
     """Results of seeds first .. first + count - 1 as they come, from all cores.
 
     Leaving the loop early ends the processes.

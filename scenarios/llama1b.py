@@ -12,9 +12,10 @@ measured and what is only a data sheet's figure is printed with it.
 
 With --real-cpu the owner's part (embeddings, attention, adapters, loss, optimiser) and the
 worker's part (every frozen linear, forward and backward, on ciphertexts) run in this process,
-with encoded bytes between them. Without --weights the model has the full 1B shape and seeded random weights: good
-for measuring, useless for learning, and it says so. The first run prepares the public set-up
-(int8 weights and hints, about 4.1 GB on disk); it is cached, and can be interrupted.
+with encoded bytes between them. Without --weights the model has the full 1B shape and seeded
+random weights: good for measuring, useless for learning, and it says so. The first run prepares
+the public set-up (int8 weights and hints, about 4.1 GB on disk); it is cached, and can be
+interrupted.
 
 Expected on two AVX-512 cores: preparation in under 4 minutes, a private step of 256 tokens in
 about the time of the same step in clear fp32, and about 3 MB of traffic per token.

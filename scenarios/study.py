@@ -22,7 +22,7 @@ import itertools
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,20 +174,21 @@ def prepare(settings: Sequence[Setting]) -> Iterator[str]:
     """
     seen = set()
     for setting in settings:
-        for choice in (setting.gpu, setting.owner_device):
-            _or_setting_error(lambda choice=choice: profile_of(choice))  # type: ignore[misc]
+        for knob, choice in (("gpu", setting.gpu), ("owner-device", setting.owner_device)):
+            _checked(f"{knob}={choice!r}", lambda choice=choice: profile_of(choice))  # type: ignore[misc]
         key = (setting.model, setting.tokens, setting.sequence, setting.head)
         if key not in seen:
             seen.add(key)
             yield f"{setting.model}, {setting.tokens} tokens"
-            _or_setting_error(lambda setting=setting: workload_for(setting))  # type: ignore[misc]
+            name = f"model={setting.model!r} with tokens={setting.tokens}"
+            _checked(name, lambda setting=setting: workload_for(setting))  # type: ignore[misc]
 
 
-def _or_setting_error(action: Any) -> None:
+def _checked(what: str, action: Callable[[], object]) -> None:
     try:
         action()
     except (ProfileError, WorkloadError) as error:
-        raise SettingError(str(error)) from None
+        raise SettingError(f"{what}: {error}") from None
 
 
 def run_all(

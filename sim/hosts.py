@@ -30,6 +30,7 @@ from protocol.events import (
 )
 from protocol.messages import HEADER_BYTES, SESSION_BYTES
 from protocol.owner import Owner
+from protocol.owner_tables import State
 from protocol.worker import Worker, WorkerConfig
 from sim.device import Device, DeviceProfile, Processor, Work
 from sim.driver import Actor, TaskEnd
@@ -202,14 +203,15 @@ class OwnerHost:
             for what in ("model", "cipher")
         )
         session = hashlib.sha256(f"{config.seed}/{self.name}".encode()).digest()[:SESSION_BYTES]
-        machine = Owner(
+        self._machine = Owner(
             session, world.catalogue, list(world.workers), config.protocol, config.placement
         )
         self._actor = Actor(
-            world.env, self.name, machine, self._transmit, self._perform, self._report
+            world.env, self.name, self._machine, self._transmit, self._perform, self._report
         )
         self._lanes = [_Lane(world, self, i) for i in range(config.lanes)]
         self._waiting: dict[int, _Lane] = {}
+        self._greeting = True
         self._running = 0
         self._taken = 0
         self._step_from = (0.0, 0, 0)
@@ -220,11 +222,7 @@ class OwnerHost:
         if world.config.stagger and world.config.owners > 1:
             layers = (cost.seconds for cost in world.costs.layers if cost is not None)
             delay_s = world.rng.uniform(0, sum(layers))
-        world.env.timeout(delay_s).callbacks.append(lambda _: self._open())
-
-    def _open(self) -> None:
-        self._actor.post(Start())
-        self._start_step()
+        world.env.timeout(delay_s).callbacks.append(lambda _: self._actor.post(Start()))
 
     def lane_of(self, call: int) -> str:
         """The track of the lane that waits for a call; empty when none does any more."""
@@ -246,6 +244,12 @@ class OwnerHost:
             track = f"{peer}->{self.name}"
             self._world.span(track, "answer", sent_at, self.lane_of(call), call, "down")
         self._actor.post(FrameArrived(peer, frame))
+        if self._greeting and all(
+            self._machine.state(name) is State.READY for name in self._world.workers
+        ):
+            # A run opens its sessions once; its steps are what is timed.
+            self._greeting = False
+            self._start_step()
 
     def lane_ended(self) -> None:
         """A lane has finished its pass; after the last one, the optimiser."""

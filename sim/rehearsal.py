@@ -67,6 +67,7 @@ from protocol.owner import Owner
 from protocol.worker import Worker
 
 _REQUEST = struct.Struct("<Q")
+_KIND_AT, _ABOUT_CALLS = 5, (3, 4)  # where a frame says what it is; Multiply, Product
 _RANK = 16
 _NOISE = 1 << 18  # int32 values that all hints repeat
 
@@ -150,7 +151,7 @@ class Rehearsal:
         skeleton = build_skeleton(config, RandomSource(0))
         self._model = add_lora(skeleton.model, _RANK, 2 * _RANK, 0)
         self._model.train()
-        self._remote = skeleton.remote
+        self.remote = skeleton.remote
         self._vocabulary = config.get_text_config().vocab_size
         self.parameters = list(trainable(self._model).values())
         self._optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
@@ -181,13 +182,14 @@ class Rehearsal:
         self._closed = threading.Event()
         self._failure: Exception | None = None
         self._lanes = ThreadPoolExecutor(lanes)
+        self._lane = threading.local()
         self._there = _Side(
-            Worker(catalogue), self._multiply, lambda f: self._sent(self._here, f),
+            Worker(catalogue), self._multiply, lambda f: self._arrived(f, self._here, "worker"),
             self._report, 1,
         )  # fmt: skip
         self._here = _Side(
             Owner(bytes(SESSION_BYTES), catalogue, ["worker"]), self._secret_task,
-            lambda f: self._sent(self._there, f), self._report, lanes,
+            lambda f: self._arrived(f, self._there, "owner"), self._report, lanes,
         )  # fmt: skip
         self._here.post(Start())
 
@@ -222,27 +224,103 @@ class Rehearsal:
     # --- a lane -----------------------------------------------------------------------------
 
     def _pass(self, tokens: int, times: PassTimes | None) -> None:
-        left_at = time.perf_counter()
-
-        def linear(matrix: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-            nonlocal left_at
-            asked_at = time.perf_counter()
-            y, marks = self._ask(matrix, x)
-            if times is not None:
-                times.local += asked_at - left_at
-                left_at = time.perf_counter()
-                phases = (marks[0] - asked_at, marks[1] - marks[0], left_at - marks[1])
-                times.linears.append((matrix, *phases))
-            return y
-
+        self._lane.times, self._lane.left_at = times, time.perf_counter()
         ids = torch.randint(0, self._vocabulary, (1, tokens))
-        self._remote.lane_linear = linear
         logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1]
         rows = logits.reshape(-1, logits.shape[-1]).float()
         loss = functional.cross_entropy(rows, ids[:, 1:].reshape(-1), reduction="sum") / tokens
         gradients = torch.autograd.grad(loss, self.parameters)
         loss.item()
         if times is not None:
-            times.local += time.perf_counter() - left_at
+            times.local += time.perf_counter() - self._lane.left_at
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+    def linear(self, matrix: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the model's remote linears call; noise comes back."""
+        asked_at = time.perf_counter()
+        future: Future[NDArray[np.float32]] = Future()
+        with self._asking:
+            if self._failure is not None:
+                raise self._failure
+            self._calls += 1
+            call = self._calls
+            self._waiting[call], self._marks[call] = future, []
+            self._here.post(LinearWanted(call, matrix, len(x), x))
+        y = future.result()
+        sent_at, answered_at = self._marks.pop(call)
+        now = time.perf_counter()
+        times: PassTimes | None = self._lane.times
+        if times is not None:
+            times.local += asked_at - self._lane.left_at
+            phases = (sent_at - asked_at, answered_at - sent_at, now - answered_at)
+            times.linears.append((matrix, *phases))
+            self._lane.left_at = now
+        return y
+
+    # --- the driver's part ------------------------------------------------------------------
+
+    def _arrived(self, frame: bytes, side: _Side, sender: str) -> None:
+        if frame[_KIND_AT] in _ABOUT_CALLS:
+            (call,) = _REQUEST.unpack_from(frame, HEADER_BYTES)
+            self._marks[call].append(time.perf_counter())
+        side.post(FrameArrived(sender, frame))
+
+    def _secret_task(self, task: Task) -> object:
+        if isinstance(task, Encrypt):
+            assert isinstance(task.x, np.ndarray)
+            encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
+            return encrypted.payload.data, encrypted.sealed
+        assert isinstance(task, Decrypt)
+        return self._cipher.decrypt(task.sealed, task.payload, self._matrices[task.matrix])
+
+    def _multiply(self, task: Task) -> object:
+        assert isinstance(task, MultiplyCiphertext)
+        answer = self._worker.multiply(task.payload, task.tokens, self._loaded[task.matrix])
+        return answer.data
+
+    def _report(self, effect: Effect | Exception) -> None:
+        match effect:
+            case Deliver(call, result):
+                assert isinstance(result, np.ndarray)
+                self._waiting.pop(call).set_result(result)
+            case Closed():
+                self._closed.set()
+            case _:
+                with self._asking:
+                    self._failure = RehearsalError(f"the rehearsal failed: {effect}")
+                    for future in self._waiting.values():
+                        future.set_exception(self._failure)
+                    self._waiting.clear()
+
+
+def _matrix(
+    name: str, weight: NDArray[np.int8], forward: bool, parameters: Parameters
+) -> OwnerMatrix:
+    """What the owner knows of a matrix, its results scaled to the size of the inputs."""
+    outputs, inputs = weight.shape if forward else reversed(weight.shape)
+    plan = MatrixPlan(127 * sqrt(inputs), 127.0 * inputs, 1.0, inputs)
+    hint = np.resize(_noise(), (tiles_of(outputs), parameters.rank, RING_DEGREE, LANES))
+    return OwnerMatrix(
+        f"{name} {'forward' if forward else 'backward'}",
+        np.ones(inputs, np.float32),
+        np.full(outputs, 1 / (plan.max_norm * sqrt(inputs)), np.float32),
+        plan,
+        hint,
+    )
+
+
+def _noise() -> NDArray[np.int32]:
+    half = NTT_PRIME // 2
+    return np.random.default_rng(0).integers(-half, half + 1, _NOISE, np.int32)
+
+
+@contextmanager
+def rehearsal(config: PretrainedConfig, parameters: Parameters, lanes: int) -> Iterator[Rehearsal]:
+    """A rehearsal that is closed at the end of the `with`."""
+    rehearsed = Rehearsal(config, parameters, lanes)
+    try:
+        with rehearsed.remote.connected(rehearsed.linear):
+            yield rehearsed
+    finally:
+        rehearsed.close()

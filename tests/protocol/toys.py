@@ -133,19 +133,24 @@ def decrypt(work: Decrypt) -> tuple[int, ...]:
     return tuple((row - m * factor) % MODULUS for row, m in zip(rows, sealed.mask, strict=True))
 
 
-def compute(task: int, work: Task) -> TaskDone | AnswerRejected:
-    """Really compute a task, in toy, and report its end as a driver does."""
+def result(work: Task, serial: int) -> object:
+    """Really compute a task. Raises WrongAnswerError for a wrong answer."""
     match work:
         case Encrypt(_, _, x):
             assert isinstance(x, list | tuple)
-            return TaskDone(task, encrypt(x, serial=task))
+            return encrypt(x, serial)
         case MultiplyCiphertext():
-            return TaskDone(task, multiply(work))
+            return multiply(work)
         case Decrypt():
-            try:
-                return TaskDone(task, decrypt(work))
-            except WrongAnswerError as error:
-                return AnswerRejected(task, str(error))
+            return decrypt(work)
+
+
+def compute(task: int, work: Task) -> TaskDone | AnswerRejected:
+    """Really compute a task, and report its end as a driver does."""
+    try:
+        return TaskDone(task, result(work, serial=task))
+    except WrongAnswerError as error:
+        return AnswerRejected(task, str(error))
 
 
 def clear(matrix: int, x: Sequence[int]) -> tuple[int, ...]:
