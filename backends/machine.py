@@ -54,3 +54,20 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return name + ("-dirty" if status else "")
+
+
+def busy_elsewhere_s() -> float:
+    """CPU seconds that others have used on this machine so far: processes, and the host (steal).
+
+    Two readings tell how much a measurement between them was disturbed. Always 0 where there is
+    no /proc/stat.
+    """
+    try:
+        first = Path("/proc/stat").read_text().partition("\n")[0].split()
+    except OSError:
+        return 0.0
+    ticks = [int(field) for field in first[1:9]]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    own = os.times()
+    total = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return total - own.user - own.system

@@ -8,18 +8,23 @@ against   what one choice costs against another, over everything else that varie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, TypeAlias
 
 from scenarios.quantities import Value
-from scenarios.setting import KEYS, SettingError, shown
+from scenarios.setting import KEYS, SettingError, shown, values_of
 from scenarios.study import Study
 from scenarios.timeline import WORDS
 from sim.trace import PARTS
 
 Row: TypeAlias = Mapping[str, Any]
+
+FULL = 0.8
+"""From this load on a line or a device counts as full."""
 
 # What can be asked for: (words, unit, whether more is better, format)
 VALUES: dict[str, tuple[str, str, bool, str]] = {
@@ -103,131 +108,216 @@ def waits_for(row: Row) -> str:
     return f"{100 * row[f'path_{most}']:.0f} % {WORDS[most]}"
 
 
-def _effects(study: Study, rows: Sequence[Row], value: str = "tokens_per_s_owner") -> Answer:
+def limit_of(row: Row) -> str:
+    """What is full, or what a step waits for when nothing is."""
+    loads = {
+        "the owner's line is {} full upwards": row["line_up_busy"],
+        "the owner's line is {} full downwards": row["line_down_busy"],
+        "the site's line is {} full": row["site_busy"],
+        "the GPU is {} busy": row["gpu_utilisation"],
+    }
+    text = max(loads, key=lambda name: loads[name])
+    if loads[text] >= FULL:
+        return text.format(f"{100 * loads[text]:.0f} %")
+    return f"nothing is full, a step waits {waits_for(row).replace('%', '% for', 1)}"
+
+
+def doublings(rows: Sequence[Row], knob: str, others: Sequence[str], value: str) -> list[float]:
+    """What doubling a knob makes of a figure: a factor for each pair of neighbours."""
+    factors = []
+    for group in groups(rows, others).values():
+        line = sorted(group, key=lambda row: of(row, knob))
+        for a, b in pairwise(line):
+            octaves = math.log2(float(of(b, knob)) / float(of(a, knob)))
+            factors.append(float((b[value] / a[value]) ** (1 / octaves)))
+    return factors
+
+
+# --- kinds of answers ----------------------------------------------------------------------------
+
+
+def _effects(
+    study: Study,
+    rows: Sequence[Row],
+    value: str = "tokens_per_s_owner",
+    at: Mapping[str, str] | None = None,
+) -> Answer:
+    """The best setting, and what each knob changes.
+
+    With `at` the best is looked for where these knobs stand there, and what they themselves
+    change is told from there on.
+    """
     words, _, more, _ = words_of(value)
-    best = (max if more else min)(rows, key=lambda row: row[value])
+    focus = {knob: _read(study, knob, text) for knob, text in (at or {}).items()}
+    near = [row for row in rows if all(of(row, k) == v for k, v in focus.items())]
+    best = (max if more else min)(near, key=lambda row: row[value])
     knobs = varying(study)
     if not knobs:
-        return Answer(f"{say(value, best[value])}; a step is {waits_for(best)}", "", {})
-    ratios: dict[str, float] = {}
+        return Answer(f"{say(value, best[value])}; {limit_of(best)}", "", {})
+    ratios = {knob: _effect(study, rows, near, knob, value, focus) for knob in knobs}
+    order = sorted((k for k in knobs if k not in focus), key=lambda knob: -ratios[knob])
+    there = " with " + named(best, list(focus)) if focus else ""
+    head = f"At best {say(value, best[value])}{there}: {limit_of(best)}. What matters: "
+    head += ", ".join(
+        [f"{knob} x{ratios[knob]:.2g}" for knob in order]
+        + [f"{knob} {shown(knob, study.sweep[knob][-1])} x{ratios[knob]:.2g}" for knob in focus]
+    )
     lines = []
-    for knob in knobs:
-        others = [k for k in knobs if k != knob]
-        ratio = median(
-            max(r[value] for r in group) / max(min(r[value] for r in group), 1e-300)
-            for group in groups(rows, others).values()
-        )
-        ratios[knob] = ratio
-        first, last = (shown(knob, study.sweep[knob][i]) for i in (0, -1))
-        lines.append(f"  {knob:<16} x{ratio:.2f}   from {first} to {last}")
-    order = sorted(knobs, key=lambda knob: -ratios[knob])
-    head = f"{say(value, best[value])} at best; {order[0]} matters most (x{ratios[order[0]]:.2g})"
-    if len(order) > 1:
-        head += f", {order[-1]} least (x{ratios[order[-1]]:.2g})"
+    for knob in [*order, *focus]:
+        begin = focus.get(knob, study.sweep[knob][0])
+        span = f"from {shown(knob, begin)} to {shown(knob, study.sweep[knob][-1])}"
+        lines.append(f"  {knob:<16} x{ratios[knob]:.2f}   {span}")
     text = (
-        f"Best: {say(value, best[value])} with {named(best, knobs)}; "
-        f"a step there is {waits_for(best)}.\n"
+        f"Best{there}: {say(value, best[value])} with {named(best, knobs)}; {limit_of(best)}, "
+        f"and a step is {waits_for(best)}.\n"
         f"What each knob changes, best against worst, others kept ({words}, median):\n"
         + "\n".join(lines)
     )
     return Answer(head, text, {knob: of(best, knob) for knob in knobs})
 
 
+def _effect(
+    study: Study, rows: Sequence[Row], near: Sequence[Row], knob: str, value: str,
+    focus: Mapping[str, Value],
+) -> float:  # fmt: skip
+    """Best against worst along a knob; for one in focus, its last value against the one there."""
+    others = [k for k in varying(study) if k != knob]
+    ratios = []
+    for group in groups(rows if knob in focus else near, others).values():
+        if knob in focus:
+            ends = (focus[knob], study.sweep[knob][-1])
+            by_value = {of(row, knob): row[value] for row in group}
+            found = [by_value[end] for end in ends if end in by_value]
+        else:
+            found = [row[value] for row in group]
+        ratios.append(max(found) / max(min(found), 1e-300))
+    return median(ratios)
+
+
+def _read(study: Study, knob: str, text: str) -> Value:
+    """A value of a knob that varies. Raises SettingError."""
+    found = values_of(knob, str(text))
+    if len(found) == 1 and found[0] in study.sweep.get(knob, ()):
+        return found[0]
+    raise SettingError(f"{knob}={text!r} is none of the values the study tries")
+
+
 def _until(
     study: Study, rows: Sequence[Row], knob: str, value: str = "step_p99_s", factor: float = 2.0
 ) -> Answer:
+    """The last value of a knob before a figure has grown by the factor, and what limits then."""
     words, _, _, _ = words_of(value)
     line = sorted(rows, key=lambda row: of(row, knob))
-    limit = factor * line[0][value]
-    within = [row for row in line if row[value] <= limit]
-    last = within[-1]
-    beyond = [row for row in line if of(row, knob) > of(last, knob)]
-    start = f"{say(value, line[0][value])} with {named(line[0], [knob])}"
-    then = f"{say(value, last[value])} with {named(last, [knob])}"
+    first, limit = line[0], factor * line[0][value]
+    after = next((row for row in line if row[value] > limit), None)
+    last = line[-1] if after is None else line[line.index(after) - 1]
+    text = (
+        f"{words}: {say(value, first[value])} with {named(first, [knob])}, "
+        f"{say(value, last[value])} (x{last[value] / first[value]:.2f}) with {named(last, [knob])}"
+    )
     busy = f"the GPU is {100 * last['gpu_utilisation']:.2g} % busy"
-    text = f"{words}: {start}; {then}, where {busy} and a step is {waits_for(last)}."
-    if not beyond:
-        head = f"up to {named(last, [knob])} and further: {words} not yet x{factor:g}"
-        return Answer(head, text, {knob: of(last, knob)})
-    after = beyond[0]
-    text += (
-        f"\nNext tried: {say(value, after[value])} with {named(after, [knob])} "
-        f"(x{after[value] / line[0][value]:.2f}), where a step is {waits_for(after)}."
-    )
-    head = (
-        f"{of(last, knob)} {knob} until {words} reach x{factor:g}; "
-        f"{busy} then, a step is {waits_for(after)}"
-    )
+    reached = f"until the {words} take x{factor:g}"
+    if after is None:
+        head = f"{shown(knob, of(last, knob))} {knob} and more {reached}; {limit_of(last)}, {busy}"
+    else:
+        text += (
+            f", {say(value, after[value])} (x{after[value] / first[value]:.2f}) with "
+            f"{named(after, [knob])}"
+        )
+        head = f"{shown(knob, of(last, knob))} {knob} {reached}: then {limit_of(last)}, {busy}"
+    text += f".\nThere {limit_of(last)}; a step is {waits_for(last)}."
     return Answer(head, text, {knob: of(last, knob)})
 
 
 def _cheaper(
-    study: Study,
-    rows: Sequence[Row],
-    one: str,
-    other: str,
+    study: Study, rows: Sequence[Row], one: str, other: str,
     value: str = "cost_per_million_tokens",
-    speed: str = "tokens_per_s_owner",
-) -> Answer:
-    """From the smallest of both: the most each of them alone can do, and for what."""
+) -> Answer:  # fmt: skip
+    """What doubling each of two knobs makes of the cost, and where which is the better move."""
+    knobs = (one, other)
+    best = min(rows, key=lambda row: row[value])
     start = min(rows, key=lambda row: (of(row, one), of(row, other)))
-    lines = []
-    alone = {}
-    for knob, kept in ((one, other), (other, one)):
-        line = [row for row in rows if of(row, kept) == of(start, kept)]
-        best = min(line, key=lambda row: row[value])
-        alone[knob] = best
-        lines.append(
-            f"  only more {knob:<10} down to {say(value, best[value])} "
-            f"(x{best[value] / start[value]:.2f}), {say(speed, best[speed])}, "
-            f"with {named(best, [knob])}; a step there is {waits_for(best)}"
-        )
-    cheapest = min(rows, key=lambda row: row[value])
-    winner = min(alone, key=lambda knob: alone[knob][value])
-    loser = other if winner == one else one
+    typical = {
+        knob: median(doublings(rows, knob, [k for k in varying(study) if k != knob], value))
+        for knob in knobs
+    }
+    winner, loser = sorted(knobs, key=lambda knob: typical[knob])
+    cut = {knob: f"{100 * (1 - typical[knob]):.0f} %" for knob in knobs}
     head = (
-        f"{winner} {'are' if winner.endswith('s') else 'is'} cheaper: alone "
-        f"{100 * (1 - alone[winner][value] / start[value]):.0f} % off, {loser} alone "
-        f"{100 * (1 - alone[loser][value] / start[value]):.0f} %; cheapest "
-        f"{say(value, cheapest[value])} with {named(cheapest, [one, other])}"
+        f"Doubling {winner} takes {cut[winner]} off the cost, doubling {loser} {cut[loser]}; "
+        f"cheapest: {say(value, best[value])} with {named(best, knobs)}"
     )
-    text = (
-        f"From {named(start, [one, other])}: {say(value, start[value])}, "
-        f"{say(speed, start[speed])}; a step is {waits_for(start)}.\n" + "\n".join(lines) +
-        f"\nCheapest of all: {say(value, cheapest[value])}, {say(speed, cheapest[speed])}, with "
-        f"{named(cheapest, [one, other])}: GPU ${cheapest['cost_gpu']:.2f}, traffic "
-        f"${cheapest['cost_traffic']:.2f}, line ${cheapest['cost_line']:.2f}."
-    )  # fmt: skip
-    return Answer(head, text, {one: of(cheapest, one), other: of(cheapest, other)})
+    lines = [
+        f"From {named(start, knobs)}: {say(value, start[value])}, a step is {waits_for(start)}."
+    ]
+    for at, row in _first_moves(rows, one, other, value):
+        lines.append(f"  with {named(row, [other])}: first {at}")
+    speed = say("tokens_per_s_owner", best["tokens_per_s_owner"])
+    lines.append(
+        f"Cheapest: {say(value, best[value])}, {speed}, with {named(best, knobs)}: "
+        f"GPU ${best['cost_gpu']:.2f}, traffic ${best['cost_traffic']:.2f}, line "
+        f"${best['cost_line']:.2f}; {limit_of(best)}."
+    )
+    return Answer(head, "\n".join(lines), {knob: of(best, knob) for knob in knobs})
+
+
+def _first_moves(
+    rows: Sequence[Row], one: str, other: str, value: str
+) -> Iterator[tuple[str, Row]]:
+    """For each value of `other`, from the least of `one`: which of them to double first."""
+    least = min(of(row, one) for row in rows)  # type: ignore[type-var]
+    line = sorted((r for r in rows if of(r, one) == least), key=lambda row: of(row, other))
+    for row, more in pairwise(line):
+        ahead = [r for r in rows if of(r, other) == of(row, other)]
+        by_one = doublings(sorted(ahead, key=lambda r: of(r, one))[:2], one, [other], value)[0]
+        by_other = doublings([row, more], other, [one], value)[0]
+        better, factor = (one, by_one) if by_one < by_other else (other, by_other)
+        worse = max(by_one, by_other)
+        yield f"{better} ({100 * (factor - 1):+.0f} %, the other {100 * (worse - 1):+.0f} %)", row
 
 
 def _against(
-    study: Study,
-    rows: Sequence[Row],
-    knob: str,
-    value: str = "step_p50_s",
-) -> Answer:
-    """The last value of a knob against its first, for each setting of the others."""
+    study: Study, rows: Sequence[Row], knob: str, value: str = "step_p50_s", what: str = "",
+    remedy: str = "",
+) -> Answer:  # fmt: skip
+    """The last value of a knob against its first, for each setting of the others.
+
+    With a `remedy`, a knob that varies too: how much is left at its last value.
+    """
     words, _, _, _ = words_of(value)
     first, last = study.sweep[knob][0], study.sweep[knob][-1]
     others = [k for k in varying(study) if k != knob]
-    changes: list[tuple[float, Row]] = []
-    for group in groups(rows, others).values():
-        by_value = {of(row, knob): row for row in group}
-        if first in by_value and last in by_value:
-            changes.append((by_value[last][value] / by_value[first][value] - 1, by_value[last]))
-    least, most = min(changes, key=lambda c: c[0]), max(changes, key=lambda c: c[0])
-    middle = median(change for change, _ in changes)
-    head = (
-        f"{knob} {shown(knob, last)} instead of {shown(knob, first)}: {words} {middle:+.0%} "
-        f"(median), {most[0]:+.0%} at most"
-    ).replace("%", " %")
-    lines = [
-        f"  {what:<6} {100 * change:+6.1f} %  {named(row, others)}; a step is {waits_for(row)}"
-        for what, (change, row) in (("least", least), ("most", most))
+    changes = [
+        (row[value], row) for row in relative(study, rows, knob, value) if of(row, knob) == last
     ]
-    text = f"{words}, {knob} {shown(knob, last)} against {shown(knob, first)}:\n" + "\n".join(lines)
-    return Answer(head, text, {})
+    least, most = (f(changes, key=lambda c: abs(c[0])) for f in (min, max))
+    what = what or f"{knob} {shown(knob, last)} instead of {shown(knob, first)}"
+    head = f"{what}: {words} {_percent(most[0])} at worst"
+    if remedy:
+        last = study.sweep[remedy][-1]
+        left = max((c for c in changes if of(c[1], remedy) == last), key=lambda c: abs(c[0]))
+        head += f", only {_percent(left[0])} with {named(left[1], [remedy])}"
+    lines = [
+        f"  {label:<7}{_percent(change):>7}  {named(row, others)}; a step is {waits_for(row)}"
+        for label, (change, row) in (("least", least), ("most", most))
+    ]
+    halves = [change for change, _ in changes if abs(change) < 0.05]
+    lines.append(f"  less than 5 % in {len(halves)} of {len(changes)} settings")
+    return Answer(head, f"{what}, {words}:\n" + "\n".join(lines), {})
+
+
+def relative(study: Study, rows: Sequence[Row], knob: str, value: str) -> list[Row]:
+    """Rows with a figure replaced by its change against the knob's first value: 0.1 for +10 %."""
+    first = study.sweep[knob][0]
+    found = []
+    for group in groups(rows, [k for k in varying(study) if k != knob]).values():
+        base = next((row[value] for row in group if of(row, knob) == first), None)
+        found += [{**row, value: row[value] / base - 1} for row in group if base]
+    return found
+
+
+def _percent(change: float) -> str:
+    return f"{100 * change:+.0f} %" if abs(change) >= 0.01 else f"{100 * change:+.1f} %"
 
 
 _KINDS: Mapping[str, Callable[..., Answer]] = {

@@ -17,7 +17,7 @@ The command:
 Expected: `0 violations`, and how often each kind of fault was injected, within 15 minutes on two
 cores. A violation prints its seed, the commit and the drawn options; the exit status is then 1.
 
-    python -m scenarios.chaos --seed 7 --trace run.txt     replays it, event by event
+    python -m scenarios.chaos --seed 7 --trace run.json    replays it, event by event
     python -m scenarios.chaos --seed 7 --trace-hash        is the same in every process
     python -m scenarios.chaos --planted --json planted.json
 
@@ -36,13 +36,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from backends.files import replacing
 from backends.machine import commit
 from scenarios import record
 from scenarios.chaos_log import EventLog
+from scenarios.chaos_options import draw_options
 from scenarios.chaos_planted import hunt
 from scenarios.chaos_search import Bench, Result, scratch, search
-from scenarios.chaos_world import draw_options
+from sim.trace import write_perfetto
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,7 +63,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only", nargs="+", default=[], metavar="NAME", help="with --planted: these defects only"
     )
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="with --seed: write every event to a file"
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="with --seed: print every event, write a timeline for ui.perfetto.dev",
     )
     parser.add_argument(
         "--trace-hash", action="store_true", help="with --seed: print the SHA-256 of all events"
@@ -83,7 +86,7 @@ def tell(result: Result) -> None:
         f"VIOLATION at seed {result.seed}, commit {commit()}: {result.violation}\n"
         f"  drawn: {draw_options(result.seed)}\n"
         f"  injected: {faults(result.injected)}\n"
-        f"  replay: python -m scenarios.chaos --seed {result.seed} --trace run.txt"
+        f"  replay: python -m scenarios.chaos --seed {result.seed} --trace run.json"
     )
 
 
@@ -141,15 +144,16 @@ def single(options: argparse.Namespace) -> int:
     else:
         print(f"drawn: {draw_options(options.seed)}")
     if log is not None and options.trace:
-        with replacing(options.trace) as file:
-            file.write(("\n".join(log.lines) + "\n").encode())
-        print(f"{len(log.lines)} events written to {options.trace}")
+        print("\n".join(log.lines))
+        write_perfetto(options.trace, log.spans, f"chaos, seed {options.seed}")
+        print(f"trace written to {options.trace}: open it at ui.perfetto.dev")
     if result.violation:
         tell(result)
     elif not options.trace_hash:
         print(
-            f"no violation; {result.simulated_s:.2f} simulated seconds (stated bound: "
-            f"{result.bound_s:.1f} after the last fault); injected: {faults(result.injected)}"
+            f"no violation; trained at {result.trained_s:.2f} simulated seconds, faults until "
+            f"{draw_options(options.seed).plan.stop_s:.2f}, stated bound {result.bound_s:.1f} after "
+            f"them; injected: {faults(result.injected)}"
         )
     record.write(
         options.json,

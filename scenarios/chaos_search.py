@@ -21,9 +21,10 @@ import torch
 from backends.nn.trainer import TrainingInterrupted
 from backends.threads import core_count
 from scenarios.chaos_checks import Violation
+from scenarios.chaos_log import EventLog
 from scenarios.chaos_model import Subject
-from scenarios.chaos_world import World, draw_options
-from sim.driver import Observer
+from scenarios.chaos_options import draw_options
+from scenarios.chaos_world import World
 
 _PATIENCE_S = 1.0
 
@@ -35,7 +36,7 @@ class Result:
     seed: int
     violation: str
     injected: Counter[str]
-    simulated_s: float
+    trained_s: float
     bound_s: float
 
 
@@ -47,7 +48,7 @@ class Bench:
         self._subjects: dict[str, Subject] = {}
         torch.set_num_threads(1)
 
-    def run(self, seed: int, log: Observer | None = None) -> Result:
+    def run(self, seed: int, log: EventLog | None = None) -> Result:
         """One seed, from draws to verdict. Raises only what the user asked for (Ctrl-C)."""
         options = draw_options(seed)
         if options.kind not in self._subjects:
@@ -66,8 +67,7 @@ class Bench:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(place.filename).name}:{place.lineno} {place.name}"
                 violation = f"{type(error).__name__} at {where}: {error}"
-        finished_s = float(world.env.now)
-        return Result(seed, violation, world.wire.injected, finished_s, world.bound_s)
+        return Result(seed, violation, world.wire.injected, world.trained_s, world.bound_s)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -11,9 +13,9 @@ import matplotlib as mpl
 import numpy as np
 
 from backends.files import replacing
-from scenarios.answers import Answer, Row, of, varying, words_of
+from scenarios.answers import Answer, Row, of, relative, varying, words_of
 from scenarios.quantities import Value
-from scenarios.setting import KEYS, SettingError, shown
+from scenarios.setting import KEYS, SettingError, profile_of, shown
 from scenarios.study import Study
 
 mpl.use("Agg")
@@ -34,7 +36,8 @@ def plot_study(path: Path, study: Study, rows: Sequence[Row], answer: Answer) ->
         figure = _lines(study, good, knob, answer)
     else:
         figure = _maps(study, good, knobs, answer)
-    figure.suptitle(fill(answer.headline, 100), fontsize=15, fontweight="bold")
+    width = int(7.4 * figure.get_figwidth())
+    figure.suptitle(fill(answer.headline, width), fontsize=15, fontweight="bold")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
@@ -43,17 +46,19 @@ def plot_study(path: Path, study: Study, rows: Sequence[Row], answer: Answer) ->
 def _facts(study: Study, rows: Sequence[Row], left_out: Sequence[str]) -> str:
     """What stays the same in a picture, for its small print."""
     row = rows[0]
-    told = ["model", "gpu", "workers", "owners", "owner-device", "bandwidth", "site-bandwidth"]
-    told += ["rtt", "lanes", "tokens", "sites", "placement", "far-rtt"]
-    if row["sites"] == 1:
-        told.remove("far-rtt")
+    told = ["model", "gpu", "owner-device", "workers", "owners", "lanes", "tokens", "bandwidth"]
+    told += ["rtt", "site-bandwidth", "sites", "placement"]
     if row["workers"] == 1:
         told = [knob for knob in told if knob not in ("sites", "placement", "workers")]
-    parts = [
-        f"{knob} {shown(knob, of(row, knob))}"
-        for knob in told
-        if knob not in left_out and len({of(r, knob) for r in rows}) == 1
-    ]
+    parts = []
+    for knob in told:
+        if knob in left_out or len({of(r, knob) for r in rows}) > 1:
+            continue
+        text = f"{knob} {shown(knob, of(row, knob))}"
+        if knob in ("gpu", "owner-device"):
+            measured = profile_of(str(of(row, knob))).origin.kind == "measured"
+            text += " (measured)" if measured else " (data sheet, not measured)"
+        parts.append(text)
     return "simulated: " + ", ".join(parts)
 
 
@@ -73,8 +78,9 @@ def _lines(study: Study, rows: Sequence[Row], knob: str, answer: Answer) -> Figu
             height = [row[name] for row in rows]
             axes.plot(at, height, "o-", color=colour, linewidth=2.2, markersize=5)
             axes.annotate(
-                label, (at[-1], height[-1]), xytext=(8, 0), textcoords="offset points",
-                color=colour, va="center", fontsize=11, annotation_clip=False,
+                label, (at[-1], height[-1]), xytext=(8, 9 if colour == series[0][1] else -9),
+                textcoords="offset points", color=colour, va="center", fontsize=11,
+                annotation_clip=False,
             )  # fmt: skip
         _scale(axes, knob, at, values, numeric)
         axes.spines[["top", "right"]].set_visible(False)
@@ -107,52 +113,100 @@ def _note_limit(study: Study, axes: Axes, rows: Sequence[Row], at: Sequence[Any]
 def _scale(
     axes: Axes, knob: str, at: Sequence[Any], values: Sequence[Value], numeric: bool
 ) -> None:
-    axes.set_xlabel(knob)
-    if numeric and min(at) > 0 and max(at) / min(at) > 8:
+    axes.set_xlabel(_axis(knob))
+    if numeric and len(at) > 2 and _geometric(at):
         axes.set_xscale("log")
         axes.minorticks_off()
     axes.set_xticks(at, [shown(knob, value) for value in values])
+
+
+def _geometric(values: Sequence[float]) -> bool:
+    """Whether ratios of neighbours are more alike than their distances."""
+    if min(values) <= 0:
+        return False
+    ratios = [math.log(b / a) for a, b in pairwise(sorted(values))]
+    gaps = [b - a for a, b in pairwise(sorted(values))]
+    return float(np.std(ratios) / np.mean(ratios)) < float(np.std(gaps) / np.mean(gaps))
+
+
+def _axis(knob: str) -> str:
+    """A knob's name and meaning, for an axis."""
+    return f"{knob} ({KEYS[knob].meaning.partition(',')[0]})"
 
 
 # --- heat maps ------------------------------------------------------------------------------------
 
 
 def _maps(study: Study, rows: Sequence[Row], knobs: Sequence[str], answer: Answer) -> Figure:
-    """A heat map of two knobs; a panel for each value of a third; others at their best."""
+    """A heat map of two knobs; a panel for each value of a third; others at their best.
+
+    With `against` in the study's plot section: the last value of that knob against its first.
+    """
     value = str(study.plot.get("value", study.answer.get("value", "tokens_per_s_owner")))
-    words, unit, more, _ = words_of(value)
+    against = study.plot.get("against")
+    what = _meaning(study, value, against)
+    if against is not None:
+        rows = [r for r in relative(study, rows, against, value)
+                if of(r, against) == study.sweep[against][-1]]  # fmt: skip
+        knobs = [knob for knob in knobs if knob != against]
     x, y, panel = _axes_of(study, knobs)
     rest = [knob for knob in knobs if knob not in (x, y, panel)]
     fixed = {knob: _at(study, knob, answer) for knob in rest}
     kept = [row for row in rows if all(of(row, k) == v for k, v in fixed.items())]
     panels = list(study.sweep[panel])[:PANELS_MAX] if panel else [None]
-    across = len(study.sweep[x])
-    width = max(4.6, 0.95 * across + 1.6)
-    height = 0.62 * len(study.sweep[y]) + 2.6
-    columns = min(len(panels), max(1, int(18 // width)))
-    lines = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(max(8.0, width * columns), height * lines + 0.8),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    figure, grid = _grid(len(panels), len(study.sweep[x]), len(study.sweep[y]))
     numbers = [row[value] for row in kept]
-    limits = (min(numbers), max(numbers))
-    for axes, choice in zip(grid.flat, panels, strict=False):
+    shades = _shades(min(numbers), max(numbers))
+    form = "+.1%" if against is not None else words_of(value)[3]
+    for axes, choice in zip(grid, panels, strict=False):
         chosen = [row for row in kept if panel is None or of(row, panel) == choice]
-        _map(axes, study, chosen, (x, y), value, limits, answer.mark)
+        mark = answer.mark if panel is None or answer.mark.get(panel) == choice else {}
+        _map(axes, study, chosen, (x, y), value, form, shades, mark)
         if panel is not None and choice is not None:
             axes.set_title(f"{panel} {shown(panel, choice)}", fontsize=12)
-    for axes in list(grid.flat)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    better = "darker is better" if more else "darker is worse"
-    what = f"{words}, {unit}" if unit else words
     note = "".join(f", {knob} {shown(knob, v)}" for knob, v in fixed.items())
-    facts = fill(_facts(study, kept, [x, y, *rest]) + note, int(11 * figure.get_figwidth()))
-    figure.supxlabel(
-        f"in the cells: {what} ({better})\n{facts}",
-        fontsize=10, color="#555555",
-    )  # fmt: skip
+    facts = _facts(study, kept, [x, y, *rest, *([against] if against else [])])
+    text = fill(facts + note, int(11 * figure.get_figwidth()))
+    figure.supxlabel(f"in the cells: {what}\n{text}", fontsize=10, color="#444444")
     return figure
+
+
+def _meaning(study: Study, value: str, against: str | None) -> str:
+    """What the numbers in the cells are."""
+    words, unit, more, _ = words_of(value)
+    if against is not None:
+        first, last = (shown(against, study.sweep[against][i]) for i in (0, -1))
+        return f"change of the {words} with {against} {last} instead of {first}"
+    better = "darker is better" if more else "darker is worse"
+    best = "; bold: the best" if study.answer.get("kind") != "against" else ""
+    return f"{words}, {unit} ({better}{best})"
+
+
+def _grid(panels: int, across: int, down: int) -> tuple[Figure, list[Axes]]:
+    """A figure with room for so many panels of so many cells."""
+    width, height = max(4.6, 0.95 * across + 1.6), 0.62 * down + 1.2
+    columns = min(panels, max(1, int(20 // width)))
+    if panels > columns:  # even rows
+        columns = -(-panels // (-(-panels // columns)))
+    lines = -(-panels // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(max(9.0, width * columns), height * lines + 1.8),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    return figure, list(grid.flat)
+
+
+def _shades(low: float, high: float) -> Callable[[Any], Any]:
+    """Figures to darkness, 0 to 1."""
+    if low > 0 and high > 8 * low:  # in proportion, or the small ones would all look alike
+        return lambda numbers: np.log(np.asarray(numbers) / low) / math.log(high / low)
+    if low < 0:  # changes: the further from none, the darker
+        most = max(-low, abs(high))
+        return lambda numbers: np.abs(np.asarray(numbers)) / most
+    span = high - low if high > low else 1.0
+    return lambda numbers: (np.asarray(numbers) - low) / span
 
 
 def _axes_of(study: Study, knobs: Sequence[str]) -> tuple[str, str, str | None]:
@@ -182,33 +236,35 @@ def _at(study: Study, knob: str, answer: Answer) -> Value:
 
 
 def _map(
-    axes: Axes, study: Study, rows: Sequence[Row], knobs: tuple[str, str], value: str,
-    limits: tuple[float, float], mark: Mapping[str, Value],
+    axes: Axes, study: Study, rows: Sequence[Row], knobs: tuple[str, str], value: str, form: str,
+    shades: Callable[[Any], Any], mark: Mapping[str, Value],
 ) -> None:  # fmt: skip
     x, y = knobs
+    focus = {k: KEYS[k].form.read(str(v)) for k, v in study.answer.get("at", {}).items()}
     columns, lines = study.sweep[x], study.sweep[y]
     cells = np.full((len(lines), len(columns)), np.nan)
     for row in rows:
         cells[lines.index(of(row, y)), columns.index(of(row, x))] = row[value]
-    low, high = limits
-    # In proportion where the figures span decades, or the small ones would all look alike.
-    norm = mpl.colors.LogNorm(low, high) if low > 0 and high > 8 * low else (
-        mpl.colors.Normalize(low, high if high > low else low + 1)
-    )  # fmt: skip
-    axes.imshow(cells, cmap="Blues", norm=norm, aspect="auto")
-    form = words_of(value)[3]
+    axes.imshow(shades(cells), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in np.ndindex(cells.shape):
         number = cells[i, j]
         text = "none" if np.isnan(number) else f"{number:{form}}".replace("%", " %")
-        dark = not np.isnan(number) and norm(number) > 0.55
+        dark = not np.isnan(number) and float(shades(number)) > 0.55
         best = (mark.get(x), mark.get(y)) == (columns[j], lines[i])
         axes.text(
             j, i, text, ha="center", va="center", color="white" if dark else "#222222",
-            fontweight="bold" if best else "normal", fontsize=11,
+            fontweight="bold" if best else "normal", fontsize=13 if best else 11,
         )  # fmt: skip
     axes.set_xticks(range(len(columns)), [shown(x, v) for v in columns])
     axes.set_yticks(range(len(lines)), [shown(y, v) for v in lines])
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(_axis(x))
+    axes.set_ylabel(fill(_axis(y), 8 * len(lines)))
+    if x in focus and focus[x] in columns:
+        axes.add_patch(
+            mpl.patches.Rectangle(
+                (columns.index(focus[x]) - 0.5, -0.5), 1, len(lines),
+                fill=False, edgecolor=ORANGE, linewidth=3, clip_on=False,
+            )
+        )  # fmt: skip
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

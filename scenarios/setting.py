@@ -118,6 +118,7 @@ _RATE = Form(quantities.bandwidth_bps, quantities.show_bandwidth)  # type: ignor
 _TIME = Form(quantities.duration_s, quantities.show_duration)  # type: ignore[arg-type]
 _PART = Form(quantities.fraction, quantities.show_fraction)  # type: ignore[arg-type]
 _WORD = Form(str, numeric=False)
+_DEVICE = Form(str, lambda choice: device_name(str(choice)), numeric=False)
 
 KEYS: dict[str, Key] = {
     "model": Key("model", _WORD, f"one of {', '.join(MODELS)}"),
@@ -128,8 +129,8 @@ KEYS: dict[str, Key] = {
     "workers": Key("workers", _COUNT, "GPUs"),
     "sites": Key("sites", _COUNT, "places the GPUs are in, 1 or 2"),
     "placement": Key("placement", _WORD, f"of layers on GPUs: {', '.join(CHOICES['placement'])}"),
-    "gpu": Key("gpu", _WORD, "device profile of a worker, or a JSON file"),
-    "owner-device": Key("owner_device", _WORD, "device profile of an owner, or a JSON file"),
+    "gpu": Key("gpu", _DEVICE, "device profile of a worker, or a JSON file"),
+    "owner-device": Key("owner_device", _DEVICE, "device profile of an owner, or a JSON file"),
     "bandwidth": Key("bandwidth_bps", _RATE, "of each owner's line"),
     "site-bandwidth": Key("site_bps", _RATE, "of each site's line"),
     "rtt": Key("rtt_s", _TIME, "round trip from an owner to the GPUs"),
@@ -314,6 +315,7 @@ def figures(setting: Setting, result: WorldResult, prices: Prices) -> dict[str, 
     """What a simulated world tells. Bytes and tokens are an owner's; GB are 10^9 bytes.
 
     step_p50_s, step_p99_s  over all owners' counted steps
+    *_busy                  part of a line's capacity in use; of a site's, the fuller direction's
     path_*                  parts of the first owner's steps on their critical path, sum 1
     """
     durations = [step.duration_s for step in result.steps]
@@ -335,6 +337,14 @@ def figures(setting: Setting, result: WorldResult, prices: Prices) -> dict[str, 
         "tokens_per_s_owner": per_owner,
         "tokens_per_s_gpu": per_owner * setting.owners / setting.workers,
         "gpu_utilisation": result.utilisation,
+        "line_up_busy": per_owner * up / tokens * 8 / setting.bandwidth_bps,
+        "line_down_busy": per_owner * down / tokens * 8 / setting.bandwidth_bps,
+        "site_busy": per_owner
+        * setting.owners
+        * max(up, down)
+        / tokens
+        * 8
+        / (setting.site_bps * setting.sites),
         "gb_up_per_step": up / 1e9,
         "gb_down_per_step": down / 1e9,
         "gb_per_step": (up + down) / 1e9,

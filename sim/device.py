@@ -110,8 +110,9 @@ class DeviceProfile:
     cores        processors that tasks share; 1.0 for a GPU, where a task takes all of it
     rates        operations per second of a task alone on the device, by kind of operation
     bytes_per_s  memory bandwidth
-    overhead_s   seconds per launch, by kind of task; they keep one core busy
-    width        cores that a task of a kind keeps busy beyond its overhead (default: all)
+    overhead_s   seconds per launch, by kind of task
+    width        cores that a task of a kind keeps from others (default: all), and those that
+                 any overhead does, under "overhead" (default: one)
     """
 
     name: str
@@ -143,7 +144,8 @@ class DeviceProfile:
     def cost(self, work: Work, task: str) -> tuple[float, float]:
         """(seconds alone on the device, cores it keeps busy, averaged over that time)."""
         busy, overhead = self._busy(work), self._overhead(work, task)
-        wide, narrow = self.width.get(task, self.cores), min(1.0, self.cores)
+        wide = self.width.get(task, self.cores)
+        narrow = self.width.get("overhead", min(1.0, self.cores))
         total = busy + overhead
         demand = (busy * wide + overhead * narrow) / total if total > 0 else narrow
         return total, min(demand, self.cores)

@@ -27,6 +27,12 @@ _LENGTH_AT = 24
 LIES = ("zeros", "random bytes", "another request's product", "one value", "stale product")
 
 
+def after(env: simpy.Environment, seconds: float, action: Callable[[], None]) -> None:
+    """Do something later, in simulated time."""
+    event = env.timeout(seconds)
+    event.callbacks.append(lambda _: action())
+
+
 @dataclass(frozen=True)
 class Window:
     """Something that holds for one worker between two times; `factor` is the slow-down."""
@@ -66,6 +72,7 @@ class FaultPlan:
     latency_s       (least, most) one-way delay of a frame when all is well
     delay_s         (least, most) of a delayed frame, and of the second copy of a doubled one
     one_way         partitions that stop frames to the worker only
+    connections_lost  told to the owner alone (delta_s > 1/3), the worker alone (< -1/3), or both
     crashes_s       times at which the owner's process dies
     crash_steps     steps after whose application, before any checkpoint, it dies
     restart_s       how long the owner is down
@@ -95,7 +102,7 @@ class FaultPlan:
     restart_s: float = 0.1
 
     @property
-    def stop_jumps_s(self) -> float:
+    def jumped_s(self) -> float:
         """By how much the owner's clock may be late once the faults have stopped."""
         return sum(abs(moment.delta_s) for moment in self.jumps)
 
@@ -189,7 +196,7 @@ def draw_plan(rng: random.Random, workers: Sequence[str], steps: int) -> FaultPl
         one_way=draw.windows(0.2, 2),
         slow=draw.windows(0.3, 2, factor=rng.uniform(5.0, 60.0)),
         worker_crashes=draw.moments(0.5, 3),
-        connections_lost=draw.moments(0.3, 2),
+        connections_lost=draw.moments(0.3, 2, spread_s=1.0),
         jumps=draw.moments(0.3, 3, spread_s=0.5),
         liars=tuple(liars),
         crashes_s=tuple(sorted(draw.time() for _ in range(draw.count(0.4, 2)))),
@@ -250,8 +257,7 @@ class FaultyWire:
         self._later(wait_s, source, target, frame)
 
     def _later(self, wait_s: float, source: str, target: str, frame: bytes) -> None:
-        event = self.env.timeout(wait_s)
-        event.callbacks.append(lambda _: self.deliver(source, target, frame))
+        after(self.env, wait_s, lambda: self.deliver(source, target, frame))
 
 
 def corrupted(rng: random.Random, frame: bytes) -> bytes:

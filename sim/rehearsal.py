@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -158,7 +158,7 @@ class Rehearsal:
         self._cipher = MlweOwner(parameters, PublicMatrix(bytes(32), parameters.rank))
         self._worker = MlweWorker(parameters)
         self._matrices: list[OwnerMatrix] = []
-        self._loaded: list[object] = []
+        self._loaded: list[Any] = []
         rng = np.random.default_rng(0)
         for group in skeleton.groups:
             weight = rng.integers(-127, 128, (group.total_out, group.in_features), np.int8)
@@ -272,7 +272,8 @@ class Rehearsal:
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
             return encrypted.payload.data, encrypted.sealed
         assert isinstance(task, Decrypt)
-        return self._cipher.decrypt(task.sealed, task.payload, self._matrices[task.matrix])
+        sealed: Any = task.sealed
+        return self._cipher.decrypt(sealed, task.payload, self._matrices[task.matrix])
 
     def _multiply(self, task: Task) -> object:
         assert isinstance(task, MultiplyCiphertext)

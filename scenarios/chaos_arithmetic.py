@@ -1,0 +1,124 @@
+"""The arithmetic of a chaos run: ciphers under watch, honest products, and believable lies."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.he.clear import ClearOwner, ClearWorker
+from backends.he.entropy import SeededEntropy
+from backends.he.interface import OwnerCipher, OwnerMatrix, WorkerCipher
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from protocol.catalogue import Catalogue
+from protocol.events import MultiplyCiphertext
+from scenarios.chaos_checks import Secrets, require
+from scenarios.chaos_model import Subject
+
+_MLWE_ERROR_MOST = 5e-4
+"""Of a delivered value, relative to its bound by Cauchy-Schwarz. The cipher errs by a few 1e-5."""
+
+
+class WatchedEntropy(SeededEntropy):
+    """Seeded, and every key is shown to the checks."""
+
+    def __init__(self, seed: int, secrets: Secrets) -> None:
+        super().__init__(seed)
+        self._secrets = secrets
+
+    def fresh_key(self) -> bytes:
+        key = super().fresh_key()
+        self._secrets.key_drawn(key)
+        return key
+
+
+class Arithmetic:
+    """One model under one cipher, both sides of it.
+
+    catalogue   what owner and workers agree on
+    """
+
+    def __init__(self, subject: Subject, cipher: str, seed: int, secrets: Secrets) -> None:
+        self.encrypted = cipher == "mlwe"
+        self._subject = subject
+        self._prepared = subject.prepared[cipher]
+        self._seed = seed
+        self._secrets = secrets
+        self.matrices: list[OwnerMatrix] = self._prepared.owner_matrices()
+        self.catalogue: Catalogue = self._prepared.catalogue(self.owner_cipher(0))
+        parameters = self._prepared.parameters
+        self._worker: WorkerCipher = ClearWorker() if parameters is None else MlweWorker(parameters)
+        self._operands = [
+            self._worker.load(weight, forward)
+            for weight in subject.weights
+            for forward in (True, False)
+        ]
+
+    def owner_cipher(self, incarnation: int) -> OwnerCipher:
+        """The owner's half for one life of its process; every answer will be checked."""
+        text = f"{self._seed}:{incarnation}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        entropy = WatchedEntropy(seed, self._secrets)
+        parameters = self._prepared.parameters
+        cipher: OwnerCipher
+        if parameters is None:
+            cipher = ClearOwner(entropy)
+        else:
+            cipher = MlweOwner(parameters, self._prepared.public_matrix(), entropy)
+        for index, matrix in enumerate(self.matrices):
+            cipher.guard(matrix, self._subject.weights[index // 2], forward=index % 2 == 0)
+        return cipher
+
+    def require_right(self, matrix: int, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+        """Raise Violation unless y is x times the matrix: bit by bit in clear."""
+        right = self._subject.product(matrix, x)
+        if not self.encrypted:
+            require(y.tobytes() == right.tobytes(), "a lane was given a wrong product")
+            return
+        facts = self.matrices[matrix]
+        size = np.linalg.norm(x * facts.in_scale, axis=1) * facts.plan.max_norm
+        error = (np.abs(y - right) / facts.out_scale).max(axis=1)
+        close = bool((error <= _MLWE_ERROR_MOST * size).all())
+        require(close, "a lane was given a wrong product")
+
+    def multiply(self, work: MultiplyCiphertext) -> bytes:
+        """The honest product."""
+        operand = self._operands[work.matrix]
+        return self._worker.multiply(work.payload, work.tokens, operand).tobytes()
+
+    def is_wrong(self, work: MultiplyCiphertext, right: bytes, told: bytes) -> bool:
+        """Whether an answer differs by more than any rounding could."""
+        if self.encrypted or told == right:
+            return told != right
+        facts = self.catalogue.matrices[work.matrix]
+        x = np.frombuffer(work.payload, np.float32).reshape(-1, facts.in_features)
+        mine = np.frombuffer(right, np.float32).reshape(len(x), -1).astype(np.float64)
+        other = np.frombuffer(told, np.float32).reshape(len(x), -1).astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            far = np.abs(mine - other).max(axis=1)
+        # Four times a bound on the rounding of all outputs together.
+        bound = 2.0**-21 * facts.in_features * np.abs(x) @ self._column_sums(work.matrix)
+        return not bool((far <= bound).all())
+
+    def nudged(self, rng: random.Random, matrix: int, product: bytes) -> bytes:
+        """A product with one value changed, by little but more than a check may tolerate."""
+        outputs = self.catalogue.matrices[matrix].out_features
+        if self.encrypted:
+            values = np.frombuffer(product, "<u2").copy()
+            tolerated = int(min(outputs / 2, 8 * (outputs / 12) ** 0.5)) + 2
+            step = rng.randint(3 * tolerated, 40 * tolerated) * rng.choice((-1, 1))
+            place = rng.randrange(len(values))
+            values[place] = (int(values[place]) + step) % (1 << 16)
+            return values.tobytes()
+        floats = np.frombuffer(product, np.float32).copy()
+        place = rng.randrange(len(floats))
+        floats[place] += np.float32(rng.uniform(0.01, 1.0) * np.abs(floats).max())
+        return floats.tobytes()
+
+    def _column_sums(self, matrix: int) -> NDArray[np.float64]:
+        weight = self._subject.weights[matrix // 2]
+        sizes: NDArray[np.float64] = np.abs(weight.astype(np.float64))
+        return sizes.sum(axis=matrix % 2)
