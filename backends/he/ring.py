@@ -9,7 +9,9 @@ reductions, and 8*128 butterflies. The slow definition of the same is in `refere
 
 Bounds, for q < 2^31 and rank <= 8:
   * |sum of rank products of centred residues| < 8 * (q/2)^2 < 2^63;
-  * Montgomery: |(acc - t*q) >> 32| < q, so one conditional add makes it canonical;
+  * Montgomery: acc and t*q agree in their low halves, and |acc >> 32| < q, |t*q >> 32| <= q/2.
+    Their difference is within +-1.5 q and need not even fit 64 bits, so each high half is made
+    canonical by a conditional add of its own, and so is their difference;
   * Shoup: x*w - floor(x*w'/2^32)*q < 2q for every 32-bit x, so one conditional subtract does.
 The conditional add and subtract are unsigned minima, hence free of branches and of
 secret-dependent timing.

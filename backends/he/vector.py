@@ -172,9 +172,12 @@ def slot_product(rank: int) -> Callable[..., None]:
                 s8 = e.broadcast(s, _V8)
                 even = builder.add(even, builder.mul(e.low_signed(row), s8))
                 odd = builder.add(odd, builder.mul(builder.ashr(row, _SPLAT_32), s8))
-            reduced = [_montgomery(e, half) for half in (even, odd)]
-            value = e.add_q_if_negative(e.join_high(*reduced))
-            e.store(value, result, lane0)
+            multiples = [_multiple_of_q(e, half) for half in (even, odd)]
+            # Both high halves are within +-q; their difference need not be, nor fit 32 bits.
+            sums, taken = (
+                e.add_q_if_negative(e.join_high(*halves)) for halves in ((even, odd), multiples)
+            )
+            e.store(e.add_q_if_negative(builder.sub(sums, taken)), result, lane0)
             return context.get_dummy_value()
 
         return signature, build
@@ -182,10 +185,12 @@ def slot_product(rank: int) -> Callable[..., None]:
     return product
 
 
-def _montgomery(e: _Emit, acc: Any) -> Any:
-    """acc - t*q with t = acc/q mod 2^32: a multiple of 2^32 whose high half is acc*2^-32 mod q."""
+def _multiple_of_q(e: _Emit, acc: Any) -> Any:
+    """t*q with t = acc/q mod 2^32: its low half is that of acc, so the difference of the high
+    halves is acc*2^-32 mod q (Montgomery).
+    """
     factor = e.b.mul(e.b.and_(acc, _SPLAT_LOW), _splat(_V8, _Q_INVERSE))
-    return e.b.sub(acc, e.b.mul(e.low_signed(factor), _splat(_V8, NTT_PRIME)))
+    return e.b.mul(e.low_signed(factor), _splat(_V8, NTT_PRIME))
 
 
 @intrinsic
