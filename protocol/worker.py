@@ -15,7 +15,7 @@ In sync with: owner.py (the other side), messages.py, docs/protocol.md (drawn fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from protocol.catalogue import Catalogue
@@ -106,7 +106,6 @@ class WorkerConfig:
 class _Session:
     id: bytes = b""
     state: State = State.ABSENT
-    working: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,6 @@ class Worker:
         session = self._sessions.get(job.peer)
         if session is None or session.id != job.session:
             return []
-        session.working.discard(job.request)
         return self._step(job.peer, session, kind, job, result)
 
     def _step(self, peer: str, session: _Session, kind: Input, *detail: object) -> list[Effect]:
@@ -221,9 +219,7 @@ class Worker:
         if peer not in self._sessions and len(self._sessions) >= self._config.max_peers:
             session.state = State.ABSENT
             return [Send(peer, encode(Refuse(hello.session, 0, Reason.BUSY)))]
-        if session.id != hello.session:
-            session.id = hello.session
-            session.working.clear()
+        session.id = hello.session
         self._sessions[peer] = session
         welcome = Welcome(
             hello.session,
@@ -252,14 +248,15 @@ class Worker:
         return [Send(peer, encode(Farewell(bye.session)))]
 
     def _compute(self, peer: str, session: _Session, message: Multiply) -> list[Effect]:
-        if message.request in session.working:
+        job = _Job(peer, session.id, message.request, message.matrix, message.tokens)
+        # Tasks outlive sessions: a peer that comes back under the same one finds its work going on.
+        if job in self._jobs.values():
             return [Dropped(peer, "duplicate of a request in work")]
         reason = self._fault_of(peer, message)
         if reason is not None:
             return [Send(peer, encode(Refuse(message.session, message.request, reason)))]
         task, self._next_task = self._next_task, self._next_task + 1
-        self._jobs[task] = _Job(peer, session.id, message.request, message.matrix, message.tokens)
-        session.working.add(message.request)
+        self._jobs[task] = job
         work = MultiplyCiphertext(message.matrix, message.tokens, message.payload)
         return [RunTask(task, work)]
 

@@ -151,9 +151,9 @@ def single(options: argparse.Namespace) -> int:
         tell(result)
     elif not options.trace_hash:
         print(
-            f"no violation; trained at {result.trained_s:.2f} simulated seconds, faults until "
-            f"{draw_options(options.seed).plan.stop_s:.2f}, stated bound {result.bound_s:.1f} after "
-            f"them; injected: {faults(result.injected)}"
+            f"no violation; trained at {result.trained_s:.2f} simulated seconds, last fault by "
+            f"{draw_options(options.seed).plan.stop_s:.2f}, stated bound {result.bound_s:.2f} later"
+            f"\ninjected: {faults(result.injected)}"
         )
     record.write(
         options.json,

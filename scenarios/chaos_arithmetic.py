@@ -18,7 +18,7 @@ from protocol.events import MultiplyCiphertext
 from scenarios.chaos_checks import Secrets, require
 from scenarios.chaos_model import Subject
 
-_MLWE_ERROR_MOST = 5e-4
+_MLWE_ERROR_MOST = 2e-4
 """Of a delivered value, relative to its bound by Cauchy-Schwarz. The cipher errs by a few 1e-5."""
 
 

@@ -29,6 +29,7 @@ from protocol.events import (
     Event,
     FrameArrived,
     MultiplyCiphertext,
+    PeerLost,
     Retired,
     RunTask,
     Send,
@@ -351,6 +352,9 @@ class WorkerWatch:
         """One event, and all that the machine asked for in return."""
         if isinstance(event, TaskDone | TaskFailed):
             self._in_work.pop(event.task, None)
+        if isinstance(event, PeerLost):
+            # What the session had in work ends unheard; the next session starts with nothing.
+            self._in_work.clear()
         if isinstance(event, FrameArrived) and read(event.frame) is None:
             self._malformed(effects)
         for effect in effects:

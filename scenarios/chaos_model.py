@@ -51,14 +51,11 @@ LLAMA = LlamaConfig(
 class _Adapted(nn.Module):
     """A remote linear with a LoRA adapter beside it."""
 
-    def __init__(self, base: RemoteLinear, generator: torch.Generator) -> None:
+    def __init__(self, base: RemoteLinear) -> None:
         super().__init__()
         self.base = base
-        # Both factors start away from zero, so that every parameter has a gradient at once.
         self.a = nn.Parameter(torch.empty(RANK, base.in_features))
         self.b = nn.Parameter(torch.empty(base.out_features, RANK))
-        for part in (self.a, self.b):
-            nn.init.normal_(part, std=0.2, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + functional.linear(functional.linear(x, self.a), self.b)
@@ -69,14 +66,13 @@ class PlainModel(nn.Module):
 
     def __init__(self, remote: Remote) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
         self.embedding = nn.Parameter(
             SOURCE.get("embedding", torch.Size((VOCABULARY, HIDDEN))), requires_grad=False
         )
         self.gain = nn.Parameter(torch.ones(HIDDEN))
 
         def linear(name: str, inputs: int, outputs: int) -> _Adapted:
-            return _Adapted(RemoteLinear(remote, name, inputs, outputs, torch.float32), generator)
+            return _Adapted(RemoteLinear(remote, name, inputs, outputs, torch.float32))
 
         self.gate = linear("gate", HIDDEN, INNER)
         self.up = linear("up", HIDDEN, INNER)
@@ -132,6 +128,11 @@ class Subject:
                 directory / kind / cipher, groups, weight, parameters, lambda label, done: None
             )
         self.parameters = trainable(self.model)
+        # Away from zero, where AdamW would turn the cipher's noise into steps of full size.
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters.values():
+            if parameter.dim() == 2:  # the adapters' factors
+                nn.init.normal_(parameter, std=0.2, generator=generator)
         self._initial = self.snapshot()
         self.weights = [np.array(w) for w in self.prepared["clear"].worker_weights()]
         self.matrices = self.prepared["clear"].owner_matrices()

@@ -49,6 +49,7 @@ from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record, simulated
 from scenarios.cli import clean_exit
 from scenarios.preparation import default_cache, prepared_for
+from scenarios.real_trace import RealTrace
 from scenarios.session import PrivateSession, Usage, private_session, train_with_bar
 
 LLAMA_3_2_1B = LlamaConfig(
@@ -239,15 +240,24 @@ class Run:
         )
         model, trainer = make_trainer(args, setup, prepared, "private")
         peer = ClearPeer(argv) if args.compare_clear else None
-        with private_session(setup.skeleton, prepared, args.lanes) as session:
-            self._train(trainer, session, peer)
+        trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
+        with private_session(setup.skeleton, prepared, args.lanes, trace) as session:
+            self._train(trainer, session, peer, trace)
+        if trace is not None:
+            trace.write(args.trace, f"real run: {setup.source.describe()}, {args.lanes} lane(s)")
         adapter = args.out / ("adapter-comparison" if args.compare_clear else "adapter")
         save_adapter(model, adapter, setup.base_name)
         if peer is not None:
             peer.close()
         return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
 
-    def _train(self, trainer: Trainer, session: PrivateSession, peer: ClearPeer | None) -> None:
+    def _train(
+        self,
+        trainer: Trainer,
+        session: PrivateSession,
+        peer: ClearPeer | None,
+        trace: RealTrace | None,
+    ) -> None:
         last = session.usage()
 
         def on_step(step: int, loss: float) -> None:
@@ -258,7 +268,7 @@ class Run:
             if peer is not None:
                 self.clear.append(peer.step())
 
-        train_with_bar(trainer, "private (encrypted)", on_step)
+        train_with_bar(trainer, "private (encrypted)", on_step, trace)
 
     def _figures(self, setup: Setup, trainer: Trainer, prepare_s: float) -> dict[str, Any]:
         args = self.args
@@ -347,6 +357,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "(runs/llama1b-sim)")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
+    add("--trace", type=Path, metavar="FILE",
+        help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
     add("--clear-peer", action="store_true", help=argparse.SUPPRESS)
     record.add_json_option(parser)
     simulated.add_options(parser)

@@ -38,6 +38,7 @@ from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from scenarios import record, report
 from scenarios.cli import clean_exit
 from scenarios.preparation import default_cache, prepared_for
+from scenarios.real_trace import RealTrace
 from scenarios.session import private_session, train_with_bar
 
 BASE = Path(__file__).parent / "assets" / "tiny-llama"
@@ -131,9 +132,10 @@ class Quickstart:
         trainer = self._trainer(
             model, "private", lanes=self.args.lanes, forget_lane=skeleton.remote.forget_lane
         )
-        with private_session(skeleton, self.prepared, self.args.lanes) as session:
+        trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
+        with private_session(skeleton, self.prepared, self.args.lanes, trace) as session:
             before, done_before = session.usage(), trainer.progress.step
-            losses = train_with_bar(trainer, "private (encrypted)")
+            losses = train_with_bar(trainer, "private (encrypted)", trace=trace)
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = evaluate(model, self.text.held_out, 4)
@@ -251,6 +253,8 @@ def main() -> None:
     add("--out", type=Path, default=Path("runs/quickstart"), help="report, adapter, checkpoints")
     add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
     add("--fresh", action="store_true", help="start over instead of resuming")
+    add("--trace", type=Path, metavar="FILE",
+        help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
     record.add_json_option(parser)
     args = parser.parse_args()
     with clean_exit():

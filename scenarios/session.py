@@ -13,10 +13,12 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
 from backends.net.inprocess import in_process
+from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer
+from scenarios.real_trace import RealTrace
 
 
 @dataclass
@@ -68,9 +70,12 @@ class PrivateSession:
 
 @contextmanager
 def private_session(
-    skeleton: Skeleton, prepared: PreparedModel, lanes: int
+    skeleton: Skeleton, prepared: PreparedModel, lanes: int, trace: RealTrace | None = None
 ) -> Iterator[PrivateSession]:
-    """Connects the skeleton's remote linears to an in-process worker under real encryption."""
+    """Connects the skeleton's remote linears to an in-process worker under real encryption.
+
+    trace  is told who did what when
+    """
     assert prepared.parameters is not None
     owner = MlweOwner(prepared.parameters, prepared.public_matrix())
     weights = prepared.worker_weights()
@@ -78,7 +83,8 @@ def private_session(
         owner.guard(matrix, weights[index // 2], forward=index % 2 == 0)
     del weights
     worker = MlweWorker(prepared.parameters)
-    with in_process(prepared, owner, [worker], lanes=lanes) as (client, (server,)):
+    hooks = trace.hooks if trace else lambda side: Hooks()
+    with in_process(prepared, owner, [worker], lanes=lanes, hooks=hooks) as (client, (server,)):
         session = PrivateSession(owner, client, server)
         session.warm_up(prepared)
         with skeleton.remote.connected(client.linear):
@@ -89,6 +95,7 @@ def train_with_bar(
     trainer: Trainer,
     label: str,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
+    trace: RealTrace | None = None,
 ) -> list[float]:
     """Train under a live progress bar; returns the losses of all steps."""
     with tqdm(
@@ -102,6 +109,10 @@ def train_with_bar(
         def on_step(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(step - bar.n)
+            if trace is not None:
+                trace.step_ended(trainer.step_seconds[-1])
             after_step(step, loss)
 
+        if trace is not None:
+            trace.start()
         return trainer.train(on_step)

@@ -248,10 +248,10 @@ def _graph(setting: Setting) -> nx.Graph:
     )  # fmt: skip
 
 
-def _placement(setting: Setting, matrices: int) -> Placement:
+def _placement(setting: Setting, matrices: int) -> Placement | None:
     workers = [f"worker{i}" for i in range(setting.workers)]
     if setting.placement == "spread":
-        return Placement.everywhere(workers, matrices)
+        return None
     if setting.placement == "one":
         return Placement(((workers[0],),) * matrices)
     groups = matrices // 2  # matrices 2g and 2g + 1 are one group of layers

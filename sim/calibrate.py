@@ -5,8 +5,8 @@
 Small models of three widths take private training passes (see `sim.rehearsal`): the owner's
 layers, encrypting, multiplying and decrypting are timed where they happen, at 64 and 256 tokens,
 round after round, and the medians are fitted with rates, a bandwidth and overheads (see
-`sim.fitting`). Passes of four lanes at once then tell how much of the machine each kind of task
-keeps from the others. What the fit does not explain is printed beside it, case by case.
+`sim.fitting`). Passes of four lanes at once then tell how much of the machine a lane keeps from
+the others. What the fit does not explain is printed beside it, case by case.
 
 Measurements during which other processes were busy are left out, as far as enough others remain:
 a machine that does something else at the time cannot be measured. Takes about 40 seconds.
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
@@ -31,7 +31,6 @@ from backends.files import write_json
 from backends.he.params import Parameters, preset
 from backends.machine import busy_elsewhere_s, commit, machine
 from backends.threads import core_count
-from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
 from sim.rehearsal import Rehearsal, rehearsal
@@ -45,12 +44,15 @@ from sim.workload import (
     trace_step,
 )
 
+T = TypeVar("T")
+
 TOKENS = (64, 256)
 LANES = 4
-BUDGET_S = 30.0
+TASKS = {"encrypt": encrypt_work, "multiply": multiply_work, "decrypt": decrypt_work}
+BUDGET_S = 25.0
 """Seconds of measuring, after the set-up."""
-_MIN_ROUNDS = 3
-_DISTURBED = 0.15  # busy cores elsewhere from which on a measurement counts as disturbed
+MIN_ROUNDS = 3
+DISTURBED = 0.15  # busy cores elsewhere from which on a measurement counts as disturbed
 _STREAM_BYTES = 1 << 26
 
 
@@ -80,13 +82,18 @@ class Samples:
         """One more."""
         self.times.append((seconds, elsewhere))
 
+    @property
+    def undisturbed(self) -> int:
+        """How many of them nothing else disturbed."""
+        return sum(elsewhere <= DISTURBED for _, elsewhere in self.times)
+
     def quiet(self) -> list[float]:
         """Undisturbed times; the least disturbed half where there are too few."""
-        quiet = [seconds for seconds, elsewhere in self.times if elsewhere <= _DISTURBED]
-        if len(quiet) >= min(_MIN_ROUNDS, len(self.times)):
+        quiet = [seconds for seconds, elsewhere in self.times if elsewhere <= DISTURBED]
+        if len(quiet) >= min(MIN_ROUNDS, len(self.times)):
             return quiet
         ranked = sorted(self.times, key=lambda sample: sample[1])
-        return [seconds for seconds, _ in ranked[: max(_MIN_ROUNDS, len(ranked) // 2)]]
+        return [seconds for seconds, _ in ranked[: max(MIN_ROUNDS, len(ranked) // 2)]]
 
     @property
     def median(self) -> float:
@@ -102,9 +109,10 @@ class Model:
     rehearsed: Rehearsal
     workloads: dict[int, Workload]
     local: dict[int, Samples] = field(default_factory=lambda: defaultdict(Samples))
-    linear: dict[tuple[str, int, int], Samples] = field(
+    linear: dict[tuple[str, int, int, int], Samples] = field(
         default_factory=lambda: defaultdict(Samples)
     )
+    """By task, inputs, outputs and tokens."""
     crowd: dict[int, Samples] = field(default_factory=lambda: defaultdict(Samples))
     update: Samples = field(default_factory=Samples)
 
@@ -119,6 +127,7 @@ class Calibration:
         self.parameters = parameters or preset("standard")
         self.models: list[Model] = []
         self.stream = Samples()
+        self.rounds = 0
         self.disturbed = 0
         self.measured = 0
         self._stack = ExitStack()
@@ -139,55 +148,51 @@ class Calibration:
         self._stack.close()
 
     def round(self) -> None:
-        """Measure everything once."""
+        """Measure everything once; lanes together, which takes longest, every other time."""
+        self.rounds += 1
         for model in self.models:
             for tokens in TOKENS:
-                self._alone(model, tokens)
-                seconds, elsewhere = self._timed(
-                    lambda m=model, t=tokens: m.rehearsed.together(t, LANES)
-                )
-                model.crowd[tokens].add(seconds, elsewhere)
-        self.stream.add(*self._timed(lambda: _seconds(lambda: self._target.copy_(self._source))))
+                self._measure(model, tokens)
+        self.stream.add(*self.timed(self._copy))
 
-    def _timed(self, action: Callable[[], float]) -> tuple[float, float]:
-        """(seconds that the action reports, cores busy elsewhere while it ran)."""
+    def timed(self, action: Callable[[], T]) -> tuple[T, float]:
+        """(result of the action, cores busy elsewhere while it ran)."""
         start, elsewhere_s = time.perf_counter(), busy_elsewhere_s()
-        seconds = action()
+        result = action()
         elsewhere = (busy_elsewhere_s() - elsewhere_s) / (time.perf_counter() - start)
         self.measured += 1
-        self.disturbed += elsewhere > _DISTURBED
-        return seconds, elsewhere
+        self.disturbed += elsewhere > DISTURBED
+        return result, elsewhere
 
-    def _alone(self, model: Model, tokens: int) -> None:
-        start, elsewhere_s = time.perf_counter(), busy_elsewhere_s()
-        times = model.rehearsed.alone(tokens)
-        update_s = model.rehearsed.update()
-        elsewhere = (busy_elsewhere_s() - elsewhere_s) / (time.perf_counter() - start)
-        self.measured += 1
-        self.disturbed += elsewhere > _DISTURBED
-        expected = [
-            item.matrix for item in model.workloads[tokens].lane if isinstance(item, Linear)
-        ]
-        assert [matrix for matrix, *_ in times.linears] == expected, "the trace is of another pass"
+    def _copy(self) -> float:
+        start = time.perf_counter()
+        self._target.copy_(self._source)
+        return time.perf_counter() - start
+
+    def _measure(self, model: Model, tokens: int) -> None:
+        rehearsed, workload = model.rehearsed, model.workloads[tokens]
+        times, elsewhere = self.timed(lambda: rehearsed.alone(tokens))
+        asked = [item.matrix for item in workload.lane if isinstance(item, Linear)]
+        assert [matrix for matrix, *_ in times.linears] == asked, "the trace is of another pass"
         model.local[tokens].add(times.local, elsewhere)
-        model.update.add(update_s, elsewhere)
         for matrix, *phases in times.linears:
-            for task, seconds in zip(("encrypt", "multiply", "decrypt"), phases, strict=True):
-                model.linear[task, matrix, tokens].add(seconds, elsewhere)
+            shape = workload.matrices[matrix]
+            for task, seconds in zip(TASKS, phases, strict=True):
+                key = (task, shape.in_features, shape.out_features, tokens)
+                model.linear[key].add(seconds, elsewhere)
+        model.update.add(*self.timed(rehearsed.update))
+        if self.rounds % 2:
+            model.crowd[tokens].add(*self.timed(lambda: rehearsed.together(tokens, LANES)))
 
     def cases(self) -> list[Case]:
-        """The medians so far, to be fitted."""
+        """The medians so far, to be fitted; equal ones once."""
         stream = Work(bytes_moved=2.0 * _STREAM_BYTES, launches=1)
         found = [Case("copy of 64 MB", "update", (stream,), self.stream.median)]
         for model in self.models:
-            found.append(
-                Case(
-                    f"{model.name} update", "update", (model.workloads[TOKENS[0]].update,),
-                    model.update.median,
-                )
-            )  # fmt: skip
+            update = model.workloads[TOKENS[0]].update
+            found.append(Case(f"{model.name} update", "update", (update,), model.update.median))
             for tokens in TOKENS:
-                found += self._lane_cases(model, tokens)
+                found += {case.name: case for case in self._lane_cases(model, tokens)}.values()
         return found
 
     def crowds(self) -> list[Crowd]:
@@ -206,29 +211,24 @@ class Calibration:
         local = [part for item in workload.lane if isinstance(item, Local) for part in item.parts]
         name = f"{model.name} {tokens} tokens"
         found = [Case(f"{name} layers", "local", tuple(local), model.local[tokens].median)]
-        works = {"encrypt": encrypt_work, "multiply": multiply_work, "decrypt": decrypt_work}
-        for item in workload.lane:
-            if not isinstance(item, Linear):
-                continue
-            shape: MatrixShape = workload.matrices[item.matrix]
-            for task, work in works.items():
-                seconds = model.linear[task, item.matrix, tokens].median
+        for shape in workload.linears:
+            inputs, outputs = shape.in_features, shape.out_features
+            for task, work in TASKS.items():
                 part = work(shape, tokens, self.parameters)
-                sizes = f"{shape.in_features} to {shape.out_features}"
-                found.append(Case(f"{name} {task} {sizes}", task, (part,), seconds))
+                seconds = model.linear[task, inputs, outputs, tokens].median
+                found.append(Case(f"{name} {task} {inputs} to {outputs}", task, (part,), seconds))
         return found
 
     def profile(self, name: str) -> DeviceProfile:
         """What this machine is, by the measurements so far."""
-        origin = Origin("measured", describe_machine(), time.strftime("%Y-%m-%d"), commit())
+        assumed = (
+            "the cipher's tasks keep all cores busy: their kernels are split over them",
+            "overheads include the hand-over between the threads of the in-process driver",
+        )
+        today = time.strftime("%Y-%m-%d")
+        origin = Origin("measured", describe_machine(), today, commit(), assumed)
         fitted = fit(self.cases(), name, origin, float(core_count()))
         return replace(fitted, width=fit_widths(self.crowds(), fitted))
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def describe_machine() -> str:
@@ -276,10 +276,9 @@ def report(profile: DeviceProfile, rows: Sequence[dict[str, Any]]) -> None:
 def calibrate(name: str) -> tuple[DeviceProfile, dict[str, Any]]:
     """(profile, figures) of this machine."""
     with Calibration() as calibration:
-        start, rounds = time.perf_counter(), 0
-        while rounds < _MIN_ROUNDS or time.perf_counter() - start < BUDGET_S:
+        start = time.perf_counter()
+        while calibration.rounds < MIN_ROUNDS or time.perf_counter() - start < BUDGET_S:
             calibration.round()
-            rounds += 1
     profile = calibration.profile(name)
     rows = explanations(calibration.cases(), profile)
     report(profile, rows)
@@ -289,8 +288,8 @@ def calibrate(name: str) -> tuple[DeviceProfile, dict[str, Any]]:
             f"warning: other processes were busy during {share:.0%} of the measurements; stop them "
             "and calibrate again"
         )
-    figures = {"rounds": rounds, "disturbed": share, "cases": rows}
-    return profile, figures
+    figures = {"rounds": calibration.rounds, "disturbed": share, "cases": rows}
+    return profile, figures | {"profile": profile.facts()}
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ it takes
 
     seconds = max(sum over kinds of count / rate, bytes / bandwidth) + launches * overhead
 
-(the roofline model). Tasks on one processor share its cores as a fluid: a task keeps `width`
-cores busy; while all running tasks together want more cores than there are, each of them slows
-down by the same factor. All tasks being slowed alike, one clock of *virtual* seconds, that runs
+(the roofline model). Tasks on one processor share its cores as a fluid: a task keeps its `width`
+of cores from others; while all running tasks together want more cores than there are, each of
+them slows down by the same factor. All tasks being slowed alike, one clock of *virtual* seconds, that runs
 at this factor, tells when each of them ends: a task ends when the virtual clock has advanced by
 what it takes alone. A heap of virtual end times and one SimPy event are all it takes.
 
@@ -171,12 +171,15 @@ class DeviceProfile:
                 f"{', '.join(self.overhead_s)}; calibrate again or add it to the file"
             ) from None
 
+    def facts(self) -> dict[str, Any]:
+        """All of it as plain values, as they are in its file."""
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        maps = {name: dict(facts[name]) for name in ("rates", "overhead_s", "width")}
+        return facts | maps | {"origin": asdict(self.origin)}
+
     def save(self, path: Path) -> None:
         """Write the profile as JSON, whole or not at all."""
-        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("rates", "overhead_s", "width"):
-            facts[name] = dict(facts[name])
-        write_json(path, facts | {"origin": asdict(self.origin)})
+        write_json(path, self.facts())
 
     @classmethod
     def load(cls, path: Path) -> DeviceProfile:

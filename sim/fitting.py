@@ -14,6 +14,10 @@ Widths follow from passes of several lanes at once. Where lanes keep all cores b
 `lanes` passes is what they keep from each other,
 
     seconds * cores = lanes * sum over kinds of (seconds alone * width)
+
+The cipher's kernels are split over all cores, so their width is known. Those of the owner's
+layers and of overhead are fitted; more than one core for overhead is what lanes lose in waiting
+for the interpreter's lock and in waking each other.
 """
 
 from __future__ import annotations
@@ -115,10 +119,7 @@ def least_squares(
 
 
 def fit_widths(crowds: Sequence[Crowd], profile: DeviceProfile) -> dict[str, float]:
-    """Widths of the owner's layers, of the cipher's tasks, and of overhead, for `profile`.
-
-    Between half a core and all cores each, on a grid.
-    """
+    """Widths of the owner's layers and of overhead, between half a core and all, on a grid."""
     rows = []
     for crowd in crowds:
         layers = cipher = overhead = 0.0
@@ -130,15 +131,12 @@ def fit_widths(crowds: Sequence[Crowd], profile: DeviceProfile) -> dict[str, flo
                 layers += (1 - share) * case.seconds
             else:
                 cipher += (1 - share) * case.seconds
-        rows.append([crowd.lanes * kind / profile.cores for kind in (layers, cipher, overhead)])
+        rows.append([crowd.lanes * kind / profile.cores for kind in (layers, overhead, cipher)])
     alone = np.array([sum(case.seconds for case in crowd.cases) for crowd in crowds])
     measured = np.log([crowd.seconds for crowd in crowds])
     grid = np.linspace(min(0.5, profile.cores), profile.cores, _STEPS)
-    choices = np.array(list(itertools.product(grid, repeat=3)))
+    choices = np.array([(*pair, profile.cores) for pair in itertools.product(grid, repeat=2)])
     expected = np.maximum(choices @ np.array(rows).T, alone)
     best = choices[np.square(np.log(expected) - measured).sum(axis=1).argmin()]
-    layers, cipher, overhead = best.tolist()
-    return {
-        "local": layers, "encrypt": cipher, "multiply": cipher, "decrypt": cipher,
-        "update": layers, "overhead": overhead,
-    }  # fmt: skip
+    layers, overhead, _ = best.tolist()
+    return {"local": layers, "update": layers, "overhead": overhead}

@@ -203,9 +203,11 @@ class OwnerHost:
             for what in ("model", "cipher")
         )
         session = hashlib.sha256(f"{config.seed}/{self.name}".encode()).digest()[:SESSION_BYTES]
-        self._machine = Owner(
-            session, world.catalogue, list(world.workers), config.protocol, config.placement
-        )
+        # Equally loaded workers are taken in order: every owner begins with another one.
+        workers = list(world.workers)
+        first = index % len(workers)
+        workers = workers[first:] + workers[:first]
+        self._machine = Owner(session, world.catalogue, workers, config.protocol, config.placement)
         self._actor = Actor(
             world.env, self.name, self._machine, self._transmit, self._perform, self._report
         )

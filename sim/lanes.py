@@ -41,8 +41,11 @@ class _Lane:
         self.killed = False
         self.ended = False
         self._work = work
-        self._go = threading.Semaphore(0)
-        self._back = threading.Semaphore(0)
+        # Plain locks as hand-overs, closed until the other side opens them: a Semaphore costs more.
+        self._go = threading.Lock()
+        self._back = threading.Lock()
+        self._go.acquire()
+        self._back.acquire()
         self.thread = threading.Thread(target=self._run, args=(pool,), daemon=True)
 
     def take_baton(self) -> None:

@@ -57,7 +57,8 @@ class WorldConfig:
     access     each owner's own link to the internet
     site       the link of the workers' site
     graph      a topology of one's own, with hosts owner0.. and worker0..; else a star
-    placement  which worker holds which matrix; every worker holds all without one
+    placement  which worker holds which matrix; without one every worker holds all, and each
+               owner prefers another one
     steps      steps every owner takes and that count, after `warmup` that do not
     stagger    start owners at drawn moments of their first step instead of all at once
     streams    one connection from each side to each of the others, on which frames follow each

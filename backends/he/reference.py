@@ -35,6 +35,7 @@ from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.ring import EVALUATION_EXPONENTS, PSI
 from backends.he.secret import ternary
+from protocol.errors import WrongAnswerError
 
 _D, _Q = RING_DEGREE, NTT_PRIME
 
@@ -85,6 +86,7 @@ def rows_of_tiles(tiles: NDArray[np.int32], count: int) -> NDArray[np.int64]:
 class _Sealed:
     secrets: list[NDArray[np.int64]] = field(repr=False)  # one a block, NTT domain [rank, 256]
     inverse_alpha: NDArray[np.float64] = field(repr=False)
+    sent: NDArray[np.uint8] = field(repr=False)
 
 
 class ReferenceOwner(OwnerCipher):
@@ -98,10 +100,24 @@ class ReferenceOwner(OwnerCipher):
         self._entropy = entropy if entropy is not None else OsEntropy()
         self._evaluate = evaluation_matrix()
         self._interpolate = inverse_evaluation_matrix()
+        self._guarded: dict[str, NDArray[np.int64]] = {}
 
     @property
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
+
+    def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
+        self._guarded[matrix.name] = ReferenceWorker(self._parameters).load(weight, forward)
+
+    def _verify(self, sealed: _Sealed, payload: Payload, matrix: OwnerMatrix) -> None:
+        """The plainest check there is: multiply again, and compare every bit."""
+        operand = self._guarded.get(matrix.name)
+        if operand is None:
+            return
+        tokens = len(sealed.inverse_alpha)
+        right = ReferenceWorker(self._parameters).multiply(sealed.sent, tokens, operand)
+        if right.tobytes() != np.frombuffer(payload, np.uint8).tobytes():
+            raise WrongAnswerError(f"{matrix.name}: the answer is not the product")
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return self._parameters.limbs * tokens * matrix.in_features
@@ -146,7 +162,8 @@ class ReferenceOwner(OwnerCipher):
                 digit = (b + 128) % 256 - 128
                 digits[limb, part] = digit
                 b = (b - digit) // 256
-        return Encrypted(digits.reshape(-1).view(np.uint8), _Sealed(secrets, inverse))
+        payload = digits.reshape(-1).view(np.uint8)
+        return Encrypted(payload, _Sealed(secrets, inverse, payload))
 
     def decrypt(self, sealed: Any, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
         p = self._parameters.worker_modulus
@@ -154,6 +171,7 @@ class ReferenceOwner(OwnerCipher):
         if matrix.hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
         answer = answer_values(payload, tokens, outputs).astype(np.int64)
+        self._verify(sealed, payload, matrix)
         out = np.empty((tokens, outputs), np.float32)
         for block, secret in enumerate(sealed.secrets):
             part = slice(block * _D, min(tokens, (block + 1) * _D))

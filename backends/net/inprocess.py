@@ -5,14 +5,14 @@ The sides share nothing but frames, so the trust boundary is the one of a real n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from backends.he.interface import OwnerCipher, WorkerCipher
 from backends.he.store import PreparedModel
+from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
-from protocol.catalogue import Catalogue
 from protocol.owner import OwnerConfig
 from protocol.worker import WorkerConfig
 
@@ -25,10 +25,11 @@ def in_process(
     owner_config: OwnerConfig | None = None,
     worker_config: WorkerConfig | None = None,
     lanes: int = 1,
+    hooks: Callable[[str], Hooks] = lambda side: Hooks(),
 ) -> Iterator[tuple[OwnerClient, list[WorkerServer]]]:
     """An owner and a worker per cipher, started; closed in order at the end of the `with`.
 
-    Workers are called "worker0", "worker1", ...
+    Workers are called "worker0", "worker1", ... `hooks` makes those of "owner" and each worker.
     """
     catalogue = prepared.catalogue(owner_cipher)
     servers: dict[str, WorkerServer] = {}
@@ -40,10 +41,18 @@ def in_process(
         transmit=lambda peer, frame: servers[peer].deliver("owner", frame),
         config=owner_config,
         threads=lanes,
+        hooks=hooks("owner"),
     )
     for index, cipher in enumerate(worker_ciphers):
         name = f"worker{index}"
-        servers[name] = _worker(prepared, catalogue, cipher, client, name, worker_config)
+        servers[name] = WorkerServer(
+            catalogue,
+            prepared.worker_weights(),
+            cipher,
+            reply=lambda _peer, frame, name=name: client.deliver(name, frame),  # type: ignore[misc]
+            config=worker_config,
+            hooks=hooks(name),
+        )
     with ExitStack() as stack:
         for server in servers.values():
             server.start()
@@ -51,20 +60,3 @@ def in_process(
         client.start()
         stack.callback(client.close)
         yield client, list(servers.values())
-
-
-def _worker(
-    prepared: PreparedModel,
-    catalogue: Catalogue,
-    cipher: WorkerCipher,
-    client: OwnerClient,
-    name: str,
-    config: WorkerConfig | None,
-) -> WorkerServer:
-    return WorkerServer(
-        catalogue,
-        prepared.worker_weights(),
-        cipher,
-        reply=lambda _peer, frame: client.deliver(name, frame),
-        config=config,
-    )

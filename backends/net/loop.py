@@ -65,6 +65,22 @@ class Meter:
             return sum(self.busy_s.values())
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """Who wants to see what a side does. Times are seconds of `time.perf_counter`.
+
+    They are told of private values too, and must keep numbers and names only.
+
+    observe  (event, effects), on the loop's thread, before the effects take effect
+    on_task  (task, work, started, ended) of a compute task, on its thread
+    on_call  (call, asked, answered) of a lane's remote linear, on the lane's thread
+    """
+
+    observe: Callable[[Event, Sequence[Effect]], None] = lambda event, effects: None
+    on_task: Callable[[int, Task, float, float], None] = lambda task, work, start, end: None
+    on_call: Callable[[int, float, float], None] = lambda call, asked, answered: None
+
+
 class MachineLoop:
     """Drives `machine` until `stop`. Events may be posted from any thread.
 
@@ -75,6 +91,7 @@ class MachineLoop:
     report    receives every effect that is not about frames, tasks or timers
     on_crash  receives an exception the machine itself raised; the loop has then stopped
     observe   sees every event and what it led to, on the loop's thread, before it takes effect
+    on_task   sees every compute task when it has ended, on its thread, see `Hooks`
     """
 
     def __init__(
@@ -87,6 +104,7 @@ class MachineLoop:
         on_crash: Callable[[BaseException], None],
         threads: int = 1,
         observe: Callable[[Event, Sequence[Effect]], None] = lambda event, effects: None,
+        on_task: Callable[[int, Task, float, float], None] = lambda task, work, start, end: None,
     ) -> None:
         self.meter = Meter()
         self._machine = machine
@@ -95,6 +113,7 @@ class MachineLoop:
         self._report = report
         self._on_crash = on_crash
         self._observe = observe
+        self._on_task = on_task
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"{name}-task")
         self._timers: list[tuple[float, int, str]] = []
@@ -177,5 +196,7 @@ class MachineLoop:
             self.post(TaskFailed(task, f"{type(work).__name__} failed: {type(error).__name__}"))
             log.exception("a compute task failed")
         else:
-            self.meter.add_task(type(work).__name__, time.perf_counter() - start)
+            end = time.perf_counter()
+            self.meter.add_task(type(work).__name__, end - start)
             self.post(TaskDone(task, result))
+            self._on_task(task, work, start, end)

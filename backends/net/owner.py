@@ -16,7 +16,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
-from backends.net.loop import MachineLoop, Meter
+from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import (
     Abort,
@@ -64,7 +64,9 @@ class OwnerClient:
         transmit: Callable[[str, bytes], None],
         config: OwnerConfig | None = None,
         threads: int = 1,
+        hooks: Hooks | None = None,
     ) -> None:
+        self._hooks = hooks or Hooks()
         if cipher.simulated_randomness:
             raise SimulatedRandomnessError(
                 "this cipher draws its secrets from a seed: anyone who knows the seed reads the "
@@ -75,8 +77,9 @@ class OwnerClient:
         # A new incarnation at every start: nothing random survives a crash or a resume.
         machine = Owner(os.urandom(SESSION_BYTES), catalogue, workers, config)
         self._loop = MachineLoop(
-            "owner", machine, self._compute, transmit, self._report, self._crashed, threads
-        )
+            "owner", machine, self._compute, transmit, self._report, self._crashed, threads,
+            self._hooks.observe, self._hooks.on_task,
+        )  # fmt: skip
         self._lock = threading.Lock()
         self._calls = itertools.count(1)
         self._pending: dict[int, Future[Float32Array]] = {}
@@ -122,8 +125,10 @@ class OwnerClient:
         try:
             return future.result()
         finally:
+            end = time.perf_counter()
             with self._lock:
-                self.waited_s += time.perf_counter() - start
+                self.waited_s += end - start
+            self._hooks.on_call(call, start, end)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Say goodbye to every worker and stop."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.interface import WorkerCipher
-from backends.net.loop import MachineLoop, Meter
+from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import Dropped, Effect, FrameArrived, MultiplyCiphertext, Task
 from protocol.worker import Worker, WorkerConfig
@@ -35,6 +35,7 @@ class WorkerServer:
         reply: Callable[[str, bytes], None],
         config: WorkerConfig | None = None,
         threads: int = 1,
+        hooks: Hooks | None = None,
     ) -> None:
         if 2 * len(weights) != len(catalogue.matrices):
             raise ValueError(
@@ -45,9 +46,10 @@ class WorkerServer:
         self._matrices = [
             cipher.load(weight, forward) for weight in weights for forward in (True, False)
         ]
+        hooks = hooks or Hooks()
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config), self._compute, reply, self._report,
-            self._crashed, threads,
+            self._crashed, threads, hooks.observe, hooks.on_task,
         )  # fmt: skip
 
     @property

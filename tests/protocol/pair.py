@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from protocol.errors import ProtocolError
 from protocol.events import (
     Abort,
+    AnswerRejected,
     CancelTimer,
     Closed,
     CloseWanted,
@@ -252,10 +253,18 @@ class World:
         self._report(where, TaskDone(task, wrong if flip else bytes(len(right))))
 
     def _report(self, where: str, event: Event) -> None:
-        if where == OWNER:
-            self.owner_does(event)
-        else:
+        if where != OWNER:
             self.worker_does(where, event)
+        elif isinstance(event, AnswerRejected):
+            self._reject(event)
+        else:
+            self.owner_does(event)
+
+    def _reject(self, event: AnswerRejected) -> None:
+        pending = self.life.owner.call_state(event.task) is not CallState.DONE
+        liar = self.life.sent_to[event.task]
+        self.owner_does(event)
+        assert self.life.owner.state(liar) is State.RETIRED or not pending
 
     @property
     def liars(self) -> tuple[str, ...]:

@@ -318,3 +318,14 @@ def test_an_ended_session_makes_room() -> None:
     desk = WorkerDesk(WorkerConfig(max_peers=1)).open("o1")
     desk.hear(Bye(SESSION), "o1")
     assert isinstance(said(desk.hear(HELLO, "o2")), Welcome)
+
+
+def test_work_goes_on_across_a_lost_connection() -> None:
+    """A peer that comes back and repeats a request is not served twice at once."""
+    desk = WorkerDesk().open()
+    task = one(desk.ask(1), RunTask).task
+    desk.do(PeerLost("o1"))
+    desk.open()
+    assert is_dropped(desk.ask(1))
+    sent = one(desk.do(TaskDone(task, bytes(8))), Send)
+    assert decode(sent.frame) == Product(SESSION, 1, bytes(8))

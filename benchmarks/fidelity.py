@@ -1,0 +1,207 @@
+"""Does the simulator tell the truth? Simulated against real step times on this machine.
+
+    python -m benchmarks.fidelity --json benchmarks/results/fidelity.json
+
+The real side trains through the in-process driver: the quickstart's model, and two layers of the
+Llama-3.2-1B's width with random weights, with 1, 2 and 4 lanes of 64 and 256 tokens. The
+simulated side knows the models' configs and a device profile, which is calibrated in the same run
+from measurements of other models (see `sim.calibrate`). Calibration and real steps take turns,
+round after round, and medians are compared, so that a machine that changes speed changes both.
+
+Rounds go on until every case has enough steps during which nothing else ran, or the time is up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from backends.he.params import preset
+from backends.nn.adapters import add_lora
+from backends.nn.skeleton import build_skeleton
+from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
+from backends.nn.trainer import TrainConfig, Trainer
+from scenarios import record
+from scenarios.preparation import default_cache, prepared_for
+from scenarios.quickstart import BASE
+from scenarios.session import private_session
+from sim.calibrate import Calibration, Samples, explanations, report
+from sim.device import DeviceProfile
+from sim.models import MODELS
+from sim.workload import trace_step
+from sim.world import WorldConfig, simulate
+
+LANES = (1, 2, 4)
+TOKENS = (64, 256)
+RANK = 16
+ENOUGH = 5
+"""Undisturbed steps of every case that end the rounds."""
+
+
+def narrowed(config: PretrainedConfig, layers: int, vocabulary: int) -> PretrainedConfig:
+    """The same width, fewer layers and tokens: a stack that fits a benchmark."""
+    stack = copy.deepcopy(config)
+    stack.num_hidden_layers, stack.vocab_size = layers, vocabulary
+    stack.bos_token_id = stack.eos_token_id = None
+    return stack
+
+
+def models() -> dict[str, tuple[PretrainedConfig, WeightSource]]:
+    """What is trained, by name."""
+    stack = narrowed(MODELS["llama-3.2-1b"](), layers=2, vocabulary=4096)
+    return {
+        "quickstart": (AutoConfig.from_pretrained(BASE), SafetensorsSource(BASE)),
+        "1b-width": (stack, RandomSource(0)),
+    }
+
+
+class Steps:
+    """A real training that takes one step when it is told to."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._train, daemon=True)
+        self._thread.start()
+        self._done.acquire()
+
+    def _train(self) -> None:
+        try:
+            self._trainer.train(self._stepped)
+        finally:
+            self._done.release()
+
+    def _stepped(self, step: int, loss: float) -> None:
+        self._done.release()
+        self._go.acquire()
+
+    def take(self) -> float:
+        """Seconds of one more step."""
+        self._go.release()
+        self._done.acquire()
+        if not self._thread.is_alive():
+            raise RuntimeError("the real training ended early; see the messages above")
+        return self._trainer.step_seconds[-1]
+
+
+@dataclass
+class Case:
+    """One real training beside its simulated twin."""
+
+    name: str
+    config: PretrainedConfig
+    lanes: int
+    tokens: int
+    steps: Steps
+    samples: Samples = field(default_factory=Samples)
+
+    def simulated_s(self, profile: DeviceProfile) -> float:
+        """The step time the simulator predicts."""
+        workload = trace_step(self.config, self.tokens, lora_rank=RANK)
+        world = WorldConfig(
+            workload, profile, profile, lanes=self.lanes, in_process=True, steps=2, warmup=1,
+            record=False,
+        )  # fmt: skip
+        return median(step.duration_s for step in simulate(world).steps)
+
+
+@contextmanager
+def real_cases(cache: Path) -> Iterator[list[Case]]:
+    """All trainings, connected and warmed up."""
+    cases = []
+    with ExitStack() as stack:
+        for name, (config, source) in models().items():
+            for lanes in LANES:
+                skeleton = build_skeleton(config, source)
+                prepared, _ = prepared_for(skeleton, config, source, preset("standard"), cache)
+                model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
+                stack.enter_context(private_session(skeleton, prepared, lanes))
+                for tokens in TOKENS:
+                    generator = torch.Generator().manual_seed(0)
+                    text = torch.randint(config.vocab_size, (64, tokens), generator=generator)
+                    training = TrainConfig(
+                        steps=1_000_000, batch=lanes, micro_batch=1, learning_rate=1e-4
+                    )
+                    trainer = Trainer(
+                        model, text, training, lanes, forget_lane=skeleton.remote.forget_lane
+                    )
+                    cases.append(Case(name, config, lanes, tokens, Steps(trainer)))
+        yield cases
+
+
+def compare(cases: list[Case], profile: DeviceProfile) -> dict[str, Any]:
+    """The figures: every case, the median and the worst error."""
+    rows = []
+    for case in cases:
+        real_s, simulated_s = case.samples.median, case.simulated_s(profile)
+        rows.append(
+            {
+                "name": case.name,
+                "lanes": case.lanes,
+                "tokens": case.tokens,
+                "real_s": real_s,
+                "simulated_s": simulated_s,
+                "error": abs(simulated_s / real_s - 1),
+                "steps": len(case.samples.quiet()),
+                "real_spread": max(case.samples.quiet()) / min(case.samples.quiet()) - 1,
+            }
+        )
+    errors = [row["error"] for row in rows]
+    return {"cases": rows, "median_error": median(errors), "worst_error": max(errors)}
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """The cases as a table."""
+    print(f"{'model':<12}{'lanes':>6}{'tokens':>8}{'real':>12}{'simulated':>12}{'error':>8}")
+    for row in figures["cases"]:
+        print(
+            f"{row['name']:<12}{row['lanes']:>6}{row['tokens']:>8}{1e3 * row['real_s']:>9.0f} ms"
+            f"{1e3 * row['simulated_s']:>9.0f} ms{row['simulated_s'] / row['real_s'] - 1:>+8.0%}"
+        )
+    print(f"median error {figures['median_error']:.1%}, worst {figures['worst_error']:.1%}")
+
+
+def measure(cases: list[Case], calibration: Calibration, minutes: float) -> None:
+    """Rounds of calibration and of one real step of every case."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < 60 * minutes:
+        calibration.round()
+        for case in cases:
+            case.samples.add(*calibration.timed(case.steps.take))
+        if all(case.samples.undisturbed >= ENOUGH for case in cases):
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the rounds (6)")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="prepared models")
+    record.add_json_option(parser)
+    args = parser.parse_args()
+    with real_cases(args.cache) as cases, Calibration() as calibration:
+        measure(cases, calibration, args.minutes)
+    profile = calibration.profile("this-machine")
+    explained = explanations(calibration.cases(), profile)
+    report(profile, explained)
+    figures = compare(cases, profile)
+    print_table(figures)
+    figures["disturbed"] = calibration.disturbed / calibration.measured
+    print(f"other processes were busy during {figures['disturbed']:.0%} of the measurements")
+    record.write(args.json, figures | {"calibration": explained, "profile": profile.facts()})
+
+
+if __name__ == "__main__":
+    main()
