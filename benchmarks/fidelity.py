@@ -191,7 +191,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="prepared models")
     record.add_json_option(parser)
     args = parser.parse_args()
-    with real_cases(args.cache) as cases, Calibration() as calibration:
+    patience_s = 30 * args.minutes
+    with real_cases(args.cache) as cases, Calibration(patience_s) as calibration:
         measure(cases, calibration, args.minutes)
     profile = calibration.profile("this-machine")
     explained = explanations(calibration.cases(), profile)

@@ -1,44 +1,54 @@
-"""Writes the README's figures from benchmarks/results/*.json, so that none is typed by hand.
+"""Writes the pages' figures from benchmarks/results/*.json, so that none is typed by hand.
 
-python -m docs.generate_figures           rewrite the part between the markers
-python -m docs.generate_figures --check   exit 1 when that part is stale, write nothing
+python -m docs.generate_figures           rewrite the parts between the markers
+python -m docs.generate_figures --check   exit 1 when a part is stale, write nothing
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- figures from benchmarks/results by docs/generate_figures.py: begin -->"
 END = "<!-- figures: end -->"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Rewrite the README, or check it; the exit status."""
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = renewed(page)
-    if "--check" in arguments:
+    """Rewrite the pages, or check them; the exit status."""
+    stale = 0
+    for path in pages():
+        page = path.read_text(encoding="utf-8")
+        fresh = renewed(path, page)
         if fresh == page:
-            return 0
-        print("README.md is stale: run python -m docs.generate_figures", file=sys.stderr)
-        return 1
-    PAGE.write_text(fresh, encoding="utf-8")
-    return 0
+            continue
+        if "--check" in arguments:
+            print(f"{path.name} is stale: run python -m docs.generate_figures", file=sys.stderr)
+            stale = 1
+        else:
+            path.write_text(fresh, encoding="utf-8")
+    return stale
 
 
-def renewed(page: str) -> str:
-    """The page with a fresh part between its markers."""
+def pages() -> dict[Path, Sequence[Callable[[], str]]]:
+    """The pages with figures, and what each shows."""
+    return {
+        ROOT / "README.md": (quickstart, layer, llama, simulated),
+        ROOT / "docs" / "simulation.md": (fidelity, speed, studies, chaos, planted),
+    }
+
+
+def renewed(path: Path, page: str) -> str:
+    """A page with a fresh part between its markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError("README.md has lost its markers")
-    parts = [quickstart(), layer(), llama()]
+        raise ValueError(f"{path.name} has lost its markers")
+    parts = [part() for part in pages()[path]]
     return f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}"
 
 
@@ -119,6 +129,103 @@ traffic per token | preparation, once | peak memory, owner + worker |
 The published peer reports 83 s per token for the same kind of step on a CPU of its own \
 (its notebook; not measured here). Over a network, expect traffic to decide the speed.
 {origin(f)}"""
+
+
+def simulated() -> str:
+    """The simulator in one table."""
+    f, s, c, p = load("fidelity"), load("sim_speed"), load("chaos"), load("planted")
+    home, owners = load("whatif-home-office"), load("whatif-h200-owners")
+    found = sum(d["found"] for d in p["planted"])
+    faults = sum(c["faults_injected"].values())
+    return f"""**The simulator** ([docs/simulation.md](docs/simulation.md) has the whole tables):
+
+| | |
+| --- | --- |
+| simulated against real step time, {len(f["cases"])} cases on this machine | median error \
+**{f["median_error"]:.1%}**, worst {f["worst_error"]:.1%} |
+| one simulated step of the 1B, 4 lanes | {s["step_s"]:.3f} s |
+| {home["configurations"]} what-if settings of the 1B | {home["elapsed_s"]:.0f} s |
+| home office, 100 Mb/s | {home["headline"]} |
+| one H200, many owners | {owners["headline"]} |
+| trainings under drawn faults ({faults:,} faults injected) | {c["seeds"]:,}, \
+**{c["violations"]} violations**, {c["elapsed_s"] / 60:.1f} min |
+| planted defects found | {found} of {len(p["planted"])}, median \
+{p["median_seeds"]:.0f} seeds |
+
+GPU figures in it come from data sheets and assumptions; it says so wherever it shows them.
+{origin(f)}"""
+
+
+def fidelity() -> str:
+    """Simulated against real, case by case."""
+    f = load("fidelity")
+    rows = "\n".join(
+        f"| {c['name']} | {c['lanes']} | {c['tokens']} | {c['real_s']:.3f} | "
+        f"{c['simulated_s']:.3f} | {c['error']:+.1%} |"
+        for c in f["cases"]
+    )
+    return f"""### Simulated against real
+
+Step times through the in-process driver, and of the simulator on a profile calibrated in the same
+run from other models. Median error **{f["median_error"]:.1%}**, worst {f["worst_error"]:.1%}.
+
+| model | lanes | tokens a lane | real, s | simulated, s | error |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+{origin(f)}"""
+
+
+def speed() -> str:
+    """How fast it simulates."""
+    s = load("sim_speed")
+    return f"""### Speed
+
+One step of the 1B with 4 lanes: **{s["step_s"]:.3f} s**, {s["events"]:,} events, \
+{s["events_per_s"]:,.0f} a second. Tracing a model, once: {s["trace_s"]:.1f} s.
+{origin(s)}"""
+
+
+def studies() -> str:
+    """The answers of the ready-made studies."""
+    lines = ["### The ready-made studies\n", "| study | question | answer |", "| --- | --- | --- |"]
+    for name in ("home-office", "h200-owners", "lanes-or-bandwidth", "70b-two-sites"):
+        s = load(f"whatif-{name}")
+        lines.append(f"| {name} | {s['question']} | {s['headline']} |")
+    s = load("whatif-home-office")
+    lines.append(f"\nOn a modelled owner and GPU: {'; '.join(s['profiles'])}.")
+    lines.append(f"{s['configurations']} settings of the first study took {s['elapsed_s']:.0f} s.")
+    return "\n".join(lines) + "\n" + origin(s)
+
+
+def chaos() -> str:
+    """Trainings under faults."""
+    c = load("chaos")
+    faults = ", ".join(f"{kind} {count:,}" for kind, count in sorted(c["faults_injected"].items()))
+    return f"""### Chaos
+
+{c["seeds"]:,} trainings, **{c["violations"]} violations**, {c["elapsed_s"] / 60:.1f} minutes. \
+Faults injected: {faults}.
+{origin(c)}"""
+
+
+def planted() -> str:
+    """What each planted defect took to be found."""
+    p = load("planted")
+    rows = "\n".join(
+        f"| {d['name']} | {d['what']} | {d['seeds_to_detect'] or 'test'} | {d['how']} |"
+        for d in p["planted"]
+    )
+    return f"""### Planted defects
+
+Each is planted alone in a copy of the source; chaos runs until it finds something, or the named
+test must fail.
+
+| defect | what it breaks | seeds until found | what was seen |
+| --- | --- | --- | --- |
+{rows}
+
+{origin(p)}"""
 
 
 if __name__ == "__main__":

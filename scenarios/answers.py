@@ -237,21 +237,24 @@ def _cheaper(
     knobs = (one, other)
     best = min(rows, key=lambda row: row[value])
     start = min(rows, key=lambda row: (of(row, one), of(row, other)))
+    moves = list(_first_moves(rows, one, other, value))
     typical = {
         knob: median(doublings(rows, knob, [k for k in varying(study) if k != knob], value))
         for knob in knobs
     }
-    winner, loser = sorted(knobs, key=lambda knob: typical[knob])
     cut = {knob: f"{100 * (1 - typical[knob]):.0f} %" for knob in knobs}
     head = (
-        f"Doubling {winner} takes {cut[winner]} off the cost, doubling {loser} {cut[loser]}; "
-        f"cheapest: {say(value, best[value])} with {named(best, knobs)}"
+        f"{_order_of(moves, one, other)}; doubling {other} takes {cut[other]} off the cost, "
+        f"doubling {one} {cut[one]}; cheapest: {say(value, best[value])} with {named(best, knobs)}"
     )
     lines = [
         f"From {named(start, knobs)}: {say(value, start[value])}, a step is {waits_for(start)}."
     ]
-    for at, row in _first_moves(rows, one, other, value):
-        lines.append(f"  with {named(row, [other])}: first {at}")
+    for row, better, gain, lesser in moves:
+        lines.append(
+            f"  with {named(row, [other])}: first {better} ({100 * (gain - 1):+.0f} %, the other "
+            f"{100 * (lesser - 1):+.0f} %)"
+        )
     speed = say("tokens_per_s_owner", best["tokens_per_s_owner"])
     lines.append(
         f"Cheapest: {say(value, best[value])}, {speed}, with {named(best, knobs)}: "
@@ -261,19 +264,35 @@ def _cheaper(
     return Answer(head, "\n".join(lines), {knob: of(best, knob) for knob in knobs})
 
 
+def _order_of(moves: Sequence[tuple[Row, str, float, float]], one: str, other: str) -> str:
+    """Which of two knobs to turn first, and from where on."""
+    first = [better for _, better, _, _ in moves]
+    if len(set(first)) == 1:
+        return f"First more {first[0]}"
+    turn = next(i for i, better in enumerate(first) if better != first[0])
+    return (
+        f"First more {first[0]} up to {shown(other, of(moves[turn][0], other))}, then more "
+        f"{first[turn]}"
+        if first[0] == other
+        else f"First more {one}, from {shown(other, of(moves[turn][0], other))} on more {other}"
+    )
+
+
 def _first_moves(
     rows: Sequence[Row], one: str, other: str, value: str
-) -> Iterator[tuple[str, Row]]:
-    """For each value of `other`, from the least of `one`: which of them to double first."""
+) -> Iterator[tuple[Row, str, float, float]]:
+    """(row, better, what that makes of the figure, what the lesser does) at each `other`.
+
+    Each row has the least of `one`; doubling either knob is tried from there.
+    """
     least = min(of(row, one) for row in rows)  # type: ignore[type-var]
     line = sorted((r for r in rows if of(r, one) == least), key=lambda row: of(row, other))
     for row, more in pairwise(line):
         ahead = [r for r in rows if of(r, other) == of(row, other)]
         by_one = doublings(sorted(ahead, key=lambda r: of(r, one))[:2], one, [other], value)[0]
         by_other = doublings([row, more], other, [one], value)[0]
-        better, factor = (one, by_one) if by_one < by_other else (other, by_other)
-        worse = max(by_one, by_other)
-        yield f"{better} ({100 * (factor - 1):+.0f} %, the other {100 * (worse - 1):+.0f} %)", row
+        better = one if by_one < by_other else other
+        yield row, better, min(by_one, by_other), max(by_one, by_other)
 
 
 def _against(

@@ -28,6 +28,7 @@ tree, one at a time, and tells how many seeds each took to be found. Expected: a
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections import Counter
@@ -95,10 +96,23 @@ def faults(injected: Counter[str]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted(injected.items())) or "none"
 
 
+def figures(
+    seeds: int, broken: list[Result], injected: Counter[str], elapsed_s: float
+) -> dict[str, Any]:
+    """What `--json` writes."""
+    return {
+        "seeds": seeds,
+        "violations": len(broken),
+        "violation_list": [{"seed": r.seed, "violation": r.violation} for r in broken],
+        "elapsed_s": round(elapsed_s, 2),
+        "faults_injected": dict(sorted(injected.items())),
+    }
+
+
 def many(options: argparse.Namespace) -> int:
     """Run the seeds; returns the exit status."""
     injected: Counter[str] = Counter()
-    violations: list[dict[str, Any]] = []
+    broken: list[Result] = []
     done = 0
     start = time.perf_counter()
     results = search(options.first, options.seeds, options.stop_at_first, options.processes)
@@ -109,10 +123,10 @@ def many(options: argparse.Namespace) -> int:
                 done += 1
                 injected += result.injected
                 if result.violation:
-                    violations.append({"seed": result.seed, "violation": result.violation})
+                    broken.append(result)
                     with tqdm.external_write_mode():
                         tell(result)
-                bar.set_postfix(violations=len(violations), refresh=False)
+                bar.set_postfix(violations=len(broken), refresh=False)
                 bar.update()
     except KeyboardInterrupt:
         interrupted = True
@@ -120,17 +134,10 @@ def many(options: argparse.Namespace) -> int:
     finally:
         results.close()
     elapsed_s = time.perf_counter() - start
-    print(f"{done} seeds in {elapsed_s:.1f} s: {len(violations)} violations")
+    print(f"{done} seeds in {elapsed_s:.1f} s: {len(broken)} violations")
     print(f"injected: {faults(injected)}")
-    figures = {
-        "seeds": done,
-        "violations": len(violations),
-        "violation_list": violations,
-        "elapsed_s": round(elapsed_s, 2),
-        "faults_injected": dict(sorted(injected.items())),
-    }
-    record.write(options.json, figures)
-    return 130 if interrupted else int(bool(violations))
+    record.write(options.json, figures(done, broken, injected, elapsed_s))
+    return 130 if interrupted else int(bool(broken))
 
 
 def single(options: argparse.Namespace) -> int:
@@ -155,24 +162,17 @@ def single(options: argparse.Namespace) -> int:
             f"{draw_options(options.seed).plan.stop_s:.2f}, stated bound {result.bound_s:.2f} later"
             f"\ninjected: {faults(result.injected)}"
         )
-    record.write(
-        options.json,
-        {
-            "seeds": 1,
-            "violations": int(bool(result.violation)),
-            "violation_list": [{"seed": result.seed, "violation": result.violation}]
-            if result.violation
-            else [],
-            "elapsed_s": round(time.perf_counter() - start, 2),
-            "faults_injected": dict(sorted(result.injected.items())),
-        },
-    )
+    broken = [result] if result.violation else []
+    elapsed_s = time.perf_counter() - start
+    record.write(options.json, figures(1, broken, result.injected, elapsed_s))
     return int(bool(result.violation))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(arguments)
+    # A polite request to end is taken like Ctrl-C: processes and scratch files are cleared away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if options.planted:
             status = hunt(options.json, options.processes, options.only)

@@ -44,7 +44,7 @@ class Arithmetic:
     def __init__(self, subject: Subject, cipher: str, seed: int, secrets: Secrets) -> None:
         self.encrypted = cipher == "mlwe"
         self._subject = subject
-        self._prepared = subject.prepared[cipher]
+        self._prepared = subject.prepared(cipher)
         self._seed = seed
         self._secrets = secrets
         self.matrices: list[OwnerMatrix] = self._prepared.owner_matrices()
@@ -95,12 +95,16 @@ class Arithmetic:
             return told != right
         facts = self.catalogue.matrices[work.matrix]
         x = np.frombuffer(work.payload, np.float32).reshape(-1, facts.in_features)
-        mine = np.frombuffer(right, np.float32).reshape(len(x), -1).astype(np.float64)
-        other = np.frombuffer(told, np.float32).reshape(len(x), -1).astype(np.float64)
+        length = np.linalg.norm(x.astype(np.float64), axis=1)
+        weight = self._subject.weights[work.matrix // 2].astype(np.float64)
+        # Four times what float32 sums of so many products may differ by, all outputs together.
+        bound = 2.0**-18 * np.sqrt(facts.in_features) * np.linalg.norm(weight) * length
         with np.errstate(invalid="ignore", over="ignore"):
+            mine, other = (
+                np.frombuffer(data, np.float32).reshape(len(x), -1).astype(np.float64)
+                for data in (right, told)
+            )
             far = np.abs(mine - other).max(axis=1)
-        # Four times a bound on the rounding of all outputs together.
-        bound = 2.0**-21 * facts.in_features * np.abs(x) @ self._column_sums(work.matrix)
         return not bool((far <= bound).all())
 
     def nudged(self, rng: random.Random, matrix: int, product: bytes) -> bytes:
@@ -117,8 +121,3 @@ class Arithmetic:
         place = rng.randrange(len(floats))
         floats[place] += np.float32(rng.uniform(0.01, 1.0) * np.abs(floats).max())
         return floats.tobytes()
-
-    def _column_sums(self, matrix: int) -> NDArray[np.float64]:
-        weight = self._subject.weights[matrix // 2]
-        sizes: NDArray[np.float64] = np.abs(weight.astype(np.float64))
-        return sizes.sum(axis=matrix % 2)

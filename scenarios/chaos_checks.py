@@ -29,7 +29,6 @@ from protocol.events import (
     Event,
     FrameArrived,
     MultiplyCiphertext,
-    PeerLost,
     Retired,
     RunTask,
     Send,
@@ -87,6 +86,12 @@ def read(frame: Any) -> Seen | None:
         return None
     request = struct.unpack_from("<Q", body)[0] if kind == REFUSE else 0
     return Seen(kind, session, request, body=body)
+
+
+def _in_this_version(frame: Any) -> bytes:
+    """A refusal of any version as one of this; other frames as they are."""
+    data = bytes(frame)
+    return data[:4] + b"\x01" + data[5:] if data[5:6] == bytes([REFUSE]) else data
 
 
 def digest(data: Any) -> str:
@@ -290,9 +295,8 @@ class OwnerWatch:
         seen = read(event.frame)
         if seen is None or seen.session != self._session:
             kind = "malformed frame" if seen is None else "frame of a stale session"
-            # The kind of refusal that tells of another version is readable in any version.
-            other_version = seen is None and bytes(event.frame[5:6]) == bytes([REFUSE])
-            if not other_version:
+            # A refusal may say that its sender speaks another version: it is readable in any.
+            if read(_in_this_version(event.frame)) is None or kind != "malformed frame":
                 harmless = all(isinstance(effect, Dropped) for effect in effects)
                 require(harmless and self._before == before, f"the owner reacted to a {kind}")
             return
@@ -352,9 +356,6 @@ class WorkerWatch:
         """One event, and all that the machine asked for in return."""
         if isinstance(event, TaskDone | TaskFailed):
             self._in_work.pop(event.task, None)
-        if isinstance(event, PeerLost):
-            # What the session had in work ends unheard; the next session starts with nothing.
-            self._in_work.clear()
         if isinstance(event, FrameArrived) and read(event.frame) is None:
             self._malformed(effects)
         for effect in effects:
@@ -396,8 +397,6 @@ class WorkerWatch:
     def sends(self, seen: Seen) -> None:
         """A frame it hands to the network."""
         if seen.kind == WELCOME:
-            if seen.session != self.session:
-                self._in_work.clear()
             self.session = seen.session
         if seen.kind == PRODUCT:
             require(seen.session == self.session, f"{self._name} answers under another session")

@@ -88,6 +88,13 @@ class PlainModel(nn.Module):
         return SimpleNamespace(logits=functional.linear(h, self.embedding))
 
 
+def _plain_weight(groups: Sequence[GroupSpec], module: str) -> torch.Tensor:
+    """The frozen weight [out, in] of a linear of the plain model."""
+    group = next(group for group in groups if module in group.members)
+    outputs = group.out_features[group.members.index(module)]
+    return SOURCE.get(module, torch.Size((outputs, group.in_features)))
+
+
 @dataclass(frozen=True)
 class Reference:
     """The fault-free run: parameters before any step and after each, and each step's mean loss."""
@@ -101,32 +108,18 @@ class Subject:
 
     def __init__(self, kind: str, directory: Path) -> None:
         self.kind = kind
-        groups: Sequence[GroupSpec]
+        self._directory = directory
+        self._prepared: dict[str, PreparedModel] = {}
         if kind == "plain":
             self.remote = Remote()
             self.model: nn.Module = PlainModel(self.remote)
-            groups = discover_groups(self.model, self.remote)
-            sizes = {
-                name: torch.Size((outputs, group.in_features))
-                for group in groups
-                for name, outputs in zip(group.members, group.out_features, strict=True)
-            }
-
-            def weight(name: str) -> torch.Tensor:
-                return SOURCE.get(name, sizes[name])
+            self._groups = discover_groups(self.model, self.remote)
+            self._load_weight = lambda name: _plain_weight(self._groups, name)
         else:
             skeleton = build_skeleton(LLAMA, SOURCE)
-            self.remote, groups = skeleton.remote, skeleton.groups
+            self.remote, self._groups = skeleton.remote, skeleton.groups
             self.model = add_lora(skeleton.model, RANK, 2 * RANK, seed=0)
-
-            def weight(name: str) -> torch.Tensor:
-                return skeleton.load_weight(SOURCE, name)
-
-        self.prepared: dict[str, PreparedModel] = {}
-        for cipher, parameters in (("clear", None), ("mlwe", preset("standard"))):
-            self.prepared[cipher] = prepare(
-                directory / kind / cipher, groups, weight, parameters, lambda label, done: None
-            )
+            self._load_weight = lambda name: skeleton.load_weight(SOURCE, name)
         self.parameters = trainable(self.model)
         # Away from zero, where AdamW would turn the cipher's noise into steps of full size.
         generator = torch.Generator().manual_seed(0)
@@ -134,10 +127,22 @@ class Subject:
             if parameter.dim() == 2:  # the adapters' factors
                 nn.init.normal_(parameter, std=0.2, generator=generator)
         self._initial = self.snapshot()
-        self.weights = [np.array(w) for w in self.prepared["clear"].worker_weights()]
-        self.matrices = self.prepared["clear"].owner_matrices()
+        self.weights = [np.array(w) for w in self.prepared("clear").worker_weights()]
+        self.matrices = self.prepared("clear").owner_matrices()
         self._operands = [torch.from_numpy(weight.astype(np.float32)) for weight in self.weights]
         self._references: dict[tuple[TrainConfig, int], Reference] = {}
+
+    def prepared(self, cipher: str) -> PreparedModel:
+        """The model prepared for `clear` or `mlwe`, made when it is first asked for."""
+        if cipher not in self._prepared:
+            self._prepared[cipher] = prepare(
+                self._directory / self.kind / cipher,
+                self._groups,
+                self._load_weight,
+                preset("standard") if cipher == "mlwe" else None,
+                lambda label, done: None,
+            )
+        return self._prepared[cipher]
 
     def reset(self) -> None:
         """Put every trainable parameter back to its first value."""

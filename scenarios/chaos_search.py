@@ -140,10 +140,13 @@ def _child(index: int, following: Any, end: int, results: Any, directory: Path) 
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[index % len(cores)]})
 
+    parent = os.getppid()
+
     def work() -> None:
         directory.mkdir()
         bench = Bench(directory)
-        while True:
+        # A parent that was killed cannot end its children; they notice.
+        while os.getppid() == parent:
             with following.get_lock():
                 seed = following.value
                 following.value += 1

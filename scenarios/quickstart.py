@@ -140,6 +140,8 @@ class Quickstart:
             self._count(trainer, used, steps)
             self.figures["private_loss"] = evaluate(model, self.text.held_out, 4)
             self.figures["completion_after"] = complete(model, self.tokenizer)
+        if trace is not None:
+            trace.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
         adapter = self.out / "adapter"
         save_adapter(model, adapter, str(BASE))
         self.figures["adapter_dir"] = str(adapter)

@@ -60,6 +60,7 @@ class RealTrace:
     _matrix_of_call: dict[int, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _zero_s: float = math.inf
+    _until_s: float = math.inf
     _steps: int = 0
 
     def hooks(self, side: str) -> Hooks:
@@ -74,6 +75,10 @@ class RealTrace:
     def start(self) -> None:
         """From now on; what warming up did is left out."""
         self._zero_s = time.perf_counter()
+
+    def stop(self) -> None:
+        """What comes later is left out too, an evaluation for instance."""
+        self._until_s = time.perf_counter()
 
     def step_ended(self, seconds: float) -> None:
         """A step that took so long has just ended."""
@@ -196,6 +201,5 @@ class RealTrace:
         kind: str = "owner",
     ) -> None:  # fmt: skip
         zero = self._zero_s
-        self._recorder.add(
-            Span(track, name, start - zero, max(start, end) - zero, lane, call, kind)
-        )
+        if zero <= start < end <= self._until_s:
+            self._recorder.add(Span(track, name, start - zero, end - zero, lane, call, kind))

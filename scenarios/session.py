@@ -113,6 +113,10 @@ def train_with_bar(
                 trace.step_ended(trainer.step_seconds[-1])
             after_step(step, loss)
 
-        if trace is not None:
-            trace.start()
-        return trainer.train(on_step)
+        if trace is None:
+            return trainer.train(on_step)
+        trace.start()
+        try:
+            return trainer.train(on_step)
+        finally:
+            trace.stop()

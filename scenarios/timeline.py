@@ -93,6 +93,7 @@ def plot_timeline(
             transform=middle.get_yaxis_transform(), va="center", fontsize=11,
             color=COLOURS[row.part],
         )  # fmt: skip
+    _name_spans(middle, rows, lanes, start_s, start_s, end_s)
     window = _window(inside, lanes, start_s, end_s)
     _lanes(bottom, rows, lanes, start_s, *window)
     _name_spans(bottom, rows, lanes, start_s, *window)
@@ -147,7 +148,8 @@ def _lanes(
             axes.broken_barh(
                 [(span.start_s - zero_s, span.end_s - span.start_s)],
                 (index + 0.08 + at * height, height * part * 0.92),
-                facecolors=COLOURS[row.part], alpha=shade.get(span.lane, 1.0), linewidth=0,
+                facecolors=COLOURS[row.part], alpha=shade.get(span.lane, 1.0), linewidth=0.7,
+                edgecolors=COLOURS[row.part],
             )  # fmt: skip
     for index in range(1, len(rows)):
         axes.axhline(index, color="#dddddd", linewidth=0.8, zorder=0)
@@ -190,6 +192,8 @@ def _short(span: Span) -> str:
     """What a bar is, in a few letters: the layer's own name without its path."""
     if span.kind in ("up", "down"):
         return "request" if span.kind == "up" else "answer"
+    if span.name == "loss":
+        return "head and loss"
     words = span.name.split()
     kept = [w.rpartition(".")[2].replace("_proj", "") for w in words]
     return " ".join(w for w in kept if w not in ("forward", "backward"))

@@ -8,8 +8,9 @@ round after round, and the medians are fitted with rates, a bandwidth and overhe
 `sim.fitting`). Passes of four lanes at once then tell how much of the machine a lane keeps from
 the others. What the fit does not explain is printed beside it, case by case.
 
-Measurements during which other processes were busy are left out, as far as enough others remain:
-a machine that does something else at the time cannot be measured. Takes about 40 seconds.
+A machine that does something else at the time cannot be measured: when other processes are busy
+it waits for them, for a while, and measurements they disturbed are left out as far as enough
+others remain. Takes about 45 seconds on a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,7 +52,10 @@ LANES = 4
 TASKS = {"encrypt": encrypt_work, "multiply": multiply_work, "decrypt": decrypt_work}
 BUDGET_S = 25.0
 """Seconds of measuring, after the set-up."""
+PATIENCE_S = 15.0
+"""Seconds it waits, in all, for other processes to end."""
 MIN_ROUNDS = 3
+_GLANCE_S = 0.2
 DISTURBED = 0.15  # busy cores elsewhere from which on a measurement counts as disturbed
 _STREAM_BYTES = 1 << 26
 
@@ -121,15 +125,19 @@ class Calibration:
     """Models that are measured in turn, round by round, and the cases they give.
 
     A `with` opens and closes it. Others may interleave measurements of their own with `round`.
+
+    patience_s  how long to wait, in all, for other processes to end
     """
 
-    def __init__(self, parameters: Parameters | None = None) -> None:
+    def __init__(self, patience_s: float, parameters: Parameters | None = None) -> None:
         self.parameters = parameters or preset("standard")
+        self.patience_s = patience_s
         self.models: list[Model] = []
         self.stream = Samples()
         self.rounds = 0
         self.disturbed = 0
         self.measured = 0
+        self._restless = False
         self._stack = ExitStack()
         self._source = torch.rand(_STREAM_BYTES // 4)
         self._target = torch.empty_like(self._source)
@@ -157,12 +165,19 @@ class Calibration:
 
     def timed(self, action: Callable[[], T]) -> tuple[T, float]:
         """(result of the action, cores busy elsewhere while it ran)."""
-        start, elsewhere_s = time.perf_counter(), busy_elsewhere_s()
-        result = action()
-        elsewhere = (busy_elsewhere_s() - elsewhere_s) / (time.perf_counter() - start)
+        if self._restless:
+            self._wait_for_quiet()
+        result, elsewhere = _watched(action)
+        self._restless = elsewhere > DISTURBED
         self.measured += 1
-        self.disturbed += elsewhere > DISTURBED
+        self.disturbed += self._restless
         return result, elsewhere
+
+    def _wait_for_quiet(self) -> None:
+        while self.patience_s > 0:
+            self.patience_s -= _GLANCE_S
+            if _watched(lambda: time.sleep(_GLANCE_S))[1] <= DISTURBED:
+                return
 
     def _copy(self) -> float:
         start = time.perf_counter()
@@ -228,7 +243,28 @@ class Calibration:
         today = time.strftime("%Y-%m-%d")
         origin = Origin("measured", describe_machine(), today, commit(), assumed)
         fitted = fit(self.cases(), name, origin, float(core_count()))
-        return replace(fitted, width=fit_widths(self.crowds(), fitted))
+        return _rounded(replace(fitted, width=fit_widths(self.crowds(), fitted)))
+
+
+def _watched(action: Callable[[], T]) -> tuple[T, float]:
+    start, elsewhere_s = time.perf_counter(), busy_elsewhere_s()
+    result = action()
+    return result, (busy_elsewhere_s() - elsewhere_s) / (time.perf_counter() - start)
+
+
+def _rounded(profile: DeviceProfile) -> DeviceProfile:
+    """To four digits, which is more than the measurements bear."""
+
+    def short(values: Mapping[str, float]) -> dict[str, float]:
+        return {key: float(f"{value:.4g}") for key, value in values.items()}
+
+    return replace(
+        profile,
+        rates=short(profile.rates),
+        bytes_per_s=float(f"{profile.bytes_per_s:.4g}"),
+        overhead_s=short(profile.overhead_s),
+        width=short(profile.width),
+    )
 
 
 def describe_machine() -> str:
@@ -275,7 +311,7 @@ def report(profile: DeviceProfile, rows: Sequence[dict[str, Any]]) -> None:
 
 def calibrate(name: str) -> tuple[DeviceProfile, dict[str, Any]]:
     """(profile, figures) of this machine."""
-    with Calibration() as calibration:
+    with Calibration(PATIENCE_S) as calibration:
         start = time.perf_counter()
         while calibration.rounds < MIN_ROUNDS or time.perf_counter() - start < BUDGET_S:
             calibration.round()

@@ -7,9 +7,9 @@ it takes
 
 (the roofline model). Tasks on one processor share its cores as a fluid: a task keeps its `width`
 of cores from others; while all running tasks together want more cores than there are, each of
-them slows down by the same factor. All tasks being slowed alike, one clock of *virtual* seconds, that runs
-at this factor, tells when each of them ends: a task ends when the virtual clock has advanced by
-what it takes alone. A heap of virtual end times and one SimPy event are all it takes.
+them slows down by the same factor. All tasks being slowed alike, one clock of *virtual* seconds
+that runs at this factor tells when each of them ends: when that clock has advanced by what the
+task takes alone. A heap of virtual end times and one SimPy event are all it takes.
 
 Kinds of operations (the keys of `Work.operations` and `DeviceProfile.rates`):
 

@@ -63,7 +63,7 @@ def test_what_is_no_patch_is_an_error(text: str, tmp_path: Path) -> None:
     """A reason and a diff belong to it."""
     path = tmp_path / "bad.patch"
     path.write_text(text)
-    with pytest.raises(PatchError, match="bad.patch"):
+    with pytest.raises(PatchError, match=r"bad\.patch"):
         Planted.read(path)
 
 

@@ -166,6 +166,7 @@ class World:
         return (
             call in life.excused
             or life.closing
+            or life.aborted
             or life.refusals[call] >= often
             or life.timeouts[call] >= often * self.config.attempts_max
             or self.nobody_serves()

@@ -41,6 +41,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scenarios.llama1b",
         "scenarios.make_tiny_llama",
         "benchmarks.he_linear",
+        "benchmarks.sim_speed",
+        "scenarios.whatif",
     ],
 )
 def test_help_teaches(module: str) -> None:
@@ -128,7 +130,6 @@ def test_llama1b_compares_with_clear(tmp_path: Path, cache: Path) -> None:
     ("arguments", "message"),
     [
         (["--real-gpu"], "not in this version yet"),
-        ([], "not in this version yet"),
         (["--real-cpu", "--steps", "0"], "--steps is at least 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from sim.device import (
     NO_WORK,
+    PROFILES,
     Device,
     DeviceProfile,
     Origin,
@@ -192,6 +194,9 @@ def test_the_cost_is_a_roofline_and_an_overhead() -> None:
     assert PROFILE.cost(memory, "local") == (11.0, 1.0)
     # Three seconds on all cores, no overhead.
     assert PROFILE.cost(compute, "multiply") == (3.0, 2.0)
+    # Half of the time on one core, half of it, the overhead, on both.
+    crowded = replace(PROFILE, width={"local": 1.0, "overhead": 2.0})
+    assert crowded.cost(Work({"float": 25.0}), "local") == (0.5, 1.5)
 
 
 def test_a_profile_says_what_it_lacks() -> None:
@@ -267,7 +272,7 @@ def test_profiles_that_come_along(name: str) -> None:
     profile = DeviceProfile.builtin(name)
     assert profile.name == name
     operations = {"int8": 1e6, "float": 1e6, "ring_row": 1e3, "value": 1e3}
-    for task in ("local", "encrypt", "multiply", "decrypt", "update", "handover"):
+    for task in ("local", "encrypt", "multiply", "decrypt", "update"):
         assert profile.seconds(Work(operations, 1e6), task) > 0
     if profile.origin.kind == "datasheet":
         assert profile.origin.assumed
@@ -284,5 +289,5 @@ def test_an_unknown_profile_names_the_choices() -> None:
 
 def test_profile_files_are_plain_json() -> None:
     """A person can read them: rates by name, units in the keys."""
-    for path in Path("sim/profiles").glob("*.json"):
+    for path in PROFILES.glob("*.json"):
         assert {"rates", "bytes_per_s", "overhead_s", "origin"} <= set(json.loads(path.read_text()))
