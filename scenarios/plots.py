@@ -153,7 +153,7 @@ def _maps(study: Study, rows: Sequence[Row], knobs: Sequence[str], answer: Answe
     rest = [knob for knob in knobs if knob not in (x, y, panel)]
     fixed = {knob: _at(study, knob, answer) for knob in rest}
     kept = [row for row in rows if all(of(row, k) == v for k, v in fixed.items())]
-    panels = list(study.sweep[panel])[:PANELS_MAX] if panel else [None]
+    panels = _panels(study, panel) if panel else [None]
     figure, grid = _grid(len(panels), len(study.sweep[x]), len(study.sweep[y]))
     numbers = [row[value] for row in kept]
     shades = _shades(min(numbers), max(numbers))
@@ -171,6 +171,15 @@ def _maps(study: Study, rows: Sequence[Row], knobs: Sequence[str], answer: Answe
     text = fill(facts + note, int(11 * figure.get_figwidth()))
     figure.supxlabel(f"in the cells: {what}\n{text}", fontsize=10, color="#444444")
     return figure
+
+
+def _panels(study: Study, knob: str) -> list[Value]:
+    """The values of a knob that get a panel: those the study shows, or the first few."""
+    shown_ones = [KEYS[knob].form.read(str(v)) for v in study.plot.get("show", [])]
+    strange = [v for v in shown_ones if v not in study.sweep[knob]]
+    if strange:
+        raise SettingError(f"[plot] show: {knob} is never {shown(knob, strange[0])}")
+    return shown_ones or list(study.sweep[knob])[:PANELS_MAX]
 
 
 def _meaning(study: Study, value: str, against: str | None) -> str:

@@ -119,11 +119,17 @@ def _write(
     parts = {part: found[f"path_{part}"] for part in PARTS}
     lanes = f"{setting.lanes} lane{'s' if setting.lanes > 1 else ''} of {setting.tokens} tokens"
     subtitle = (
-        f"simulated: {setting.label}, {lanes}, owner on {device_name(setting.owner_device)}, {line}"
+        f"simulated: {setting.label} ({_known(setting.gpu)}), {lanes}, owner on "
+        f"{device_name(setting.owner_device)} ({_known(setting.owner_device)}), {line}"
     )
     plot_timeline(out / "timeline.png", spans, (step.start_s, step.end_s), parts, subtitle)
     write_perfetto(out / "trace.json", result.trace.spans, subtitle)
     return {"timeline": str(out / "timeline.png"), "trace": str(out / "trace.json")}
+
+
+def _known(choice: str) -> str:
+    """How a device's figures are known, in brackets."""
+    return "measured" if profile_of(choice).origin.kind == "measured" else "data sheet"
 
 
 def _of_first_owner(track: str, lane: str) -> bool:

@@ -12,7 +12,7 @@ A study is a TOML file:
     [prices]                       # optional: gpu-hour, gb-out, mbps-month
     [answer]                       # optional: how rows become an answer, see `scenarios.answers`
     kind = "effects"
-    [plot]                         # optional: value, x, y, panels
+    [plot]                         # optional: value, x, y, panels, show, at, against
     value = "tokens_per_s_owner"
 """
 

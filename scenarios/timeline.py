@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from backends.files import replacing
+from scenarios.quantities import show_duration
 from sim.trace import PARTS, Span
 
 mpl.use("Agg")
@@ -98,7 +99,7 @@ def plot_timeline(
     _lanes(bottom, rows, lanes, start_s, *window)
     _name_spans(bottom, rows, lanes, start_s, *window)
     bottom.set_title(
-        f"a closer look: {1e3 * (window[1] - window[0]):.3g} ms in the middle of the forward pass"
+        f"a closer look: {show_duration(window[1] - window[0])} in the middle of the forward pass"
         + (f"; one stripe and shade for each of the {len(lanes)} lanes" if len(lanes) > 1 else ""),
         loc="left",
     )
@@ -121,7 +122,7 @@ def _bar(axes: Axes, parts: Mapping[str, float], step_s: float) -> None:
             text = f"{WORDS[part]}\n{width:.3g} s, {parts[part]:.0%}".replace("%", " %")
             fits = parts[part] > 0.1
             axes.text(
-                left + width / 2, 0, text if fits else f"{parts[part]:.0%}", ha="center",
+                left + width / 2, 0, text if fits else text.rpartition(", ")[2], ha="center",
                 va="center", color="white" if part != "idle" else "black", fontsize=11,
             )  # fmt: skip
         left += width
