@@ -14,7 +14,6 @@ In sync with: worker.py (the other side), messages.py, docs/protocol.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from protocol.catalogue import Catalogue
 from protocol.errors import MisuseError, ProtocolError
@@ -56,82 +55,16 @@ from protocol.messages import (
     decode,
     encode,
 )
+from protocol.owner_memory import REFUSAL_TEXT, Call, OwnerConfig, Peer
 from protocol.owner_tables import CALLS, FRAMES, SESSIONS, CallInput, CallState, Input, State
 from protocol.placement import Placement
 
-_REFUSAL_TEXT = {
-    Reason.OTHER_PARAMETERS: "it was prepared with other cipher parameters (check --preset)",
-    Reason.OTHER_MODEL: "it holds another model (check --weights on both sides)",
-    Reason.OTHER_VERSION: "it speaks another protocol version",
-    Reason.BUSY: "it is busy with other requests or owners",
-    Reason.UNKNOWN_MATRIX: "it does not know this layer",
-    Reason.WRONG_SIZE: "it expected another number of bytes",
-    Reason.TOO_MANY_TOKENS: "the micro-batch has more tokens than it takes at once",
-    Reason.FAILED: "its computation failed",
-    Reason.NO_SESSION: "it knows no such session",
-}
 _RETRIED = frozenset({Reason.BUSY, Reason.FAILED})
 _OVER = frozenset({State.CLOSED, State.LOST, State.RETIRED})
 # A worker nobody has heard of since it was lost is no reason to wait: two of them, greeted in turn,
 # would keep each other's calls waiting for ever.
 _NO_HELP = _OVER | {State.REVIVING}
 _COUNTED = frozenset({State.GREETING, State.CLOSING})
-
-
-@dataclass(frozen=True)
-class OwnerConfig:
-    """Patience and width.
-
-    hello_timeout_s, request_timeout_s  first wait; it doubles with each attempt, up to
-                                        timeout_s_max
-    attempts_max                        sendings without an answer before a worker is lost
-    retry_s                             first wait after BUSY or FAILED; it doubles too
-    refusals_max                        BUSY or FAILED answers, or workers lost waiting for its
-                                        answer, before a call fails
-    revive_s                            how often a lost worker is greeted again
-    window                              requests in flight per worker
-    """
-
-    hello_timeout_s: float = 5.0
-    request_timeout_s: float = 60.0
-    timeout_s_max: float = 240.0
-    attempts_max: int = 5
-    retry_s: float = 0.25
-    refusals_max: int = 10
-    revive_s: float = 60.0
-    window: int = 8
-
-    def __post_init__(self) -> None:
-        if min(self.window, self.attempts_max, self.refusals_max) < 1:
-            raise ValueError("window, attempts_max and refusals_max are at least 1")
-        waits = (self.hello_timeout_s, self.request_timeout_s, self.timeout_s_max)
-        if min(*waits, self.retry_s, self.revive_s) <= 0:
-            raise ValueError("waits are positive")
-
-
-@dataclass
-class _Peer:
-    name: str
-    state: State = State.NEW
-    attempts: int = 0
-    max_tokens: int = 0
-    why_lost: str = ""
-    forgot: int = 0
-
-
-@dataclass
-class _Call:
-    id: int
-    matrix: int
-    tokens: int
-    state: CallState = CallState.ENCRYPTING
-    frame: bytes = field(default=b"", repr=False)
-    sealed: object = field(default=None, repr=False)
-    peer: str = ""
-    attempts: int = 0
-    refusals: int = 0
-    refused_by: set[str] = field(default_factory=set)
-    silences: int = 0
 
 
 class Owner:
@@ -157,8 +90,8 @@ class Owner:
         self._config = config or OwnerConfig()
         self._placement = placement or Placement.everywhere(peers, len(catalogue.matrices))
         self._placement.check(peers, len(catalogue.matrices))
-        self._peers = {name: _Peer(name) for name in peers}
-        self._calls: dict[int, _Call] = {}
+        self._peers = {name: Peer(name) for name in peers}
+        self._calls: dict[int, Call] = {}
         self._last_call = 0
         self._aborted = ""
         self._closing = False
@@ -219,7 +152,7 @@ class Owner:
 
     # --- events ---------------------------------------------------------------------------
 
-    def _on_message(self, peer: _Peer, message: Message) -> list[Effect]:
+    def _on_message(self, peer: Peer, message: Message) -> list[Effect]:
         if message.session != self._session:
             raise ProtocolError("a frame of another session")
         match message:
@@ -243,7 +176,7 @@ class Owner:
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not for an owner")
 
-    def _forgotten(self, peer: _Peer, refuse: Refuse) -> Input:
+    def _forgotten(self, peer: Peer, refuse: Refuse) -> Input:
         """A late refusal must not end a session that was opened since."""
         if peer.state is not State.READY:
             return Input.FORGOTTEN
@@ -266,7 +199,7 @@ class Owner:
         self._move(call, CallInput.TIMEOUT)
         return self._transmit(call)
 
-    def _silent(self, call: _Call) -> list[Effect]:
+    def _silent(self, call: Call) -> list[Effect]:
         peer = self._peers[call.peer]
         call.silences += 1
         failed: list[Effect] = []
@@ -284,7 +217,7 @@ class Owner:
         self._last_call = wanted.call
         if self._aborted or self._closing:
             return [FailCall(wanted.call, self._aborted or "the session is closing")]
-        self._calls[wanted.call] = _Call(wanted.call, wanted.matrix, wanted.tokens)
+        self._calls[wanted.call] = Call(wanted.call, wanted.matrix, wanted.tokens)
         return [RunTask(wanted.call, Encrypt(wanted.matrix, wanted.tokens, wanted.x))]
 
     def _on_task(self, task: int, result: object) -> list[Effect]:
@@ -329,13 +262,13 @@ class Owner:
 
     # --- steps ----------------------------------------------------------------------------
 
-    def _peer(self, name: str) -> _Peer:
+    def _peer(self, name: str) -> Peer:
         try:
             return self._peers[name]
         except KeyError:
             raise MisuseError(f"no worker is called {name!r}") from None
 
-    def _step(self, peer: _Peer, kind: Input, message: Message | None = None) -> list[Effect]:
+    def _step(self, peer: Peer, kind: Input, message: Message | None = None) -> list[Effect]:
         try:
             following, action = SESSIONS[peer.state, kind]
         except KeyError:
@@ -346,13 +279,13 @@ class Owner:
         peer.state = following
         return self._actions[action](peer, kind, message)
 
-    def _move(self, call: _Call, kind: CallInput) -> None:
+    def _move(self, call: Call, kind: CallInput) -> None:
         try:
             call.state = CALLS[call.state, kind]
         except KeyError:
             raise MisuseError(f"call {call.id}: {kind.value} while {call.state.value}") from None
 
-    def _in_flight(self, peer: _Peer, request: int) -> _Call | None:
+    def _in_flight(self, peer: Peer, request: int) -> Call | None:
         """The call a frame of `peer` speaks of, if it waits for exactly that."""
         call = self._calls.get(request)
         if call is None or call.state is not CallState.IN_FLIGHT or call.peer != peer.name:
@@ -397,17 +330,17 @@ class Owner:
         greeted = {p.name for p in self._peers.values() if p.state in (State.NEW, State.GREETING)}
         return bool(self._placement.holders(matrix, greeted))
 
-    def _dispatch(self, call: _Call, peer: str) -> list[Effect]:
+    def _dispatch(self, call: Call, peer: str) -> list[Effect]:
         call.peer, call.attempts = peer, 0
         self._move(call, CallInput.SENT)
         return self._transmit(call)
 
-    def _transmit(self, call: _Call) -> list[Effect]:
+    def _transmit(self, call: Call) -> list[Effect]:
         call.attempts += 1
         delay_s = self._patience(self._config.request_timeout_s, call.attempts)
         return [Send(call.peer, call.frame), SetTimer(f"call:{call.id}", delay_s)]
 
-    def _fail(self, call: _Call, reason: str) -> list[Effect]:
+    def _fail(self, call: Call, reason: str) -> list[Effect]:
         timer: list[Effect] = []
         if call.state is CallState.IN_FLIGHT:
             timer = [CancelTimer(f"call:{call.id}")]
@@ -417,10 +350,10 @@ class Owner:
 
     # --- actions --------------------------------------------------------------------------
 
-    def _ignore(self, peer: _Peer, _: Input, message: Message | None) -> list[Effect]:
+    def _ignore(self, peer: Peer, _: Input, message: Message | None) -> list[Effect]:
         return [] if message is None else [Dropped(peer.name, "late or duplicate")]
 
-    def _greet(self, peer: _Peer, kind: Input, _: Message | None) -> list[Effect]:
+    def _greet(self, peer: Peer, kind: Input, _: Message | None) -> list[Effect]:
         if kind is not Input.TIMEOUT or peer.state is State.REVIVING:
             peer.attempts = 0
         if kind is Input.FORGOTTEN:
@@ -430,18 +363,18 @@ class Owner:
         )
         return [*self._orphan(peer), *self._send_session(peer, hello)]
 
-    def _send_session(self, peer: _Peer, message: Hello | Bye) -> list[Effect]:
+    def _send_session(self, peer: Peer, message: Hello | Bye) -> list[Effect]:
         peer.attempts += 1
         delay_s = self._patience(self._config.hello_timeout_s, peer.attempts)
         return [Send(peer.name, encode(message)), SetTimer(f"session:{peer.name}", delay_s)]
 
-    def _ready(self, peer: _Peer, _: Input, welcome: Welcome) -> list[Effect]:
+    def _ready(self, peer: Peer, _: Input, welcome: Welcome) -> list[Effect]:
         peer.attempts = 0
         peer.max_tokens = welcome.max_tokens
         peer.why_lost = ""
         return [CancelTimer(f"session:{peer.name}"), *self._pump()]
 
-    def _accept(self, peer: _Peer, _: Input, product: Product) -> list[Effect]:
+    def _accept(self, peer: Peer, _: Input, product: Product) -> list[Effect]:
         call = self._in_flight(peer, product.request)
         if call is None:
             return [Dropped(peer.name, "answer to no call in flight")]
@@ -452,7 +385,7 @@ class Owner:
         work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload)
         return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work), *self._pump()]
 
-    def _refused(self, peer: _Peer, _: Input, refuse: Refuse) -> list[Effect]:
+    def _refused(self, peer: Peer, _: Input, refuse: Refuse) -> list[Effect]:
         call = self._in_flight(peer, refuse.request)
         if call is None:
             return [Dropped(peer.name, "refusal of no call in flight")]
@@ -461,10 +394,10 @@ class Owner:
         if refuse.reason in _RETRIED and call.refusals < self._config.refusals_max:
             return self._retry(call)
         name = self._catalogue.matrices[call.matrix].name
-        text = _REFUSAL_TEXT[refuse.reason]
+        text = REFUSAL_TEXT[refuse.reason]
         return [*self._fail(call, f"worker {peer.name!r} refused {name}: {text}"), *self._pump()]
 
-    def _retry(self, call: _Call) -> list[Effect]:
+    def _retry(self, call: Call) -> list[Effect]:
         """Another worker at once, or the same one a little later. Either way it is alive."""
         load = self._load()
         others = [
@@ -482,7 +415,7 @@ class Owner:
         waits = 1 + call.refusals - len(call.refused_by)
         return [SetTimer(timer, self._patience(self._config.retry_s, waits))]
 
-    def _orphan(self, peer: _Peer) -> list[Effect]:
+    def _orphan(self, peer: Peer) -> list[Effect]:
         effects: list[Effect] = []
         for call in self._calls.values():
             if call.state is CallState.IN_FLIGHT and call.peer == peer.name:
@@ -490,19 +423,19 @@ class Owner:
                 effects.append(CancelTimer(f"call:{call.id}"))
         return effects
 
-    def _lose(self, peer: _Peer, kind: Input, message: Message | None) -> list[Effect]:
+    def _lose(self, peer: Peer, kind: Input, message: Message | None) -> list[Effect]:
         if isinstance(message, Refuse):
-            peer.why_lost = _REFUSAL_TEXT[message.reason]
+            peer.why_lost = REFUSAL_TEXT[message.reason]
         else:
             peer.why_lost = "connection lost" if kind is Input.LOST else "no answer"
         again = SetTimer(f"session:{peer.name}", self._config.revive_s)
         return self._without(peer, again)
 
-    def _retire(self, peer: _Peer, *_: object) -> list[Effect]:
+    def _retire(self, peer: Peer, *_: object) -> list[Effect]:
         told = Retired(peer.name, peer.why_lost)
         return [told, *self._without(peer, CancelTimer(f"session:{peer.name}"))]
 
-    def _without(self, peer: _Peer, timer: Effect) -> list[Effect]:
+    def _without(self, peer: Peer, timer: Effect) -> list[Effect]:
         """Go on without a worker, or give up when a matrix has none left to hold it."""
         if self._aborted:
             return [CancelTimer(f"session:{peer.name}")]
@@ -518,5 +451,5 @@ class Owner:
         effects += [CancelTimer(f"session:{name}") for name in self._peers]
         return [*effects, Abort(self._aborted)]
 
-    def _bye(self, peer: _Peer, kind: Input, _: Message | None) -> list[Effect]:
+    def _bye(self, peer: Peer, kind: Input, _: Message | None) -> list[Effect]:
         return self._send_session(peer, Bye(self._session))

@@ -139,34 +139,47 @@ def seek(planted: Planted, tree: Path, seeds: int = SEEDS_MOST) -> Finding:
     return Finding(planted, found, count, how, time.perf_counter() - start)
 
 
-def _python(tree: Path, *arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+_RUNNING: set[subprocess.Popen[str]] = set()
+"""Processes of this module's that have not ended; an interrupted hunt ends them."""
+
+
+def _python(tree: Path, *arguments: str, timeout_s: float) -> tuple[int, str]:
+    """Exit status and last words of `python ...` run in a tree."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *arguments],
-        cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s,
+        cwd=tree, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    _RUNNING.add(process)
+    try:
+        told, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.terminate()
+        process.wait()
+        _RUNNING.discard(process)
+    return process.returncode, told[-2000:]
 
 
 def _by_chaos(tree: Path, seeds: int) -> tuple[bool, int, str]:
     figures = tree / "figures.json"
     figures.unlink(missing_ok=True)
-    done = _python(
+    _, told = _python(
         tree, "-m", "scenarios.chaos", "--seeds", str(seeds), "--stop-at-first",
         "--processes", "1", "--json", str(figures), timeout_s=_CHAOS_TIMEOUT_S,
     )  # fmt: skip
     if not figures.exists():
-        raise PatchError(f"the patched tree does not run: {done.stderr[-2000:]}")
+        raise PatchError(f"the patched tree does not run: {told}")
     outcome = json.loads(figures.read_text())
-    told = [entry["violation"] for entry in outcome["violation_list"]]
-    return bool(told), outcome["seeds"], told[0] if told else "not found"
+    found = [entry["violation"] for entry in outcome["violation_list"]]
+    return bool(found), outcome["seeds"], found[0] if found else "not found"
 
 
 def _by_test(tree: Path, test: str) -> tuple[bool, int, str]:
-    done = _python(
+    status, _ = _python(
         tree, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test, timeout_s=_TEST_TIMEOUT_S
     )
     # 1: a test failed. Anything else (no such test, a broken import) is no finding.
-    return done.returncode == 1, 0, test
+    return status == 1, 0, test
 
 
 def hunt(json_path: Path | None, processes: int | None, names: Sequence[str] = ()) -> int:
@@ -194,11 +207,17 @@ def hunt(json_path: Path | None, processes: int | None, names: Sequence[str] = (
             ThreadPoolExecutor(wanted) as pool,
             tqdm(total=len(chosen), desc="planted", unit="defect", dynamic_ncols=True) as bar,
         ):
-            for finding in pool.map(one, chosen):
-                findings.append(finding)
-                bar.update()
-                with tqdm.external_write_mode():
-                    print(_line(finding))
+            try:
+                for finding in pool.map(one, chosen):
+                    findings.append(finding)
+                    bar.update()
+                    with tqdm.external_write_mode():
+                        print(_line(finding), flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(_RUNNING):
+                    process.terminate()
+                raise
     by_seeds = [finding.seeds for finding in findings if finding.found and finding.seeds]
     missed = [finding.planted.name for finding in findings if not finding.found]
     middle = median(by_seeds) if by_seeds else 0

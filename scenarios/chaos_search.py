@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import tempfile
 import threading
 import traceback
@@ -119,7 +120,7 @@ def _collect(
         try:
             result: Result = results.get(timeout=_PATIENCE_S)
         except queue.Empty:
-            dead = [child for child in children if child.exitcode not in (None, 0)]
+            dead = [child for child in children if child.exitcode]
             if dead:
                 raise RuntimeError(
                     f"a process of the search ended with status {dead[0].exitcode}; its output is "
@@ -141,6 +142,7 @@ def _child(index: int, following: Any, end: int, results: Any, directory: Path) 
         os.sched_setaffinity(0, {cores[index % len(cores)]})
 
     parent = os.getppid()
+    finished = threading.Event()
 
     def work() -> None:
         directory.mkdir()
@@ -151,10 +153,13 @@ def _child(index: int, following: Any, end: int, results: Any, directory: Path) 
                 seed = following.value
                 following.value += 1
             if seed >= end:
-                return
+                break
             results.put(bench.run(seed))
+        finished.set()
 
     # Not on the main thread: there the trainer listens for Ctrl-C.
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
+    if not finished.is_set():
+        sys.exit(1)  # the thread has shown its traceback; the parent must not wait for its results

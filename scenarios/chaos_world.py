@@ -100,7 +100,7 @@ class World:
         self._events = 0
         self._incarnation = 0
         self.trained_s = 0.0
-        self._start_owner()
+        self._up = False
         self._pool: LanePool | None = None
         self._training = False
         self._crash_steps = list(options.plan.crash_steps)
@@ -111,6 +111,7 @@ class World:
     def run(self) -> None:
         """Train to the end. Raises Violation."""
         while True:
+            self._start_owner()
             try:
                 self._train()
                 break
@@ -122,7 +123,6 @@ class World:
                 require(may_fail, f"a call failed {after_s:.1f} s after the faults: {failed}")
                 self._happened("owner started again")
             self._owner_is_down()
-            self._start_owner()
         self.trained_s = float(self.env.now)
         self._end_in_order()
         if self._arithmetic.encrypted:

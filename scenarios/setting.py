@@ -16,7 +16,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
 from scenarios import quantities
 from scenarios.quantities import Form, Value

@@ -4,13 +4,13 @@
 
 Small models of three widths take private training passes (see `sim.rehearsal`): the owner's
 layers, encrypting, multiplying and decrypting are timed where they happen, at 64 and 256 tokens,
-round after round, and the medians are fitted with rates, a bandwidth and overheads (see
-`sim.fitting`). Passes of four lanes at once then tell how much of the machine a lane keeps from
-the others. What the fit does not explain is printed beside it, case by case.
+round after round, and fitted with rates, a bandwidth and overheads (see `sim.fitting`). Passes of
+several lanes at once then tell how much of the machine a lane keeps from the others. What the fit
+does not explain is printed beside it, case by case.
 
 A machine that does something else at the time cannot be measured: when other processes are busy
 it waits for them, for a while, and measurements they disturbed are left out as far as enough
-others remain. Takes about 45 seconds on a quiet machine.
+others remain; of those that remain the faster half counts. Takes about 45 seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import torch
@@ -34,9 +34,8 @@ from backends.machine import busy_elsewhere_s, commit, machine
 from backends.threads import core_count
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
-from sim.rehearsal import Rehearsal, rehearsal
+from sim.rehearsal import PassTimes, Rehearsal, rehearsal
 from sim.workload import (
-    Linear,
     Local,
     Workload,
     decrypt_work,
@@ -48,7 +47,7 @@ from sim.workload import (
 T = TypeVar("T")
 
 TOKENS = (64, 256)
-LANES = 4
+LANES = (4, 2)
 TASKS = {"encrypt": encrypt_work, "multiply": multiply_work, "decrypt": decrypt_work}
 BUDGET_S = 25.0
 """Seconds of measuring, after the set-up."""
@@ -91,33 +90,49 @@ class Samples:
         """How many of them nothing else disturbed."""
         return sum(elsewhere <= DISTURBED for _, elsewhere in self.times)
 
-    def quiet(self) -> list[float]:
-        """Undisturbed times; the least disturbed half where there are too few."""
-        quiet = [seconds for seconds, elsewhere in self.times if elsewhere <= DISTURBED]
-        if len(quiet) >= min(MIN_ROUNDS, len(self.times)):
-            return quiet
-        ranked = sorted(self.times, key=lambda sample: sample[1])
-        return [seconds for seconds, _ in ranked[: max(MIN_ROUNDS, len(ranked) // 2)]]
+    def kept(self) -> list[int]:
+        """Which count: of the undisturbed ones (the least disturbed half, if too few) the faster
+        half. Whatever disturbs a measurement makes it longer, seen or unseen.
+        """
+        quiet = [i for i, (_, elsewhere) in enumerate(self.times) if elsewhere <= DISTURBED]
+        if len(quiet) < min(MIN_ROUNDS, len(self.times)):
+            ranked = sorted(range(len(self.times)), key=lambda i: self.times[i][1])
+            quiet = ranked[: max(MIN_ROUNDS, len(ranked) // 2)]
+        return sorted(quiet, key=lambda i: self.times[i][0])[: max(2, (len(quiet) + 1) // 2)]
 
     @property
-    def median(self) -> float:
-        """Of the quiet ones."""
-        return median(self.quiet())
+    def typical_s(self) -> float:
+        """Mean of those that count."""
+        return fmean(self.times[i][0] for i in self.kept())
+
+
+@dataclass
+class Passes:
+    """Passes of one lane alone: their whole times, and where the time went."""
+
+    samples: Samples = field(default_factory=Samples)
+    times: list[PassTimes] = field(default_factory=list)
+
+    def add(self, times: PassTimes, elsewhere: float) -> None:
+        """One more."""
+        self.samples.add(times.total, elsewhere)
+        self.times.append(times)
+
+    def kept(self) -> list[PassTimes]:
+        """Those that count, by their whole time."""
+        return [self.times[i] for i in self.samples.kept()]
 
 
 @dataclass
 class Model:
-    """One model of the calibration, its traces, and what was measured of it."""
+    """One model of the calibration, its traces by tokens, and what was measured of it."""
 
     name: str
     rehearsed: Rehearsal
     workloads: dict[int, Workload]
-    local: dict[int, Samples] = field(default_factory=lambda: defaultdict(Samples))
-    linear: dict[tuple[str, int, int, int], Samples] = field(
-        default_factory=lambda: defaultdict(Samples)
-    )
-    """By task, inputs, outputs and tokens."""
-    crowd: dict[int, Samples] = field(default_factory=lambda: defaultdict(Samples))
+    alone: dict[int, Passes] = field(default_factory=lambda: defaultdict(Passes))
+    together: dict[tuple[int, int], Samples] = field(default_factory=lambda: defaultdict(Samples))
+    """By tokens and lanes."""
     update: Samples = field(default_factory=Samples)
 
 
@@ -144,7 +159,7 @@ class Calibration:
 
     def __enter__(self) -> Calibration:
         for name, config in MODELS.items():
-            rehearsed = self._stack.enter_context(rehearsal(config, self.parameters, LANES))
+            rehearsed = self._stack.enter_context(rehearsal(config, self.parameters, max(LANES)))
             workloads = {tokens: trace_step(config, tokens) for tokens in TOKENS}
             self.models.append(Model(name, rehearsed, workloads))
             for tokens in TOKENS:  # compiles, fills caches, makes the optimiser's moments
@@ -156,7 +171,7 @@ class Calibration:
         self._stack.close()
 
     def round(self) -> None:
-        """Measure everything once; lanes together, which takes longest, every other time."""
+        """Measure everything once; passes of several lanes with another number each time."""
         self.rounds += 1
         for model in self.models:
             for tokens in TOKENS:
@@ -185,53 +200,52 @@ class Calibration:
         return time.perf_counter() - start
 
     def _measure(self, model: Model, tokens: int) -> None:
-        rehearsed, workload = model.rehearsed, model.workloads[tokens]
-        times, elsewhere = self.timed(lambda: rehearsed.alone(tokens))
-        asked = [item.matrix for item in workload.lane if isinstance(item, Linear)]
-        assert [matrix for matrix, *_ in times.linears] == asked, "the trace is of another pass"
-        model.local[tokens].add(times.local, elsewhere)
-        for matrix, *phases in times.linears:
-            shape = workload.matrices[matrix]
-            for task, seconds in zip(TASKS, phases, strict=True):
-                key = (task, shape.in_features, shape.out_features, tokens)
-                model.linear[key].add(seconds, elsewhere)
+        rehearsed = model.rehearsed
+        model.alone[tokens].add(*self.timed(lambda: rehearsed.alone(tokens)))
         model.update.add(*self.timed(rehearsed.update))
-        if self.rounds % 2:
-            model.crowd[tokens].add(*self.timed(lambda: rehearsed.together(tokens, LANES)))
+        lanes = LANES[self.rounds % len(LANES)]
+        together = self.timed(lambda: rehearsed.together(tokens, lanes))
+        model.together[tokens, lanes].add(*together)
 
     def cases(self) -> list[Case]:
-        """The medians so far, to be fitted; equal ones once."""
+        """What was measured so far, to be fitted; equal tasks of a pass once, by their mean."""
         stream = Work(bytes_moved=2.0 * _STREAM_BYTES, launches=1)
-        found = [Case("copy of 64 MB", "update", (stream,), self.stream.median)]
+        found = [Case("copy of 64 MB", "update", (stream,), self.stream.typical_s)]
         for model in self.models:
             update = model.workloads[TOKENS[0]].update
-            found.append(Case(f"{model.name} update", "update", (update,), model.update.median))
+            found.append(Case(f"{model.name} update", "update", (update,), model.update.typical_s))
             for tokens in TOKENS:
                 found += {case.name: case for case in self._lane_cases(model, tokens)}.values()
         return found
 
     def crowds(self) -> list[Crowd]:
-        """The medians so far of passes of several lanes at once."""
+        """The passes of several lanes at once so far."""
         return [
             Crowd(
-                f"{model.name} {tokens} tokens {LANES} lanes", LANES,
-                tuple(self._lane_cases(model, tokens)), model.crowd[tokens].median,
+                f"{model.name} {tokens} tokens {lanes} lanes", lanes,
+                tuple(self._lane_cases(model, tokens)), samples.typical_s,
             )
             for model in self.models
-            for tokens in TOKENS
+            for (tokens, lanes), samples in model.together.items()
         ]  # fmt: skip
 
     def _lane_cases(self, model: Model, tokens: int) -> list[Case]:
-        workload = model.workloads[tokens]
+        workload, passes = model.workloads[tokens], model.alone[tokens].kept()
         local = [part for item in workload.lane if isinstance(item, Local) for part in item.parts]
         name = f"{model.name} {tokens} tokens"
-        found = [Case(f"{name} layers", "local", tuple(local), model.local[tokens].median)]
+        local_s = fmean(times.local for times in passes)
+        found = [Case(f"{name} layers", "local", tuple(local), local_s)]
+        phases: dict[tuple[int, int], list[tuple[float, ...]]] = defaultdict(list)
+        for times in passes:
+            for shape, (_, *spent) in zip(workload.linears, times.linears, strict=True):
+                phases[shape.in_features, shape.out_features].append(tuple(spent))
         for shape in workload.linears:
-            inputs, outputs = shape.in_features, shape.out_features
-            for task, work in TASKS.items():
+            sizes = (shape.in_features, shape.out_features)
+            for place, (task, work) in enumerate(TASKS.items()):
                 part = work(shape, tokens, self.parameters)
-                seconds = model.linear[task, inputs, outputs, tokens].median
-                found.append(Case(f"{name} {task} {inputs} to {outputs}", task, (part,), seconds))
+                seconds = fmean(measured[place] for measured in phases[sizes])
+                title = f"{name} {task} {sizes[0]} to {sizes[1]}"
+                found.append(Case(title, task, (part,), seconds))
         return found
 
     def profile(self, name: str) -> DeviceProfile:

@@ -88,6 +88,11 @@ class PassTimes:
     local: float = 0.0
     linears: list[tuple[int, float, float, float]] = field(default_factory=list)
 
+    @property
+    def total(self) -> float:
+        """Of the whole pass."""
+        return self.local + sum(sum(phases) for _, *phases in self.linears)
+
 
 class _Machine(Protocol):
     def handle(self, event: Event, now: float) -> list[Effect]: ...

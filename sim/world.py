@@ -28,7 +28,7 @@ import networkx as nx
 import simpy
 
 from protocol.catalogue import Catalogue, MatrixShape
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
 from sim.device import DeviceProfile, Processor
 from sim.hosts import (

@@ -13,7 +13,7 @@ from backends.he.store import PreparedModel
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.worker import WorkerConfig
 
 

@@ -36,7 +36,8 @@ from protocol.events import (
     Task,
 )
 from protocol.messages import SESSION_BYTES
-from protocol.owner import Owner, OwnerConfig
+from protocol.owner import Owner
+from protocol.owner_memory import OwnerConfig
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from backends.net.inprocess import in_process
 from backends.net.owner import OwnerClient, RemoteLinearError, SimulatedRandomnessError
 from backends.net.worker import WorkerServer
 from protocol.messages import Multiply, Product, decode
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 
 FAST = OwnerConfig(hello_timeout_s=0.2, request_timeout_s=0.2, attempts_max=4)
 

@@ -41,7 +41,8 @@ from protocol.events import (
     TimerFired,
 )
 from protocol.messages import Multiply, Reason, Refuse, decode, encode
-from protocol.owner import Owner, OwnerConfig
+from protocol.owner import Owner
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import CallState, State
 from protocol.placement import Placement
 from protocol.worker import Worker, WorkerConfig

@@ -32,7 +32,7 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import CallState, State
 from tests.protocol.toys import (
     HELLO,

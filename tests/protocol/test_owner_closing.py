@@ -28,7 +28,8 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.owner import Owner, OwnerConfig
+from protocol.owner import Owner
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import CallState, State
 from protocol.placement import Placement
 from tests.protocol.toys import (

@@ -29,7 +29,7 @@ from protocol.messages import (
     Reason,
     decode,
 )
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import State
 from tests.protocol.toys import (
     SESSION,

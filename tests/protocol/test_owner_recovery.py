@@ -30,7 +30,7 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import State
 from protocol.placement import Placement
 from tests.protocol.toys import (

@@ -16,7 +16,7 @@ from protocol.events import (
     Start,
 )
 from protocol.messages import VERSION, Reason, Refuse, Welcome, decode, encode
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import CallState, State
 from tests.protocol.toys import (
     HELLO,

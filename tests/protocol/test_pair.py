@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from protocol.events import PeerLost
 from protocol.messages import HEADER_BYTES
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import State
 from protocol.placement import Placement
 from tests.protocol import toys

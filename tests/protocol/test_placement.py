@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from protocol.errors import MisuseError
 from protocol.events import Abort, CancelTimer, FailCall, LinearWanted, SetTimer
 from protocol.messages import Reason
-from protocol.owner import Owner, OwnerConfig
+from protocol.owner import Owner
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import State
 from protocol.placement import Placement
 from tests.protocol.toys import CATALOGUE, SESSION, OwnerDesk, all_of, one, requests

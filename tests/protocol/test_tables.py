@@ -25,7 +25,7 @@ from protocol.events import (
     TaskFailed,
 )
 from protocol.messages import Bye, Farewell, Hello, Reason
-from protocol.owner import OwnerConfig, _Call
+from protocol.owner_memory import Call, OwnerConfig
 from protocol.owner_tables import CALLS, FRAMES, SESSIONS, CallInput, CallState, Input, State
 from protocol.worker import TRANSITIONS
 from protocol.worker import Input as WorkerInput
@@ -245,7 +245,7 @@ def test_a_lost_session_is_revived_as_long_as_another_serves(state: State) -> No
 @pytest.mark.parametrize(("state", "kind"), product(CallState, CallInput))
 def test_a_call_follows_its_table(state: CallState, kind: CallInput) -> None:
     """Every pair: the row's next state, or MisuseError and no change."""
-    call = _Call(1, 0, 1, state)
+    call = Call(1, 0, 1, state)
     owner = OwnerDesk().owner
     if (state, kind) in CALLS:
         owner._move(call, kind)

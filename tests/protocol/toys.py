@@ -43,7 +43,8 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.owner import Owner, OwnerConfig
+from protocol.owner import Owner
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import State
 from protocol.placement import Placement
 from protocol.worker import Worker, WorkerConfig

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scenarios.chaos_log import EventLog
 from scenarios.chaos_options import draw_options
-from scenarios.chaos_search import Bench, Result
+from scenarios.chaos_search import Bench, Result, _collect
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,6 +88,13 @@ def test_a_broken_machine_is_a_violation(bench: Bench, monkeypatch: pytest.Monke
     monkeypatch.setattr("protocol.worker.Worker._fault_of", broken)
     result = bench.run(clear_seeds(1)[0])
     assert "KeyError" in result.violation
+
+
+def test_a_process_that_dies_does_not_leave_the_search_waiting() -> None:
+    """Its results will never come; the error says what to do."""
+    children = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=1)]
+    with pytest.raises(RuntimeError, match="--processes 1"):
+        list(_collect(children, queue.Queue(), 5, stop_at_first=False))
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from transformers import LlamaConfig
 from backends.he.params import preset
 from backends.machine import busy_elsewhere_s
 from sim import calibrate
-from sim.calibrate import Calibration, Samples
+from sim.calibrate import Calibration, Passes, Samples
 from sim.device import DeviceProfile, Origin, Processor, Work
 from sim.fitting import GUESSES, Case, Crowd, fit, fit_widths, least_squares
-from sim.rehearsal import RehearsalError, rehearsal
+from sim.rehearsal import PassTimes, RehearsalError, rehearsal
 from sim.workload import Linear, trace_step
 
 ORIGIN = Origin("measured", "a test", "2026-01-01", "0")
@@ -119,12 +119,17 @@ def crowd_of(profile: DeviceProfile, lanes: int, layers: Work, cipher: Work) -> 
     return Crowd("", lanes, cases, env.now)
 
 
+@pytest.mark.parametrize("lanes", [2, 4])
 @pytest.mark.parametrize(("layers", "overhead"), [(1.2, 2.0), (2.0, 1.4), (1.55, 1.625)])
-def test_widths_follow_from_lanes_that_run_together(layers: float, overhead: float) -> None:
+def test_widths_follow_from_lanes_that_run_together(
+    layers: float, overhead: float, lanes: int
+) -> None:
     profile = planted(dict.fromkeys(GUESSES, 1.0))
     truth = replace(profile, width={"local": layers, "overhead": overhead})
     crowds = [
-        crowd_of(truth, 4, Work({"float": busy * 5e10}, launches=launches), Work({"value": 3e6}))
+        crowd_of(
+            truth, lanes, Work({"float": busy * 5e10}, launches=launches), Work({"value": 3e6})
+        )
         for busy, launches in ((0.1, 30.0), (0.01, 3000.0), (0.05, 1000.0))
     ]
     found = fit_widths(crowds, profile)
@@ -135,14 +140,22 @@ def test_widths_follow_from_lanes_that_run_together(layers: float, overhead: flo
 
 def test_disturbed_samples_are_left_out_while_enough_remain() -> None:
     samples = Samples()
-    for seconds in (1.0, 2.0, 3.0):
+    for seconds in (4.0, 1.0, 2.0, 3.0):
         samples.add(seconds, 0.01)
-        samples.add(100.0, 1.5)
-    assert samples.undisturbed == 3
-    assert samples.median == 2.0
-    busy = Samples([(5.0, 0.9), (1.0, 0.2), (2.0, 0.3), (9.0, 1.9), (3.0, 0.4), (9.0, 1.8)])
+        samples.add(0.5, 1.5)
+    assert samples.undisturbed == 4
+    assert samples.typical_s == 1.5
+    busy = Samples([(0.1, 0.9), (1.0, 0.2), (2.0, 0.3), (9.0, 1.9), (3.0, 0.4), (9.0, 1.8)])
     assert busy.undisturbed == 0
-    assert sorted(busy.quiet()) == [1.0, 2.0, 3.0]
+    assert [busy.times[i][0] for i in busy.kept()] == [1.0, 2.0]
+
+
+def test_phases_are_those_of_the_passes_that_count() -> None:
+    passes = Passes()
+    for seconds in (3.0, 1.0, 2.0, 4.0):
+        passes.add(PassTimes(seconds, [(0, seconds, 0.0, 0.0)]), 0.0)
+    assert [times.local for times in passes.kept()] == [1.0, 2.0]
+    assert passes.samples.typical_s == 3.0
 
 
 def test_a_rehearsal_is_the_pass_that_is_traced() -> None:

@@ -42,7 +42,8 @@ from protocol.events import (
     TaskFailed,
 )
 from protocol.messages import Multiply, Product, decode
-from protocol.owner import Owner, OwnerConfig
+from protocol.owner import Owner
+from protocol.owner_memory import OwnerConfig
 from protocol.owner_tables import State
 from protocol.worker import Worker
 from sim.driver import Actor, TaskEnd

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from protocol.catalogue import MatrixShape
 from protocol.messages import HEADER_BYTES
-from protocol.owner import OwnerConfig
+from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
 from sim.device import DeviceProfile, Origin, Work
 from sim.hosts import phantom, wire_bytes
