@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from scenarios import record
-from scenarios.setting import Setting, workload_for, world_of
+from scenarios.whatif.setting import Setting, workload_for, world_of
 from sim.world import simulate
 
 

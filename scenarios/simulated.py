@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from backends.nn.sources import human_bytes
-from scenarios import quantities
-from scenarios.setting import (
+from scenarios.timeline import WORDS, headline, plot_timeline
+from scenarios.whatif import quantities
+from scenarios.whatif.setting import (
     KEYS,
     MENDABLE,
     Prices,
@@ -23,7 +24,6 @@ from scenarios.setting import (
     values_of,
     world_of,
 )
-from scenarios.timeline import WORDS, headline, plot_timeline
 from sim.device import DeviceProfile
 from sim.trace import PARTS, write_perfetto
 from sim.world import WorldResult, simulate

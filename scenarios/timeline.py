@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from backends.files import replacing
-from scenarios.quantities import show_duration
+from scenarios.whatif.quantities import show_duration
 from sim.trace import PARTS, Span
 
 mpl.use("Agg")

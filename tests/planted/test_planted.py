@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.chaos_planted import PATCHES, ROOT, PatchError, Planted, all_planted, copy_tree, seek
+from scenarios.chaos.planted import PATCHES, ROOT, PatchError, Planted, all_planted, copy_tree, seek
 
 ALL = all_planted()
 

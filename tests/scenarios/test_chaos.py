@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from scenarios.chaos_log import EventLog
-from scenarios.chaos_options import draw_options
-from scenarios.chaos_search import Bench, Result, _collect
+from scenarios.chaos.log import EventLog
+from scenarios.chaos.options import draw_options
+from scenarios.chaos.search import Bench, Result, _collect
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,7 +24,7 @@ from protocol.events import (
     TaskDone,
 )
 from protocol.messages import Bye, Hello, Multiply, Product, Refuse, Welcome, decode, encode
-from scenarios.chaos_checks import (
+from scenarios.chaos.checks import (
     OwnerWatch,
     Secrets,
     Violation,
@@ -33,7 +33,7 @@ from scenarios.chaos_checks import (
     digest,
     read,
 )
-from scenarios.chaos_worker import refusal
+from scenarios.chaos.worker import refusal
 
 SESSION, OLD = b"s" * 16, b"o" * 16
 SHAPES = (MatrixShape("m0", 4, 2, 12, 4), MatrixShape("m1", 2, 4, 6, 8))

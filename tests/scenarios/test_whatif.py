@@ -18,13 +18,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scenarios import quantities
-from scenarios.answers import answer
-from scenarios.quantities import Form
-from scenarios.setting import KEYS, Prices, Setting, SettingError, changed, measure, values_of
-from scenarios.study import Study, load_study, prepare, run_all, study_names
 from scenarios.timeline import busy_s
-from scenarios.whatif import csv_text, table
+from scenarios.whatif import quantities
+from scenarios.whatif.__main__ import csv_text, table
+from scenarios.whatif.answers import answer
+from scenarios.whatif.quantities import Form
+from scenarios.whatif.setting import (
+    KEYS,
+    Prices,
+    Setting,
+    SettingError,
+    changed,
+    measure,
+    values_of,
+)
+from scenarios.whatif.study import Study, load_study, prepare, run_all, study_names
 from sim.device import ProfileError
 from sim.trace import PARTS, Span, critical_path, read_perfetto
 from sim.world import WorldError
@@ -307,7 +315,7 @@ def test_errors_of_a_world_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def hopeless(*_: object) -> dict[str, Any]:
         raise WorldError("owner0: no worker left")
 
-    monkeypatch.setattr("scenarios.study.measure", hopeless)
+    monkeypatch.setattr("scenarios.whatif.study.measure", hopeless)
     ((_, row),) = run_all([changed(Setting(), SMALL)], Prices(), 1)
     assert row["error"] == "owner0: no worker left"
     assert row["lanes"] == 4

@@ -39,10 +39,10 @@ from tqdm import tqdm
 
 from backends.machine import commit
 from scenarios import record
-from scenarios.chaos_log import EventLog
-from scenarios.chaos_options import draw_options
-from scenarios.chaos_planted import hunt
-from scenarios.chaos_search import Bench, Result, scratch, search
+from scenarios.chaos.log import EventLog
+from scenarios.chaos.options import draw_options
+from scenarios.chaos.planted import hunt
+from scenarios.chaos.search import Bench, Result, scratch, search
 from sim.trace import write_perfetto
 
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
-from scenarios import quantities
-from scenarios.quantities import Form, Value
+from scenarios.whatif import quantities
+from scenarios.whatif.quantities import Form, Value
 from sim.device import DeviceProfile, ProfileError
 from sim.network import Link, star, two_sites
 from sim.trace import PARTS, critical_path

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from backends.threads import core_count
 from scenarios import record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PATCHES = ROOT / "tests" / "planted"
 COPIED = ("protocol", "backends", "sim", "scenarios", "tests", "docs", "pyproject.toml")
 SEEDS_MOST = 2000

@@ -15,10 +15,10 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, TypeAlias
 
-from scenarios.quantities import Value
-from scenarios.setting import KEYS, SettingError, shown, values_of
-from scenarios.study import Study
 from scenarios.timeline import WORDS
+from scenarios.whatif.quantities import Value
+from scenarios.whatif.setting import KEYS, SettingError, shown, values_of
+from scenarios.whatif.study import Study
 from sim.trace import PARTS
 
 Row: TypeAlias = Mapping[str, Any]

@@ -37,12 +37,12 @@ from protocol.events import (
     TaskFailed,
 )
 from protocol.owner import Owner
-from scenarios.chaos_arithmetic import Arithmetic
-from scenarios.chaos_checks import LieKey, OwnerWatch, Secrets, Violation, Wire, require
-from scenarios.chaos_log import EventLog
-from scenarios.chaos_model import TOKENS, Subject, as_bytes, distance, sequences
-from scenarios.chaos_options import Options, stream
-from scenarios.chaos_worker import WorkerHost
+from scenarios.chaos.arithmetic import Arithmetic
+from scenarios.chaos.checks import LieKey, OwnerWatch, Secrets, Violation, Wire, require
+from scenarios.chaos.log import EventLog
+from scenarios.chaos.model import TOKENS, Subject, as_bytes, distance, sequences
+from scenarios.chaos.options import Options, stream
+from scenarios.chaos.worker import WorkerHost
 from sim.driver import Actor, TaskEnd
 from sim.faults import FaultyWire, Moment, after
 from sim.lanes import LanePool, Outcome

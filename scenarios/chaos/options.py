@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from backends.nn.trainer import TrainConfig
 from protocol.owner_memory import OwnerConfig
-from scenarios.chaos_model import MICRO_BATCH
+from scenarios.chaos.model import MICRO_BATCH
 from sim.faults import FaultPlan, draw_plan
 
 

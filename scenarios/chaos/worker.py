@@ -8,9 +8,9 @@ import simpy
 
 from protocol.events import Effect, Event, MultiplyCiphertext, RunTask, TaskDone, TaskFailed
 from protocol.worker import Worker, WorkerConfig
-from scenarios.chaos_arithmetic import Arithmetic
-from scenarios.chaos_checks import PRODUCT, LieKey, Wire, WorkerWatch, digest
-from scenarios.chaos_options import Options, stream
+from scenarios.chaos.arithmetic import Arithmetic
+from scenarios.chaos.checks import PRODUCT, LieKey, Wire, WorkerWatch, digest
+from scenarios.chaos.options import Options, stream
 from sim.driver import Actor, Observer, TaskEnd
 from sim.faults import FaultyWire, Lies, after
 

@@ -30,12 +30,12 @@ from tqdm import tqdm
 from backends.files import replacing, write_json
 from backends.threads import core_count
 from scenarios import record
-from scenarios.answers import Answer, Row, answer
 from scenarios.cli import clean_exit
-from scenarios.plots import plot_study
-from scenarios.setting import KEYS, MENDABLE, Prices, SettingError, profile_of, shown
 from scenarios.simulated import describe_profile
-from scenarios.study import Study, load_study, prepare, run_all, study_names
+from scenarios.whatif.answers import Answer, Row, answer
+from scenarios.whatif.plots import plot_study
+from scenarios.whatif.setting import KEYS, MENDABLE, Prices, SettingError, profile_of, shown
+from scenarios.whatif.study import Study, load_study, prepare, run_all, study_names
 
 COLUMNS = (
     ("p50 s", "step_p50_s", "{:.3g}"),

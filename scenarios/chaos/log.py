@@ -28,7 +28,7 @@ from protocol.events import (
     TaskDone,
     TaskFailed,
 )
-from scenarios.chaos_checks import digest, read
+from scenarios.chaos.checks import digest, read
 from sim.trace import Span
 
 _NAMES = ("?", "Hello", "Welcome", "Multiply", "Product", "Refuse", "Bye", "Farewell")

@@ -13,10 +13,10 @@ import matplotlib as mpl
 import numpy as np
 
 from backends.files import replacing
-from scenarios.answers import Answer, Row, of, relative, varying, words_of
-from scenarios.quantities import Value
-from scenarios.setting import KEYS, SettingError, profile_of, shown
-from scenarios.study import Study
+from scenarios.whatif.answers import Answer, Row, of, relative, varying, words_of
+from scenarios.whatif.quantities import Value
+from scenarios.whatif.setting import KEYS, SettingError, profile_of, shown
+from scenarios.whatif.study import Study
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -15,8 +15,8 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from protocol.catalogue import Catalogue
 from protocol.events import MultiplyCiphertext
-from scenarios.chaos_checks import Secrets, require
-from scenarios.chaos_model import Subject
+from scenarios.chaos.checks import Secrets, require
+from scenarios.chaos.model import Subject
 
 _MLWE_ERROR_MOST = 2e-4
 """Of a delivered value, relative to its bound by Cauchy-Schwarz. The cipher errs by a few 1e-5."""

@@ -4,13 +4,13 @@ A study is a TOML file:
 
     title = "Home office"
     question = "How fast ...?"
-    [fixed]                        # knobs that stay; names as in `scenarios.setting.KEYS`
+    [fixed]                        # knobs that stay; names as in `scenarios.whatif.setting.KEYS`
     bandwidth = "100Mb/s"
     [sweep]                        # knobs that vary: a range, or a list
     lanes = "1..8 x4"
     rtt = ["5ms", "20ms"]
     [prices]                       # optional: gpu-hour, gb-out, mbps-month
-    [answer]                       # optional: how rows become an answer, see `scenarios.answers`
+    [answer]                       # optional: how rows become an answer, see answers.py
     kind = "effects"
     [plot]                         # optional: value, x, y, panels, show, at, against
     value = "tokens_per_s_owner"
@@ -28,8 +28,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scenarios.quantities import Value
-from scenarios.setting import (
+from scenarios.whatif.quantities import Value
+from scenarios.whatif.setting import (
     KEYS,
     Prices,
     Setting,
@@ -49,7 +49,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-STUDIES = Path(__file__).with_name("studies")
+STUDIES = Path(__file__).resolve().parents[1] / "studies"
 _SECTIONS = ("title", "question", "fixed", "sweep", "prices", "answer", "plot")
 _PRICES = {"gpu-hour": "gpu_hour", "gb-out": "gb_out", "mbps-month": "mbps_month"}
 

@@ -21,11 +21,11 @@ import torch
 
 from backends.nn.trainer import TrainingInterrupted
 from backends.threads import core_count
-from scenarios.chaos_checks import Violation
-from scenarios.chaos_log import EventLog
-from scenarios.chaos_model import Subject
-from scenarios.chaos_options import draw_options
-from scenarios.chaos_world import World
+from scenarios.chaos.checks import Violation
+from scenarios.chaos.log import EventLog
+from scenarios.chaos.model import Subject
+from scenarios.chaos.options import draw_options
+from scenarios.chaos.world import World
 
 _PATIENCE_S = 1.0
 
