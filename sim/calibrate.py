@@ -71,7 +71,7 @@ def _llama(hidden: int, intermediate: int, heads: int, layers: int, vocabulary: 
 MODELS = {
     "narrow": _llama(192, 512, 3, 3, 2048),
     "middle": _llama(768, 2048, 12, 2, 4096),
-    "wide": _llama(2048, 8192, 32, 1, 2048),
+    "wide": _llama(2048, 8192, 32, 1, 16_384),
 }
 
 
