@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from backends.he.params import PRESETS, preset
 from backends.he.store import PreparedModel
@@ -51,29 +51,8 @@ from scenarios.cli import clean_exit
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import PrivateSession, Usage, private_session, train_with_bar
+from sim.models import model_config
 
-LLAMA_3_2_1B = LlamaConfig(
-    vocab_size=128_256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    max_position_embeddings=131_072,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=128_000,
-    eos_token_id=128_001,
-    rope_parameters={
-        "rope_type": "llama3",
-        "rope_theta": 500_000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-)
 DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
 
 
@@ -92,7 +71,7 @@ class Setup:
 def load_config(directory: Path | None) -> PretrainedConfig:
     """The checkpoint's config, or the 1B shape."""
     if directory is None:
-        return LLAMA_3_2_1B
+        return model_config("llama-3.2-1b")
     try:
         return AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
