@@ -23,7 +23,8 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 def command() -> str:
     """The command line as a user would type it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    head = f"python -m {module.name}" if module else Path(sys.argv[0]).name
+    name = module.name.removesuffix(".__main__") if module else ""
+    head = f"python -m {name}" if name else Path(sys.argv[0]).name
     return " ".join([head, *sys.argv[1:]])
 
 
