@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from scenarios.chaos.options import draw_options
 from scenarios.chaos.world import World
 
 _PATIENCE_S = 1.0
+_PATH = re.compile(r"'/[^']*'")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Bench:
                 # Whatever else comes out of a run is a defect too; tell where it is from.
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(place.filename).name}:{place.lineno} {place.name}"
-                violation = f"{type(error).__name__} at {where}: {error}"
+                violation = f"{type(error).__name__} at {where}: {_PATH.sub('a file', str(error))}"
         return Result(seed, violation, world.wire.injected, world.trained_s, world.bound_s)
 
 
