@@ -360,8 +360,10 @@ def test_an_interrupted_sweep_keeps_what_it_has(tmp_path: Path) -> None:
         "rtt=1ms..2ms x20", "--set", "model=gpt2", "--out", str(tmp_path),
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell that put this test run in the background has made it deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     assert process.stdout is not None
     seen = ""
