@@ -30,13 +30,17 @@ def processor() -> str:
 def machine() -> dict[str, Any]:
     """Where figures come from. Holds no host name and no path."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
+    facts: dict[str, Any] = {
         "processor": processor(),
         "cores": core_count(),
         "memory_gb": round(memory / 1e9, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name(0)
+        facts["cuda"] = torch.version.cuda
+    return facts
 
 
 def commit() -> str:

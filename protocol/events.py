@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from protocol.messages import Bytes
+from protocol.messages import Bytes, Frame, LocalFrame, Payload
 
 
 def _positive(value: int, what: str) -> None:
@@ -27,10 +27,10 @@ class Start:
 
 @dataclass(frozen=True)
 class FrameArrived:
-    """Bytes from `peer`, exactly as they came off the wire."""
+    """A frame from `peer`, exactly as it came off the wire."""
 
     peer: str
-    frame: Bytes = field(repr=False)
+    frame: Bytes | LocalFrame = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True)
 class Encrypt:
-    """Encrypt `x` for a matrix. Result: (payload bytes, sealed handle)."""
+    """Encrypt `x` for a matrix. Result: (payload, sealed handle)."""
 
     matrix: int
     tokens: int
@@ -117,16 +117,16 @@ class Decrypt:
     matrix: int
     tokens: int
     sealed: object = field(repr=False)
-    payload: Bytes = field(repr=False)
+    payload: Payload = field(repr=False)
 
 
 @dataclass(frozen=True)
 class MultiplyCiphertext:
-    """Ciphertext x public matrix, on a worker. Result: payload bytes."""
+    """Ciphertext x public matrix, on a worker. Result: the payload."""
 
     matrix: int
     tokens: int
-    payload: Bytes = field(repr=False)
+    payload: Payload = field(repr=False)
 
 
 Task: TypeAlias = Encrypt | Decrypt | MultiplyCiphertext
@@ -139,7 +139,7 @@ class Send:
     """Hand a frame to the transport."""
 
     peer: str
-    frame: bytes = field(repr=False)
+    frame: Frame = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Rules
   * Everything is bounded before it is read; an unknown version, kind or reason is an error.
   * A frame holds public facts and ciphertext only. There is no field for free text, so
     nothing private can slip into one.
+  * A payload on a GPU may stay there for a receiver in the same process: a `LocalFrame` is a
+    frame in two pieces. No transport carries one, and nothing else makes one.
 
 The header, and the body of Refuse, keep their layout in every version: so two sides can tell each
 other that they speak different ones.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from protocol.errors import ProtocolError, VersionError
 
@@ -38,6 +40,27 @@ _DIGESTS = struct.Struct("<32s32s")
 _WELCOME = struct.Struct("<32s32sI")
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
+Payload: TypeAlias = Any
+"""Ciphertext: `Bytes`, or memory on a device, opaque but for len() and nbytes, which are equal."""
+
+
+def is_payload(thing: object) -> bool:
+    """Whether this can be a payload."""
+    return isinstance(thing, bytes | bytearray | memoryview) or hasattr(thing, "nbytes")
+
+
+@dataclass(frozen=True)
+class LocalFrame:
+    """A frame whose payload stays on the device it was computed on."""
+
+    head: bytes
+    payload: Payload = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.head) + len(self.payload)
+
+
+Frame: TypeAlias = bytes | LocalFrame
 
 
 class Reason(IntEnum):
@@ -105,7 +128,7 @@ class Multiply:
     request: int
     matrix: int
     tokens: int
-    payload: Bytes = field(repr=False)
+    payload: Payload = field(repr=False)
 
     def __post_init__(self) -> None:
         _check_session(self.session)
@@ -120,7 +143,7 @@ class Product:
 
     session: bytes
     request: int
-    payload: Bytes = field(repr=False)
+    payload: Payload = field(repr=False)
 
     def __post_init__(self) -> None:
         _check_session(self.session)
@@ -165,42 +188,48 @@ Message: TypeAlias = Hello | Welcome | Multiply | Product | Refuse | Bye | Farew
 _KIND: dict[type[Message], int] = {
     Hello: 1, Welcome: 2, Multiply: 3, Product: 4, Refuse: 5, Bye: 6, Farewell: 7,
 }  # fmt: skip
+_FIXED_BYTES = {_KIND[Multiply]: _MULTIPLY.size, _KIND[Product]: _PRODUCT.size}
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Message) -> Frame:
     """The frame of a message. Raises ValueError when the body is over MAX_BODY_BYTES."""
-    body: tuple[Bytes, ...]
+    fixed = b""
+    payload: Payload = b""
     match message:
         case Hello():
-            body = (_DIGESTS.pack(message.parameters_digest, message.model_digest),)
+            fixed = _DIGESTS.pack(message.parameters_digest, message.model_digest)
         case Welcome():
-            body = (
-                _WELCOME.pack(message.parameters_digest, message.model_digest, message.max_tokens),
+            fixed = _WELCOME.pack(
+                message.parameters_digest, message.model_digest, message.max_tokens
             )
         case Multiply():
-            body = (
-                _MULTIPLY.pack(message.request, message.matrix, message.tokens),
-                message.payload,
-            )
+            fixed = _MULTIPLY.pack(message.request, message.matrix, message.tokens)
+            payload = message.payload
         case Product():
-            body = (_PRODUCT.pack(message.request), message.payload)
+            fixed, payload = _PRODUCT.pack(message.request), message.payload
         case Refuse():
-            body = (_REFUSE.pack(message.request, message.reason),)
+            fixed = _REFUSE.pack(message.request, message.reason)
         case Bye() | Farewell():
-            body = ()
+            pass
+    on_host = isinstance(payload, bytes | bytearray | memoryview)
     # In bytes: len() of a view counts its items, which may be wider.
-    size = sum(memoryview(part).nbytes for part in body)
+    size = len(fixed) + (memoryview(payload).nbytes if on_host else payload.nbytes)
     _require(size <= MAX_BODY_BYTES, f"a body has at most {MAX_BODY_BYTES} bytes, got {size}")
     header = _HEADER.pack(MAGIC, VERSION, _KIND[type(message)], 0, message.session, size)
-    return b"".join((header, *body))
+    if on_host:
+        return b"".join((header, fixed, payload))
+    return LocalFrame(header + fixed, payload)
 
 
-def decode(frame: Bytes) -> Message:
+def decode(frame: Bytes | LocalFrame) -> Message:
     """The message of a frame; payloads are views into it, not copies.
 
     Raises ProtocolError for anything that `encode` could not have made.
     """
-    view = memoryview(frame).toreadonly().cast("B")
+    detached = frame.payload if isinstance(frame, LocalFrame) else None
+    view = memoryview(frame.head if isinstance(frame, LocalFrame) else frame)
+    view = view.toreadonly().cast("B")
+    length = len(view) if detached is None else len(view) + len(detached)
     if len(view) < HEADER_BYTES:
         raise ProtocolError(f"frame of {len(view)} bytes is shorter than a header")
     magic, version, kind, zero, session, size = _HEADER.unpack_from(view)
@@ -208,16 +237,23 @@ def decode(frame: Bytes) -> Message:
         raise ProtocolError("not a frame of this protocol")
     if version != VERSION and kind != _KIND[Refuse]:
         raise VersionError(session, version, VERSION)
-    if zero != 0 or size > MAX_BODY_BYTES or size != len(view) - HEADER_BYTES:
+    if zero != 0 or size > MAX_BODY_BYTES or size != length - HEADER_BYTES:
         raise ProtocolError("header and frame length disagree")
     body = view[HEADER_BYTES:]
     try:
-        return _decode_body(kind, session, body)
+        return _decode_body(kind, session, body, detached)
     except (struct.error, ValueError) as error:
         raise ProtocolError(f"malformed body of kind {kind}") from error
 
 
-def _decode_body(kind: int, session: bytes, body: memoryview) -> Message:
+def _decode_body(kind: int, session: bytes, body: memoryview, detached: Payload | None) -> Message:
+    if kind in _FIXED_BYTES:
+        rest = body[_FIXED_BYTES[kind] :]
+        if detached is not None and len(rest):
+            raise ProtocolError("a frame with two payloads")
+        payload = rest if detached is None else detached
+    elif detached is not None:
+        raise ProtocolError(f"a message of kind {kind} has no payload")
     match kind:
         case 1:
             return Hello(session, *_DIGESTS.unpack(body))
@@ -225,10 +261,10 @@ def _decode_body(kind: int, session: bytes, body: memoryview) -> Message:
             return Welcome(session, *_WELCOME.unpack(body))
         case 3:
             request, matrix, tokens = _MULTIPLY.unpack_from(body)
-            return Multiply(session, request, matrix, tokens, body[_MULTIPLY.size :])
+            return Multiply(session, request, matrix, tokens, payload)
         case 4:
             (request,) = _PRODUCT.unpack_from(body)
-            return Product(session, request, body[_PRODUCT.size :])
+            return Product(session, request, payload)
         case 5:
             request, reason = _REFUSE.unpack(body)
             return Refuse(session, request, Reason(reason))

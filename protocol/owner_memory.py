@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from protocol.messages import Reason
+from protocol.messages import Frame, Reason
 from protocol.owner_tables import CallState, State
 
 REFUSAL_TEXT = {
@@ -71,7 +71,7 @@ class Call:
     matrix: int
     tokens: int
     state: CallState = CallState.ENCRYPTING
-    frame: bytes = field(default=b"", repr=False)
+    frame: Frame = field(default=b"", repr=False)
     sealed: object = field(default=None, repr=False)
     peer: str = ""
     attempts: int = 0

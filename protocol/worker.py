@@ -34,17 +34,18 @@ from protocol.events import (
 )
 from protocol.messages import (
     Bye,
-    Bytes,
     Farewell,
     Hello,
     Message,
     Multiply,
+    Payload,
     Product,
     Reason,
     Refuse,
     Welcome,
     decode,
     encode,
+    is_payload,
 )
 
 
@@ -154,8 +155,8 @@ class Worker:
                     return [Dropped(peer, str(error))]
             case TaskDone(task, result):
                 job = self._take_job(task)
-                if not isinstance(result, bytes | bytearray | memoryview):
-                    raise MisuseError("a product task returns bytes")
+                if not is_payload(result):
+                    raise MisuseError("a product task returns a payload")
                 return self._on_task(job, Input.DONE, result)
             case TaskFailed(task, _):
                 return self._on_task(self._take_job(task), Input.FAILED, None)
@@ -183,7 +184,7 @@ class Worker:
                 raise ProtocolError(f"{type(message).__name__} is not for a worker")
         return self._step(peer, session, kind, message)
 
-    def _on_task(self, job: _Job, kind: Input, result: Bytes | None) -> list[Effect]:
+    def _on_task(self, job: _Job, kind: Input, result: Payload | None) -> list[Effect]:
         session = self._sessions.get(job.peer)
         if session is None or session.id != job.session:
             return []
@@ -272,7 +273,7 @@ class Worker:
             return Reason.BUSY
         return None
 
-    def _answer(self, peer: str, session: _Session, job: _Job, result: Bytes) -> list[Effect]:
+    def _answer(self, peer: str, session: _Session, job: _Job, result: Payload) -> list[Effect]:
         if len(result) != self._catalogue.down_bytes(job.matrix, job.tokens):
             raise MisuseError("the product's size does not match the catalogue")
         return [Send(peer, encode(Product(job.session, job.request, result)))]

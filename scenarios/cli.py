@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from backends.he.cuda.device import GpuError
 from backends.he.interface import NonFiniteInputError
 from backends.he.store import PreparationError
 from backends.net.owner import RemoteLinearError
@@ -31,6 +32,6 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         sys.exit(130)
     except (
         CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
-        NonFiniteInputError, FloatingPointError, *mendable,
+        NonFiniteInputError, FloatingPointError, GpuError, *mendable,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")

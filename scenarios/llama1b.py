@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -47,7 +46,9 @@ from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import CheckpointError, WeightSource, human_bytes, source_for
 from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record, simulated
+from scenarios.clear_peer import ClearPeer
 from scenarios.cli import clean_exit
+from scenarios.hardware import Hardware, check_memory, chosen
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import PrivateSession, Usage, private_session, train_with_bar
@@ -58,8 +59,9 @@ DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own 
 
 @dataclass
 class Setup:
-    """The run's model, data and training, before any role is taken."""
+    """The run's place, model, data and training, before any role is taken."""
 
+    hardware: Hardware
     config: PretrainedConfig
     source: WeightSource
     skeleton: Skeleton
@@ -104,11 +106,12 @@ def set_up(args: argparse.Namespace) -> Setup:
     """Config, weights' source, owner's skeleton, data and training configuration."""
     if args.tokens % args.sequence:
         raise DataError(f"--tokens {args.tokens} must be a multiple of --sequence {args.sequence}")
+    hardware = chosen(args.real_gpu)
     source, directory = source_for(args.weights, args.seed)
     print(f"weights: {source.describe()}")
     config = load_config(directory)
     sequences = load_sequences(args, directory, config)
-    skeleton = build_skeleton(config, source, remote_head=args.lm_head == "remote")
+    skeleton = build_skeleton(config, source, args.lm_head == "remote", hardware.dtype)
     micro_batch = args.tokens // args.sequence
     training = TrainConfig(
         steps=args.steps,
@@ -118,7 +121,7 @@ def set_up(args: argparse.Namespace) -> Setup:
         seed=args.seed,
     )
     base = args.weights or f"random-{args.seed}"
-    return Setup(config, source, skeleton, sequences, training, base)
+    return Setup(hardware, config, source, skeleton, sequences, training, base)
 
 
 def make_trainer(
@@ -126,6 +129,7 @@ def make_trainer(
 ) -> tuple[PeftModel, Trainer]:
     """The model with adapters and its trainer; `private` keeps checkpoints, `clear` none."""
     model = add_lora(setup.skeleton.model, args.rank, 2 * args.rank, args.seed)
+    model.to(setup.hardware.device)
     private = role == "private"
     trainer = Trainer(
         model,
@@ -139,44 +143,6 @@ def make_trainer(
         identity={"rank": args.rank, "model": prepared.model_digest.hex()},
     )
     return model, trainer
-
-
-class ClearPeer:
-    """The same training in clear, in a process of its own, one step at a time.
-
-    Its own process, so that its 4 GB of float weights are not counted as the private run's, and
-    so that the two sides can take turns on the same cores.
-    """
-
-    def __init__(self, argv: list[str]) -> None:
-        command = [sys.executable, "-m", "scenarios.llama1b", *argv, "--clear-peer"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._reply("ready")
-
-    def _reply(self, what: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                if what in answer:
-                    return answer
-        raise RuntimeError("the clear run beside this one ended early; see its messages above")
-
-    def step(self) -> tuple[float, float]:
-        """(seconds, loss) of one more step."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        answer = self._reply("seconds")
-        return answer["seconds"], answer["loss"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
 
 
 def clear_peer(args: argparse.Namespace) -> None:
@@ -203,7 +169,7 @@ def clear_peer(args: argparse.Namespace) -> None:
 
 
 class Run:
-    """A real run on this machine's CPU."""
+    """A real run, on this machine's CPU or GPU."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -220,7 +186,10 @@ class Run:
         model, trainer = make_trainer(args, setup, prepared, "private")
         peer = ClearPeer(argv) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
-        with private_session(setup.skeleton, prepared, args.lanes, trace) as session:
+        room = self._room(setup, prepared, model)
+        with private_session(
+            setup.skeleton, prepared, args.lanes, trace, setup.hardware, room
+        ) as session:
             self._train(trainer, session, peer, trace)
         if trace is not None:
             trace.write(args.trace, f"real run: {setup.source.describe()}, {args.lanes} lane(s)")
@@ -229,6 +198,15 @@ class Run:
         if peer is not None:
             peer.close()
         return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
+
+    def _room(self, setup: Setup, prepared: PreparedModel, model: PeftModel) -> int:
+        """Device memory for hints; checks on the way that the run fits."""
+        hardware = setup.hardware
+        if hardware.gpu is None:
+            return 0
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        tokens = self.args.tokens * self.args.lanes
+        return check_memory(hardware.gpu, setup.config, prepared, tokens, held, hardware.dtype)
 
     def _train(
         self,
@@ -254,12 +232,14 @@ class Run:
         tokens = setup.training.batch * args.sequence
         figures: dict[str, Any] = {
             "weights": setup.source.describe(),
+            "hardware": setup.hardware.label,
             "lm_head": args.lm_head,
             "tokens_per_step": tokens,
             "lanes": args.lanes,
             "prepare_s": prepare_s,
             "losses": trainer.progress.losses,
             "peak_rss_mb": record.peak_rss_mb(),
+            "peak_device_mb": setup.hardware.peak_device_mb(),
         }
         if self.usages:
             step_s = median(trainer.step_seconds)
@@ -285,6 +265,7 @@ class Run:
 def print_report(f: dict[str, Any]) -> None:
     """What a person wants to know of the run."""
     print(f"\n{f['weights']}; {f['tokens_per_step']} tokens a step, {f['lanes']} lane(s)")
+    print(f"owner and worker       {f['hardware']}")
     print(f"preparation            {f['prepare_s']:8.1f} s")
     if "private_step_s" in f:
         model_s = f["private_step_s"] - f["remote_wait_s"] / f["lanes"]
@@ -298,11 +279,15 @@ def print_report(f: dict[str, Any]) -> None:
             f"{human_bytes(f['bytes_per_token_down'])} down = {human_bytes(total)}"
         )
     if "clear_step_s" in f:
-        print(f"the same step in clear {f['clear_step_s']:8.2f} s  (fp32, same int8 base weights)")
+        print(
+            f"the same step in clear {f['clear_step_s']:8.2f} s  (same place, same int8 base weights)"
+        )
         print(f"private / clear        {f['private_over_clear']:8.2f}")
         pairs = zip(f["losses"], f["clear_losses"], strict=False)
         print("losses private/clear   " + ", ".join(f"{a:.4f}/{b:.4f}" for a, b in pairs))
     print(f"peak memory            {f['peak_rss_mb'] / 1000:8.1f} GB  owner and worker together")
+    if f["peak_device_mb"]:
+        print(f"peak GPU memory        {f['peak_device_mb'] / 1000:8.1f} GB")
     print(f"adapter in             {f['adapter_dir']}")
 
 
@@ -315,7 +300,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--real-cpu", action="store_true", help="run for real on this machine's CPU")
-    add("--real-gpu", action="store_true", help="(not in this version)")
+    add("--real-gpu", action="store_true",
+        help="run for real on one NVIDIA GPU, owner and worker (not measured yet)")  # fmt: skip
     add("--weights", metavar="DIR|ID", help="Hugging Face checkpoint; random weights without")
     add("--data", type=Path, metavar="FILE|DIR", help="private text, UTF-8")
     add("--steps", type=int, help="optimiser steps (10; simulated: 2)")
@@ -349,8 +335,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("steps", "tokens", "sequence", "lanes", "rank", "checkpoint_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
-    if args.real_gpu:
-        parser.exit(2, "--real-gpu is not in this version yet; use --real-cpu\n")
+    if args.real_cpu and args.real_gpu:
+        parser.error("--real-cpu or --real-gpu, not both")
     return args
 
 
@@ -358,7 +344,7 @@ def main() -> None:
     argv = sys.argv[1:]
     args = parse(argv)
     with clean_exit(*simulated.MENDABLE):
-        if not args.real_cpu:
+        if not (args.real_cpu or args.real_gpu):
             figures = simulated.run(args)
             simulated.print_report(figures)
             record.write(args.json, figures)

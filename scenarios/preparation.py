@@ -13,7 +13,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from backends.he.params import Parameters
-from backends.he.store import PreparedModel, disk_bytes, prepare, work_units
+from backends.he.preparation import disk_bytes, prepare, work_units
+from backends.he.store import PreparedModel
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import WeightSource, human_bytes
 

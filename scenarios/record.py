@@ -28,8 +28,8 @@ def command() -> str:
     return " ".join([head, *sys.argv[1:]])
 
 
-def write(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write the figures and their origin as JSON, when a path was given."""
+def write(path: Path | None, figures: dict[str, Any], quiet: bool = False) -> None:
+    """Write the figures and their origin as JSON, when a path was given; `quiet` says nothing."""
     if path is None:
         return
     origin = {
@@ -39,7 +39,8 @@ def write(path: Path | None, figures: dict[str, Any]) -> None:
         "machine": machine(),
     }
     write_json(path, figures | {"origin": origin})
-    print(f"figures written to {path}")
+    if not quiet:
+        print(f"figures written to {path}")
 
 
 def peak_rss_mb() -> float:

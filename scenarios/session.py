@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
+from backends.he.interface import OwnerCipher, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
@@ -18,6 +19,7 @@ from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer
+from scenarios.hardware import CPU, Hardware
 from scenarios.real_trace import RealTrace
 
 
@@ -47,7 +49,7 @@ class Usage:
 class PrivateSession:
     """An owner connected to a worker in this process, with real encryption."""
 
-    def __init__(self, cipher: MlweOwner, client: OwnerClient, server: WorkerServer) -> None:
+    def __init__(self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer) -> None:
         self._cipher = cipher
         self._client = client
         self._server = server
@@ -63,30 +65,52 @@ class PrivateSession:
             self._cipher.blocks,
         )
 
-    def warm_up(self, prepared: PreparedModel) -> None:
+    def warm_up(self, prepared: PreparedModel, hardware: Hardware) -> None:
         """One product, so that compiling the kernels is not taken for a slow first step."""
-        self._client.linear(0, np.ones((1, prepared.groups[0].in_features), np.float32))
+        ones = torch.ones(1, prepared.groups[0].in_features, device=hardware.device)
+        self._client.linear(0, ones.numpy() if hardware.gpu is None else ones)
+
+
+def make_ciphers(
+    prepared: PreparedModel, hardware: Hardware, hint_bytes: int
+) -> tuple[OwnerCipher, WorkerCipher]:
+    """The owner's and the worker's half, where `hardware` says."""
+    parameters, public = prepared.parameters, prepared.public_matrix()
+    assert parameters is not None
+    if hardware.gpu is None:
+        return MlweOwner(parameters, public), MlweWorker(parameters)
+    # Only here: they need Triton and CuPy, which only a GPU needs.
+    from backends.he.cuda.owner import CudaOwner
+    from backends.he.cuda.worker import CudaWorker
+
+    gpu = hardware.gpu
+    owner = CudaOwner(parameters, public, gpu, local=True, hint_bytes=hint_bytes)
+    return owner, CudaWorker(parameters, gpu)
 
 
 @contextmanager
 def private_session(
-    skeleton: Skeleton, prepared: PreparedModel, lanes: int, trace: RealTrace | None = None
+    skeleton: Skeleton,
+    prepared: PreparedModel,
+    lanes: int,
+    trace: RealTrace | None = None,
+    hardware: Hardware = CPU,
+    hint_bytes: int = 0,
 ) -> Iterator[PrivateSession]:
     """Connects the skeleton's remote linears to an in-process worker under real encryption.
 
-    trace  is told who did what when
+    trace       is told who did what when
+    hint_bytes  on a GPU: memory that hints may take there, see `hardware.check_memory`
     """
-    assert prepared.parameters is not None
-    owner = MlweOwner(prepared.parameters, prepared.public_matrix())
+    owner, worker = make_ciphers(prepared, hardware, hint_bytes)
     weights = prepared.worker_weights()
     for index, matrix in enumerate(prepared.owner_matrices()):
         owner.guard(matrix, weights[index // 2], forward=index % 2 == 0)
     del weights
-    worker = MlweWorker(prepared.parameters)
     hooks = trace.hooks if trace else lambda side: Hooks()
     with in_process(prepared, owner, [worker], lanes=lanes, hooks=hooks) as (client, (server,)):
         session = PrivateSession(owner, client, server)
-        session.warm_up(prepared)
+        session.warm_up(prepared, hardware)
         with skeleton.remote.connected(client.linear):
             yield session
 

@@ -21,6 +21,7 @@ from scenarios.whatif.setting import (
     device_name,
     figures,
     profile_of,
+    provenance,
     values_of,
     world_of,
 )
@@ -77,8 +78,16 @@ def describe_profile(profile: DeviceProfile) -> str:
     if origin.kind == "measured":
         text = f"{name}: measured on {origin.where}, {origin.when}"
         return text + (f", commit {origin.commit}" if origin.commit else "")
-    assumed = f", {len(origin.assumed)} figures assumed" if origin.assumed else ""
-    return f"{name}: data sheet{assumed}, NOT MEASURED ({origin.where})"
+    counts = f", {len(origin.published)} figures published, {len(origin.assumed)} assumed"
+    return f"{name}: data sheet{counts}, NOT MEASURED ({origin.where})"
+
+
+def _print_profile(side: str, profile: DeviceProfile) -> None:
+    """A profile, and where each of its figures is from."""
+    print(f"  {side:<6} {describe_profile(profile)}")
+    for what in ("published", "assumed"):
+        for text in getattr(profile.origin, what):
+            print(f"         {what}: {text}")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,12 +95,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     setting = setting_from(args)
     gpu, owner = profile_of(setting.gpu), profile_of(setting.owner_device)
     print(f"simulating {setting.label}; nothing is computed, time is modelled")
-    print(f"  GPU    {describe_profile(gpu)}")
-    for text in gpu.origin.assumed:
-        print(f"         assumed: {text}")
-    print(f"  owner  {describe_profile(owner)}")
-    for text in owner.origin.assumed:
-        print(f"         assumed: {text}")
+    _print_profile("GPU", gpu)
+    _print_profile("owner", owner)
     config = world_of(setting, seed=args.seed)
     result = simulate(replace(config, record_owners=None) if setting.owners <= 8 else config)
     found = figures(setting, result, Prices(gpu_hour=0.0))
@@ -119,17 +124,12 @@ def _write(
     parts = {part: found[f"path_{part}"] for part in PARTS}
     lanes = f"{setting.lanes} lane{'s' if setting.lanes > 1 else ''} of {setting.tokens} tokens"
     subtitle = (
-        f"simulated: {setting.label} ({_known(setting.gpu)}), {lanes}, owner on "
-        f"{device_name(setting.owner_device)} ({_known(setting.owner_device)}), {line}"
+        f"simulated: {setting.label} ({provenance(setting.gpu)}), {lanes}, owner on "
+        f"{device_name(setting.owner_device)} ({provenance(setting.owner_device)}), {line}"
     )
     plot_timeline(out / "timeline.png", spans, (step.start_s, step.end_s), parts, subtitle)
     write_perfetto(out / "trace.json", result.trace.spans, subtitle)
     return {"timeline": str(out / "timeline.png"), "trace": str(out / "trace.json")}
-
-
-def _known(choice: str) -> str:
-    """How a device's figures are known, in brackets."""
-    return "measured" if profile_of(choice).origin.kind == "measured" else "data sheet"
 
 
 def _of_first_owner(track: str, lane: str) -> bool:

@@ -119,6 +119,7 @@ class Actor:
     def _interpret(self, effect: Effect) -> None:
         match effect:
             case Send(peer, frame):
+                assert isinstance(frame, bytes)  # no device, hence no LocalFrame, in this world
                 self._transmit(peer, frame)
             case RunTask():
                 life = self._life

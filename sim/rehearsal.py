@@ -14,7 +14,6 @@ results are noise of about the size of the inputs, and training goes nowhere.
 from __future__ import annotations
 
 import queue
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +37,12 @@ from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.plan import MatrixPlan
 from backends.he.public import PublicMatrix
 from backends.he.ring import tiles_of
+from backends.he.store import shapes_of
 from backends.he.vector import LANES
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource
-from protocol.catalogue import Catalogue, MatrixShape
+from protocol.catalogue import Catalogue
 from protocol.events import (
     CancelTimer,
     Closed,
@@ -62,12 +62,12 @@ from protocol.events import (
     Task,
     TaskDone,
 )
-from protocol.messages import HEADER_BYTES, SESSION_BYTES
+from protocol.messages import SESSION_BYTES
 from protocol.owner import Owner
 from protocol.worker import Worker
+from sim.driver import Machine
+from sim.frames import call_of
 
-_REQUEST = struct.Struct("<Q")
-_KIND_AT, _ABOUT_CALLS = 5, (3, 4)  # where a frame says what it is; Multiply, Product
 _RANK = 16
 _NOISE = 1 << 18  # int32 values that all hints repeat
 
@@ -94,16 +94,12 @@ class PassTimes:
         return self.local + sum(sum(phases) for _, *phases in self.linears)
 
 
-class _Machine(Protocol):
-    def handle(self, event: Event, now: float) -> list[Effect]: ...
-
-
 class _Side:
     """A machine on a thread of its own, its tasks on a pool."""
 
     def __init__(
         self,
-        machine: _Machine,
+        machine: Machine,
         compute: Callable[[Task], object],
         transmit: Callable[[bytes], None],
         report: Callable[[Effect | Exception], None],
@@ -132,6 +128,7 @@ class _Side:
                 for effect in self._machine.handle(event, time.monotonic()):
                     match effect:
                         case Send(_, frame):
+                            assert isinstance(frame, bytes)
                             self._transmit(frame)
                         case RunTask(task, work):
                             self._pool.submit(self._perform, task, work)
@@ -172,13 +169,7 @@ class Rehearsal:
                 self._cipher.guard(matrix, weight, forward)
                 self._matrices.append(matrix)
                 self._loaded.append(self._worker.load(weight, forward))
-        shapes = tuple(
-            MatrixShape(
-                m.name, m.in_features, m.out_features,
-                self._cipher.up_bytes(m, 1), self._cipher.down_bytes(m, 1),
-            )
-            for m in self._matrices
-        )  # fmt: skip
+        shapes = shapes_of(self._matrices, self._cipher)
         catalogue = Catalogue(bytes(32), parameters.digest(), shapes)
         self._waiting: dict[int, Future[NDArray[np.float32]]] = {}
         self._marks: dict[int, list[float]] = {}
@@ -266,8 +257,7 @@ class Rehearsal:
     # --- the driver's part ------------------------------------------------------------------
 
     def _arrived(self, frame: bytes, side: _Side, sender: str) -> None:
-        if frame[_KIND_AT] in _ABOUT_CALLS:
-            (call,) = _REQUEST.unpack_from(frame, HEADER_BYTES)
+        if call := call_of(frame):
             self._marks[call].append(time.perf_counter())
         side.post(FrameArrived(sender, frame))
 

@@ -8,6 +8,7 @@ A backend never sees both through one object, and the worker half never sees a s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,6 +20,10 @@ from backends.he.plan import MatrixPlan
 Float32Array: TypeAlias = NDArray[np.float32]
 Payload: TypeAlias = "bytes | bytearray | memoryview | NDArray[np.uint8]"
 """Bytes on the wire, without a copy where possible."""
+AnyPayload: TypeAlias = Any
+"""A `Payload`, or a uint8[n] tensor on a GPU that owner and worker share, which crosses no wire."""
+Values: TypeAlias = Any
+"""float32[T, n]: an array, or a tensor where the owner's model and cipher are on a GPU."""
 
 
 class NonFiniteInputError(ValueError):
@@ -56,12 +61,17 @@ class OwnerMatrix:
 class Encrypted:
     """One encrypted request: the bytes to send, and what it takes to read the answer."""
 
-    payload: NDArray[np.uint8]
+    payload: AnyPayload
     sealed: Any = field(repr=False)
 
 
 class OwnerCipher(ABC):
-    """The owner's half. Holds secrets; must never be reachable from worker code."""
+    """The owner's half. Holds secrets; must never be reachable from worker code.
+
+    blocks  encrypted so far, each under a secret of its own
+    """
+
+    blocks: int = 0
 
     @property
     @abstractmethod
@@ -81,15 +91,15 @@ class OwnerCipher(ABC):
         """Bytes of its answer. Depends on public shapes only."""
 
     @abstractmethod
-    def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
+    def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
         """Encrypt float32[T, K] for `matrix`.
 
         Raises NonFiniteInputError for NaN or infinity, ValueError for a wrong shape.
         """
 
     @abstractmethod
-    def decrypt(self, sealed: Any, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
-        """float32[T, N] from the worker's answer. A sealed value opens once, then is wiped.
+    def decrypt(self, sealed: Any, payload: AnyPayload, matrix: OwnerMatrix) -> Values:
+        """float32[T, N] from the worker's answer, where x was. A sealed value opens once, then is wiped.
 
         Raises ValueError when the answer has the wrong number of bytes, WrongAnswerError, with
         `sealed` still closed, when a guarded matrix's answer is not the product.
@@ -97,7 +107,12 @@ class OwnerCipher(ABC):
 
 
 class WorkerCipher(ABC):
-    """The worker's half: one public integer matrix product, no state, no secrets."""
+    """The worker's half: one public integer matrix product, no state, no secrets.
+
+    launches  products it may work on at once; requests that come meanwhile are joined
+    """
+
+    launches = 1
 
     @abstractmethod
     def load(self, weight: NDArray[np.int8], forward: bool) -> Any:
@@ -108,8 +123,14 @@ class WorkerCipher(ABC):
         """
 
     @abstractmethod
-    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
+    def multiply(self, payload: AnyPayload, tokens: int, matrix: Any) -> AnyPayload:
         """Answer bytes for `tokens` encrypted rows times a matrix that `load` made.
 
-        Raises ValueError when the payload has the wrong number of bytes.
+        They are where the request was. Raises ValueError when it has the wrong number of bytes.
         """
+
+    def multiply_many(
+        self, requests: Sequence[tuple[AnyPayload, int]], matrix: Any
+    ) -> list[AnyPayload]:
+        """The answers to several requests (payload, tokens) for one matrix, at once if it pays."""
+        return [self.multiply(payload, tokens, matrix) for payload, tokens in requests]

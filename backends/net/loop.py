@@ -31,6 +31,7 @@ from protocol.events import (
     TaskFailed,
     TimerFired,
 )
+from protocol.messages import Frame
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class MachineLoop:
         name: str,
         machine: Machine,
         compute: Callable[[Task], object],
-        transmit: Callable[[str, bytes], None],
+        transmit: Callable[[str, Frame], None],
         report: Callable[[Effect], None],
         on_crash: Callable[[BaseException], None],
         threads: int = 1,

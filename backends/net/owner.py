@@ -15,7 +15,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
+from backends.he.interface import OwnerCipher, OwnerMatrix, Values
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import (
@@ -35,7 +35,7 @@ from protocol.events import (
     Start,
     Task,
 )
-from protocol.messages import SESSION_BYTES
+from protocol.messages import SESSION_BYTES, Frame
 from protocol.owner import Owner
 from protocol.owner_memory import OwnerConfig
 
@@ -62,7 +62,7 @@ class OwnerClient:
         matrices: Sequence[OwnerMatrix],
         cipher: OwnerCipher,
         workers: Sequence[str],
-        transmit: Callable[[str, bytes], None],
+        transmit: Callable[[str, Frame], None],
         config: OwnerConfig | None = None,
         threads: int = 1,
         hooks: Hooks | None = None,
@@ -83,7 +83,7 @@ class OwnerClient:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._calls = itertools.count(1)
-        self._pending: dict[int, Future[Float32Array]] = {}
+        self._pending: dict[int, Future[Values]] = {}
         self._closed = threading.Event()
         self._failure: str | None = None
         self.retired: dict[str, str] = {}
@@ -101,7 +101,7 @@ class OwnerClient:
         self._loop.start()
         self._loop.post(Start())
 
-    def deliver(self, worker: str, frame: bytes) -> None:
+    def deliver(self, worker: str, frame: Frame) -> None:
         """Hand over a frame that arrived from `worker`."""
         self._loop.post(FrameArrived(worker, frame))
 
@@ -109,12 +109,14 @@ class OwnerClient:
         """The transport to `worker` is gone."""
         self._loop.post(PeerLost(worker))
 
-    def linear(self, matrix: int, x: Float32Array) -> Float32Array:
+    def linear(self, matrix: int, x: Values) -> Values:
         """float32[T, N] = x[T, K] times matrix `matrix`, computed under encryption.
+
+        An array gives an array; the GPU's cipher takes tensors too, and gives tensors for them.
 
         Blocks. Raises RemoteLinearError when it cannot be had.
         """
-        future: Future[Float32Array] = Future()
+        future: Future[Values] = Future()
         with self._lock:
             if self._failure is not None:
                 raise RemoteLinearError(self._failure)
@@ -140,9 +142,9 @@ class OwnerClient:
 
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
-            assert isinstance(task.x, np.ndarray)
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
-            return encrypted.payload.data, encrypted.sealed
+            payload = encrypted.payload
+            return payload.data if isinstance(payload, np.ndarray) else payload, encrypted.sealed
         assert isinstance(task, Decrypt)
         matrix = self._matrices[task.matrix]
         return self._cipher.decrypt(task.sealed, task.payload, matrix)
@@ -150,7 +152,6 @@ class OwnerClient:
     def _report(self, effect: Effect) -> None:
         match effect:
             case Deliver(call, result):
-                assert isinstance(result, np.ndarray)
                 self._pending.pop(call).set_result(result)
             case FailCall(call, reason):
                 # Gone when an abort has failed it while its request was still queued.

@@ -12,12 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.interface import WorkerCipher
+from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import Dropped, Effect, FrameArrived, MultiplyCiphertext, Task
+from protocol.messages import Frame, Payload
 from protocol.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
+
+_WAITING = 4
+"""Requests a launch may have waiting for it, on threads of their own."""
 
 
 class WorkerServer:
@@ -25,6 +30,7 @@ class WorkerServer:
 
     weights   int8[N, K], one per linear group; matrix 2g is group g forward, 2g+1 backward
     reply     sends (peer, frame) back
+    threads   that compute; more than the cipher's launches lets requests wait and be joined
     """
 
     def __init__(
@@ -32,9 +38,9 @@ class WorkerServer:
         catalogue: Catalogue,
         weights: Sequence[NDArray[np.int8]],
         cipher: WorkerCipher,
-        reply: Callable[[str, bytes], None],
+        reply: Callable[[str, Frame], None],
         config: WorkerConfig | None = None,
-        threads: int = 1,
+        threads: int | None = None,
         hooks: Hooks | None = None,
     ) -> None:
         if 2 * len(weights) != len(catalogue.matrices):
@@ -46,7 +52,12 @@ class WorkerServer:
         self._matrices = [
             cipher.load(weight, forward) for weight in weights for forward in (True, False)
         ]
-        hooks = hooks or Hooks()
+        config, hooks = config or WorkerConfig(), hooks or Hooks()
+        self._joiner = Joiner(
+            self._multiply, cipher.launches, lambda request: request[1], config.max_tokens
+        )
+        if threads is None:
+            threads = 1 if cipher.launches == 1 else _WAITING * cipher.launches
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config), self._compute, reply, self._report,
             self._crashed, threads, hooks.observe, hooks.on_task,
@@ -61,7 +72,7 @@ class WorkerServer:
         """Begin to serve."""
         self._loop.start()
 
-    def deliver(self, peer: str, frame: bytes) -> None:
+    def deliver(self, peer: str, frame: Frame) -> None:
         """Hand over a frame that arrived from `peer`."""
         self._loop.post(FrameArrived(peer, frame))
 
@@ -69,10 +80,13 @@ class WorkerServer:
         """Stop serving."""
         self._loop.stop()
 
-    def _compute(self, task: Task) -> memoryview:
+    def _compute(self, task: Task) -> object:
         assert isinstance(task, MultiplyCiphertext)
-        matrix = self._matrices[task.matrix]
-        return self._cipher.multiply(task.payload, task.tokens, matrix).data
+        answer = self._joiner.run(task.matrix, (task.payload, task.tokens))
+        return answer.data if isinstance(answer, np.ndarray) else answer
+
+    def _multiply(self, matrix: int, requests: list[tuple[Payload, int]]) -> Sequence[Payload]:
+        return self._cipher.multiply_many(requests, self._matrices[matrix])
 
     def _report(self, effect: Effect) -> None:
         if isinstance(effect, Dropped):

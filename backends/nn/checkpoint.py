@@ -89,8 +89,9 @@ def restore(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+            # AdamW's step count stays on the CPU, its moments go where the parameter is.
             optimizer.state[parameter] = {
-                key.rpartition("::")[2]: value
+                key.rpartition("::")[2]: value.to(parameter.device) if value.dim() else value
                 for key, value in moments.items()
                 if key.rpartition("::")[0] == name
             }

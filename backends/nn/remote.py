@@ -17,15 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from backends.he.interface import Values
 from backends.he.store import GroupSpec
 
-LinearFunction: TypeAlias = Callable[[int, NDArray[np.float32]], NDArray[np.float32]]
-"""(matrix index, float32[T, K]) -> float32[T, N]; blocks until the product is there."""
+LinearFunction: TypeAlias = Callable[[int, Values], Values]
+"""(matrix index, float32[T, K]) -> float32[T, N]; blocks until the product is there. Arrays, or
+tensors where the owner's model is on a GPU."""
 
 
 class NotConnectedError(RuntimeError):
@@ -88,7 +88,8 @@ class Remote:
         """float32[T, K] -> float32[T, N]; the one step a trace without numbers replaces."""
         if self._linear is None:
             raise NotConnectedError("remote linear called outside `with remote.connected(...)`")
-        return torch.from_numpy(self._linear(matrix, rows.numpy()))
+        operand = rows.numpy() if rows.device.type == "cpu" else rows
+        return torch.as_tensor(self._linear(matrix, operand))
 
     def member_output(self, module: RemoteLinear, x: torch.Tensor) -> torch.Tensor:
         """This member's output for x, computing the whole group's when it is the first."""

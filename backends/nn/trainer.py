@@ -68,6 +68,7 @@ class TrainingInterrupted(Exception):
 
 def token_losses(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, summed over the B*(S-1) predicted tokens of int64[B, S]."""
+    tokens = tokens.to(next(model.parameters()).device)
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
@@ -191,7 +192,10 @@ class Trainer:
         """One lane: loss and gradients of a micro-batch, as its share of the step's mean."""
         try:
             loss = token_losses(self._model, part) / (batch * (part.shape[1] - 1))
-            gradients = torch.autograd.grad(loss, list(self._parameters.values()))
+            # On this lane's own thread: autograd has one thread a GPU, on which the lanes would
+            # wait for each other's remote linears.
+            with torch.autograd.set_multithreading_enabled(False):
+                gradients = torch.autograd.grad(loss, list(self._parameters.values()))
         finally:
             self._forget_lane()
         return loss.item(), gradients

@@ -24,7 +24,8 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from backends.he.params import preset
-from backends.he.store import GroupSpec, PreparedModel, prepare
+from backends.he.preparation import prepare
+from backends.he.store import GroupSpec, PreparedModel
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
 from backends.nn.skeleton import build_skeleton

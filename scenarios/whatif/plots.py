@@ -15,7 +15,7 @@ import numpy as np
 from backends.files import replacing
 from scenarios.whatif.answers import Answer, Row, of, relative, varying, words_of
 from scenarios.whatif.quantities import Value
-from scenarios.whatif.setting import KEYS, SettingError, profile_of, shown
+from scenarios.whatif.setting import KEYS, SettingError, provenance, shown
 from scenarios.whatif.study import Study
 
 mpl.use("Agg")
@@ -56,8 +56,7 @@ def _facts(study: Study, rows: Sequence[Row], left_out: Sequence[str]) -> str:
             continue
         text = f"{knob} {shown(knob, of(row, knob))}"
         if knob in ("gpu", "owner-device"):
-            measured = profile_of(str(of(row, knob))).origin.kind == "measured"
-            text += " (measured)" if measured else " (data sheet, not measured)"
+            text += f" ({provenance(str(of(row, knob)))})"
         parts.append(text)
     return "simulated: " + ", ".join(parts)
 

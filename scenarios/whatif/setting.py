@@ -192,6 +192,12 @@ def profile_of(choice: str) -> DeviceProfile:
     return DeviceProfile.builtin(choice)
 
 
+def provenance(choice: str) -> str:
+    """How a device's figures are known, for small print; `Origin` says it figure by figure."""
+    measured = profile_of(choice).origin.kind == "measured"
+    return "measured" if measured else "data sheet and assumptions"
+
+
 @functools.cache
 def workload_of(model: str, tokens: int, sequence: int, head: str) -> Workload:
     """The trace of one micro-batch, made once in a process (and in those forked from it)."""

@@ -17,7 +17,8 @@ from backends.he.interface import Payload
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
-from backends.he.store import GroupSpec, PreparedModel, prepare
+from backends.he.preparation import prepare
+from backends.he.store import GroupSpec, PreparedModel
 from backends.net.inprocess import in_process
 from backends.net.owner import OwnerClient, RemoteLinearError, SimulatedRandomnessError
 from backends.net.worker import WorkerServer

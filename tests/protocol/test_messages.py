@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from protocol.messages import (
     Bye,
     Farewell,
     Hello,
+    LocalFrame,
     Message,
     Multiply,
     Product,
@@ -259,3 +261,44 @@ def test_a_payload_of_wider_items_is_counted_in_bytes() -> None:
     except ValueError:
         return
     assert bytes(decode(encode(message)).payload) == b"abcd"  # type: ignore[union-attr]
+
+
+class OnDevice:
+    """Stands for memory of a GPU: it has a length in bytes, and nothing else is known of it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = self.nbytes = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@given(u64s, st.integers(0, 1 << 20))
+def test_a_payload_on_a_device_stays_there(request: int, size: int) -> None:
+    """The frame has two pieces, counts all its bytes, and decodes to the very same memory."""
+    payload = OnDevice(size)
+    for message in (Multiply(ID, request, 3, 5, payload), Product(ID, request, payload)):
+        frame = encode(message)
+        assert isinstance(frame, LocalFrame)
+        assert len(frame) == len(encode(replace(message, payload=bytes(size))))
+        decoded = decode(frame)
+        assert decoded == message
+        assert isinstance(decoded, Multiply | Product)
+        assert decoded.payload is payload
+
+
+def test_a_local_frame_is_checked_like_any_other() -> None:
+    """Another length than the header states, two payloads, or a payload where none belongs."""
+    frame = encode(Multiply(ID, 1, 2, 3, OnDevice(9)))
+    assert isinstance(frame, LocalFrame)
+    with pytest.raises(ProtocolError, match="length disagree"):
+        decode(LocalFrame(frame.head, OnDevice(8)))
+    whole = encode(Multiply(ID, 1, 2, 3, bytes(9)))
+    with pytest.raises(ProtocolError, match="length disagree"):
+        decode(LocalFrame(bytes(whole), OnDevice(9)))
+    with pytest.raises(ProtocolError, match="two payloads"):
+        decode(LocalFrame(bytes(whole), OnDevice(0)))
+    with pytest.raises(ProtocolError, match="has no payload"):
+        decode(LocalFrame(bytes(encode(Bye(ID))), OnDevice(0)))
+    with pytest.raises(ProtocolError, match="shorter than a header"):
+        decode(LocalFrame(frame.head[:20], OnDevice(100)))

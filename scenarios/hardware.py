@@ -1,0 +1,100 @@
+"""Where a real run computes: this machine's CPU in fp32, or one NVIDIA GPU in bf16.
+
+The owner's model, the owner's cipher and the worker are all in the same place. On a GPU,
+ciphertexts stay in its memory on their way from one to the other (`LocalFrame`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from backends.he.cuda.device import Gpu, find_gpu, require_memory
+from backends.he.store import GroupSpec, PreparedModel
+
+_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A place to compute. `gpu` is None on the CPU."""
+
+    device: torch.device
+    dtype: torch.dtype
+    gpu: Gpu | None = None
+
+    @property
+    def label(self) -> str:
+        """For a report: "fp32 on this CPU", "bf16 on NVIDIA H200"."""
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        return f"{short} on {self.gpu.name if self.gpu else 'this CPU'}"
+
+    def now(self) -> float:
+        """Seconds, once the device has done all it was given."""
+        if self.gpu is not None:
+            self.gpu.synchronize()
+        return time.perf_counter()
+
+    def peak_device_mb(self) -> float:
+        """Most device memory torch has held at once, in MB (10^6 bytes); 0 on the CPU."""
+        if self.device.type != "cuda":
+            return 0.0
+        return torch.cuda.max_memory_allocated(self.device) / 1e6
+
+
+CPU = Hardware(torch.device("cpu"), torch.float32)
+
+
+def chosen(real_gpu: bool) -> Hardware:
+    """The CPU, or the first GPU. Raises GpuError, saying what to do, when there is none to use."""
+    if not real_gpu:
+        return CPU
+    gpu = find_gpu()
+    return Hardware(gpu.device, torch.bfloat16, gpu)
+
+
+def activation_bytes(
+    config: PretrainedConfig, groups: list[GroupSpec], tokens: int, dtype: torch.dtype
+) -> int:
+    """Roughly what `tokens` tokens in flight hold of device memory at their peak.
+
+    For every remote group its input and output, and fp32 copies of the inputs for LoRA; logits
+    in the model's type, in fp32, their gradient and softmax; the widest request and answer.
+    """
+    widths = [(group.in_features, group.total_out) for group in groups]
+    kept = sum(dtype.itemsize * (inputs + 2 * outputs) + 4 * inputs for inputs, outputs in widths)
+    logits = config.vocab_size * (dtype.itemsize + 3 * 4)
+    request = max(8 * inputs + 8 * outputs for inputs, outputs in widths)
+    return tokens * (kept + logits + request)
+
+
+def check_memory(
+    gpu: Gpu,
+    config: PretrainedConfig,
+    prepared: PreparedModel,
+    tokens: int,
+    model_bytes: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes of device memory left for hints once everything else has its place.
+
+    tokens       in flight at once, all lanes together
+    model_bytes  of the owner's own tensors
+
+    Raises GpuError when even streamed hints would not help.
+    """
+    assert prepared.parameters is not None
+    groups = prepared.groups
+    weights = sum(2 * group.in_features * group.total_out for group in groups)
+    widest = max(max(group.in_features, group.total_out) for group in groups)
+    needs = {
+        "the worker's int8 weights in both directions": weights,
+        "the owner's embeddings, head and adapters": model_bytes,
+        "the public matrix A": 4 * prepared.parameters.dimension * widest,
+        f"activations of {tokens} tokens": activation_bytes(config, groups, tokens, dtype),
+    }
+    require_memory(gpu, needs, _ADVICE)
+    return gpu.free_bytes() - sum(needs.values())
