@@ -84,11 +84,12 @@ NO_WORK = Work(launches=0.0)
 class Origin:
     """Where a profile's figures come from.
 
-    kind     measured on the device, or taken from its data sheet
-    where    the machine measured, or the data sheet
-    when     ISO date
-    commit   of the code that measured; empty for a data sheet
-    assumed  every figure that is neither measured nor published, in plain words
+    kind       measured on the device, or taken from its data sheet
+    where      the machine measured, or the data sheet
+    when       ISO date
+    commit     of the code that measured; empty for a data sheet
+    published  every figure that its maker states, and in which document, in plain words
+    assumed    everything that is neither measured nor published: derived, or an assumption
     """
 
     kind: Literal["measured", "datasheet"]
@@ -96,11 +97,13 @@ class Origin:
     when: str
     commit: str = ""
     assumed: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("measured", "datasheet"):
             raise ProfileError(f"an origin is 'measured' or 'datasheet', not {self.kind!r}")
-        object.__setattr__(self, "assumed", tuple(self.assumed))
+        for what in ("published", "assumed"):
+            object.__setattr__(self, what, tuple(getattr(self, what)))
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from protocol.events import (
     Start,
     TaskDone,
 )
-from protocol.messages import HEADER_BYTES, SESSION_BYTES
+from protocol.messages import SESSION_BYTES
 from protocol.owner import Owner
 from protocol.owner_tables import State
 from protocol.worker import Worker, WorkerConfig
 from sim.device import Device, DeviceProfile, Processor, Work
 from sim.driver import Actor, TaskEnd
+from sim.frames import call_of, payload_at
 from sim.trace import Span
 from sim.workload import Linear, Workload, decrypt_work, encrypt_work, multiply_work
 
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
     from sim.world import World
 
 PHANTOM_BYTES_PER_TOKEN = 8
-_KIND_AT = 5
-_MULTIPLY, _PRODUCT = 3, 4
-_REQUEST_AT = HEADER_BYTES
-_PAYLOAD_AT = {_MULTIPLY: HEADER_BYTES + 16, _PRODUCT: HEADER_BYTES + 8}
 _NUMBER = struct.Struct("<Q")
 
 
@@ -59,15 +56,8 @@ def phantom(size_bytes: int, tokens: int) -> bytes:
 
 def wire_bytes(frame: bytes) -> int:
     """Bytes the real frame would have."""
-    at = _PAYLOAD_AT.get(frame[_KIND_AT])
+    at = payload_at(frame)
     return len(frame) if at is None else at + int(_NUMBER.unpack_from(frame, at)[0])
-
-
-def request_of(frame: bytes) -> int:
-    """The call that a request or an answer is about; 0 for other frames."""
-    if frame[_KIND_AT] not in _PAYLOAD_AT:
-        return 0
-    return int(_NUMBER.unpack_from(frame, _REQUEST_AT)[0])
 
 
 @dataclass(frozen=True)
@@ -152,7 +142,7 @@ class WorkerHost:
     def arrive(self, peer: str, frame: bytes) -> None:
         """A frame of an owner has arrived."""
         # A task is started, if at all, while its request is handled: so it is known whose it is.
-        self._asked = (peer, request_of(frame))
+        self._asked = (peer, call_of(frame))
         self._actor.post(FrameArrived(peer, frame))
 
     def _transmit(self, peer: str, frame: bytes) -> None:
@@ -241,7 +231,7 @@ class OwnerHost:
     def arrive(self, peer: str, frame: bytes, sent_at: float) -> None:
         """A frame of a worker has arrived."""
         self.received_bytes += wire_bytes(frame)
-        call = request_of(frame)
+        call = call_of(frame)
         if call and self.recorded:
             track = f"{peer}->{self.name}"
             self._world.span(track, "answer", sent_at, self.lane_of(call), call, "down")
@@ -286,7 +276,7 @@ class OwnerHost:
 
     def _transmit(self, peer: str, frame: bytes) -> None:
         world, worker, sent_at = self._world, self._world.workers[peer], self._world.env.now
-        call = request_of(frame)
+        call = call_of(frame)
         self.requests_sent += call > 0
 
         def arrived() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.he.entropy import Entropy, Keystream, OsEntropy
+from backends.he.entropy import Entropy, OsEntropy
+from backends.he.integrity import secret_signs, wrong_answer
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -21,10 +22,6 @@ from backends.he.interface import (
     Payload,
     WorkerCipher,
 )
-from protocol.errors import WrongAnswerError
-
-ROWS = 8
-"""Random sign vectors a check uses: a wrong answer passes all of them with 2^-ROWS."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,8 @@ class ClearCheck:
         self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy
     ) -> None:
         operand = (weight if forward else weight.T).astype(np.float64)
-        bits = Keystream(entropy.fresh_key()).take(ROWS * len(operand)) & 1
         self._name = name
-        self._signs = bits.reshape(ROWS, -1).astype(np.float64) * 2 - 1
+        self._signs = secret_signs(entropy, len(operand)).astype(np.float64)
         self._projected = self._signs @ operand
         self._size = float(np.linalg.norm(operand))
 
@@ -65,10 +61,7 @@ class ClearCheck:
             fits = np.abs(found - expected) <= self.tolerance(values)[:, None]
         # A NaN fits nothing.
         if not fits.all():
-            raise WrongAnswerError(
-                f"{self._name}: the worker's answer is not the product that was asked for; the "
-                "worker is broken or lying: stop using it"
-            )
+            raise wrong_answer(self._name)
 
 
 class ClearOwner(OwnerCipher):

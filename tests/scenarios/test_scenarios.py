@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scenarios.commands import ROOT, interrupt, run
+
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
-
-
-def run(*args: str, cwd: Path = ROOT, code: int = 0) -> str:
-    """Output of `python -m ...`; checks the exit status."""
-    result = subprocess.run(
-        [sys.executable, "-m", *args], cwd=cwd, capture_output=True, text=True, timeout=280,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +72,8 @@ def test_llama1b_on_a_small_checkpoint_resumes_after_ctrl_c(tmp_path: Path, cach
         "--tokens", "64", "--sequence", "64", "--lanes", "2", "--rank", "4",
         "--out", str(tmp_path / "out"), "--cache", str(cache), "--steps",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, "400"], cwd=ROOT, stderr=subprocess.STDOUT,
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    assert process.stdout is not None
-    seen = ""
-    while "loss=" not in seen and time.monotonic() < deadline:
-        seen += process.stdout.read(64)
-    process.send_signal(signal.SIGINT)
-    seen += process.communicate(timeout=60)[0]
-    assert process.returncode == 130, seen
-    assert "the same command goes on" in seen
+    text = interrupt(*command, "400", seen="loss=")
+    assert "the same command goes on" in text
     saved = list((tmp_path / "out" / "checkpoints").iterdir())
     assert len(saved) == 1
     text = run(*command, "401", code=1)
@@ -129,13 +105,21 @@ def test_llama1b_compares_with_clear(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--real-gpu"], "not in this version yet"),
+        (["--real-gpu", "--real-cpu"], "not both"),
         (["--real-cpu", "--steps", "0"], "--steps is at least 1"),
     ],
 )
 def test_llama1b_says_what_it_cannot_do(arguments: list[str], message: str) -> None:
     """In one line, with what to do instead."""
     assert message in run("scenarios.llama1b", *arguments, code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_llama1b_says_why_there_is_no_gpu() -> None:
+    """In one line, with what to install or to look at."""
+    said = run("scenarios.llama1b", "--real-gpu", code=1)
+    assert "CUDA" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

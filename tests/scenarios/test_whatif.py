@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,22 +31,12 @@ from scenarios.whatif.study import Study, load_study, prepare, run_all, study_na
 from sim.device import ProfileError
 from sim.trace import PARTS, Span, critical_path, read_perfetto
 from sim.world import WorldError
+from tests.scenarios.commands import ROOT, interrupt, run
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
 SMALL = {"model": "gpt2", "tokens": 8, "steps": 1}
 RATE = Form(quantities.bandwidth_bps, quantities.show_bandwidth)
 COUNT = Form(quantities.count, whole=True)
-
-
-def run(*args: str, code: int = 0) -> str:
-    """Output of `python -m ...`; checks the exit status."""
-    result = subprocess.run(
-        [sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True, timeout=280,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 def size_of(png: Path) -> tuple[int, int]:
@@ -355,24 +340,11 @@ def test_a_sweep_leaves_table_picture_and_figures(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupted_sweep_keeps_what_it_has(tmp_path: Path) -> None:
     """Ctrl-C: exit status 130, whole files, and how much is in them."""
-    command = [
-        sys.executable, "-m", "scenarios.whatif", "--sweep", "lanes=1..64", "--sweep",
-        "rtt=1ms..2ms x20", "--set", "model=gpt2", "--out", str(tmp_path),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        # A shell that put this test run in the background has made it deaf to Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    text = interrupt(
+        "scenarios.whatif", "--sweep", "lanes=1..64", "--sweep", "rtt=1ms..2ms x20",
+        "--set", "model=gpt2", "--out", str(tmp_path), seen=" 5/1280",
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    assert process.stdout is not None
-    seen = ""
-    while " 5/1280" not in seen and time.monotonic() < deadline:
-        seen += process.stdout.read(16)
-    process.send_signal(signal.SIGINT)
-    seen += process.communicate(timeout=60)[0]
-    assert process.returncode == 130, seen
-    assert "interrupted:" in seen
+    assert "interrupted:" in text
     found = json.loads((tmp_path / "rows.json").read_text())
     assert not found["complete"]
     assert 5 <= len(found["rows"]) < 1280

@@ -10,10 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.catalogue import MatrixShape
-from protocol.messages import HEADER_BYTES
+from protocol.messages import (
+    HEADER_BYTES,
+    SESSION_BYTES,
+    Bye,
+    Farewell,
+    Multiply,
+    Product,
+    Reason,
+    Refuse,
+    decode,
+    encode,
+)
 from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
 from sim.device import DeviceProfile, Origin, Work
+from sim.frames import call_of, payload_at
 from sim.hosts import phantom, wire_bytes
 from sim.network import Link
 from sim.trace import critical_path
@@ -269,6 +281,19 @@ def test_phantoms_have_the_size_they_stand_for(size: int, tokens: int) -> None:
     assert wire_bytes(bytes(5) + b"\x01" + bytes(HEADER_BYTES - 6) + body) == (
         HEADER_BYTES + len(body)
     )
+
+
+@given(st.integers(1, (1 << 64) - 1))
+def test_frames_are_read_where_they_say_it(call: int) -> None:
+    """Requests and answers name their call and where their payload begins; others do neither."""
+    session = bytes(SESSION_BYTES)
+    for message in (Multiply(session, call, 7, 9, b"xy"), Product(session, call, b"xy")):
+        frame = encode(message)
+        assert call_of(frame) == decode(frame).request == call
+        assert frame[payload_at(frame) :] == b"xy"
+    for other in (Refuse(session, call, Reason.BUSY), Bye(session), Farewell(session)):
+        assert call_of(encode(other)) == 0
+        assert payload_at(encode(other)) is None
 
 
 @pytest.mark.parametrize("name", ["lanes", "owners", "workers", "steps"])
