@@ -1,12 +1,20 @@
-"""Split a range over the machine's cores, for kernels that release the interpreter lock."""
+"""Work on the machine's cores, for code that releases the interpreter lock.
+
+`run_split` divides one kernel's range over them; `run_ahead` runs whole jobs in the background.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 def core_count() -> int:
@@ -36,3 +44,41 @@ def run_split(work: Callable[[int, int], object], size: int, grain: int = 1) -> 
     for error in errors:
         if error is not None:
             raise error
+
+
+@dataclass(frozen=True)
+class Job(Generic[T]):
+    """Work for a background thread, and the bytes of memory it holds until it is collected."""
+
+    size_bytes: int
+    run: Callable[[], T]
+
+
+def run_ahead(jobs: Iterable[Job[T]], threads: int, budget_bytes: int) -> Generator[T, None, None]:
+    """The results of `jobs` in their order, each computed on one of `threads` threads.
+
+    A job is taken from `jobs` in the caller's thread, as soon as there is room for it: at most
+    threads + 1 are begun and not collected, and no more than `budget_bytes` (a larger one goes
+    alone). With one thread, jobs run one after the other in order.
+
+    A job's exception is raised in its turn. However this ends, all begun jobs have ended by then,
+    and `jobs`, if it is a generator, is closed. Who may leave early closes this generator too.
+    """
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    held_bytes = 0
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
+            for job in jobs:
+                while waiting and (
+                    len(waiting) > threads or held_bytes + job.size_bytes > budget_bytes
+                ):
+                    size_bytes, future = waiting.popleft()
+                    yield future.result()
+                    held_bytes -= size_bytes
+                waiting.append((job.size_bytes, pool.submit(job.run)))
+                held_bytes += job.size_bytes
+            for _, future in waiting:
+                yield future.result()
+    finally:
+        if isinstance(jobs, Generator):
+            jobs.close()

@@ -21,9 +21,13 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from backends.he.params import ERROR_BITS, ERROR_BOUND, Parameters
+
+_CPU = torch.device("cpu")
+_BLOCK_VALUES = 1 << 20  # int8 values summed at a time
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,59 @@ class MatrixPlan:
 
 def plan_matrix(weight: NDArray[np.int8], out_scale: NDArray[np.float32]) -> MatrixPlan:
     """Plan for int8[outputs, inputs] with float32[outputs] scales (exact integer sums)."""
-    max_square = 1
-    max_l1 = 0
+    rows, _ = _norms(weight, _CPU)
+    return _plan(rows, out_scale, weight.shape[1])
+
+
+def plan_directions(
+    codes: NDArray[np.int8], scales: NDArray[np.float32], device: torch.device = _CPU
+) -> tuple[MatrixPlan, MatrixPlan]:
+    """Plans of int8[N, K] with float32[N] scales: of Wq forward, and of Wq^T backward.
+
+    device  where to sum; the sums are exact, so the plans are the same everywhere
+    """
+    rows, columns = _norms(codes, device)
+    inputs = codes.shape[1]
+    backward = _plan(columns, np.ones(inputs, np.float32), len(codes))
+    return _plan(rows, scales, inputs), backward
+
+
+def plan_bytes(columns: int) -> int:
+    """Bytes of device memory that `plan_directions` needs for a weight of `columns` inputs."""
+    values = max(_BLOCK_VALUES, columns)
+    # Codes, int32 codes, their squares and absolute values; 8 for the sums, far fewer.
+    return values * (1 + 4 + 4 + 4 + 8)
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """Of every row of a matrix: int64[rows] sums of squares and of absolute values."""
+
+    squares: NDArray[np.int64]
+    absolutes: NDArray[np.int64]
+
+
+def _norms(codes: NDArray[np.int8], device: torch.device) -> tuple[_Norms, _Norms]:
+    """Of the rows of int8[N, K], and of its columns."""
+    count, width = codes.shape
+    rows = torch.empty((2, count), dtype=torch.int64, device=device)
+    columns = torch.zeros((2, width), dtype=torch.int64, device=device)
+    block = max(1, _BLOCK_VALUES // width)
+    for start in range(0, count, block):
+        part = torch.from_numpy(codes[start : start + block]).to(device).to(torch.int32)
+        for kind, values in enumerate((part * part, part.abs())):
+            rows[kind, start : start + block] = values.sum(dim=1, dtype=torch.int64)
+            columns[kind] += values.sum(dim=0, dtype=torch.int64)
+    return _Norms(*rows.cpu().numpy()), _Norms(*columns.cpu().numpy())
+
+
+def _plan(norms: _Norms, out_scale: NDArray[np.float32], inputs: int) -> MatrixPlan:
+    squared_scale = out_scale.astype(np.float64) ** 2
     weighted = 0.0
-    for start in range(0, len(weight), 512):
-        rows = weight[start : start + 512].astype(np.int32)
-        squares = np.einsum("nk,nk->n", rows, rows, dtype=np.int64)
-        max_square = max(max_square, int(squares.max()))
-        max_l1 = max(max_l1, int(np.abs(rows).sum(axis=1, dtype=np.int64).max()))
-        weighted += float(squares @ out_scale[start : start + 512].astype(np.float64) ** 2)
-    scales = float(np.sum(out_scale.astype(np.float64) ** 2))
-    gain = scales / weighted if weighted > 0 else 1.0
-    return MatrixPlan(sqrt(max_square), float(max_l1), gain, weight.shape[1])
+    # In blocks of a fixed size: another order of a floating sum would be another plan.
+    for start in range(0, len(squared_scale), 512):
+        part = slice(start, start + 512)
+        weighted += float(norms.squares[part] @ squared_scale[part])
+    gain = float(np.sum(squared_scale)) / weighted if weighted > 0 else 1.0
+    max_square = max(1, int(norms.squares.max()))
+    return MatrixPlan(sqrt(max_square), float(norms.absolutes.max()), gain, inputs)

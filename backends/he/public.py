@@ -31,7 +31,7 @@ from backends.he.vector import LANES
 from backends.threads import run_split
 
 _Q = NTT_PRIME
-_LIMBS_OF_A = 4
+LIMBS_OF_A = 4
 _SEED_TEXT = b"public matrix A of the module-LWE cipher for private fine-tuning, v1"
 
 
@@ -103,7 +103,7 @@ def _limbs_of_rows(tiles: Any, out: Any, inputs: int, first: int, last: int) -> 
     for slot in range(first, last):
         for k in range(inputs):
             v = np.int64(tiles[k // LANES, slot // 256, slot % 256, k % LANES])
-            for limb in range(_LIMBS_OF_A):
+            for limb in range(LIMBS_OF_A):
                 digit = ((v + 128) & 255) - 128
                 out[limb, slot, k] = np.int8(digit)
                 v = (v - digit) >> 8
@@ -133,7 +133,7 @@ class HintBuilder:
         self._public = public
         self.rank = public.rank
         self._slots = public.rank * RING_DEGREE
-        self._planes = np.empty((_LIMBS_OF_A, self._slots, 0), np.int8)
+        self._planes = np.empty((LIMBS_OF_A, self._slots, 0), np.int8)
 
     def build(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int32]:
         """int32[tiles, rank, 256, 16]: the hint of int8[N, K].
@@ -149,7 +149,7 @@ class HintBuilder:
         for start in range(0, outputs, width):
             stop = min(outputs, start + width)
             products = int8_product(planes, operand[:, start:stop])
-            products = products.reshape(_LIMBS_OF_A, self._slots, stop - start)
+            products = products.reshape(LIMBS_OF_A, self._slots, stop - start)
             part = flat[start // LANES : tiles_of(stop)]
             if (stop - start) % LANES:
                 part[-1] = 0
@@ -161,11 +161,11 @@ class HintBuilder:
 
     def _planes_for(self, inputs: int) -> NDArray[np.int8]:
         if self._planes.shape[2] != inputs:
-            planes = np.empty((_LIMBS_OF_A, self._slots, inputs), np.int8)
+            planes = np.empty((LIMBS_OF_A, self._slots, inputs), np.int8)
             tiles = self._public.rows(inputs)
             run_split(lambda a, b: _limbs_of_rows(tiles, planes, inputs, a, b), self._slots)
             self._planes = planes
-        return self._planes.reshape(_LIMBS_OF_A * self._slots, inputs)
+        return self._planes.reshape(LIMBS_OF_A * self._slots, inputs)
 
 
 def hint_matches(

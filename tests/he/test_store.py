@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +13,12 @@ import pytest
 import torch
 
 from backends import files
-from backends.he import store
+from backends.he import preparation
 from backends.he.params import preset
+from backends.he.preparation import disk_bytes, prepare, work_units
 from backends.he.quantise import dequantise, quantise
-from backends.he.store import (
-    GroupSpec,
-    PreparationError,
-    PreparedModel,
-    disk_bytes,
-    prepare,
-    work_units,
-)
+from backends.he.store import GroupSpec, PreparationError, PreparedModel
+from backends.threads import Job, run_ahead
 
 GROUPS = [GroupSpec("a.q+k", ("a.q", "a.k"), 24, (24, 8)), GroupSpec("a.o", ("a.o",), 32, (24,))]
 SHAPES = {"a.q": (24, 24), "a.k": (8, 24), "a.o": (24, 32)}
@@ -78,6 +76,31 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path) -> None:
     assert third.reads == []
 
 
+def test_hints_interrupted_go_on(tmp_path: Path) -> None:
+    """Hints that were written before the interruption stay, and the files are those of one go."""
+    built = 0
+
+    def interrupted(label: str, done: int) -> None:
+        nonlocal built
+        built += label.startswith("hint")
+        if built == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "a", GROUPS, Loader(), STANDARD, interrupted)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("ahead")]
+    assert not list(tmp_path.rglob("*.tmp"))
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*ward.npy")}
+    assert len(left) >= 2
+    prepare(tmp_path / "a", GROUPS, Loader(fail_at=0), STANDARD, quiet)
+    assert {path: path.stat().st_mtime_ns for path in left} == left
+    prepare(tmp_path / "b", GROUPS, Loader(), STANDARD, quiet)
+    for path in (tmp_path / "b").rglob("*"):
+        if path.is_file():
+            twin = tmp_path / "a" / path.relative_to(tmp_path / "b")
+            assert twin.read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("name", ["worker/g0001.weight.npy", "owner/g0000.forward.npy"])
 def test_a_damaged_file_is_found(tmp_path: Path, name: str) -> None:
     """One flipped bit, and a missing file, are errors that say which file."""
@@ -107,8 +130,8 @@ def test_too_little_room_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With how much is needed and where."""
-    usage = store.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage)
+    usage = preparation.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: usage)
     loader = Loader()
     with pytest.raises(PreparationError, match=r"GB more in .* --cache"):
         prepare(tmp_path, GROUPS, loader, STANDARD, quiet)
@@ -148,3 +171,42 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (aside / "x").write_bytes(b"half")
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_jobs_run_ahead_in_order_and_within_their_budget() -> None:
+    """Results in order; never more begun and uncollected than threads + 1, or than the budget."""
+    begun: list[int] = []
+    sizes = [3, 3, 3, 50, 3, 3, 3, 3]
+    last_collected = -1
+
+    def jobs() -> Iterator[Job[int]]:
+        for index, size in enumerate(sizes):
+            held = sizes[last_collected + 1 : index]
+            assert len(held) <= 3
+            begun.append(index)
+            yield Job(size, partial(int, index))
+
+    for result in run_ahead(jobs(), threads=2, budget_bytes=10):
+        assert result == last_collected + 1
+        waiting = sizes[result : len(begun) - 1]
+        assert sum(waiting) <= 10 or len(waiting) == 1
+        last_collected = result
+    assert last_collected == len(sizes) - 1
+
+
+def test_an_error_waits_for_the_jobs_begun() -> None:
+    """The error comes in its turn, and nothing runs on after it."""
+    begun, running = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        running.wait(0.2)
+        running.set()
+
+    def broken() -> None:
+        begun.wait()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        list(run_ahead([Job(1, broken), Job(1, slow)], threads=2, budget_bytes=10))
+    assert running.is_set()

@@ -15,7 +15,8 @@ from backends.he.clear import ClearOwner, ClearWorker
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
-from backends.he.store import PreparedModel, prepare
+from backends.he.preparation import prepare
+from backends.he.store import PreparedModel
 from backends.net.inprocess import in_process
 from backends.net.owner import OwnerClient
 from backends.nn.skeleton import Skeleton, build_skeleton

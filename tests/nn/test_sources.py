@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from backends.he.params import preset
-from backends.he.store import prepare
+from backends.he.preparation import prepare
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import CheckpointError, RandomSource, SafetensorsSource, source_for

@@ -1,0 +1,331 @@
+"""Preparing a model: the public set-up, once per model. `store.py` has the files' layout.
+
+Two passes, because A's seed is bound to the digest of all quantised weights: first quantise,
+then build hints. Each file appears whole or not at all, and a second run goes on where an
+interrupted one stopped.
+
+Both passes read ahead and write behind on background threads: on a GPU, reading, SHA-256 and the
+disk are expected to take longer than the arithmetic (unmeasured). What is computed is computed in
+order, in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backends.files import write_array, write_json
+from backends.he.interface import Float32Array
+from backends.he.params import Parameters
+from backends.he.plan import MatrixPlan, plan_directions
+from backends.he.public import HintBuilder, PublicMatrix, public_seed
+from backends.he.quantise import quantise
+from backends.he.ring import tiles_of
+from backends.he.store import (
+    FORMAT,
+    GroupSpec,
+    PreparationError,
+    PreparedModel,
+    digest_of_groups,
+)
+from backends.he.vector import LANES
+from backends.threads import Job, core_count, run_ahead
+
+_T = TypeVar("_T")
+_CPU = torch.device("cpu")
+HINT_SLAB = 4096
+"""Rows of a hint built at a time."""
+
+_WRITERS = 8  # threads that hash and write, on a machine with as many cores
+_AHEAD_BYTES = 1 << 30  # that may wait to be computed, and as much to be written
+
+
+class Progress(Protocol):
+    """What preparation tells of its advance: a label and work units done."""
+
+    def __call__(self, label: str, done: int) -> None: ...
+
+
+class BuildsHints(Protocol):
+    """What `HintBuilder` does, wherever it does it."""
+
+    rank: int
+
+    def build(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int32]: ...
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where a preparation is computed. What is written is the same, byte for byte.
+
+    device   where weights are quantised and summed
+    hints    the builder of hints against one A
+    readers  threads that call `load_weight` ahead; with one, modules are read in order
+    """
+
+    device: torch.device = _CPU
+    hints: Callable[[PublicMatrix], BuildsHints] = HintBuilder
+    readers: int = 1
+
+
+def disk_bytes(groups: Sequence[GroupSpec], parameters: Parameters | None) -> int:
+    """Bytes a prepared model takes on disk (no hints when `parameters` is None)."""
+    total = 0
+    for group in groups:
+        total += group.in_features * group.total_out + 4 * group.total_out
+        if parameters is not None:
+            rows = LANES * (tiles_of(group.total_out) + tiles_of(group.in_features))
+            total += rows * parameters.dimension * 4
+    return total
+
+
+def work_units(groups: Sequence[GroupSpec], parameters: Parameters | None) -> int:
+    """Units that `prepare` reports in all: int8 weights quantised, plus hint rows * inputs."""
+    weights = sum(group.in_features * group.total_out for group in groups)
+    return weights * (1 if parameters is None else 3)
+
+
+def prepare(
+    directory: Path,
+    groups: Sequence[GroupSpec],
+    load_weight: Callable[[str], torch.Tensor],
+    parameters: Parameters | None,
+    progress: Progress,
+    owner_tag: bytes = b"",
+    arithmetic: Arithmetic | None = None,
+) -> PreparedModel:
+    """Quantise the groups' weights and build their hints, keeping what a former run finished.
+
+    load_weight  the floating weight [out, in] of one module, by name; called in a thread of
+                 its own, or in several when `arithmetic` has several readers
+    parameters   None prepares for the `clear` backend: no hints
+    progress     called in this thread, when a part is on the disk
+    arithmetic   where to compute; None is the CPU
+
+    Raises PreparationError when the disk has no room.
+    """
+    if (directory / "manifest.json").exists():
+        return PreparedModel.open(directory)
+    _check_room(directory, groups, parameters)
+    arithmetic = arithmetic or Arithmetic()
+    entries = _quantise_all(directory, groups, load_weight, progress, arithmetic)
+    model_digest = digest_of_groups(entries)
+    if parameters is not None:
+        seed = public_seed(model_digest, parameters, owner_tag)
+        builder = arithmetic.hints(PublicMatrix(seed, parameters.rank))
+        with closing(_build_hints(directory, groups, builder, seed)) as hints:
+            for index, direction, sha256 in hints:
+                entries[index][f"{direction}_sha256"] = sha256
+                group = groups[index]
+                progress(f"hint {group.name} {direction}", group.in_features * group.total_out)
+    manifest = {
+        "format": FORMAT,
+        "model_digest": model_digest.hex(),
+        "owner_tag": owner_tag.hex(),
+        "parameters": asdict(parameters) if parameters else None,
+        "groups": entries,
+    }
+    write_json(directory / "manifest.json", manifest)
+    return PreparedModel.open(directory, verify=False)
+
+
+def _write_behind(jobs: Iterator[Job[_T]]) -> closing[Generator[_T, None, None]]:
+    return closing(run_ahead(jobs, min(_WRITERS, core_count()), _AHEAD_BYTES))
+
+
+def _read_ahead(jobs: Iterator[Job[_T]], readers: int = 1) -> closing[Generator[_T, None, None]]:
+    return closing(run_ahead(jobs, readers, _AHEAD_BYTES))
+
+
+def _check_room(
+    directory: Path, groups: Sequence[GroupSpec], parameters: Parameters | None
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    done = sum(file.stat().st_size for file in directory.rglob("*.npy"))
+    needed = disk_bytes(groups, parameters) - done
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise PreparationError(
+            f"preparation needs {needed / 1e9:.1f} GB more in {directory}, which has "
+            f"{free / 1e9:.1f} GB free; make room or choose another place with --cache"
+        )
+
+
+def _quantise_all(
+    directory: Path,
+    groups: Sequence[GroupSpec],
+    load_weight: Callable[[str], torch.Tensor],
+    progress: Progress,
+    arithmetic: Arithmetic,
+) -> list[dict[str, Any]]:
+    """The manifest entries of all groups, from their files where a former run left them."""
+    entries = {index: _finished_group(directory, index, g) for index, g in enumerate(groups)}
+    missing = [index for index, entry in entries.items() if entry is None]
+
+    def reading() -> Iterator[Job[list[torch.Tensor]]]:
+        for index in missing:
+            group = groups[index]
+            size = 4 * group.in_features * group.total_out
+            yield Job(size, partial(_load_group, group, load_weight))
+
+    def writing() -> Iterator[Job[dict[str, Any]]]:
+        with _read_ahead(reading(), arithmetic.readers) as weights:
+            for index, parts in zip(missing, weights, strict=True):
+                group = groups[index]
+                codes, scales = _quantise_group(group, parts, arithmetic.device)
+                plans = plan_directions(codes, scales, arithmetic.device)
+                write = partial(_write_group, directory, index, group, codes, scales, plans)
+                yield Job(codes.nbytes, write)
+
+    found = []
+    with _write_behind(writing()) as written:
+        for index, group in enumerate(groups):
+            found.append(entries[index] or next(written))
+            progress(f"quantise {group.name}", group.in_features * group.total_out)
+    return found
+
+
+def _spec_record(group: GroupSpec) -> Any:
+    return json.loads(json.dumps(asdict(group)))
+
+
+def _finished_group(directory: Path, index: int, group: GroupSpec) -> dict[str, Any] | None:
+    record = directory / "owner" / f"g{index:04d}.json"
+    if not record.exists():
+        return None
+    entry: dict[str, Any] = json.loads(record.read_text())
+    return entry if entry["spec"] == _spec_record(group) else None
+
+
+def _load_group(group: GroupSpec, load_weight: Callable[[str], torch.Tensor]) -> list[torch.Tensor]:
+    """The floating weight of each member. Raises PreparationError for one of another shape."""
+    weights = []
+    for module, outputs in zip(group.members, group.out_features, strict=True):
+        weight = load_weight(module)
+        if tuple(weight.shape) != (outputs, group.in_features):
+            raise PreparationError(
+                f"{module}: the checkpoint's weight is {list(weight.shape)}, the model's config "
+                f"says [{outputs}, {group.in_features}]"
+            )
+        weights.append(weight)
+    return weights
+
+
+def _quantise_group(
+    group: GroupSpec, weights: Sequence[torch.Tensor], device: torch.device
+) -> tuple[NDArray[np.int8], Float32Array]:
+    """(int8[N, K], float32[N]) of all members, one below the other."""
+    parts = []
+    for module, weight in zip(group.members, weights, strict=True):
+        try:
+            parts.append(quantise(weight, device))
+        except ValueError as error:
+            raise PreparationError(f"{module}: {error}") from error
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales = zip(*parts, strict=True)
+    return np.concatenate(codes), np.concatenate(scales)
+
+
+def _write_group(
+    directory: Path,
+    index: int,
+    group: GroupSpec,
+    codes: NDArray[np.int8],
+    scales: Float32Array,
+    plans: tuple[MatrixPlan, MatrixPlan],
+) -> dict[str, Any]:
+    """Write a group's arrays, then the record that it is finished; returns its entry."""
+    weight_path = directory / "worker" / f"g{index:04d}.weight.npy"
+    scale_path = directory / "owner" / f"g{index:04d}.scale.npy"
+    entry = {
+        "spec": _spec_record(group),
+        "weight_sha256": write_array(weight_path, codes.shape, np.int8, lambda: [codes]),
+        "scale_sha256": write_array(scale_path, scales.shape, np.float32, lambda: [scales]),
+        "forward_plan": asdict(plans[0]),
+        "backward_plan": asdict(plans[1]),
+    }
+    write_json(directory / "owner" / f"g{index:04d}.json", entry)
+    return entry
+
+
+def _build_hints(
+    directory: Path, groups: Sequence[GroupSpec], builder: BuildsHints, seed: bytes
+) -> Generator[tuple[int, str, str], None, None]:
+    """(group, direction, SHA-256) of every hint, those of a former run included."""
+    order = _hint_order(groups)
+    finished = {hint: _finished_hint(directory, *hint, seed) for hint in order}
+    missing = [hint for hint in order if finished[hint] is None]
+
+    def reading() -> Iterator[Job[NDArray[np.int8]]]:
+        for index, _ in missing:
+            path = directory / "worker" / f"g{index:04d}.weight.npy"
+            group = groups[index]
+            yield Job(group.in_features * group.total_out, partial(np.load, path))
+
+    def writing() -> Iterator[Job[str]]:
+        with _read_ahead(reading()) as weights:
+            for (index, direction), weight in zip(missing, weights, strict=True):
+                slabs = _hint_slabs(builder, weight, direction == "forward")
+                size = sum(slab.nbytes for slab in slabs)
+                yield Job(size, partial(_write_hint, directory, index, direction, slabs, seed))
+
+    with _write_behind(writing()) as written:
+        for hint in order:
+            yield *hint, finished[hint] or next(written)
+
+
+def _hint_order(groups: Sequence[GroupSpec]) -> list[tuple[int, str]]:
+    """(group, direction), forward first, widest input first: equal widths share A's planes."""
+    widths = {
+        "forward": [group.in_features for group in groups],
+        "backward": [group.total_out for group in groups],
+    }
+    return [
+        (index, direction)
+        for direction, width in widths.items()
+        for index in sorted(range(len(groups)), key=width.__getitem__, reverse=True)
+    ]
+
+
+def _finished_hint(directory: Path, index: int, direction: str, seed: bytes) -> str | None:
+    """The SHA-256 of a hint that a former run finished."""
+    path = directory / "owner" / f"g{index:04d}.{direction}.npy"
+    record = path.with_suffix(".json")
+    if not (record.exists() and path.exists()):
+        return None
+    found = json.loads(record.read_text())
+    return found["sha256"] if found["seed"] == seed.hex() else None
+
+
+def _hint_slabs(
+    builder: BuildsHints, weight: NDArray[np.int8], forward: bool
+) -> list[NDArray[np.int32]]:
+    """The hint of int8[N, K] in parts of HINT_SLAB rows, each int32[tiles, rank, 256, 16]."""
+    matrix = weight if forward else weight.T
+    slabs = []
+    for start in range(0, len(matrix), HINT_SLAB):
+        rows = matrix[start : start + HINT_SLAB]
+        slabs.append(builder.build(rows if forward else rows.T, forward))
+    return slabs
+
+
+def _write_hint(
+    directory: Path, index: int, direction: str, slabs: list[NDArray[np.int32]], seed: bytes
+) -> str:
+    """Write a hint, then the record that it is finished; returns its SHA-256."""
+    path = directory / "owner" / f"g{index:04d}.{direction}.npy"
+    shape = (sum(map(len, slabs)), *slabs[0].shape[1:])
+    sha256 = write_array(path, shape, np.int32, lambda: slabs)
+    write_json(path.with_suffix(".json"), {"seed": seed.hex(), "sha256": sha256})
+    return sha256
