@@ -6,7 +6,6 @@ ciphertexts stay in its memory on their way from one to the other (`LocalFrame`)
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +30,6 @@ class Hardware:
         """For a report: "fp32 on this CPU", "bf16 on NVIDIA H200"."""
         short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
         return f"{short} on {self.gpu.name if self.gpu else 'this CPU'}"
-
-    def now(self) -> float:
-        """Seconds, once the device has done all it was given."""
-        if self.gpu is not None:
-            self.gpu.synchronize()
-        return time.perf_counter()
 
     def peak_device_mb(self) -> float:
         """Most device memory torch has held at once, in MB (10^6 bytes); 0 on the CPU."""

@@ -12,11 +12,14 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from backends.he.cuda.device import require_memory
+from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
 from backends.he.params import Parameters
-from backends.he.preparation import disk_bytes, prepare, work_units
+from backends.he.preparation import Arithmetic, disk_bytes, prepare, work_units
 from backends.he.store import PreparedModel
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import WeightSource, human_bytes
+from scenarios.hardware import CPU, Hardware
 
 
 def default_cache() -> Path:
@@ -31,10 +34,12 @@ def prepared_for(
     source: WeightSource,
     parameters: Parameters,
     cache: Path,
+    hardware: Hardware = CPU,
 ) -> tuple[PreparedModel, float]:
     """(prepared model, seconds it took). Made once per model and parameter set, then found.
 
-    Interrupting is safe: the next run goes on with the file after the last finished one.
+    What is written is the same wherever it is computed. Interrupting is safe: the next run goes
+    on with the file after the last finished one.
     """
     facts = json.dumps(
         [source.identity(), asdict(parameters), [asdict(g) for g in skeleton.groups]],
@@ -63,5 +68,15 @@ def prepared_for(
             lambda module: skeleton.load_weight(source, module),
             parameters,
             advance,
+            arithmetic=_arithmetic_of(hardware, skeleton, parameters),
         )
     return prepared, time.perf_counter() - start
+
+
+def _arithmetic_of(hardware: Hardware, skeleton: Skeleton, parameters: Parameters) -> Arithmetic:
+    """Raises GpuError when the GPU has too little memory left to prepare on."""
+    if hardware.gpu is None:
+        return Arithmetic()
+    needs = preparation_needs(skeleton.groups, parameters)
+    require_memory(hardware.gpu, needs, "prepare with --real-cpu once: the files are the same")
+    return cuda_arithmetic(hardware.gpu)

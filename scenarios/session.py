@@ -25,10 +25,16 @@ from scenarios.real_trace import RealTrace
 
 @dataclass
 class Usage:
-    """Counters of a private session at one moment, or the difference of two."""
+    """Counters of a private session at one moment, or the difference of two.
+
+    owner_s, worker_s  computing: of this machine's threads, or on the GPU, of its device time
+    copied_s           between host and GPU, in device time
+    waited_s           lanes blocked in remote linears, summed over lanes
+    """
 
     owner_s: float
     worker_s: float
+    copied_s: float
     waited_s: float
     bytes_up: int
     bytes_down: int
@@ -39,6 +45,7 @@ class Usage:
         return Usage(
             self.owner_s - before.owner_s,
             self.worker_s - before.worker_s,
+            self.copied_s - before.copied_s,
             self.waited_s - before.waited_s,
             self.bytes_up - before.bytes_up,
             self.bytes_down - before.bytes_down,
@@ -49,26 +56,40 @@ class Usage:
 class PrivateSession:
     """An owner connected to a worker in this process, with real encryption."""
 
-    def __init__(self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer) -> None:
+    def __init__(
+        self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer, hardware: Hardware
+    ) -> None:
         self._cipher = cipher
         self._client = client
         self._server = server
+        self._hardware = hardware
+        self._spent_s = {"owner": 0.0, "worker": 0.0, "copy": 0.0}
+        if hardware.gpu is not None:
+            hardware.gpu.clock.running = True
 
     def usage(self) -> Usage:
         """Counters so far."""
+        spent = self._spent_s
+        if self._hardware.gpu is None:
+            spent["owner"] = self._client.meter.total_busy_s()
+            spent["worker"] = self._server.meter.total_busy_s()
+        else:
+            for name, seconds in self._hardware.gpu.clock.take().items():
+                spent[name] += seconds
         return Usage(
-            self._client.meter.total_busy_s(),
-            self._server.meter.total_busy_s(),
+            spent["owner"],
+            spent["worker"],
+            spent["copy"],
             self._client.waited_s,
             self._client.meter.bytes_sent,
             self._server.meter.bytes_sent,
             self._cipher.blocks,
         )
 
-    def warm_up(self, prepared: PreparedModel, hardware: Hardware) -> None:
+    def warm_up(self, prepared: PreparedModel) -> None:
         """One product, so that compiling the kernels is not taken for a slow first step."""
-        ones = torch.ones(1, prepared.groups[0].in_features, device=hardware.device)
-        self._client.linear(0, ones.numpy() if hardware.gpu is None else ones)
+        ones = torch.ones(1, prepared.groups[0].in_features, device=self._hardware.device)
+        self._client.linear(0, ones.numpy() if ones.device.type == "cpu" else ones)
 
 
 def make_ciphers(
@@ -109,8 +130,8 @@ def private_session(
     del weights
     hooks = trace.hooks if trace else lambda side: Hooks()
     with in_process(prepared, owner, [worker], lanes=lanes, hooks=hooks) as (client, (server,)):
-        session = PrivateSession(owner, client, server)
-        session.warm_up(prepared, hardware)
+        session = PrivateSession(owner, client, server, hardware)
+        session.warm_up(prepared)
         with skeleton.remote.connected(client.linear):
             yield session
 

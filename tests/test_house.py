@@ -20,7 +20,8 @@ ALLOWED = {
 }
 SECRET_HOLDERS = {
     "backends.he.entropy", "backends.he.secret", "backends.he.integrity", "backends.he.mlwe_owner",
-    "backends.he.reference", "backends.he.clear", "backends.net.owner", "protocol.owner",
+    "backends.he.reference", "backends.he.clear", "backends.he.cuda.owner",
+    "backends.he.cuda.check", "backends.net.owner", "protocol.owner",
 }  # fmt: skip
 
 
@@ -79,7 +80,9 @@ def test_sim_runs_nothing_of_the_real_world() -> None:
             assert not {i for i in imports(path) if i.partition(".")[0] == "sim"}, name
 
 
-@pytest.mark.parametrize("worker", ["backends.net.worker", "backends.he.mlwe_worker"])
+@pytest.mark.parametrize(
+    "worker", ["backends.net.worker", "backends.he.mlwe_worker", "backends.he.cuda.worker"]
+)
 def test_worker_code_cannot_reach_a_secret(worker: str) -> None:
     """Walking all imports of the worker's modules meets none that holds secrets or keys."""
     reached = closure(worker)

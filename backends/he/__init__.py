@@ -1,6 +1,7 @@
 """Homomorphic encryption backends behind the small interface of `interface.py`.
 
-Public (either side may import): params, plan, quantise, ring, public, interface.
+Public (either side may import): params, plan, quantise, ring, public, interface, store.
+Public set-up, once per model: preparation (and cuda.hints, the same on a GPU).
 Owner only, because they hold secrets: entropy, secret, mlwe_owner, reference.
 Worker only: mlwe_worker. `clear` has both roles and no secret at all.
 """

@@ -31,6 +31,21 @@ from backends.threads import run_split
 from protocol.errors import WrongAnswerError
 
 ROWS = 8
+"""Random sign vectors a check uses: a wrong answer passes all of them with 2^-ROWS."""
+
+
+def secret_signs(entropy: Entropy, outputs: int) -> NDArray[np.int8]:
+    """int8[ROWS, outputs] of +1 and -1, drawn with a key of their own."""
+    bits = Keystream(entropy.fresh_key()).take(ROWS * outputs)
+    return ((bits & 1).astype(np.int8) * 2 - 1).reshape(ROWS, outputs)
+
+
+def wrong_answer(name: str, remark: str = "") -> WrongAnswerError:
+    """The error of a failed check of the matrix `name`, for whoever decides about the worker."""
+    return WrongAnswerError(
+        f"{name}: the worker's answer is not the product that was asked for; the worker is broken "
+        f"or lying: stop using it{remark}"
+    )
 
 
 @njit(nogil=True, cache=True)
@@ -78,24 +93,42 @@ def _differences(
             out[t, row] = centred >> np.int32(unused_bits)
 
 
-class IntegrityCheck:
-    """The owner's secret check of one matrix."""
+class SignCheck:
+    """What every check of one matrix has: secret signs, a tolerance, and its complaint."""
+
+    def __init__(self, name: str, outputs: int) -> None:
+        self._name = name
+        self._outputs = outputs
+
+    def _draw_signs(self, entropy: Entropy) -> NDArray[np.int8]:
+        """int8[ROWS, N] of -1 and 1."""
+        bits = Keystream(entropy.fresh_key()).take(ROWS * self._outputs)
+        return ((bits & 1).astype(np.int8) * 2 - 1).reshape(ROWS, self._outputs)
+
+    def tolerance(self, parameters: Parameters) -> float:
+        """Largest difference an honest answer may show, in units of the worker modulus."""
+        outputs = self._outputs
+        step = 2.0**parameters.dropped_bits
+        return min(outputs * step / 2, 8 * step * sqrt(outputs / 12)) + 1
+
+    def _wrong_answer(self) -> WrongAnswerError:
+        return WrongAnswerError(
+            f"{self._name}: the worker's answer is not the product that was asked for; the "
+            "worker is broken or lying: stop using it (the request revealed nothing to it)"
+        )
+
+
+class IntegrityCheck(SignCheck):
+    """The owner's secret check of one matrix, on the CPU."""
 
     def __init__(
         self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy
     ) -> None:
         matrix = weight if forward else weight.T
-        bits = Keystream(entropy.fresh_key()).take(ROWS * len(matrix))
-        self._name = name
-        signs = ((bits & 1).astype(np.int8) * 2 - 1).reshape(ROWS, len(matrix))
+        super().__init__(name, len(matrix))
+        signs = self._draw_signs(entropy)
         self._signs = signs.astype(np.int32).view(np.uint32)
         self._projected = int8_product(signs, matrix).view(np.uint32)
-
-    def tolerance(self, parameters: Parameters) -> float:
-        """Largest difference an honest answer may show, in units of the worker modulus."""
-        outputs = self._signs.shape[1]
-        step = 2.0**parameters.dropped_bits
-        return min(outputs * step / 2, 8 * step * sqrt(outputs / 12)) + 1
 
     def verify(
         self, planes: NDArray[np.int8], answer: NDArray[np.uint16], parameters: Parameters
@@ -111,7 +144,4 @@ class IntegrityCheck:
             tokens,
         )  # fmt: skip
         if np.abs(found.astype(np.int64)).max() > self.tolerance(parameters):
-            raise WrongAnswerError(
-                f"{self._name}: the worker's answer is not the product that was asked for; the "
-                "worker is broken or lying: stop using it (the request revealed nothing to it)"
-            )
+            raise self._wrong_answer()

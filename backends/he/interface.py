@@ -99,7 +99,9 @@ class OwnerCipher(ABC):
 
     @abstractmethod
     def decrypt(self, sealed: Any, payload: AnyPayload, matrix: OwnerMatrix) -> Values:
-        """float32[T, N] from the worker's answer, where x was. A sealed value opens once, then is wiped.
+        """float32[T, N] from the worker's answer, where x was.
+
+        A sealed value opens once, then is wiped.
 
         Raises ValueError when the answer has the wrong number of bytes, WrongAnswerError, with
         `sealed` still closed, when a guarded matrix's answer is not the product.

@@ -355,9 +355,14 @@ def token_scales(
 def answer_values(payload: Payload, tokens: int, outputs: int) -> NDArray[np.uint16]:
     """uint16[T, N] of a worker's answer. Raises ValueError on a wrong size."""
     values = np.frombuffer(payload, np.uint8)
-    if values.size != 2 * tokens * outputs:
+    check_answer_bytes(values.size, tokens, outputs)
+    return values.view("<u2").reshape(tokens, outputs)
+
+
+def check_answer_bytes(size: int, tokens: int, outputs: int) -> None:
+    """Raise ValueError unless an answer of `size` bytes is uint16[T, N]."""
+    if size != 2 * tokens * outputs:
         raise ValueError(
             f"an answer of {tokens} tokens with {outputs} outputs has {2 * tokens * outputs} "
-            f"bytes, this one {values.size}"
+            f"bytes, this one {size}"
         )
-    return values.view("<u2").reshape(tokens, outputs)

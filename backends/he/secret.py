@@ -1,10 +1,14 @@
 """One secret, one block, one message: a secret that cannot be used twice.
 
-Only the owner's cipher may import this module; a test walks the imports.
+Only the owner's ciphers may import this module; a test walks the imports.
 """
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import numpy as np
@@ -21,6 +25,7 @@ class SecretReuseError(RuntimeError):
 class _Use(Enum):
     FRESH = "fresh"
     SEALED = "sealed"
+    OPENING = "being opened"
     SPENT = "spent"
 
 
@@ -33,12 +38,53 @@ def ternary(stream: Keystream, count: int) -> NDArray[np.int8]:
     return (kept[:count] % 3).astype(np.int8) - np.int8(1)
 
 
-class BlockSecret:
+class UseOnce(ABC):
+    """The life of a secret: fresh, then sealed one message, then opened one answer and wiped."""
+
+    def __init__(self) -> None:
+        self._use = _Use.FRESH
+        self._changing = threading.Lock()
+
+    @abstractmethod
+    def _erase(self) -> None:
+        """Overwrite the secret."""
+
+    def _begin_sealing(self) -> None:
+        """Raises SecretReuseError the second time."""
+        with self._changing:
+            if self._use is not _Use.FRESH:
+                raise SecretReuseError("this block secret has already sealed a message")
+            self._use = _Use.SEALED
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Inside, the secret may open an answer; then it is wiped. An error leaves it sealed.
+
+        Raises SecretReuseError unless the secret has sealed a message and opened none.
+        """
+        with self._changing:
+            if self._use is not _Use.SEALED:
+                raise SecretReuseError(f"this block secret is {self._use.value}, not sealed")
+            self._use = _Use.OPENING
+        try:
+            yield
+        except BaseException:
+            self._use = _Use.SEALED
+            raise
+        self.wipe()
+
+    def wipe(self) -> None:
+        """Forget the secret; it can neither seal nor open afterwards."""
+        self._erase()
+        self._use = _Use.SPENT
+
+
+class BlockSecret(UseOnce):
     """A ternary secret s of R^rank for one block: seals one message, opens one answer."""
 
     def __init__(self, secret: NDArray[np.int8]) -> None:
+        super().__init__()
         self._ntt = secret_to_ntt(secret)
-        self._use = _Use.FRESH
 
     @classmethod
     def draw(cls, stream: Keystream, count: int, rank: int, degree: int) -> list[BlockSecret]:
@@ -53,9 +99,7 @@ class BlockSecret:
 
         Raises SecretReuseError the second time.
         """
-        if self._use is not _Use.FRESH:
-            raise SecretReuseError("this block secret has already sealed a message")
-        self._use = _Use.SEALED
+        self._begin_sealing()
         return self._ntt
 
     def open(self) -> NDArray[np.int32]:
@@ -63,13 +107,8 @@ class BlockSecret:
 
         Raises SecretReuseError unless the secret has sealed a message and opened none.
         """
-        if self._use is not _Use.SEALED:
-            raise SecretReuseError(f"this block secret is {self._use.value}, not sealed")
-        copy = self._ntt.copy()
-        self.wipe()
-        return copy
+        with self._opened():
+            return self._ntt.copy()
 
-    def wipe(self) -> None:
-        """Forget the secret; it can neither seal nor open afterwards."""
+    def _erase(self) -> None:
         self._ntt[...] = 0
-        self._use = _Use.SPENT

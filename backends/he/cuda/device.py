@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from backends.he.cuda.clock import DeviceClock
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: the first with int8 tensor cores that take every shape the kernels use."""
@@ -28,6 +30,7 @@ class Gpu:
     capability       compute capability, (9, 0) for Hopper
     total_bytes      device memory
     multiprocessors  streaming multiprocessors
+    clock            of device time, off until a report wants it
     """
 
     device: torch.device
@@ -35,6 +38,10 @@ class Gpu:
     capability: tuple[int, int]
     total_bytes: int
     multiprocessors: int
+    clock: DeviceClock = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clock", DeviceClock(self.device))
 
     def free_bytes(self) -> int:
         """Device memory an allocation could still get: free ones and torch's own unused."""

@@ -1,0 +1,300 @@
+"""The owner's half of the module-LWE cipher on a GPU: the arithmetic of `mlwe_owner.py`, same bits.
+
+Given the same secrets and errors, requests and results are those of the CPU owner bit for bit;
+only the stream that secrets and errors are drawn from differs (ChaCha20, see `kernels/owner.cu`).
+Keys come from the operating system; they and the secrets they expand to are in device memory and
+in the driver's launch queue while in use, so the GPU belongs to the owner.
+
+Everything is queued on torch's current stream, which must be the same for a request and its
+answer. The host waits once in `encrypt` (are the inputs finite?) and once in `decrypt` of a guarded
+matrix (is the answer right?), both times for a flag, with the next kernels queued behind; and for
+copies, where payloads or values are on the host. Speeds on a GPU are unmeasured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backends.he.cuda.check import DeviceCheck
+from backends.he.cuda.device import Gpu
+from backends.he.cuda.launch import Kernels, kernels
+from backends.he.cuda.resident import Residents
+from backends.he.cuda.streams import Flag
+from backends.he.entropy import Entropy, OsEntropy
+from backends.he.interface import AnyPayload, Encrypted, OwnerCipher, OwnerMatrix, Values
+from backends.he.mlwe_owner import (
+    answer_values,
+    check_answer_bytes,
+    check_input,
+    reciprocal,
+    token_scales,
+)
+from backends.he.params import RING_DEGREE, Parameters
+from backends.he.public import PublicMatrix
+from backends.he.ring import tiles_of
+from backends.he.secret import UseOnce
+
+_TILES_EACH = 2  # tiles that one thread block of the kernels works on
+_BLOCKS_PER_MULTIPROCESSOR = 8
+"""Thread blocks to have before they take several secrets each: enough to even out the ends."""
+
+
+def key_words(key: bytes) -> tuple[int, int, int, int]:
+    """32 bytes of key as four little-endian 64-bit words, as the kernels take them."""
+    a, b, c, d = (int.from_bytes(key[at : at + 8], "little") for at in range(0, 32, 8))
+    return a, b, c, d
+
+
+class RequestSecrets(UseOnce):
+    """The ternary secrets of one request's blocks, in device memory."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        super().__init__()
+        self._words = words
+
+    @classmethod
+    def draw(
+        cls, compiled: Kernels, key: bytes, blocks: int, rank: int, gpu: Gpu
+    ) -> RequestSecrets:
+        """`blocks` independent secrets from one fresh key of 32 bytes."""
+        words = torch.empty((blocks, rank, RING_DEGREE), dtype=torch.int32, device=gpu.device)
+        compiled.launch("draw_secrets", (blocks, rank), words, *key_words(key))
+        return cls(words)
+
+    def seal(self) -> torch.Tensor:
+        """int32[blocks, rank, 256], NTT domain, to encrypt the request's only message.
+
+        Raises SecretReuseError the second time.
+        """
+        self._begin_sealing()
+        return self._words
+
+    @contextmanager
+    def opened(self) -> Iterator[torch.Tensor]:
+        """The same words, to decrypt the answer; wiped at the end, still sealed after an error.
+
+        Raises SecretReuseError unless they have sealed a message and opened none.
+        """
+        with self._opened():
+            yield self._words
+
+    def _erase(self) -> None:
+        # Queued behind the kernels that read them.
+        self._words.zero_()
+
+
+@dataclass
+class Sealed:
+    """The owner's private record of one encrypted request."""
+
+    secrets: RequestSecrets = field(repr=False)
+    inverse_alpha: torch.Tensor = field(repr=False)  # float64[T]
+    planes: torch.Tensor = field(repr=False)  # int8[limbs, T, K] as sent, for the check
+    on_host: bool  # the values came as an array, and go as one
+
+
+class CudaOwner(OwnerCipher):
+    """Owner half of the module-LWE backend on a GPU.
+
+    local       payloads are uint8 tensors on the device, for a worker in this process on this GPU;
+                else arrays on the host
+    hint_bytes  the most device memory hints may take; None: half of what is free now
+
+    Counters `blocks` (encrypted) and `secrets_drawn` must always be equal.
+
+    Raises GpuError when the kernels cannot be compiled.
+    """
+
+    def __init__(
+        self, parameters: Parameters, public: PublicMatrix, gpu: Gpu,
+        entropy: Entropy | None = None, local: bool = False, hint_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        self._parameters = parameters
+        self._gpu = gpu
+        self._entropy = entropy if entropy is not None else OsEntropy()
+        self._wire = not local
+        self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
+        self._residents = Residents(gpu, public, hint_bytes)
+        self._reciprocal = reciprocal(parameters)
+        self._checks: dict[str, DeviceCheck] = {}
+        self._count_lock = threading.Lock()
+        self.blocks = 0
+        self.secrets_drawn = 0
+
+    @property
+    def simulated_randomness(self) -> bool:
+        return self._entropy.simulated
+
+    def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
+        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
+        self._checks[matrix.name] = DeviceCheck(
+            self._gpu, self._kernels, matrix.name, weight, forward, self._entropy
+        )
+
+    def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        return self._parameters.up_bytes_per_value * tokens * matrix.in_features
+
+    def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
+        return self._parameters.down_bytes_per_value * tokens * matrix.out_features
+
+    def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
+        """Encrypt float32[T, K], an array or a tensor on the device.
+
+        Raises NonFiniteInputError for NaN or infinity, ValueError for a wrong shape or place.
+        """
+        on_host = not isinstance(x, torch.Tensor)
+        values = self._values(x, matrix)
+        tokens, inputs = values.shape
+        parameters, device = self._parameters, self._gpu.device
+        in_scale, _ = self._residents.scales(matrix)
+        rows = self._residents.public_rows(inputs)
+        with self._gpu.clock.span("owner"):
+            scales = self._token_scales(values, in_scale, matrix)
+            secrets = RequestSecrets.draw(
+                self._kernels, self._entropy.fresh_key(), -(-tokens // RING_DEGREE),
+                parameters.rank, self._gpu,
+            )  # fmt: skip
+            words = secrets.seal()
+            planes = torch.empty(
+                (parameters.limbs, tokens, inputs), dtype=torch.int8, device=device
+            )
+            grid, each = self._grid(len(words), tiles_of(inputs))
+            self._kernels.launch(
+                "encrypt", grid, rows, words, values, in_scale, scales.factor, planes,
+                tokens, inputs, len(rows), each, self._reciprocal,
+                *key_words(self._entropy.fresh_key()),
+            )  # fmt: skip
+        if scales.bad.read():
+            secrets.wipe()
+            token_scales(scales.norms.cpu().numpy(), matrix, parameters)
+            raise AssertionError("a norm is not finite")
+        with self._count_lock:
+            self.blocks += len(words)
+            self.secrets_drawn += len(words)
+        sealed = Sealed(secrets, scales.inverse, planes, on_host)
+        raw = planes.view(-1).view(torch.uint8)
+        return Encrypted(_to_host(raw, self._gpu) if self._wire else raw, sealed)
+
+    def decrypt(self, sealed: Sealed, payload: AnyPayload, matrix: OwnerMatrix) -> Values:
+        """float32[T, N], an array or a tensor as the input was.
+
+        The check of a guarded matrix runs first; its result is waited for only when the
+        decryption, which a wrong answer throws away, is queued behind it.
+        """
+        tokens, outputs = len(sealed.inverse_alpha), matrix.out_features
+        answer = self._answer(payload, tokens, outputs)
+        if matrix.hint is None:
+            raise ValueError(f"{matrix.name}: no hint; run the preparation first")
+        check = self._checks.get(matrix.name)
+        out = torch.empty((tokens, outputs), dtype=torch.float32, device=self._gpu.device)
+        with sealed.secrets.opened() as words, self._gpu.clock.span("owner"):
+            compared = None
+            if check is not None:
+                compared = check.compare(sealed.planes, answer, self._parameters)
+            self._open(words, answer, sealed.inverse_alpha, matrix, out)
+            if compared is not None:
+                compared.require()
+        if not sealed.on_host:
+            return out
+        return (
+            _to_host(out.view(-1).view(torch.uint8), self._gpu).view(np.float32).reshape(out.shape)
+        )
+
+    def _open(
+        self, words: torch.Tensor, answer: torch.Tensor, inverse: torch.Tensor,
+        matrix: OwnerMatrix, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Queue the decryption of all outputs, a slab of the hint at a time."""
+        tokens, outputs = out.shape
+        _, out_scale = self._residents.scales(matrix)
+        for first_row, slab in self._residents.slabs(matrix):
+            grid, each = self._grid(len(words), len(slab))
+            self._kernels.launch(
+                "decrypt", grid, slab, words, answer, inverse, out_scale, out,
+                tokens, outputs, first_row, len(slab), each, self._parameters.dropped_bits,
+                self._reciprocal,
+            )  # fmt: skip
+
+    def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:
+        """(grid, secrets each thread block works through) for a matrix of so many tiles.
+
+        Thread blocks of the same rows are neighbours, so that a row comes from memory once; one
+        takes several secrets where there are plenty of thread blocks without.
+        """
+        pairs = -(-tiles // _TILES_EACH)
+        plenty = _BLOCKS_PER_MULTIPROCESSOR * self._gpu.multiprocessors
+        each = min(blocks, max(1, blocks * pairs // plenty))
+        return (-(-blocks // each), pairs), each
+
+    def _values(self, x: Values, matrix: OwnerMatrix) -> torch.Tensor:
+        """x as a tensor on the device. Raises ValueError like `check_input`."""
+        if not isinstance(x, torch.Tensor):
+            check_input(x, matrix)
+            with self._gpu.clock.span("copy"):
+                return torch.from_numpy(x).to(self._gpu.device)
+        if x.ndim != 2 or x.shape[1] != matrix.in_features or x.shape[0] < 1:
+            raise ValueError(
+                f"{matrix.name}: takes [tokens, {matrix.in_features}], got {list(x.shape)}"
+            )
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"{matrix.name}: takes contiguous float32, got {x.dtype}")
+        if x.device != self._gpu.device:
+            raise ValueError(f"{matrix.name}: takes a tensor on {self._gpu.device}, got {x.device}")
+        return x
+
+    def _token_scales(
+        self, x: torch.Tensor, in_scale: torch.Tensor, matrix: OwnerMatrix
+    ) -> _TokenScales:
+        """Queue what `mlwe_owner.token_scales` computes, for x float32[T, K]."""
+        p, q = self._parameters.worker_modulus, self._parameters.modulus
+        tokens, inputs = x.shape
+        norms, factor, inverse = (
+            torch.empty(tokens, dtype=torch.float64, device=x.device) for _ in range(3)
+        )
+        bad = Flag(self._gpu)
+        self._kernels.launch(
+            "token_scales", (tokens, 1), x, in_scale, norms, factor, inverse, bad.cell,
+            inputs, matrix.plan.amplitude(self._parameters), q / p,
+        )  # fmt: skip
+        bad.fetch()
+        return _TokenScales(norms, factor, inverse, bad)
+
+    def _answer(self, payload: AnyPayload, tokens: int, outputs: int) -> torch.Tensor:
+        """uint16[T, N] on the device. Raises ValueError on a wrong size."""
+        if isinstance(payload, torch.Tensor):
+            if payload.dtype != torch.uint8 or payload.ndim != 1:
+                raise ValueError(f"an answer is uint8[n], got {payload.dtype}")
+            check_answer_bytes(len(payload), tokens, outputs)
+            raw = payload.to(self._gpu.device)
+        else:
+            values = answer_values(payload, tokens, outputs)
+            raw = self._gpu.pinned(values.nbytes)
+            raw.numpy()[...] = values.reshape(-1).view(np.uint8)
+            with self._gpu.clock.span("copy"):
+                raw = raw.to(self._gpu.device, non_blocking=True)
+        return raw.view(torch.uint16).view(tokens, outputs)
+
+
+@dataclass(frozen=True)
+class _TokenScales:
+    """float64[T] each: norms, what tokens are multiplied by (q/p * alpha), 1/alpha."""
+
+    norms: torch.Tensor
+    factor: torch.Tensor
+    inverse: torch.Tensor
+    bad: Flag
+
+
+def _to_host(raw: torch.Tensor, gpu: Gpu) -> NDArray[np.uint8]:
+    """uint8[n] of the device in page-locked host memory, when it has arrived."""
+    host = gpu.pinned(raw.numel())
+    with gpu.clock.span("copy"):
+        host.copy_(raw)
+    return host.numpy()

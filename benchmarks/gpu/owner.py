@@ -1,0 +1,97 @@
+"""The owner's ring work on a GPU, per token of a training step, and the making of hints."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from backends.he.cuda.device import Gpu
+from backends.he.cuda.owner import CudaOwner
+from backends.he.cuda.worker import CudaWorker
+from backends.he.interface import OwnerMatrix
+from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.plan import plan_matrix
+from backends.he.public import PublicMatrix, public_seed
+from backends.he.ring import tiles_of
+from backends.he.vector import LANES
+from benchmarks.gpu.timing import Matrix, Scale, device_ms
+from benchmarks.gpu.worker import random_weight
+
+
+def stand_in(matrix: Matrix, parameters: Parameters) -> OwnerMatrix:
+    """A matrix whose hint has the right shape and random residues: it costs what a real one does.
+
+    What is decrypted with it is noise; only its time is used.
+    """
+    shape = (tiles_of(matrix.outputs), parameters.rank, RING_DEGREE, LANES)
+    half = NTT_PRIME // 2
+    hint = np.random.default_rng(1).integers(-half, half, shape, np.int32)
+    ones = np.ones(matrix.inputs, np.float32)
+    scale = np.full(matrix.outputs, 0.01, np.float32)
+    plan = plan_matrix(random_weight(matrix.inputs, min(matrix.outputs, 64)), scale[:64])
+    return OwnerMatrix(matrix.name, ones, scale, plan, hint)
+
+
+def ring_work(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
+    """Encrypting and decrypting every linear of a step once, in device time per token.
+
+    Requests hold `scale.tokens` tokens. The check of answers is timed apart: with it decrypting
+    takes longer by the difference.
+    """
+    public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
+    tokens = scale.tokens
+    totals = {"encrypt": 0.0, "decrypt": 0.0, "decrypt_checked": 0.0}
+    rows = []
+    for matrix in scale.matrices:
+        owner = CudaOwner(parameters, public, gpu, local=True)
+        worker = CudaWorker(parameters, gpu)
+        public_matrix = stand_in(matrix, parameters)
+        weight = random_weight(matrix.inputs, matrix.outputs)
+        loaded = worker.load(weight, True)
+        x = torch.randn(tokens, matrix.inputs, device=gpu.device)
+        row: dict[str, Any] = {"matrix": matrix.name, "count": matrix.count}
+        for guarded in (False, True):
+            if guarded:
+                owner.guard(public_matrix, weight, True)
+            spent = _opened_and_closed(gpu, owner, worker, loaded, x, public_matrix, scale)
+            if not guarded:
+                row["encrypt_ms"], row["decrypt_ms"] = spent
+            else:
+                row["decrypt_checked_ms"] = spent[1]
+        for name in totals:
+            totals[name] += matrix.count * row[f"{name}_ms"]
+        rows.append(row)
+    per_token = {f"{name}_us_per_token": 1e3 * ms / tokens for name, ms in totals.items()}
+    ring = per_token["encrypt_us_per_token"] + per_token["decrypt_us_per_token"]
+    return {"tokens": tokens, **per_token, "ring_us_per_token": ring, "matrices": rows}
+
+
+def _opened_and_closed(
+    gpu: Gpu,
+    owner: CudaOwner,
+    worker: CudaWorker,
+    loaded: Any,
+    x: torch.Tensor,
+    matrix: OwnerMatrix,
+    scale: Scale,
+) -> tuple[float, float]:
+    """(encrypt, decrypt) in milliseconds: medians over rounds."""
+    encrypting, decrypting = [], []
+    for turn in range(scale.rounds + 1):
+        sent: list[Any] = []
+        spent = device_ms(gpu, lambda s=sent: s.append(owner.encrypt(x, matrix)), scale.repeats)
+        answers = [worker.multiply(e.payload, len(x), loaded) for e in sent]
+        pairs = iter(list(zip(sent, answers, strict=True)))
+
+        def open_next(pairs: Any = pairs) -> None:
+            encrypted, answer = next(pairs)
+            owner.decrypt(encrypted.sealed, answer, matrix)
+
+        opened = device_ms(gpu, open_next, scale.repeats)
+        if turn:  # the first round compiles and uploads
+            encrypting.append(spent)
+            decrypting.append(opened)
+    return median(encrypting), median(decrypting)

@@ -1,0 +1,113 @@
+"""What is run as a user runs it: the correctness suite, preparing, a training step, a peer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from backends.he.cuda.device import Gpu
+from backends.he.cuda.hints import cuda_arithmetic
+from backends.he.params import Parameters
+from backends.he.preparation import prepare
+from backends.he.store import GroupSpec
+from benchmarks.gpu.timing import Scale
+
+
+def suite() -> dict[str, Any]:
+    """Every test of the CUDA backend, on the device itself."""
+    command = [sys.executable, "-m", "pytest", "tests/cuda", "-q", "-rs", "-p", "no:cacheprovider"]
+    # A kernel that hangs is waited for in C, where only the thread method reaches.
+    command += ["--timeout", "120", "--timeout-method", "thread"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
+    lines = (ended.stdout + ended.stderr).strip().splitlines()
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))][:40]
+    return {
+        "passed": ended.returncode == 0,
+        "summary": lines[-1] if lines else "",
+        "skipped": [line for line in lines if line.startswith("SKIPPED")],
+        "failures": failures,
+    }
+
+
+def groups_of(scale: Scale) -> list[GroupSpec]:
+    """The model's linear groups, one weight each."""
+    specs = []
+    for matrix in scale.matrices:
+        name, direction = matrix.name.rsplit(" ", 1)
+        if direction == "forward":
+            for layer in range(matrix.count):
+                full = f"layers.{layer}.{name}"
+                specs.append(GroupSpec(full, (full,), matrix.inputs, (matrix.outputs,)))
+    return specs
+
+
+def preparing(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
+    """Quantise the model and build all hints, written to disk; bf16 weights are in memory."""
+    groups = groups_of(scale)
+    weights = {
+        g.name: torch.randn(g.total_out, g.in_features, dtype=torch.bfloat16) * 0.02 for g in groups
+    }
+    with tempfile.TemporaryDirectory(prefix="hints-") as place:
+        start_s = time.perf_counter()
+        prepare(
+            Path(place), groups, lambda name: weights[name], parameters,
+            lambda label, done: None, arithmetic=cuda_arithmetic(gpu),
+        )  # fmt: skip
+        seconds = time.perf_counter() - start_s
+        written = sum(file.stat().st_size for file in Path(place).rglob("*.npy"))
+    return {"seconds": seconds, "written_bytes": written, "groups": len(groups)}
+
+
+def step(arguments: list[str]) -> dict[str, Any]:
+    """`scenarios.llama1b --real-gpu --compare-clear`, in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="step-") as place:
+        figures = Path(place) / "figures.json"
+        command = [sys.executable, "-m", "scenarios.llama1b", "--real-gpu", "--compare-clear"]
+        command += ["--json", str(figures), "--out", f"{place}/out", "--cache", f"{place}/cache"]
+        ended = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=500, check=False
+        )
+        if ended.returncode:
+            raise RuntimeError((ended.stderr or ended.stdout).strip()[-2000:])
+        found: dict[str, Any] = json.loads(figures.read_text())
+    found.pop("adapter_dir", None)
+    found.pop("origin", None)
+    return found | {"arguments": " ".join(arguments)}
+
+
+def peer(inputs: int, outputs: int) -> dict[str, Any]:
+    """Seconds per token of the published peer for one layer, if its CUDA wheel is installed.
+
+    concrete-ml-extensions: encrypted matrix product over GLWE, 8-bit values.
+    """
+    try:
+        extension = importlib.import_module("concrete_ml_extensions")
+    except ImportError:
+        return {"skipped": "concrete-ml-extensions is not installed (pip install it to compare)"}
+    if not (extension.is_cuda_enabled() and extension.is_cuda_available()):
+        return {"skipped": "this concrete-ml-extensions does not run on this GPU"}
+    parameters = extension.MatmulCryptoParameters.deserialize(extension.default_params())
+    private, compression = extension.create_private_key(parameters)
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 256, (inputs, outputs)).astype(np.uint64)
+    token = rng.integers(0, 256, (1, inputs)).astype(np.uint64)
+    on_gpu = extension.make_cuda_clear_matrix(weight, compression)
+    encrypted = extension.encrypt_matrix(pkey=private, crypto_params=parameters, data=token)
+    times = []
+    for _ in range(3):
+        start_s = time.perf_counter()
+        extension.matrix_multiplication(
+            encrypted_matrix=encrypted, data=on_gpu, compression_key=compression
+        )
+        times.append(time.perf_counter() - start_s)
+    return {"seconds_per_token": median(times), "in": inputs, "out": outputs}

@@ -1,0 +1,22 @@
+"""One suite for both: on a machine with a GPU it runs there, elsewhere its kernels are emulated.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so it is set before any is imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from backends.he.cuda.device import Gpu, emulated, find_gpu
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Gpu:
+    """The GPU of this machine, or its stand-in."""
+    return find_gpu() if torch.cuda.is_available() else emulated()

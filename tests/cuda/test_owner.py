@@ -1,0 +1,323 @@
+"""The owner on a GPU: the CPU owner's bits, its rules, and its answers to what goes wrong."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from backends.he.cuda import resident
+from backends.he.cuda.device import Gpu
+from backends.he.cuda.owner import CudaOwner
+from backends.he.cuda.resident import Residents
+from backends.he.entropy import OsEntropy, SeededEntropy
+from backends.he.interface import NonFiniteInputError
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.params import Parameters, preset
+from backends.he.reference import ReferenceWorker
+from backends.he.secret import SecretReuseError
+from protocol.errors import WrongAnswerError
+from tests.cuda.slow import reference_owner
+from tests.he.conftest import Case, make_case
+
+TWO_LIMBS = Parameters("two", rank=5, limbs=2, dropped_bits=4)
+
+
+def values(tokens: int, inputs: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Heavy-tailed float32[T, K]."""
+    x = np.random.default_rng(seed).standard_t(3, size=(tokens, inputs))
+    return x.astype(np.float32)
+
+
+def owner_of(case: Case, gpu: Gpu, seed: int | None = None, **options: Any) -> CudaOwner:
+    entropy = OsEntropy() if seed is None else SeededEntropy(seed)
+    return CudaOwner(case.parameters, case.public, gpu, entropy, **options)
+
+
+def answer_to(case: Case, payload: Any, tokens: int) -> np.ndarray[Any, Any]:
+    worker = ReferenceWorker(case.parameters)
+    return worker.multiply(payload, tokens, worker.load(case.weight, case.forward))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "tokens", "forward", "parameters"),
+    [
+        (48, 40, 1, True, preset("standard")),
+        (70, 20, 255, False, preset("standard")),
+        (33, 100, 256, True, preset("standard")),
+        (16, 50, 257, True, preset("standard")),
+        # Enough values that an error drawn elsewhere shows: it changes one in fifty of them.
+        (40, 3, 600, False, preset("standard")),
+        (5, 7, 40, False, preset("paranoid")),
+        (20, 18, 300, True, TWO_LIMBS),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_requests_and_results_are_the_slow_owners_bit_for_bit(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, tokens: int,
+    forward: bool, parameters: Parameters,
+) -> None:  # fmt: skip
+    """Same secrets and errors, same planes, same float32."""
+    case = make_case(inputs, outputs, forward, seed=tokens, parameters=parameters)
+    x = values(tokens, inputs)
+    x[tokens // 2] = 0
+    fast, slow = owner_of(case, gpu, 7), reference_owner(case, 7, monkeypatch)
+    a, b = fast.encrypt(x, case.matrix), slow.encrypt(x, case.matrix)
+    assert np.array_equal(a.payload, b.payload)
+    answer = answer_to(case, a.payload, tokens)
+    y = fast.decrypt(a.sealed, answer, case.matrix)
+    assert y.dtype == np.float32
+    assert np.array_equal(y, slow.decrypt(b.sealed, answer, case.matrix))
+    assert fast.blocks == fast.secrets_drawn == -(-tokens // 256)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    inputs=st.integers(1, 90),
+    outputs=st.integers(1, 70),
+    tokens=st.sampled_from([1, 2, 15, 17, 64, 255, 256, 257]),
+    forward=st.booleans(),
+    magnitude=st.floats(-30, 30),
+    local=st.booleans(),
+    streamed=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_round_trip_is_within_the_bound(
+    gpu: Gpu, inputs: int, outputs: int, tokens: int, forward: bool, magnitude: float,
+    local: bool, streamed: bool, seed: int,
+) -> None:  # fmt: skip
+    """With the CPU's worker, guarded, any shape and scale."""
+    case = make_case(inputs, outputs, forward, seed=seed % 97)
+    x = (values(tokens, inputs, seed) * 10.0**magnitude).astype(np.float32)
+    owner = owner_of(case, gpu, local=local, hint_bytes=0 if streamed else None)
+    owner.guard(case.matrix, case.weight, forward)
+    sent = owner.encrypt(x, case.matrix)
+    worker = MlweWorker(case.parameters)
+    on_host = torch.as_tensor(sent.payload).cpu().numpy()
+    answer = worker.multiply(on_host, tokens, worker.load(case.weight, forward))
+    payload = torch.from_numpy(answer).to(gpu.device) if local else answer
+    y, expected = owner.decrypt(sent.sealed, payload, case.matrix), case.exact(x)
+    plan, parameters = case.matrix.plan, case.parameters
+    norms = np.linalg.norm(x.astype(np.float64) * case.matrix.in_scale, axis=1)
+    worst = plan.margin(parameters) / plan.amplitude(parameters) * norms * (1 + 1e-5)
+    bound = worst[:, None] * case.matrix.out_scale + 1e-6 * np.abs(expected) + 1e-44
+    assert np.all(np.abs(y - expected) <= bound)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_tensors_come_back_as_tensors(gpu: Gpu, local: bool) -> None:
+    """Values on the device stay there; payloads do when the worker shares it."""
+    case = make_case(48, 40)
+    owner = owner_of(case, gpu, local=local)
+    x = torch.from_numpy(values(30, 48)).to(gpu.device)
+    sent = owner.encrypt(x, case.matrix)
+    assert isinstance(sent.payload, torch.Tensor if local else np.ndarray)
+    assert len(sent.payload) == owner.up_bytes(case.matrix, 30)
+    answer = answer_to(case, torch.as_tensor(sent.payload).cpu().numpy(), 30)
+    payload = torch.from_numpy(answer).to(gpu.device) if local else answer.tobytes()
+    y = owner.decrypt(sent.sealed, payload, case.matrix)
+    assert isinstance(y, torch.Tensor)
+    assert y.device == gpu.device
+    exact = case.exact(x.cpu().numpy())
+    assert np.linalg.norm(y.cpu().numpy() - exact) < 0.01 * np.linalg.norm(exact)
+
+
+def test_streamed_hints_give_the_results_of_resident_ones(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tiles a slab: odd slabs, both buffers used again."""
+    monkeypatch.setattr(resident, "_SLAB_BYTES", 3 * 4 * 5 * 256 * 16)
+    case = make_case(48, 200)
+    x = values(300, 48)
+    results = []
+    for room in (None, 0):
+        owner = owner_of(case, gpu, 3, hint_bytes=room)
+        sent = owner.encrypt(x, case.matrix)
+        results.append(owner.decrypt(sent.sealed, answer_to(case, sent.payload, 300), case.matrix))
+    assert np.array_equal(*results)
+
+
+def test_hints_stay_on_the_device_while_they_fit(gpu: Gpu) -> None:
+    """The second of two is streamed; a new matrix of a name takes the old one's room."""
+    case, other = make_case(16, 40), make_case(17, 40)
+    assert case.matrix.hint is not None
+    size = case.matrix.hint.nbytes
+    residents = Residents(gpu, case.public, size + 1000)
+    for matrix in (case.matrix, other.matrix):
+        rows = torch.cat([slab.clone() for _, slab in residents.slabs(matrix)])
+        assert np.array_equal(rows.cpu().numpy(), matrix.hint)
+        assert residents.room_bytes == 1000
+    again = make_case(16, 40, seed=5)
+    rows = torch.cat([slab for _, slab in residents.slabs(again.matrix)])
+    assert np.array_equal(rows.cpu().numpy(), again.matrix.hint)
+    assert residents.room_bytes == 1000
+
+
+def test_one_public_matrix_serves_every_width(gpu: Gpu) -> None:
+    """It grows, and narrower requests take its first rows."""
+    case = make_case(100, 16)
+    residents = Residents(gpu, case.public)
+    for count in (20, 100, 7, 33):
+        rows = residents.public_rows(count).cpu().numpy()
+        assert np.array_equal(rows, case.public.rows(count))
+
+
+def test_a_request_is_decrypted_once_and_its_secrets_wiped(gpu: Gpu) -> None:
+    """As on the CPU; and a fresh secret cannot open."""
+    case = make_case(20, 20)
+    owner = owner_of(case, gpu)
+    sent = owner.encrypt(values(300, 20), case.matrix)
+    answer = answer_to(case, sent.payload, 300)
+    words = sent.sealed.secrets._words
+    assert words.any(dim=2).all()
+    with pytest.raises(SecretReuseError):
+        sent.sealed.secrets.seal()
+    owner.decrypt(sent.sealed, answer, case.matrix)
+    assert not words.any()
+    with pytest.raises(SecretReuseError, match="spent"):
+        owner.decrypt(sent.sealed, answer, case.matrix)
+
+
+def test_two_threads_cannot_open_one_request(gpu: Gpu) -> None:
+    """While one answer is being opened, a second is refused."""
+    case = make_case(20, 20)
+    owner = owner_of(case, gpu)
+    sent = owner.encrypt(values(3, 20), case.matrix)
+    answer = answer_to(case, sent.payload, 3)
+    with sent.sealed.secrets.opened(), pytest.raises(SecretReuseError, match="being opened"):
+        owner.decrypt(sent.sealed, answer, case.matrix)
+
+
+def test_lanes_share_an_owner(gpu: Gpu) -> None:
+    """Several threads encrypt and decrypt at once, hints streamed through the same buffers."""
+    case = make_case(40, 90)
+    owner = owner_of(case, gpu, hint_bytes=0)
+    owner.guard(case.matrix, case.weight, True)
+    errors: list[float] = []
+
+    def lane(seed: int) -> None:
+        x = values(70, 40, seed)
+        for _ in range(3):
+            sent = owner.encrypt(x, case.matrix)
+            y = owner.decrypt(sent.sealed, answer_to(case, sent.payload, 70), case.matrix)
+            exact = case.exact(x)
+            errors.append(float(np.linalg.norm(y - exact) / np.linalg.norm(exact)))
+
+    lanes = [threading.Thread(target=lane, args=(seed,)) for seed in range(4)]
+    for thread in lanes:
+        thread.start()
+    for thread in lanes:
+        thread.join()
+    assert len(errors) == 12
+    assert max(errors) < 0.01
+    assert owner.blocks == owner.secrets_drawn == 12
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 257, 1000])
+def test_every_block_has_a_secret_of_its_own(gpu: Gpu, tokens: int) -> None:
+    """Counted secrets equal counted blocks, and no two are equal."""
+    case = make_case(3, 3)
+    owner = owner_of(case, gpu)
+    drawn = []
+    for turn in (1, 2):
+        sent = owner.encrypt(values(tokens, 3), case.matrix)
+        drawn += [block.tobytes() for block in sent.sealed.secrets._words.cpu().numpy()]
+        assert owner.blocks == owner.secrets_drawn == turn * -(-tokens // 256)
+    assert len(set(drawn)) == len(drawn) == owner.blocks
+
+
+def test_ciphertext_bytes_are_uniform(gpu: Gpu) -> None:
+    """A chi-square test of each digit plane, for an input of zeros."""
+    case = make_case(128, 16)
+    planes = owner_of(case, gpu).encrypt(np.zeros((512, 128), np.float32), case.matrix).payload
+    for plane in planes.reshape(3, -1):
+        counts = np.bincount(plane, minlength=256)
+        chi_square = np.sum((counts - plane.size / 256) ** 2) / (plane.size / 256)
+        assert chi_square < 255 + 6 * np.sqrt(2 * 255)
+
+
+def wrong(answer: np.ndarray[Any, Any], how: str) -> np.ndarray[Any, Any]:
+    """A changed copy of answer bytes."""
+    changed = answer.copy().view(np.uint16)
+    if how == "zero":
+        changed[:] = 0
+    elif how == "one value":
+        changed[3] ^= 1 << 12
+    else:
+        changed[:] = np.roll(changed, 1)
+    return changed.view(np.uint8)
+
+
+@pytest.mark.parametrize("how", ["zero", "one value", "rolled"])
+@pytest.mark.parametrize(("tokens", "forward"), [(1, True), (6, False), (257, True)])
+def test_a_lying_worker_is_found_and_the_request_stays_usable(
+    gpu: Gpu, tokens: int, forward: bool, how: str
+) -> None:
+    """The complaint is the CPU owner's; the right answer then opens the same request."""
+    case = make_case(70, 60, forward)
+    owner = owner_of(case, gpu, 1)
+    owner.guard(case.matrix, case.weight, forward)
+    x = values(tokens, 70)
+    sent = owner.encrypt(x, case.matrix)
+    answer = answer_to(case, sent.payload, tokens)
+    for _ in range(2):
+        with pytest.raises(WrongAnswerError, match=r"70x60: .*broken or lying.*stop using"):
+            owner.decrypt(sent.sealed, wrong(answer, how), case.matrix)
+    y, exact = owner.decrypt(sent.sealed, answer, case.matrix), case.exact(x)
+    assert np.linalg.norm(y - exact) < 0.01 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_input_is_refused_with_its_place(gpu: Gpu, bad: float) -> None:
+    """The CPU owner's text; nothing is counted."""
+    case = make_case(48, 40)
+    x = np.ones((4, 48), np.float32)
+    x[2, 5] = bad
+    owner = owner_of(case, gpu)
+    messages = []
+    for each in (owner, MlweOwner(case.parameters, case.public)):
+        with pytest.raises(NonFiniteInputError, match="48x40: NaN or infinity in token 2") as error:
+            each.encrypt(x, case.matrix)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert owner.blocks == owner.secrets_drawn == 0
+
+
+def test_wrong_shapes_and_sizes_are_refused(gpu: Gpu) -> None:
+    """Arrays and tensors, in the CPU owner's words; the request stays usable."""
+    case = make_case(48, 40)
+    owner = owner_of(case, gpu)
+    for x in (np.ones((2, 47), np.float32), torch.ones((2, 47), device=gpu.device)):
+        with pytest.raises(ValueError, match=r"48x40: takes \[tokens, 48\], got \[2, 47\]"):
+            owner.encrypt(x, case.matrix)
+    for x in (np.ones((2, 48)), torch.ones((2, 48), dtype=torch.float64, device=gpu.device)):
+        with pytest.raises(ValueError, match=r"contiguous float32, got .*float64"):
+            owner.encrypt(x, case.matrix)
+    with pytest.raises(ValueError, match="takes a tensor on"):
+        owner.encrypt(torch.ones((2, 48), device="meta"), case.matrix)
+    sent = owner.encrypt(np.ones((2, 48), np.float32), case.matrix)
+    for payload in (bytes(7), torch.zeros(7, dtype=torch.uint8, device=gpu.device)):
+        with pytest.raises(ValueError, match="has 160 bytes, this one 7"):
+            owner.decrypt(sent.sealed, payload, case.matrix)
+    with pytest.raises(ValueError, match=r"uint8\[n\]"):
+        owner.decrypt(sent.sealed, torch.zeros(80, dtype=torch.int16), case.matrix)
+    owner.decrypt(sent.sealed, bytes(160), case.matrix)
+
+
+def test_a_matrix_without_a_hint_is_refused(gpu: Gpu) -> None:
+    """It can be encrypted for, as on the CPU, but nothing opens."""
+    case = make_case(5, 5)
+    owner = owner_of(case, gpu)
+    matrix = replace(case.matrix, hint=None)
+    sent = owner.encrypt(values(2, 5), matrix)
+    with pytest.raises(ValueError, match="no hint; run the preparation first"):
+        owner.decrypt(sent.sealed, bytes(20), matrix)
