@@ -19,7 +19,7 @@ the public set-up (int8 weights and hints, about 4.1 GB on disk); it is cached, 
 interrupted.
 
 With --real-gpu both parts run on this machine's first NVIDIA GPU (compute capability 8.0 or newer,
-`pip install 'private-lora[gpu]'`), the owner's model in bf16, and ciphertexts stay in its memory.
+`pip install -e ".[gpu]"`), the owner's model in bf16, and ciphertexts stay in its memory.
 NOT YET MEASURED: this code has been checked kernel by kernel on a CPU, and has never run on a GPU.
 `python -m benchmarks.gpu` checks and measures all of it.
 
@@ -289,7 +289,7 @@ def print_report(f: dict[str, Any]) -> None:
             f"{human_bytes(f['bytes_per_token_down'])} down = {human_bytes(total)}"
         )
     if "clear_step_s" in f:
-        print(f"the same step in clear {f['clear_step_s']:8.2f} s  (here, same int8 base)")
+        print(f"the same step in clear {f['clear_step_s']:8.2f} s  (same place, same int8 base)")
         print(f"private / clear        {f['private_over_clear']:8.2f}")
         pairs = zip(f["losses"], f["clear_losses"], strict=False)
         print("losses private/clear   " + ", ".join(f"{a:.4f}/{b:.4f}" for a, b in pairs))

@@ -94,16 +94,11 @@ def _differences(
 
 
 class SignCheck:
-    """What every check of one matrix has: secret signs, a tolerance, and its complaint."""
+    """What a check of one matrix has wherever it is computed: a tolerance, and its complaint."""
 
     def __init__(self, name: str, outputs: int) -> None:
         self._name = name
         self._outputs = outputs
-
-    def _draw_signs(self, entropy: Entropy) -> NDArray[np.int8]:
-        """int8[ROWS, N] of -1 and 1."""
-        bits = Keystream(entropy.fresh_key()).take(ROWS * self._outputs)
-        return ((bits & 1).astype(np.int8) * 2 - 1).reshape(ROWS, self._outputs)
 
     def tolerance(self, parameters: Parameters) -> float:
         """Largest difference an honest answer may show, in units of the worker modulus."""
@@ -111,11 +106,9 @@ class SignCheck:
         step = 2.0**parameters.dropped_bits
         return min(outputs * step / 2, 8 * step * sqrt(outputs / 12)) + 1
 
-    def _wrong_answer(self) -> WrongAnswerError:
-        return WrongAnswerError(
-            f"{self._name}: the worker's answer is not the product that was asked for; the "
-            "worker is broken or lying: stop using it (the request revealed nothing to it)"
-        )
+    def wrong_answer(self) -> WrongAnswerError:
+        """The error of an answer that does not fit."""
+        return wrong_answer(self._name, " (the request revealed nothing to it)")
 
 
 class IntegrityCheck(SignCheck):
@@ -126,7 +119,7 @@ class IntegrityCheck(SignCheck):
     ) -> None:
         matrix = weight if forward else weight.T
         super().__init__(name, len(matrix))
-        signs = self._draw_signs(entropy)
+        signs = secret_signs(entropy, len(matrix))
         self._signs = signs.astype(np.int32).view(np.uint32)
         self._projected = int8_product(signs, matrix).view(np.uint32)
 
@@ -144,4 +137,4 @@ class IntegrityCheck(SignCheck):
             tokens,
         )  # fmt: skip
         if np.abs(found.astype(np.int64)).max() > self.tolerance(parameters):
-            raise self._wrong_answer()
+            raise self.wrong_answer()

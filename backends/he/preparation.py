@@ -59,8 +59,6 @@ class Progress(Protocol):
 class BuildsHints(Protocol):
     """What `HintBuilder` does, wherever it does it."""
 
-    rank: int
-
     def build(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int32]: ...
 
 

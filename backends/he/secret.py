@@ -69,14 +69,17 @@ class UseOnce(ABC):
         try:
             yield
         except BaseException:
-            self._use = _Use.SEALED
+            with self._changing:
+                if self._use is _Use.OPENING:  # not wiped meanwhile
+                    self._use = _Use.SEALED
             raise
         self.wipe()
 
     def wipe(self) -> None:
         """Forget the secret; it can neither seal nor open afterwards."""
+        with self._changing:
+            self._use = _Use.SPENT
         self._erase()
-        self._use = _Use.SPENT
 
 
 class BlockSecret(UseOnce):

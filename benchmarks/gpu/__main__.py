@@ -99,6 +99,8 @@ def rows(f: Figures) -> list[tuple[str, str, str, str]]:
     if "owner" in f:
         row("owner's ring work per token", "<= 40 us", "<= 15 us",
             f"{f['owner'][-1]['ring_us_per_token']:.1f} us")  # fmt: skip
+        row("the same with the check of answers", "report", "",
+            f"{f['owner'][-1]['checked_us_per_token']:.1f} us")  # fmt: skip
     if "preparing" in f:
         row("hints + quantisation", "<= 20 s", "<= 5 s", f"{f['preparing']['seconds']:.1f} s")
     if "step" in f:

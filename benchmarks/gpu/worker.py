@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.cuda.device import Gpu
+from backends.he.cuda.gemm import fused_product
+from backends.he.cuda.tuner import Tuner
 from backends.he.cuda.worker import CudaWorker
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
@@ -55,9 +57,15 @@ def identical(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
 
 
 def ceilings(gpu: Gpu, scale: Scale) -> dict[str, Any]:
-    """What library products and copies reach on this device, on random data."""
+    """What products and copies reach on this device, on random data.
+
+    The int8 ceiling is the faster of the library's product and our own of the same size: torch
+    gives the library no workspace, which may cost it its best algorithms.
+    """
     side, device = scale.square, gpu.device
     a8, b8 = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in "ab")
+    planes = a8.view(2, side // 2, side)
+    tiling = Tuner(gpu).tiling(2, side // 2, b8, 8)
     a16, b16 = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in "ab")
     source = torch.empty(scale.copy_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -66,6 +74,7 @@ def ceilings(gpu: Gpu, scale: Scale) -> dict[str, Any]:
         {
             # The second operand transposed is the layout that int8 tensor cores take.
             "int8": lambda: torch._int_mm(a8, b8.t()),
+            "fused": lambda: fused_product(planes, b8, 8, tiling),
             "bf16": lambda: a16 @ b16.t(),
             "copy": lambda: target.copy_(source),
         },
@@ -75,7 +84,8 @@ def ceilings(gpu: Gpu, scale: Scale) -> dict[str, Any]:
     operations = 2 * side**3
     return {
         "square": side,
-        "int8_ops_per_s": operations / median(times["int8"]) * 1e3,
+        "int8_ops_per_s": operations / min(median(times["int8"]), median(times["fused"])) * 1e3,
+        "library_int8_ops_per_s": operations / median(times["int8"]) * 1e3,
         "bf16_ops_per_s": operations / median(times["bf16"]) * 1e3,
         "bytes_per_s": 2 * source.numel() / median(times["copy"]) * 1e3,
     }

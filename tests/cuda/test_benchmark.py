@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
+
+pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 
 from backends.he.cuda.device import Gpu
 from backends.he.params import preset
 from benchmarks.gpu import __main__ as bench
 from benchmarks.gpu import whole
 from benchmarks.gpu.profile import profile
-from benchmarks.gpu.timing import Scale, full, matrices_of
+from benchmarks.gpu.timing import Scale, device_ms, full, matrices_of
 from scenarios import record
 from sim.device import DeviceProfile
 
@@ -27,6 +30,7 @@ TINY = Scale(
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("compiler")
 def test_every_part_runs_and_the_profile_loads(
     gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,7 +47,7 @@ def test_every_part_runs_and_the_profile_loads(
     record.write(tmp_path / "f.json", figures, quiet=True)
     assert json.loads((tmp_path / "f.json").read_text())["gpu"] == gpu.name
     measures = [row[0] for row in bench.rows(figures)]
-    assert len(measures) == len(set(measures)) == 11
+    assert len(measures) == len(set(measures)) == 12
     bench.print_table(figures)
     made = profile("test", "here", figures, parameters, TINY)
     made.save(tmp_path / "p.json")
@@ -69,3 +73,55 @@ def test_full_scale_is_the_1b() -> None:
     matrices = matrices_of(full().config)
     assert sum(m.count * m.inputs for m in matrices) == 606_208
     assert sum(m.count * m.inputs * m.outputs for m in matrices) == 2 * 973_078_528
+
+
+def test_a_held_device_begins_when_all_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hold that ended too early is made longer, and everything is measured again."""
+    holds: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def query(self) -> bool:
+            return len(holds) < 3
+
+        def elapsed_time(self, end: Event) -> float:
+            return 8.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", holds.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda where: None)
+    gpu = Gpu(torch.device("cuda", 0), "a GPU", (9, 0), 1, 1)
+    done: list[int] = []
+    assert device_ms(gpu, lambda: done.append(1), 4, held=True) == 2.0
+    assert len(done) == 3 * 4
+    assert holds == sorted(set(holds))
+    assert device_ms(gpu, lambda: done.append(1), 4) == 2.0
+    assert len(holds) == 3
+
+
+@pytest.mark.slow
+def test_the_suite_is_summed_up(tmp_path: Path) -> None:
+    """The count, what failed and why, what was skipped; and where it was when it had to stop."""
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import time, pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_not_here(): pytest.skip('no such thing')\n"
+    )
+    found = whole.suite(str(tests))
+    assert not found["passed"]
+    assert found["summary"].startswith("1 failed, 1 passed, 1 skipped")
+    assert any("test_bad" in line for line in found["failures"])
+    assert "no such thing" in found["skipped"][0]
+    tests.write_text("import time\ndef test_slow(): time.sleep(60)\n")
+    found = whole.suite(str(tests), 10)
+    assert not found["passed"]
+    assert found["summary"] == "not ended after 10 s"
+    assert "test_slow" in found["end"][-1]

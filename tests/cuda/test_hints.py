@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -201,17 +200,17 @@ def test_the_stated_need_is_refused_and_enough(gpu: Gpu) -> None:
         require_memory(small, needs, "prepare elsewhere")
     assert "limb planes of A" not in preparation_needs(GROUPS, None)
     if gpu.device.type == "cuda":
-        _measure_peak(gpu, lambda: CudaHintBuilder(PUBLIC, gpu))
+        _measure_peak(gpu)
 
 
-def _measure_peak(gpu: Gpu, make: Callable[[], CudaHintBuilder]) -> None:
+def _measure_peak(gpu: Gpu) -> None:
     group = GroupSpec("g", ("g",), 4096, (2048,))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(gpu.device)
     before = torch.cuda.memory_allocated(gpu.device)
     codes, scales = quantise(torch.randn(2048, 4096), gpu.device)
     plan_directions(codes, scales, gpu.device)
-    builder = make()
+    builder = CudaHintBuilder(PUBLIC, gpu)
     assert builder.build(codes, False).shape == (256, STANDARD.rank, RING_DEGREE, 16)
     builder.build(codes, True)
     peak = torch.cuda.max_memory_allocated(gpu.device) - before

@@ -11,6 +11,7 @@ import pytest
 
 from backends.he.cuda.launch import DEVICE_FLAGS, HOST_FLAGS, compile_text, constants, source
 
+_ADDED = "-ftz=true"  # by CuPy, to every program, behind our own flags
 _SPILL_BYTES = 32
 """What one thread may keep in local memory: a few values that outlive a loop, no working set."""
 
@@ -34,7 +35,7 @@ def test_kernels_compile_within_their_registers(
     text = tmp_path / "kernels.cu"
     text.write_text(source())
     said = compile_text(
-        (nvcc(), *DEVICE_FLAGS, f"-arch={architecture}", "-cubin", "-Xptxas", "-v",
+        (nvcc(), *DEVICE_FLAGS, _ADDED, f"-arch={architecture}", "-cubin", "-Xptxas", "-v",
          *constants(rank, 3), str(text)),
         tmp_path / "kernels.cubin",
     )  # fmt: skip
@@ -44,6 +45,16 @@ def test_kernels_compile_within_their_registers(
     assert max(registers) <= 64
     assert max(spilled) <= _SPILL_BYTES
     assert "warning" not in said
+
+
+def test_no_denormal_is_flushed(tmp_path: Path) -> None:
+    """The flag that CuPy adds changes nothing: no instruction flushes to zero."""
+    text, ptx = tmp_path / "kernels.cu", tmp_path / "kernels.ptx"
+    text.write_text(source())
+    command = (nvcc(), *DEVICE_FLAGS, _ADDED, "-arch=sm_90", "-ptx", *constants(5, 3), str(text))
+    compile_text(command, ptx)
+    assert "cvt.rn.f32.f64" in ptx.read_text()
+    assert ".ftz" not in ptx.read_text()
 
 
 @pytest.mark.parametrize(("rank", "limbs"), [(5, 2), (8, 3)])

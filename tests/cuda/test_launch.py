@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from backends.he.cuda.device import Gpu, GpuError
 from backends.he.cuda.launch import kernels, signatures, source
 
 
+@pytest.mark.usefixtures("compiler")
 def test_arguments_are_checked_against_the_source(gpu: Gpu) -> None:
     """Count, kind, dtype, place, layout, range."""
     compiled = kernels(gpu, 5, 3)
@@ -69,6 +71,7 @@ def test_missing_cuda_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("libnvrtc.so.13 cannot be opened")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_a_compiler_that_fails_says_why(tmp_path: Path) -> None:
     """Its own words, or that it is not there."""
     with pytest.raises(GpuError, match="no-such-compiler is missing"):

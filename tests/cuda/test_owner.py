@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.he.cuda import resident
@@ -27,6 +27,7 @@ from protocol.errors import WrongAnswerError
 from tests.cuda.slow import reference_owner
 from tests.he.conftest import Case, make_case
 
+pytestmark = pytest.mark.usefixtures("compiler")
 TWO_LIMBS = Parameters("two", rank=5, limbs=2, dropped_bits=4)
 
 
@@ -78,9 +79,7 @@ def test_requests_and_results_are_the_slow_owners_bit_for_bit(
     assert fast.blocks == fast.secrets_drawn == -(-tokens // 256)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None)
 @given(
     inputs=st.integers(1, 90),
     outputs=st.integers(1, 70),

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
+
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.owner import CudaOwner
 from backends.he.cuda.worker import CudaWorker
@@ -24,6 +26,7 @@ from scenarios.hardware import CPU, Hardware
 from scenarios.session import private_session
 from tests.nn.conftest import Tiny, make_tiny, tokens
 
+pytestmark = pytest.mark.usefixtures("compiler")
 CONFIG = TrainConfig(steps=2, batch=2, micro_batch=1, learning_rate=1e-2, warmup_steps=1)
 DATA = tokens(4, 12)
 
@@ -39,12 +42,9 @@ def train(llama: Tiny, hardware: Hardware, lanes: int) -> list[float]:
     skeleton = llama.skeleton()
     model = add_lora(skeleton.model, 4, 8, seed=0)
     model.to(hardware.device)
-    trainer = Trainer(
-        model, DATA, CONFIG, lanes=lanes, forget_lane=skeleton.remote.forget_lane
-    )  # fmt: skip
-    room = 1 << 30
+    trainer = Trainer(model, DATA, CONFIG, lanes=lanes, forget_lane=skeleton.remote.forget_lane)
     with private_session(
-        skeleton, llama.prepared["mlwe"], lanes, hardware=hardware, hint_bytes=room
+        skeleton, llama.prepared["mlwe"], lanes, hardware=hardware, hint_bytes=1 << 30
     ) as session:
         losses = trainer.train()
         assert session.usage().blocks > 0

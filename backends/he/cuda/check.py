@@ -15,7 +15,7 @@ from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels
 from backends.he.cuda.streams import Flag
 from backends.he.entropy import Entropy
-from backends.he.integrity import ROWS, SignCheck
+from backends.he.integrity import ROWS, SignCheck, secret_signs
 from backends.he.params import Parameters
 
 _TOKENS_EACH = 4  # CHECK_TOKENS of the kernel
@@ -31,7 +31,7 @@ class DeviceCheck(SignCheck):
     ) -> None:  # fmt: skip
         super().__init__(name, weight.shape[0 if forward else 1])
         self._gpu, self._kernels = gpu, kernels
-        self._signs = torch.from_numpy(self._draw_signs(entropy)).to(gpu.device)
+        self._signs = torch.from_numpy(secret_signs(entropy, self._outputs)).to(gpu.device)
         self._projected = project(self._signs, weight, forward)
 
     def compare(
@@ -50,10 +50,6 @@ class DeviceCheck(SignCheck):
         flag.fetch()
         return Comparison(self, flag)
 
-    def complain(self) -> None:
-        """Raise WrongAnswerError."""
-        raise self._wrong_answer()
-
 
 class Comparison:
     """One comparison on its way."""
@@ -64,7 +60,7 @@ class Comparison:
     def require(self) -> None:
         """Wait for it. Raises WrongAnswerError unless the answer fits."""
         if self._flag.read():
-            self._check.complain()
+            raise self._check.wrong_answer()
 
 
 def project(signs: torch.Tensor, weight: NDArray[np.int8], forward: bool) -> torch.Tensor:

@@ -69,8 +69,9 @@ def find_gpu(index: int = 0) -> Gpu:
     """
     if torch.version.cuda is None:
         raise GpuError(
-            f"torch {torch.__version__} is built without CUDA; install the CUDA wheel: "
-            "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+            f"torch {torch.__version__} is built without CUDA; put the CUDA build in its place: "
+            f"pip uninstall torch, then pip install torch=={torch.__version__.partition('+')[0]} "
+            "--index-url https://download.pytorch.org/whl/cu130"
         )
     if not torch.cuda.is_available():
         raise GpuError(

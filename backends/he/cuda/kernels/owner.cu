@@ -127,7 +127,7 @@ KERNEL(token_scales, 256, const f32* x, const f32* in_scale, f64* norms, f64* fa
   FOR_THREADS(t) {
     f64 sum = 0;
     for (i32 k = t; k < inputs; k += 256) {
-      const f64 v = static_cast<f64>(x[at + k]) * static_cast<f64>(in_scale[k]);
+      const f64 v = widened(x[at + k]) * widened(in_scale[k]);
       sum += v * v;
     }
     sums[t] = sum;
@@ -187,13 +187,13 @@ KERNEL(encrypt, 512, const i32* matrix, const i32* secrets, const f32* x, const 
           errors[i / 4] |= (bits_set(words[i]) + bits_set(byte)) << (8 * (i % 4));
         }
         second_half(exchange, t, mask);
-        const f64 scale = in_scale[k];
+        const f64 scale = widened(in_scale[k]);
         const f64* factors = factor + block * D + part;
         i64 at = static_cast<i64>(block * D + part) * inputs + k;
         UNROLL
         for (i32 i = 0; i < 16; ++i) {
           if (part + 16 * i < count) {
-            const f64 value = static_cast<f64>(x[at]) * scale * factors[16 * i];
+            const f64 value = widened(x[at]) * scale * factors[16 * i];
             const u32 error = errors[i / 4] >> (8 * (i % 4)) & 0xff;
             const u32 digits = sealed_digits(mask[i], value, error, reciprocal);
             i8* plane = planes + at;
@@ -227,7 +227,7 @@ KERNEL(decrypt, 512, const i32* hint, const i32* secrets, const u16* answer, con
       if (part < count && in_slab < tiles * LANES && j < outputs) {
         u32 mask[16];
         second_half(exchange, t, mask);
-        const f64 scale = out_scale[j];
+        const f64 scale = widened(out_scale[j]);
         const f64* inverses = inverse + block * D + part;
         i64 at = static_cast<i64>(block * D + part) * outputs + j;
         UNROLL
@@ -237,7 +237,7 @@ KERNEL(decrypt, 512, const i32* hint, const i32* secrets, const u16* answer, con
             const u32 y = high - rounded_to_p(mask[i], reciprocal);
             // Shift out the bits above p, and back with the sign: y mod p, centred.
             const i32 centred = static_cast<i32>(y << (32 - 8 * LIMBS)) >> (32 - 8 * LIMBS);
-            out[at] = static_cast<f32>(static_cast<f64>(centred) * inverses[16 * i] * scale);
+            out[at] = narrowed(static_cast<f64>(centred) * inverses[16 * i] * scale);
           }
           at += 16 * outputs;
         }

@@ -6,7 +6,8 @@
 // earlier one; a result that depends on the order means that a barrier is missing.
 //
 // No standard header is included on a GPU: NVRTC has none. Compiled there with -fmad=false, and
-// on the host with -ffp-contract=off: results must not depend on who contracts a product.
+// on the host with -ffp-contract=off: results must not depend on who contracts a product. CuPy adds
+// -ftz=true, under which plain casts between f32 and f64 lose denormals: use `widened`, `narrowed`.
 typedef signed char i8;
 typedef unsigned short u16;
 typedef int i32;
@@ -34,6 +35,16 @@ typedef double f64;
 DEVICE i32 opaque(i32 x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+DEVICE f64 widened(f32 a) {
+  f64 value;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(value) : "f"(a));
+  return value;
+}
+DEVICE f32 narrowed(f64 a) {
+  f32 value;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(value) : "d"(a));
+  return value;
 }
 DEVICE u32 smaller(u32 a, u32 b) { return min(a, b); }
 DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
@@ -96,6 +107,8 @@ void run(void (*block)(T...), i32 threads, i32 grid_x, i32 grid_y, void** argume
 extern "C" void choose_order(i32 order) { emulation::chosen_order = order; }
 
 DEVICE i32 opaque(i32 x) { return x; }
+DEVICE f64 widened(f32 a) { return static_cast<f64>(a); }
+DEVICE f32 narrowed(f64 a) { return static_cast<f32>(a); }
 DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 DEVICE i32 min(i32 a, i32 b) { return a < b ? a : b; }
 DEVICE u32 high_product(u32 a, u32 b) {
