@@ -44,7 +44,10 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, '-dirty' when the tree has changes, 'unknown' without git."""
+    """The commit of this checkout, '-dirty' when the tree has changes, 'unknown' without git.
+
+    Recorded results are no change: one run may write several.
+    """
     root = Path(__file__).resolve().parent.parent
     try:
         name = subprocess.run(
@@ -52,7 +55,8 @@ def commit() -> str:
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
         status = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain", "--untracked-files=no"],
+            ["git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", ".",
+             ":!benchmarks/results"],
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):

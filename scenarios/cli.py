@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from backends.he.cuda.device import GpuError
 from backends.he.interface import NonFiniteInputError
 from backends.he.store import PreparationError
@@ -14,6 +16,7 @@ from backends.nn.checkpoint import ResumeError
 from backends.nn.data import DataError
 from backends.nn.sources import CheckpointError
 from backends.nn.trainer import TrainingInterrupted
+from scenarios.hardware import MEMORY_ADVICE
 
 
 @contextmanager
@@ -30,6 +33,8 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted; what was prepared or saved so far is kept")
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
     except (
         CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
         NonFiniteInputError, FloatingPointError, GpuError, *mendable,

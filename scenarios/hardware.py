@@ -6,15 +6,22 @@ ciphertexts stay in its memory on their way from one to the other (`LocalFrame`)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from backends.he.cuda.device import Gpu, find_gpu, require_memory
+from backends.he.cuda.tiling import TOKEN_CLASSES
 from backends.he.store import GroupSpec, PreparedModel
 
-_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
+MEMORY_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
+
+_SCRATCH_BYTES = 1 << 29
+"""Of libraries, of streamed slabs, and of making the check's projections."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,19 @@ class Hardware:
         """For a report: "fp32 on this CPU", "bf16 on NVIDIA H200"."""
         short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
         return f"{short} on {self.gpu.name if self.gpu else 'this CPU'}"
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Inside, the GPU's clock runs, if there is one."""
+        if self.gpu is None:
+            yield
+            return
+        self.gpu.clock.running = True
+        try:
+            yield
+        finally:
+            self.gpu.clock.running = False
+            self.gpu.clock.take()
 
     def peak_device_mb(self) -> float:
         """Most device memory torch has held at once, in MB (10^6 bytes); 0 on the CPU."""
@@ -69,25 +89,34 @@ def check_memory(
     config: PretrainedConfig,
     prepared: PreparedModel,
     tokens: int,
-    model_bytes: int,
-    dtype: torch.dtype,
+    model: nn.Module,
+    clear_beside: bool = False,
 ) -> int:
     """Bytes of device memory left for hints once everything else has its place.
 
-    tokens       in flight at once, all lanes together
-    model_bytes  of the owner's own tensors
+    tokens        in flight at once, all lanes together
+    model         the owner's, not yet on the device
+    clear_beside  the same training in clear will share the device
 
     Raises GpuError when even streamed hints would not help.
     """
     assert prepared.parameters is not None
     groups = prepared.groups
-    weights = sum(2 * group.in_features * group.total_out for group in groups)
+    parameters = list(model.parameters())
+    dtype = next(p.dtype for p in parameters if p.is_floating_point())
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    weights = sum(group.in_features * group.total_out for group in groups)
     widest = max(max(group.in_features, group.total_out) for group in groups)
+    activations = activation_bytes(config, groups, tokens, dtype)
     needs = {
-        "the worker's int8 weights in both directions": weights,
-        "the owner's embeddings, head and adapters": model_bytes,
+        "the worker's int8 weights in both directions": 2 * weights,
+        "the owner's embeddings, head and adapters": held,
         "the public matrix A": 4 * prepared.parameters.dimension * widest,
-        f"activations of {tokens} tokens": activation_bytes(config, groups, tokens, dtype),
+        f"activations of {tokens} tokens": activations,
+        # Choosing a tiling takes a request and two answers of the largest class.
+        "scratch": _SCRATCH_BYTES + TOKEN_CLASSES[-1] * widest * 8,
     }
-    require_memory(gpu, needs, _ADVICE)
+    if clear_beside:
+        needs["the clear run beside it"] = weights * dtype.itemsize + held + activations
+    require_memory(gpu, needs, MEMORY_ADVICE)
     return gpu.free_bytes() - sum(needs.values())

@@ -131,13 +131,14 @@ def set_up(args: argparse.Namespace) -> Setup:
 
 
 def make_trainer(
-    args: argparse.Namespace, setup: Setup, prepared: PreparedModel, role: str
-) -> tuple[PeftModel, Trainer]:
-    """The model with adapters and its trainer; `private` keeps checkpoints, `clear` none."""
-    model = add_lora(setup.skeleton.model, args.rank, 2 * args.rank, args.seed)
+    args: argparse.Namespace, setup: Setup, prepared: PreparedModel, model: PeftModel, private: bool
+) -> Trainer:
+    """The trainer of a model with adapters, once it is where it computes.
+
+    A private one keeps checkpoints, one in clear none.
+    """
     model.to(setup.hardware.device)
-    private = role == "private"
-    trainer = Trainer(
+    return Trainer(
         model,
         setup.sequences,
         setup.training,
@@ -148,7 +149,11 @@ def make_trainer(
         checkpoint_every=args.checkpoint_every,
         identity={"rank": args.rank, "model": prepared.model_digest.hex()},
     )
-    return model, trainer
+
+
+def adapted(args: argparse.Namespace, setup: Setup) -> PeftModel:
+    """The owner's model with fresh adapters."""
+    return add_lora(setup.skeleton.model, args.rank, 2 * args.rank, args.seed)
 
 
 def clear_peer(args: argparse.Namespace) -> None:
@@ -158,7 +163,7 @@ def clear_peer(args: argparse.Namespace) -> None:
         setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache, setup.hardware
     )
     localise(setup.skeleton, prepared)
-    _, trainer = make_trainer(args, setup, prepared, "clear")
+    trainer = make_trainer(args, setup, prepared, adapted(args, setup), private=False)
 
     def wait() -> None:
         if not sys.stdin.readline():
@@ -190,10 +195,11 @@ class Run:
             setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
             setup.hardware,
         )  # fmt: skip
-        model, trainer = make_trainer(args, setup, prepared, "private")
+        model = adapted(args, setup)
+        room = self._room(setup, prepared, model)
+        trainer = make_trainer(args, setup, prepared, model, private=True)
         peer = ClearPeer(argv) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
-        room = self._room(setup, prepared, model)
         with private_session(
             setup.skeleton, prepared, args.lanes, trace, setup.hardware, room
         ) as session:
@@ -206,14 +212,13 @@ class Run:
             peer.close()
         return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
 
-    def _room(self, setup: Setup, prepared: PreparedModel, model: PeftModel) -> int:
+    def _room(self, setup: Setup, prepared: PreparedModel, model: PeftModel) -> int | None:
         """Device memory for hints; checks on the way that the run fits."""
-        hardware = setup.hardware
-        if hardware.gpu is None:
-            return 0
-        held = sum(p.numel() * p.element_size() for p in model.parameters())
-        tokens = self.args.tokens * self.args.lanes
-        return check_memory(hardware.gpu, setup.config, prepared, tokens, held, hardware.dtype)
+        gpu, args = setup.hardware.gpu, self.args
+        if gpu is None:
+            return None
+        tokens = args.tokens * args.lanes
+        return check_memory(gpu, setup.config, prepared, tokens, model, args.compare_clear)
 
     def _train(
         self,

@@ -64,8 +64,6 @@ class PrivateSession:
         self._server = server
         self._hardware = hardware
         self._spent_s = {"owner": 0.0, "worker": 0.0, "copy": 0.0}
-        if hardware.gpu is not None:
-            hardware.gpu.clock.running = True
 
     def usage(self) -> Usage:
         """Counters so far."""
@@ -93,7 +91,7 @@ class PrivateSession:
 
 
 def make_ciphers(
-    prepared: PreparedModel, hardware: Hardware, hint_bytes: int
+    prepared: PreparedModel, hardware: Hardware, hint_bytes: int | None
 ) -> tuple[OwnerCipher, WorkerCipher]:
     """The owner's and the worker's half, where `hardware` says."""
     parameters, public = prepared.parameters, prepared.public_matrix()
@@ -116,12 +114,12 @@ def private_session(
     lanes: int,
     trace: RealTrace | None = None,
     hardware: Hardware = CPU,
-    hint_bytes: int = 0,
+    hint_bytes: int | None = None,
 ) -> Iterator[PrivateSession]:
     """Connects the skeleton's remote linears to an in-process worker under real encryption.
 
     trace       is told who did what when
-    hint_bytes  on a GPU: memory that hints may take there, see `hardware.check_memory`
+    hint_bytes  on a GPU: memory that hints may take there (None: half of what is free)
     """
     owner, worker = make_ciphers(prepared, hardware, hint_bytes)
     weights = prepared.worker_weights()
@@ -129,7 +127,10 @@ def private_session(
         owner.guard(matrix, weights[index // 2], forward=index % 2 == 0)
     del weights
     hooks = trace.hooks if trace else lambda side: Hooks()
-    with in_process(prepared, owner, [worker], lanes=lanes, hooks=hooks) as (client, (server,)):
+    with (
+        hardware.timed(),
+        in_process(prepared, owner, [worker], lanes=lanes, hooks=hooks) as (client, (server,)),
+    ):
         session = PrivateSession(owner, client, server, hardware)
         session.warm_up(prepared)
         with skeleton.remote.connected(client.linear):

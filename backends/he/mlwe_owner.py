@@ -24,6 +24,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -36,6 +37,7 @@ from backends.he.interface import (
     OwnerCipher,
     OwnerMatrix,
     Payload,
+    Values,
 )
 from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
@@ -215,22 +217,16 @@ class Sealed:
     planes: NDArray[np.int8] = field(repr=False)  # what was sent, for the integrity check
 
 
-class MlweOwner(OwnerCipher):
-    """Owner half of the module-LWE backend: numba ring kernels, AES-CTR randomness.
+class RingOwner(OwnerCipher):
+    """What every owner half of the module-LWE backend has, wherever it computes.
 
     Counters `blocks` (encrypted) and `secrets_drawn` must always be equal.
     """
 
-    def __init__(
-        self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None
-    ) -> None:
+    def __init__(self, parameters: Parameters, entropy: Entropy | None) -> None:
         self._parameters = parameters
-        self._public = public
         self._entropy = entropy if entropy is not None else OsEntropy()
-        self._encrypt, self._decrypt = _kernels(parameters.rank)
         self._reciprocal = np.uint64(reciprocal(parameters))
-        self._checks: dict[str, IntegrityCheck] = {}
-        self._local = threading.local()
         self._count_lock = threading.Lock()
         self.blocks = 0
         self.secrets_drawn = 0
@@ -239,15 +235,33 @@ class MlweOwner(OwnerCipher):
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
 
-    def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
-        self._checks[matrix.name] = IntegrityCheck(matrix.name, weight, forward, self._entropy)
-
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return self._parameters.up_bytes_per_value * tokens * matrix.in_features
 
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return self._parameters.down_bytes_per_value * tokens * matrix.out_features
+
+    def _count(self, blocks: int = 0, secrets_drawn: int = 0) -> None:
+        with self._count_lock:
+            self.blocks += blocks
+            self.secrets_drawn += secrets_drawn
+
+
+class MlweOwner(RingOwner):
+    """Owner half of the module-LWE backend on CPU: numba ring kernels, AES-CTR randomness."""
+
+    def __init__(
+        self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None
+    ) -> None:
+        super().__init__(parameters, entropy)
+        self._public = public
+        self._encrypt, self._decrypt = _kernels(parameters.rank)
+        self._checks: dict[str, IntegrityCheck] = {}
+        self._local = threading.local()
+
+    def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
+        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
+        self._checks[matrix.name] = IntegrityCheck(matrix.name, weight, forward, self._entropy)
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
@@ -257,8 +271,7 @@ class MlweOwner(OwnerCipher):
         alpha, inverse = token_scales(norms, matrix, self._parameters)
         secrets = self._fresh_secrets(-(-tokens // _D))
         sealing = np.stack([secret.seal().reshape(-1) for secret in secrets])
-        with self._count_lock:
-            self.blocks += len(sealing)
+        self._count(blocks=len(sealing))
         errors = Keystream(self._entropy.fresh_key())
         planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
         factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
@@ -282,8 +295,7 @@ class MlweOwner(OwnerCipher):
 
     def _fresh_secrets(self, count: int) -> list[BlockSecret]:
         stream = Keystream(self._entropy.fresh_key())
-        with self._count_lock:
-            self.secrets_drawn += count
+        self._count(secrets_drawn=count)
         return BlockSecret.draw(stream, count, self._parameters.rank, _D)
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
@@ -318,13 +330,17 @@ class MlweOwner(OwnerCipher):
         return out
 
 
-def check_input(x: Float32Array, matrix: OwnerMatrix) -> None:
-    """Raise ValueError unless x is contiguous float32[T >= 1, K of the matrix]."""
+def check_input(x: Values, matrix: OwnerMatrix) -> None:
+    """Raise ValueError unless x, an array or a tensor, is contiguous float32[T >= 1, K]."""
     if x.ndim != 2 or x.shape[1] != matrix.in_features or x.shape[0] < 1:
         raise ValueError(
             f"{matrix.name}: takes [tokens, {matrix.in_features}], got {list(x.shape)}"
         )
-    if x.dtype != np.float32 or not x.flags.c_contiguous:
+    if isinstance(x, torch.Tensor):
+        right = x.dtype == torch.float32 and x.is_contiguous()
+    else:
+        right = x.dtype == np.float32 and x.flags.c_contiguous
+    if not right:
         raise ValueError(f"{matrix.name}: takes contiguous float32, got {x.dtype}")
 
 

@@ -14,9 +14,11 @@ Nothing of this has run on a GPU yet: there are no figures in the repository.
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 
 from backends.he.cuda.device import Gpu, find_gpu
 from backends.he.params import PRESETS, Parameters, preset
+from backends.machine import commit
 from benchmarks.gpu import owner, whole, worker
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.timing import Scale, device_ms, full
@@ -32,6 +35,11 @@ from scenarios import record
 from scenarios.cli import clean_exit
 
 Figures = dict[str, Any]
+PARTS = (
+    "suite", "identical", "ceilings", "layers", "throughput", "launch", "owner", "preparing",
+    "step", "peer",
+)  # fmt: skip
+_OF_A_PROFILE = ("ceilings", "layers", "throughput", "launch", "owner")
 
 
 def launch(gpu: Gpu, parameters: Parameters, scale: Scale) -> Figures:
@@ -54,26 +62,32 @@ def rings(gpu: Gpu, parameters: Parameters, scale: Scale) -> list[Figures]:
     return [owner.ring_work(gpu, parameters, replace(scale, tokens=n)) for n in counts]
 
 
-def parts(
-    gpu: Gpu, parameters: Parameters, scale: Scale, figures: Figures
-) -> dict[str, Callable[[], Any]]:
-    """Name and work of every part, in order; later ones may read what earlier ones found."""
-    tokens = str(scale.tokens)
-    step = ["--steps", "5", "--tokens", tokens, "--sequence", str(min(scale.tokens, 512))]
-    return {
-        "suite": whole.suite,
-        "identical": lambda: worker.identical(gpu, parameters, scale),
-        "ceilings": lambda: worker.ceilings(gpu, scale),
-        "layers": lambda: worker.layers(
-            gpu, parameters, scale, figures["ceilings"]["int8_ops_per_s"]
-        ),
-        "throughput": lambda: worker.throughput(gpu, parameters, scale),
-        "launch": lambda: launch(gpu, parameters, scale),
-        "owner": lambda: rings(gpu, parameters, scale),
-        "preparing": lambda: whole.preparing(gpu, parameters, scale),
-        "step": lambda: whole.step(step),
-        "peer": lambda: whole.peer(2048, 2048),
-    }
+def run_part(name: str, gpu: Gpu, parameters: Parameters, scale: Scale, figures: Figures) -> Any:
+    """One of PARTS; `figures` holds what earlier ones found."""
+    match name:
+        case "suite":
+            return whole.suite()
+        case "identical":
+            return worker.identical(gpu, parameters, scale)
+        case "ceilings":
+            return worker.ceilings(gpu, scale)
+        case "layers":
+            known = figures.get("ceilings") or worker.ceilings(gpu, scale)
+            return worker.layers(gpu, parameters, scale, known["int8_ops_per_s"])
+        case "throughput":
+            return worker.throughput(gpu, parameters, scale)
+        case "launch":
+            return launch(gpu, parameters, scale)
+        case "owner":
+            return rings(gpu, parameters, scale)
+        case "preparing":
+            return whole.preparing(gpu, parameters, scale)
+        case "step":
+            sequence = str(min(scale.tokens, 512))
+            tokens = str(scale.tokens)
+            return whole.step(["--steps", "5", "--tokens", tokens, "--sequence", sequence])
+        case _:
+            return whole.peer(2048, 2048)
 
 
 def rows(f: Figures) -> list[tuple[str, str, str, str]]:
@@ -129,19 +143,24 @@ def measure(
     gpu: Gpu,
     parameters: Parameters,
     scale: Scale,
-    wanted: list[str],
+    wanted: Sequence[str],
     save: Callable[[Figures], None],
+    known: Figures | None = None,
 ) -> Figures:
-    """Run the wanted parts; one that fails is recorded, and the others run."""
+    """Run the wanted parts, in order; one that fails is recorded, and the others run.
+
+    known  figures of other parts, from an earlier run of the same commit
+    """
     figures: Figures = {"gpu": gpu.name, "preset": parameters.name, "failed": {}, "seconds": {}}
-    for name, work in parts(gpu, parameters, scale, figures).items():
-        if wanted and name not in wanted:
-            continue
+    figures |= known or {}
+    for name in wanted:
         print(f"{name} ...", flush=True)
         start_s = time.perf_counter()
+        figures["failed"].pop(name, None)
         try:
-            figures[name] = work()
+            figures[name] = run_part(name, gpu, parameters, scale, figures)
         except Exception:  # a part that fails must not take the others' figures with it
+            figures.pop(name, None)
             figures["failed"][name] = traceback.format_exc(limit=-4)
         figures["seconds"][name] = round(time.perf_counter() - start_s, 1)
         if gpu.device.type == "cuda":
@@ -150,8 +169,27 @@ def measure(
     return figures
 
 
+def known_figures(path: Path | None, gpu: Gpu, parameters: Parameters) -> Figures:
+    """What FILE holds of the same commit, GPU and preset; nothing when it is of another."""
+    if path is None or not path.exists():
+        return {}
+    found: Figures = json.loads(path.read_text())
+    origin = found.pop("origin", {})
+    same = (found.get("gpu"), found.get("preset")) == (gpu.name, parameters.name)
+    return found if same and origin.get("commit") == commit() else {}
+
+
+def all_well(f: Figures) -> bool:
+    """Whether nothing failed, and nothing computed was wrong."""
+    right = f.get("suite", {}).get("passed", True) and not f.get("identical", {}).get("different")
+    return right and not f["failed"]
+
+
 def write_profile(path: Path, gpu: Gpu, figures: Figures, parameters: Parameters) -> None:
-    """The simulator's profile of this GPU."""
+    """The simulator's profile of this GPU. Exits when a part that it needs is missing."""
+    missing = [name for name in _OF_A_PROFILE if name not in figures]
+    if missing:
+        sys.exit(f"error: a device profile needs the parts {', '.join(missing)} as well")
     where = f"{gpu.name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     made = profile(path.stem, where, figures, parameters, full())
     made.save(path)
@@ -164,20 +202,28 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--preset", default="standard", choices=sorted(PRESETS))
-    parser.add_argument("--parts", nargs="*", default=[], help="run only these (see the code)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+        help=f"run only some of {', '.join(PARTS)}; what FILE holds of the others is kept when it "
+        "is of the same commit",
+    )  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a device profile")
     record.add_json_option(parser)
     args = parser.parse_args()
     with clean_exit():
         gpu = find_gpu()
         parameters = preset(args.preset)
+        wanted = [name for name in PARTS if name in args.parts]
+        known = known_figures(args.json, gpu, parameters)
         figures = measure(
-            gpu, parameters, full(), args.parts, lambda f: record.write(args.json, f, quiet=True)
-        )
+            gpu, parameters, full(), wanted,
+            lambda f: record.write(args.json, f, quiet=True), known,
+        )  # fmt: skip
         print_table(figures)
         record.write(args.json, figures)
         if args.profile:
             write_profile(args.profile, gpu, figures, parameters)
+    sys.exit(0 if all_well(figures) else 1)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,17 @@ def _output_of(command: list[str], patience_s: float) -> tuple[int | None, str]:
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         try:
             ended = subprocess.run(
-                command, stdout=said, stderr=subprocess.STDOUT, timeout=patience_s, check=False
-            )
+                command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, timeout=patience_s,
+                check=False,
+            )  # fmt: skip
             status: int | None = ended.returncode
         except subprocess.TimeoutExpired:
             status = None
         said.seek(0)
         return status, said.read().strip()
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def suite(tests: str = "tests/cuda", patience_s: float = 540) -> dict[str, Any]:

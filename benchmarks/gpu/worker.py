@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -169,4 +170,8 @@ def throughput(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]
         "step_ms": step_ms,
         "tokens_per_s": scale.tokens / step_ms * 1e3,
         "ms_by_matrix": by_matrix,
+        "tilings": {
+            f"{outputs} x {inputs}, to {size} tokens": asdict(tiling)
+            for (_, size, outputs, inputs), tiling in worker.tuner.chosen.items()
+        },
     }

@@ -39,7 +39,7 @@ def test_every_part_runs_and_the_profile_loads(
     monkeypatch.setattr(whole, "step", lambda arguments: {"private_over_clear": 2.0})
     saved: list[list[str]] = []
     parameters = preset("standard")
-    figures = bench.measure(gpu, parameters, TINY, [], lambda f: saved.append(list(f)))
+    figures = bench.measure(gpu, parameters, TINY, bench.PARTS, lambda f: saved.append(list(f)))
     assert figures["failed"] == {}
     assert len(saved) == 10
     assert figures["identical"]["different"] == []
@@ -66,6 +66,33 @@ def test_a_failing_part_leaves_the_others(gpu: Gpu, monkeypatch: pytest.MonkeyPa
     assert "no such luck" in figures["failed"]["suite"]
     assert figures["ceilings"]["int8_ops_per_s"] > 0
     bench.print_table(figures)
+    assert not bench.all_well(figures)
+
+
+def test_parts_of_an_earlier_run_are_kept(gpu: Gpu, tmp_path: Path) -> None:
+    """Of the same commit, device and preset; else everything is measured anew."""
+    parameters, file = preset("standard"), tmp_path / "f.json"
+    assert bench.known_figures(file, gpu, parameters) == {}
+    first = bench.measure(gpu, parameters, TINY, ["ceilings"], lambda f: None)
+    record.write(file, first, quiet=True)
+    known = bench.known_figures(file, gpu, parameters)
+    assert known["ceilings"] == first["ceilings"]
+    both = bench.measure(gpu, parameters, TINY, ["launch"], lambda f: None, known)
+    assert {"ceilings", "launch"} <= set(both)
+    assert bench.known_figures(file, gpu, preset("paranoid")) == {}
+    other = json.loads(file.read_text())
+    other["origin"]["commit"] = "another"
+    file.write_text(json.dumps(other))
+    assert bench.known_figures(file, gpu, parameters) == {}
+
+
+def test_a_profile_says_which_parts_it_needs(gpu: Gpu, tmp_path: Path) -> None:
+    """Before anything is written."""
+    with pytest.raises(SystemExit, match="throughput, launch, owner"):
+        bench.write_profile(
+            tmp_path / "p.json", gpu, {"ceilings": 1, "layers": 1}, preset("standard")
+        )
+    assert not (tmp_path / "p.json").exists()
 
 
 def test_full_scale_is_the_1b() -> None:

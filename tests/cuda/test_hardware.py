@@ -29,7 +29,7 @@ def test_too_little_memory_says_how_much_for_what_and_which_switch(llama: Tiny) 
     """Every part with its size, and what to lower."""
     prepared = llama.prepared["mlwe"]
     with pytest.raises(GpuError) as error:
-        check_memory(small_gpu(1 << 20), LLAMA, prepared, 4096, 1 << 19, torch.bfloat16)
+        check_memory(small_gpu(1 << 20), LLAMA, prepared, 4096, llama.skeleton().model)
     for said in (
         "int8 weights",
         "embeddings",
@@ -42,14 +42,15 @@ def test_too_little_memory_says_how_much_for_what_and_which_switch(llama: Tiny) 
 
 def test_what_is_left_is_for_hints(llama: Tiny) -> None:
     """More tokens leave less; the rest adds up to the whole memory."""
-    prepared = llama.prepared["mlwe"]
+    prepared, model = llama.prepared["mlwe"], llama.skeleton().model
     few, many = (
-        check_memory(small_gpu(1 << 30), LLAMA, prepared, tokens, 0, torch.bfloat16)
-        for tokens in (10, 1000)
+        check_memory(small_gpu(2 << 30), LLAMA, prepared, tokens, model) for tokens in (10, 1000)
     )
-    more = activation_bytes(LLAMA, prepared.groups, 990, torch.bfloat16)
+    more = activation_bytes(LLAMA, prepared.groups, 990, torch.float32)
     assert few - many == more > 0
-    assert 0 < many < few < 1 << 30
+    assert 0 < many < few < 2 << 30
+    beside = check_memory(small_gpu(2 << 30), LLAMA, prepared, 10, model, clear_beside=True)
+    assert beside < few
 
 
 def test_preparing_on_the_gpu_writes_the_same_bytes(llama: Tiny, gpu: Gpu, tmp_path: Path) -> None:

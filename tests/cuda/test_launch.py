@@ -46,8 +46,8 @@ def test_every_kernel_declares_known_types() -> None:
 @pytest.mark.parametrize(
     ("cuda", "installed", "message"),
     [
-        ("13.0", None, r"CuPy is missing.*private-lora\[gpu\].*cupy-cuda13x fits"),
-        ("12.8", None, "CuPy is missing.*pip install cupy-cuda12x"),
+        ("13.0", None, "CuPy is missing.*pip install 'cupy-cuda13x>=14'.*CUDA 13.0"),
+        ("12.8", None, "CuPy is missing.*pip install 'cupy-cuda12x>=14'.*CUDA 12.8"),
         ("13.0", "cupy-cuda12x", "cupy-cuda12x is installed.*CUDA 13.0.*pip install cupy-cuda13x"),
     ],
 )
@@ -69,6 +69,8 @@ def test_missing_cuda_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> No
         launch._library_errors(),
     ):
         raise RuntimeError("libnvrtc.so.13 cannot be opened")
+    with pytest.raises(RuntimeError, match="out of memory"), launch._library_errors():
+        raise RuntimeError("out of memory")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")

@@ -21,6 +21,8 @@ No speed of this file has been measured on a GPU yet.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -35,6 +37,7 @@ from backends.he.cuda.tiling import Kernel, Tiling
 ALIGNMENT = 16
 """Bytes: what the bulk copy engine asks of addresses and row lengths, so K is padded to it."""
 
+_ONE_LAUNCH = threading.Lock()
 _PRODUCT_BYTES = 1 << 28  # int32 products the library path holds at a time
 
 
@@ -198,6 +201,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on torch's current device, which another thread's may not be."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def _launching_on(device: torch.device) -> Iterator[None]:
+    """One launch at a time, on this device: Triton compiles at the first, and promises nothing to
+    several threads; its interpreter keeps its state in its modules.
+    """
+    there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with _ONE_LAUNCH, there:
+        yield

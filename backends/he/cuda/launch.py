@@ -124,7 +124,8 @@ class _CudaModule:
         """torch's current stream, as CuPy sees it."""
         handle = torch.cuda.current_stream(self._device).cuda_stream
         if handle not in self._streams:
-            self._streams[handle] = _cupy_stream(self._cupy, handle)
+            external = self._cupy.cuda.Stream.from_external
+            self._streams[handle] = external(_StreamHandle(handle))
         return self._streams[handle]
 
 
@@ -240,21 +241,14 @@ class _StreamHandle:
         return (0, self._handle)
 
 
-def _cupy_stream(cupy: Any, handle: int) -> Any:
-    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 on
-        return cupy.cuda.Stream.from_external(_StreamHandle(handle))
-    return cupy.cuda.ExternalStream(handle)
-
-
 def _import_cupy() -> Any:
     """CuPy, once it is certain to be the one for torch's CUDA."""
     wanted = f"cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"
-    how = "'private-lora[gpu]'" if wanted == "cupy-cuda13x" else wanted
     installed = _installed_cupy()
     if installed is None:
         raise GpuError(
-            f"CuPy is missing, which compiles the owner's kernels: pip install {how} "
-            f"({wanted} fits torch's CUDA {torch.version.cuda})"
+            f"CuPy is missing, which compiles the owner's kernels: pip install '{wanted}>=14', "
+            f"which fits torch's CUDA {torch.version.cuda}"
         )
     if installed not in (wanted, "cupy"):
         raise GpuError(
@@ -284,6 +278,8 @@ def _library_errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "lib" not in str(error):
+            raise  # of the device, not of a library
         installed = _installed_cupy() or "cupy"
         raise GpuError(
             f"{installed} cannot load what it needs of CUDA {torch.version.cuda} ({error}); "

@@ -13,7 +13,6 @@ copies, where payloads or values are on the host. Speeds on a GPU are unmeasured
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,13 +26,13 @@ from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels, kernels
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flag
-from backends.he.entropy import Entropy, OsEntropy
-from backends.he.interface import AnyPayload, Encrypted, OwnerCipher, OwnerMatrix, Values
+from backends.he.entropy import Entropy
+from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
 from backends.he.mlwe_owner import (
+    RingOwner,
     answer_values,
     check_answer_bytes,
     check_input,
-    reciprocal,
     token_scales,
 )
 from backends.he.params import RING_DEGREE, Parameters
@@ -100,14 +99,12 @@ class Sealed:
     on_host: bool  # the values came as an array, and go as one
 
 
-class CudaOwner(OwnerCipher):
+class CudaOwner(RingOwner):
     """Owner half of the module-LWE backend on a GPU.
 
     local       payloads are uint8 tensors on the device, for a worker in this process on this GPU;
                 else arrays on the host
     hint_bytes  the most device memory hints may take; None: half of what is free now
-
-    Counters `blocks` (encrypted) and `secrets_drawn` must always be equal.
 
     Raises GpuError when the kernels cannot be compiled.
     """
@@ -116,33 +113,18 @@ class CudaOwner(OwnerCipher):
         self, parameters: Parameters, public: PublicMatrix, gpu: Gpu,
         entropy: Entropy | None = None, local: bool = False, hint_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        self._parameters = parameters
+        super().__init__(parameters, entropy)
         self._gpu = gpu
-        self._entropy = entropy if entropy is not None else OsEntropy()
         self._wire = not local
         self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
         self._residents = Residents(gpu, public, hint_bytes)
-        self._reciprocal = reciprocal(parameters)
         self._checks: dict[str, DeviceCheck] = {}
-        self._count_lock = threading.Lock()
-        self.blocks = 0
-        self.secrets_drawn = 0
-
-    @property
-    def simulated_randomness(self) -> bool:
-        return self._entropy.simulated
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
         self._checks[matrix.name] = DeviceCheck(
             self._gpu, self._kernels, matrix.name, weight, forward, self._entropy
         )
-
-    def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return self._parameters.up_bytes_per_value * tokens * matrix.in_features
-
-    def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return self._parameters.down_bytes_per_value * tokens * matrix.out_features
 
     def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
         """Encrypt float32[T, K], an array or a tensor on the device.
@@ -162,22 +144,22 @@ class CudaOwner(OwnerCipher):
                 parameters.rank, self._gpu,
             )  # fmt: skip
             words = secrets.seal()
+            self._count(secrets_drawn=len(words))
             planes = torch.empty(
                 (parameters.limbs, tokens, inputs), dtype=torch.int8, device=device
             )
             grid, each = self._grid(len(words), tiles_of(inputs))
             self._kernels.launch(
                 "encrypt", grid, rows, words, values, in_scale, scales.factor, planes,
-                tokens, inputs, len(rows), each, self._reciprocal,
+                tokens, inputs, len(rows), each, int(self._reciprocal),
                 *key_words(self._entropy.fresh_key()),
             )  # fmt: skip
         if scales.bad.read():
             secrets.wipe()
+            self._count(secrets_drawn=-len(words))  # nothing is sent under them
             token_scales(scales.norms.cpu().numpy(), matrix, parameters)
             raise AssertionError("a norm is not finite")
-        with self._count_lock:
-            self.blocks += len(words)
-            self.secrets_drawn += len(words)
+        self._count(blocks=len(words))
         sealed = Sealed(secrets, scales.inverse, planes, on_host)
         raw = planes.view(-1).view(torch.uint8)
         return Encrypted(_to_host(raw, self._gpu) if self._wire else raw, sealed)
@@ -219,7 +201,7 @@ class CudaOwner(OwnerCipher):
             self._kernels.launch(
                 "decrypt", grid, slab, words, answer, inverse, out_scale, out,
                 tokens, outputs, first_row, len(slab), each, self._parameters.dropped_bits,
-                self._reciprocal,
+                int(self._reciprocal),
             )  # fmt: skip
 
     def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:
@@ -235,16 +217,10 @@ class CudaOwner(OwnerCipher):
 
     def _values(self, x: Values, matrix: OwnerMatrix) -> torch.Tensor:
         """x as a tensor on the device. Raises ValueError like `check_input`."""
+        check_input(x, matrix)
         if not isinstance(x, torch.Tensor):
-            check_input(x, matrix)
             with self._gpu.clock.span("copy"):
                 return torch.from_numpy(x).to(self._gpu.device)
-        if x.ndim != 2 or x.shape[1] != matrix.in_features or x.shape[0] < 1:
-            raise ValueError(
-                f"{matrix.name}: takes [tokens, {matrix.in_features}], got {list(x.shape)}"
-            )
-        if x.dtype != torch.float32 or not x.is_contiguous():
-            raise ValueError(f"{matrix.name}: takes contiguous float32, got {x.dtype}")
         if x.device != self._gpu.device:
             raise ValueError(f"{matrix.name}: takes a tensor on {self._gpu.device}, got {x.device}")
         return x

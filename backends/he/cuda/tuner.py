@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from backends.he.cuda.device import Gpu, GpuError
@@ -75,6 +76,9 @@ class Tuner:
             try:
                 product = fused_product(planes, weight, dropped_bits, option)
             except OutOfResources:
+                continue
+            except TritonError as error:
+                log.error("%s: %s does not compile: %s", self._gpu.name, option, error)
                 continue
             if self._gpu.device.type == "cuda":
                 end = _event()
