@@ -1,7 +1,7 @@
 """Where a real run computes: this machine's CPU in fp32, or one NVIDIA GPU in bf16.
 
 The owner's model, the owner's cipher and the worker are all in the same place. On a GPU,
-ciphertexts stay in its memory on their way from one to the other (`LocalFrame`).
+ciphertexts stay in its memory on their way from one to the other (`LocalFrame`), or not.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ _SCRATCH_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Hardware:
-    """A place to compute. `gpu` is None on the CPU."""
+    """A place to compute.
+
+    gpu          None on the CPU
+    host_frames  on a GPU: ciphertexts go through host memory, as to a worker elsewhere
+    """
 
     device: torch.device
     dtype: torch.dtype
     gpu: Gpu | None = None
+    host_frames: bool = False
 
     @property
     def label(self) -> str:
@@ -61,12 +66,12 @@ class Hardware:
 CPU = Hardware(torch.device("cpu"), torch.float32)
 
 
-def chosen(real_gpu: bool) -> Hardware:
+def chosen(real_gpu: bool, host_frames: bool = False) -> Hardware:
     """The CPU, or the first GPU. Raises GpuError, saying what to do, when there is none to use."""
     if not real_gpu:
         return CPU
     gpu = find_gpu()
-    return Hardware(gpu.device, torch.bfloat16, gpu)
+    return Hardware(gpu.device, torch.bfloat16, gpu, host_frames)
 
 
 def activation_bytes(

@@ -112,7 +112,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     """Config, weights' source, owner's skeleton, data and training configuration."""
     if args.tokens % args.sequence:
         raise DataError(f"--tokens {args.tokens} must be a multiple of --sequence {args.sequence}")
-    hardware = chosen(args.real_gpu)
+    hardware = chosen(args.real_gpu, args.host_frames)
     source, directory = source_for(args.weights, args.seed)
     print(f"weights: {source.describe()}")
     config = load_config(directory)
@@ -245,6 +245,7 @@ class Run:
         figures: dict[str, Any] = {
             "weights": setup.source.describe(),
             "hardware": setup.hardware.label,
+            "host_frames": setup.hardware.host_frames,
             "lm_head": args.lm_head,
             "tokens_per_step": tokens,
             "lanes": args.lanes,
@@ -315,6 +316,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--real-cpu", action="store_true", help="run for real on this machine's CPU")
     add("--real-gpu", action="store_true",
         help="run for real on one NVIDIA GPU, owner and worker (not measured yet)")  # fmt: skip
+    add("--host-frames", action="store_true",
+        help="on a GPU: ciphertexts go through host memory, as to a worker elsewhere")  # fmt: skip
     add("--weights", metavar="DIR|ID", help="Hugging Face checkpoint; random weights without")
     add("--data", type=Path, metavar="FILE|DIR", help="private text, UTF-8")
     add("--steps", type=int, help="optimiser steps (10; simulated: 2)")
@@ -350,6 +353,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
     if args.real_cpu and args.real_gpu:
         parser.error("--real-cpu or --real-gpu, not both")
+    if args.host_frames and not args.real_gpu:
+        parser.error("--host-frames is for --real-gpu")
     return args
 
 

@@ -103,7 +103,8 @@ def make_ciphers(
     from backends.he.cuda.worker import CudaWorker
 
     gpu = hardware.gpu
-    owner = CudaOwner(parameters, public, gpu, local=True, hint_bytes=hint_bytes)
+    local = not hardware.host_frames
+    owner = CudaOwner(parameters, public, gpu, local=local, hint_bytes=hint_bytes)
     return owner, CudaWorker(parameters, gpu)
 
 

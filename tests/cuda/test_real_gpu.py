@@ -30,13 +30,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("host_frames", [False, True])
 def test_a_run_trains_reports_and_leaves_an_adapter(
-    checkpoint: Path, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    host_frames: bool, checkpoint: Path, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """bf16, two lanes: figures with the split of device time, and what `peft` loads."""
-    place = Hardware(gpu.device, torch.bfloat16, gpu)
-    monkeypatch.setattr(llama1b, "chosen", lambda real_gpu: place)
+    place = Hardware(gpu.device, torch.bfloat16, gpu, host_frames)
+    monkeypatch.setattr(llama1b, "chosen", lambda *_: place)
     monkeypatch.setattr(
         llama1b, "load_sequences", lambda *_: torch.arange(64).remainder(90).view(4, 16)
     )
@@ -49,6 +50,9 @@ def test_a_run_trains_reports_and_leaves_an_adapter(
     llama1b.main()
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["hardware"].startswith("bf16 on ")
+    assert figures["host_frames"] == host_frames
+    if host_frames:
+        assert figures["copied_s"] > 0
     assert len(figures["losses"]) == 2
     assert figures["owner_s"] > 0
     assert figures["worker_s"] > 0
