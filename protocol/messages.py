@@ -44,9 +44,13 @@ Payload: TypeAlias = Any
 """Ciphertext: `Bytes`, or memory on a device, opaque but for len() and nbytes, which are equal."""
 
 
+def _on_host(payload: object) -> bool:
+    return isinstance(payload, bytes | bytearray | memoryview)
+
+
 def is_payload(thing: object) -> bool:
     """Whether this can be a payload."""
-    return isinstance(thing, bytes | bytearray | memoryview) or hasattr(thing, "nbytes")
+    return _on_host(thing) or hasattr(thing, "nbytes")
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def encode(message: Message) -> Frame:
             fixed = _REFUSE.pack(message.request, message.reason)
         case Bye() | Farewell():
             pass
-    on_host = isinstance(payload, bytes | bytearray | memoryview)
+    on_host = _on_host(payload)
     # In bytes: len() of a view counts its items, which may be wider.
     size = len(fixed) + (memoryview(payload).nbytes if on_host else payload.nbytes)
     _require(size <= MAX_BODY_BYTES, f"a body has at most {MAX_BODY_BYTES} bytes, got {size}")

@@ -26,6 +26,11 @@ Values: TypeAlias = Any
 """float32[T, n]: an array, or a tensor where the owner's model and cipher are on a GPU."""
 
 
+def carried(payload: AnyPayload) -> AnyPayload:
+    """What a message carries of it: a view of an array's bytes; memory on a device as it is."""
+    return payload.data if isinstance(payload, np.ndarray) else payload
+
+
 class NonFiniteInputError(ValueError):
     """An activation or gradient holds NaN or infinity; it is refused before encryption."""
 

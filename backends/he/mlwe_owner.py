@@ -260,7 +260,6 @@ class MlweOwner(RingOwner):
         self._local = threading.local()
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
         self._checks[matrix.name] = IntegrityCheck(matrix.name, weight, forward, self._entropy)
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:

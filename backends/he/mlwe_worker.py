@@ -27,6 +27,22 @@ MAX_INPUTS = (1 << 31) // (128 * 127)
 _PRODUCT_BYTES = 8 << 20  # int32 products of one slice of outputs: small enough for the L3
 
 
+def check_inputs(inputs: int) -> None:
+    """Raise ValueError when the products of so many inputs could leave int32."""
+    if inputs > MAX_INPUTS:
+        raise ValueError(f"{inputs} inputs overflow int32; at most {MAX_INPUTS}")
+
+
+def check_request_bytes(size: int, limbs: int, tokens: int, inputs: int) -> None:
+    """Raise ValueError unless a request of `size` bytes is int8[limbs, T, K]."""
+    expected = limbs * tokens * inputs
+    if size != expected:
+        raise ValueError(
+            f"a request of {tokens} tokens with {inputs} inputs has {expected} bytes, this one "
+            f"{size}"
+        )
+
+
 @njit(nogil=True, cache=True)
 def _recombine(products: Any, out: Any, dropped_bits: int, first: int, last: int) -> None:
     """products int32[limbs, T, N] -> out uint16[T, N] for tokens first..last."""
@@ -64,8 +80,7 @@ class MlweWorker(WorkerCipher):
         if self._fused:
             return vnni.pack(weight, forward)
         operand = weight.T if forward else weight
-        if len(operand) > MAX_INPUTS:
-            raise ValueError(f"{len(operand)} inputs overflow int32; at most {MAX_INPUTS}")
+        check_inputs(len(operand))
         return operand
 
     def multiply(
@@ -74,11 +89,7 @@ class MlweWorker(WorkerCipher):
         limbs, dropped_bits = self._parameters.limbs, self._parameters.dropped_bits
         inputs = matrix.inputs if isinstance(matrix, vnni.PackedWeight) else len(matrix)
         digits = np.frombuffer(payload, np.int8)
-        if digits.size != limbs * tokens * inputs:
-            raise ValueError(
-                f"a request of {tokens} tokens with {inputs} inputs has "
-                f"{limbs * tokens * inputs} bytes, this one {digits.size}"
-            )
+        check_request_bytes(digits.size, limbs, tokens, inputs)
         planes = digits.reshape(limbs, tokens, inputs)
         if isinstance(matrix, vnni.PackedWeight):
             answer = vnni.multiply(planes, matrix, dropped_bits)

@@ -13,9 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import numpy as np
-
-from backends.he.interface import OwnerCipher, OwnerMatrix, Values
+from backends.he.interface import OwnerCipher, OwnerMatrix, Values, carried
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import (
@@ -143,8 +141,7 @@ class OwnerClient:
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
-            payload = encrypted.payload
-            return payload.data if isinstance(payload, np.ndarray) else payload, encrypted.sealed
+            return carried(encrypted.payload), encrypted.sealed
         assert isinstance(task, Decrypt)
         matrix = self._matrices[task.matrix]
         return self._cipher.decrypt(task.sealed, task.payload, matrix)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.he.interface import WorkerCipher
+from backends.he.interface import WorkerCipher, carried
 from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
@@ -82,8 +82,7 @@ class WorkerServer:
 
     def _compute(self, task: Task) -> object:
         assert isinstance(task, MultiplyCiphertext)
-        answer = self._joiner.run(task.matrix, (task.payload, task.tokens))
-        return answer.data if isinstance(answer, np.ndarray) else answer
+        return carried(self._joiner.run(task.matrix, (task.payload, task.tokens)))
 
     def _multiply(self, matrix: int, requests: list[tuple[Payload, int]]) -> Sequence[Payload]:
         return self._cipher.multiply_many(requests, self._matrices[matrix])

@@ -46,9 +46,9 @@ def ring_work(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
     tokens = scale.tokens
     totals = {"encrypt": 0.0, "decrypt": 0.0, "decrypt_checked": 0.0}
     rows = []
+    owner = CudaOwner(parameters, public, gpu, local=True)
+    worker = CudaWorker(parameters, gpu)
     for matrix in scale.matrices:
-        owner = CudaOwner(parameters, public, gpu, local=True)
-        worker = CudaWorker(parameters, gpu)
         public_matrix = stand_in(matrix, parameters)
         weight = random_weight(matrix.inputs, matrix.outputs)
         loaded = worker.load(weight, True)

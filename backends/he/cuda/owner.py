@@ -121,7 +121,6 @@ class CudaOwner(RingOwner):
         self._checks: dict[str, DeviceCheck] = {}
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
         self._checks[matrix.name] = DeviceCheck(
             self._gpu, self._kernels, matrix.name, weight, forward, self._entropy
         )

@@ -24,7 +24,7 @@ from backends.he.cuda.device import Gpu, GpuError
 from backends.he.cuda.gemm import ALIGNMENT, fused_product, library_product
 from backends.he.cuda.tuner import Tuner
 from backends.he.interface import AnyPayload, WorkerCipher
-from backends.he.mlwe_worker import MAX_INPUTS
+from backends.he.mlwe_worker import check_inputs, check_request_bytes
 from backends.he.params import Parameters
 from backends.threads import run_split
 
@@ -75,8 +75,7 @@ class CudaWorker(WorkerCipher):
         Raises GpuError when it does not fit, ValueError when a sum could leave int32.
         """
         outputs, inputs = weight.shape if forward else weight.shape[::-1]
-        if inputs > MAX_INPUTS:
-            raise ValueError(f"{inputs} inputs overflow int32; at most {MAX_INPUTS}")
+        check_inputs(inputs)
         padded = inputs + -inputs % ALIGNMENT
         host = torch.from_numpy(np.array(weight, order="C"))  # a copy: it may be a read-only map
         try:
@@ -119,11 +118,7 @@ class CudaWorker(WorkerCipher):
 
     def _shape(self, size: int, tokens: int, matrix: DeviceMatrix) -> tuple[int, int, int]:
         limbs, inputs = self._parameters.limbs, matrix.inputs
-        if size != limbs * tokens * inputs:
-            raise ValueError(
-                f"a request of {tokens} tokens with {inputs} inputs has "
-                f"{limbs * tokens * inputs} bytes, this one {size}"
-            )
+        check_request_bytes(size, limbs, tokens, inputs)
         return limbs, tokens, inputs
 
     def _device_planes(
