@@ -7,7 +7,7 @@ machine carries them from one task to the next and never looks inside.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from protocol.messages import Bytes, Frame, LocalFrame, Payload
 
@@ -225,3 +225,10 @@ Effect: TypeAlias = (
     | Abort
     | Closed
 )
+
+
+class Machine(Protocol):
+    """What `protocol.owner.Owner` and `protocol.worker.Worker` have in common."""
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """React to one event at `now`, seconds of a clock that does not run back."""

@@ -19,6 +19,7 @@ from protocol.events import (
     CancelTimer,
     Effect,
     Event,
+    Machine,
     RunTask,
     Send,
     SetTimer,
@@ -28,13 +29,6 @@ from protocol.events import (
 )
 
 TaskEnd: TypeAlias = TaskDone | TaskFailed | AnswerRejected
-
-
-class Machine(Protocol):
-    """What `protocol.owner.Owner` and `protocol.worker.Worker` have in common."""
-
-    def handle(self, event: Event, now: float) -> list[Effect]:
-        """React to one event."""
 
 
 class Observer(Protocol):

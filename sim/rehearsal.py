@@ -54,6 +54,7 @@ from protocol.events import (
     Event,
     FrameArrived,
     LinearWanted,
+    Machine,
     MultiplyCiphertext,
     RunTask,
     Send,
@@ -65,7 +66,6 @@ from protocol.events import (
 from protocol.messages import SESSION_BYTES
 from protocol.owner import Owner
 from protocol.worker import Worker
-from sim.driver import Machine
 from sim.frames import call_of
 
 _RANK = 16

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from protocol.errors import WrongAnswerError
 from protocol.events import (
@@ -23,6 +22,7 @@ from protocol.events import (
     CancelTimer,
     Effect,
     Event,
+    Machine,
     RunTask,
     Send,
     SetTimer,
@@ -34,13 +34,6 @@ from protocol.events import (
 from protocol.messages import Frame
 
 log = logging.getLogger(__name__)
-
-
-class Machine(Protocol):
-    """What `protocol.owner.Owner` and `protocol.worker.Worker` have in common."""
-
-    def handle(self, event: Event, now: float) -> list[Effect]:
-        """React to one event."""
 
 
 @dataclass
