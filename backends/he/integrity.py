@@ -25,7 +25,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, Keystream
-from backends.he.gemm import int8_product
+from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import Parameters
 from backends.threads import run_split
 from protocol.errors import WrongAnswerError
@@ -121,7 +121,11 @@ class IntegrityCheck(SignCheck):
         super().__init__(name, len(matrix))
         signs = secret_signs(entropy, len(matrix))
         self._signs = signs.astype(np.int32).view(np.uint32)
-        self._projected = int8_product(signs, matrix).view(np.uint32)
+        kernel = chosen_kernel()
+        # V*M = (M^T * V^T)^T: the signs are the request, M is a weight with K outputs.
+        digits = kernel.digits_of(signs.astype(np.int32))
+        projected = kernel.exact(digits, kernel.pack(weight, not forward))
+        self._projected = projected.astype(np.uint32)
 
     def verify(
         self, planes: NDArray[np.int8], answer: NDArray[np.uint16], parameters: Parameters

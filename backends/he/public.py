@@ -10,7 +10,7 @@ t) taken in that order as 31-bit integers; the rare word >= q is replaced by the
 word of the same stream past the tile. Values are then centred to [-q/2, q/2].
 
 A hint's rows are integer combinations of A's rows, and the NTT is linear, so a hint is one
-integer GEMM on A's NTT values: four signed int8 limbs of A against Wq, recombined mod q.
+exact integer product of A's NTT values and Wq, reduced mod q.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numba import njit
 from numpy.typing import NDArray
 
-from backends.he.gemm import int8_product
+from backends.he.matmul.choice import chosen_kernel
+from backends.he.matmul.interface import Digits, Kernel
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.ring import centre, tiles_of
 from backends.he.vector import LANES
 from backends.threads import run_split
 
 _Q = NTT_PRIME
-LIMBS_OF_A = 4
 _SEED_TEXT = b"public matrix A of the module-LWE cipher for private fine-tuning, v1"
 
 
@@ -98,74 +98,69 @@ def _words(stream: Any, count: int) -> NDArray[np.uint32]:
 
 
 @njit(nogil=True, cache=True)
-def _limbs_of_rows(tiles: Any, out: Any, inputs: int, first: int, last: int) -> None:
-    """out int8[4, r*256, K]: signed base-256 digits of A's residues, inputs innermost."""
+def _rows_inputs_innermost(tiles: Any, out: Any, first: int, last: int) -> None:
+    """out int32[r*256, K] = the first K rows of A's tiles, for slots first..last."""
     for slot in range(first, last):
-        for k in range(inputs):
-            v = np.int64(tiles[k // LANES, slot // 256, slot % 256, k % LANES])
-            for limb in range(LIMBS_OF_A):
-                digit = ((v + 128) & 255) - 128
-                out[limb, slot, k] = np.int8(digit)
-                v = (v - digit) >> 8
+        for k in range(out.shape[1]):
+            out[slot, k] = tiles[k // LANES, slot // 256, slot % 256, k % LANES]
 
 
 @njit(nogil=True, cache=True)
-def _recombine_mod_q(products: Any, out: Any, first: int, last: int) -> None:
-    """products int32[4, slots, n] -> out int32[tiles, slots, 16], centred mod q."""
-    outputs = products.shape[2]
+def _centred_mod_q(sums: Any, out: Any, first: int, last: int) -> None:
+    """sums int64[slots, n] -> out int32[tiles, slots, 16], centred mod q."""
     q = np.int64(_Q)
     for slot in range(first, last):
-        for j in range(outputs):
-            v = np.int64(products[0, slot, j])
-            v += np.int64(products[1, slot, j]) << 8
-            v += np.int64(products[2, slot, j]) << 16
-            # The top limb is reduced first: its product alone may need 55 bits.
-            v = (v + ((np.int64(products[3, slot, j]) << 24) % q)) % q
+        for j in range(sums.shape[1]):
+            v = sums[slot, j] % q
             if v > q // 2:
                 v -= q
             out[j // LANES, slot, j % LANES] = np.int32(v)
 
 
 class HintBuilder:
-    """Builds hints against one A. Reuses the limb planes of A between matrices."""
+    """Builds hints against one A. Reuses the digits of A between matrices.
 
-    def __init__(self, public: PublicMatrix) -> None:
+    kernel  what multiplies; None takes this process's
+    """
+
+    _COLUMNS = 64 * LANES  # rows of a hint computed together: their sums stay in the cache
+
+    def __init__(self, public: PublicMatrix, kernel: Kernel | None = None) -> None:
         self._public = public
+        self._kernel = kernel or chosen_kernel()
         self.rank = public.rank
         self._slots = public.rank * RING_DEGREE
-        self._planes = np.empty((LIMBS_OF_A, self._slots, 0), np.int8)
+        self._digits: Digits | None = None
 
     def build(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int32]:
         """int32[tiles, rank, 256, 16]: the hint of int8[N, K].
 
         It has N rows forward, and K rows backward, where the matrix is the transpose.
         """
-        operand = weight.T if forward else weight
-        inputs, outputs = operand.shape
-        planes = self._planes_for(inputs)
+        outputs, inputs = weight.shape if forward else weight.shape[::-1]
+        digits = self._digits_for(inputs)
         out = np.empty((tiles_of(outputs), self.rank, RING_DEGREE, LANES), np.int32)
         flat = out.reshape(len(out), self._slots, LANES)
-        width = 64 * LANES
-        for start in range(0, outputs, width):
-            stop = min(outputs, start + width)
-            products = int8_product(planes, operand[:, start:stop])
-            products = products.reshape(LIMBS_OF_A, self._slots, stop - start)
+        for start in range(0, outputs, self._COLUMNS):
+            stop = min(outputs, start + self._COLUMNS)
+            rows = weight[start:stop] if forward else weight[:, start:stop]
+            sums = self._kernel.exact(digits, self._kernel.pack(rows, forward))
             part = flat[start // LANES : tiles_of(stop)]
             if (stop - start) % LANES:
                 part[-1] = 0
-            self._recombine(products, part)
+            self._reduce(sums, part)
         return out
 
-    def _recombine(self, products: NDArray[np.int32], part: NDArray[np.int32]) -> None:
-        run_split(lambda a, b: _recombine_mod_q(products, part, a, b), self._slots)
+    def _reduce(self, sums: NDArray[np.int64], part: NDArray[np.int32]) -> None:
+        run_split(lambda a, b: _centred_mod_q(sums, part, a, b), self._slots)
 
-    def _planes_for(self, inputs: int) -> NDArray[np.int8]:
-        if self._planes.shape[2] != inputs:
-            planes = np.empty((LIMBS_OF_A, self._slots, inputs), np.int8)
+    def _digits_for(self, inputs: int) -> Digits:
+        if self._digits is None or self._digits.inputs != inputs:
+            values = np.empty((self._slots, inputs), np.int32)
             tiles = self._public.rows(inputs)
-            run_split(lambda a, b: _limbs_of_rows(tiles, planes, inputs, a, b), self._slots)
-            self._planes = planes
-        return self._planes.reshape(LIMBS_OF_A * self._slots, inputs)
+            run_split(lambda a, b: _rows_inputs_innermost(tiles, values, a, b), self._slots)
+            self._digits = self._kernel.digits_of(values)
+        return self._digits
 
 
 def hint_matches(

@@ -26,9 +26,8 @@ from backends.he.cuda.tiling import (
     Tiling,
     candidates,
 )
-from backends.he.cuda.worker import CudaWorker
+from backends.he.cuda.worker import MAX_INPUTS, CudaWorker
 from backends.he.interface import Payload
-from backends.he.mlwe_worker import MAX_INPUTS
 from backends.he.params import Parameters, preset
 from backends.he.reference import ReferenceWorker
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from backends.he import vnni
 from backends.he.entropy import SeededEntropy
 from backends.he.interface import NonFiniteInputError, WorkerCipher
+from backends.he.matmul.choice import runnable
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters, preset
@@ -50,9 +50,9 @@ def round_trip(case: Case, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def workers(parameters: Parameters) -> list[WorkerCipher]:
-    """The reference, and every fast path this machine has."""
-    fused = [MlweWorker(parameters, fused=True)] if vnni.supported() else []
-    return [ReferenceWorker(parameters), MlweWorker(parameters, fused=False), *fused]
+    """The reference, and one with every kernel that this machine can run."""
+    kernels = [make() for make in runnable().values()]
+    return [ReferenceWorker(parameters), *(MlweWorker(parameters, k) for k in kernels)]
 
 
 def relative_error(y: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:

@@ -21,12 +21,13 @@ from backends.he.cuda.device import Gpu
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.plan import plan_bytes
 from backends.he.preparation import HINT_SLAB, Arithmetic
-from backends.he.public import LIMBS_OF_A, PublicMatrix
+from backends.he.public import PublicMatrix
 from backends.he.quantise import quantise_bytes
 from backends.he.ring import tiles_of
 from backends.he.store import GroupSpec
 from backends.he.vector import LANES
 
+LIMBS_OF_A = 4  # signed base-256 digits of a residue
 _CHUNK_TILES = 128  # of hint rows recombined at a time, and of A's rows split into limbs
 _READERS = 4  # threads that read a checkpoint ahead
 

@@ -24,10 +24,12 @@ from backends.he.cuda.device import Gpu, GpuError
 from backends.he.cuda.gemm import ALIGNMENT, fused_product, library_product
 from backends.he.cuda.tuner import Tuner
 from backends.he.interface import AnyPayload, WorkerCipher
-from backends.he.mlwe_worker import check_inputs, check_request_bytes
+from backends.he.mlwe_worker import check_request_bytes
 from backends.he.params import Parameters
 from backends.threads import run_split
 
+MAX_INPUTS = (1 << 31) // (128 * 127)
+"""Inputs whose int32 sums of int8 products cannot overflow."""
 _COPY_GRAIN_BYTES = 1 << 20  # a memcpy worth a thread
 
 
@@ -75,7 +77,8 @@ class CudaWorker(WorkerCipher):
         Raises GpuError when it does not fit, ValueError when a sum could leave int32.
         """
         outputs, inputs = weight.shape if forward else weight.shape[::-1]
-        check_inputs(inputs)
+        if inputs > MAX_INPUTS:
+            raise ValueError(f"{inputs} inputs overflow int32; at most {MAX_INPUTS}")
         padded = inputs + -inputs % ALIGNMENT
         host = torch.from_numpy(np.array(weight, order="C"))  # a copy: it may be a read-only map
         try:
