@@ -12,19 +12,36 @@ import torch
 
 from backends.threads import core_count
 
+_TELLING_FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16",
+)  # fmt: skip
 
-def processor() -> str:
-    """The processor's model and the vector instructions that matter here."""
+
+def _cpuinfo() -> dict[str, str]:
+    """The last processor's lines of /proc/cpuinfo; nothing where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        return {}
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = facts.get("flags", "").split()
-    useful = [f for f in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if f in flags]
+    return {key.strip(): value.strip() for key, value in fields.items()}
+
+
+def cpu_flags() -> list[str]:
+    """The processor's vector instructions that matter here, as Linux names them."""
+    facts = _cpuinfo()
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    return [flag for flag in _TELLING_FLAGS if flag in flags]
+
+
+def processor() -> str:
+    """The processor's model and the vector instructions that matter here."""
+    facts = _cpuinfo()
+    if not facts:
+        return platform.processor() or platform.machine()
     family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
-    return f"{facts.get('model name', platform.machine())} ({family}; {' '.join(useful)})"
+    return f"{facts.get('model name', platform.machine())} ({family}; {' '.join(cpu_flags())})"
 
 
 def machine() -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """One frozen linear layer: worker and owner under encryption against clear torch.
 
-    python -m benchmarks.he_linear --json benchmarks/results/he_linear.json
+    python -m benchmarks.he_linear --json FILE                        all cases, some minutes
+    python -m benchmarks.he_linear --tokens 256 --shape 2048x2048     one case
+    python -m benchmarks.he_linear --kernel generic --tokens 256      another kernel
 
 For every shape and token count the sides are timed in turn, round after round, and each figure
 is the median over rounds, so that a machine that changes speed changes all of them. Clear torch
@@ -22,11 +24,13 @@ from numpy.typing import NDArray
 from backends.he.interface import OwnerMatrix
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
-from backends.he.params import Parameters, preset
+from backends.he.params import PRESETS, Parameters, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
 from backends.he.quantise import dequantise, quantise
+from backends.machine import cpu_flags
 from scenarios import record
+from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048), (2048, 512))
 TOKENS = (1, 64, 256, 1024)
@@ -103,6 +107,10 @@ def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> d
     case["worker_over_bf16"] = median(_ratios(times, "worker", "clear_bf16"))
     case["owner_over_fp32"] = owner_ms / case["clear_fp32_ms"]
     case["owner_over_bf16"] = owner_ms / case["clear_bf16_ms"]
+    faster = min(("fp32", "bf16"), key=lambda name: case[f"clear_{name}_ms"])
+    case["clear_dtype"] = faster
+    case["worker_over_clear"] = case[f"worker_over_{faster}"]
+    case["owner_over_clear"] = case[f"owner_over_{faster}"]
     return case
 
 
@@ -125,22 +133,48 @@ def print_table(cases: list[dict[str, Any]]) -> None:
         print("  ".join(cells))
 
 
+def shape(text: str) -> tuple[int, int]:
+    """(inputs, outputs) of "2048x8192"."""
+    inputs, _, outputs = text.partition("x")
+    if not (inputs.isdigit() and outputs.isdigit() and int(inputs) and int(outputs)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write INPUTSxOUTPUTS, 2048x8192")
+    return int(inputs), int(outputs)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="standard", help="cipher parameters (standard)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds per case (15)")
+        prog="python -m benchmarks.he_linear", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
+    add("--rounds", type=positive, default=15, help="rounds per case (15)")
+    add("--tokens", type=positive, nargs="+", default=TOKENS, metavar="N",
+        help=f"tokens of a request ({' '.join(map(str, TOKENS))})")  # fmt: skip
+    add("--shape", type=shape, nargs="+", default=SHAPES, metavar="INxOUT",
+        help=f"layers ({' '.join(f'{i}x{o}' for i, o in SHAPES)})")  # fmt: skip
+    add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
     parameters = preset(args.preset)
     cases = []
-    for inputs, outputs in SHAPES:
-        layer = Layer(inputs, outputs, parameters)
-        for tokens in TOKENS:
-            cases.append(measure(layer, tokens, parameters, args.rounds))
+    with clean_exit():
+        kernel = use_kernel(args.kernel)
+        for inputs, outputs in args.shape:
+            layer = Layer(inputs, outputs, parameters)
+            for tokens in args.tokens:
+                cases.append(measure(layer, tokens, parameters, args.rounds))
+                print(f"measured {inputs} -> {outputs}, {tokens} tokens", flush=True)
     print_table(cases)
-    record.write(args.json, {"preset": args.preset, "rounds": args.rounds, "cases": cases})
+    figures = {"kernel": kernel.name, "cpu_flags": cpu_flags(), "preset": args.preset}
+    record.write(args.json, figures | {"rounds": args.rounds, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,37 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
+
+import torch
+
+from backends.he.store import GroupSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a run in clear may compute in."""
+
+
+def clear_times_ms(groups: Sequence[GroupSpec], tokens: int, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds that each of DTYPES takes on this CPU for the model's largest linear.
+
+    Forward and input gradient of `tokens` tokens, as a training step multiplies them; medians.
+    """
+    group = max(groups, key=lambda g: g.in_features * g.total_out)
+    weight = torch.randn(group.total_out, group.in_features)
+    x, dy = torch.randn(tokens, group.in_features), torch.randn(tokens, group.total_out)
+    sides = {name: tuple(t.to(dtype) for t in (x, dy, weight)) for name, dtype in DTYPES.items()}
+    times: dict[str, list[float]] = {name: [] for name in DTYPES}
+    for turn in range(rounds + 1):
+        for name, (values, gradients, matrix) in sides.items():
+            start_s = time.perf_counter()
+            torch.nn.functional.linear(values, matrix)
+            torch.matmul(gradients, matrix)
+            if turn:  # the first round allocates
+                times[name].append(1e3 * (time.perf_counter() - start_s))
+    return {name: median(found) for name, found in times.items()}
 
 
 class ClearPeer:
@@ -15,8 +45,8 @@ class ClearPeer:
     so that the two sides can take turns on the same cores.
     """
 
-    def __init__(self, argv: list[str]) -> None:
-        command = [sys.executable, "-m", "scenarios.llama1b", *argv, "--clear-peer"]
+    def __init__(self, argv: list[str], dtype: str) -> None:
+        command = [sys.executable, "-m", "scenarios.llama1b", *argv, "--clear-peer", dtype]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

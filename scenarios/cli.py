@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ import torch
 
 from backends.he.cuda.device import GpuError
 from backends.he.interface import NonFiniteInputError
+from backends.he.matmul.choice import NAMES, VARIABLE, KernelError, chosen_kernel
+from backends.he.matmul.interface import Kernel
 from backends.he.store import PreparationError
 from backends.net.owner import RemoteLinearError
 from backends.nn.checkpoint import ResumeError
@@ -37,6 +41,27 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
     except (
         CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
-        NonFiniteInputError, FloatingPointError, GpuError, *mendable,
+        NonFiniteInputError, FloatingPointError, GpuError, KernelError, *mendable,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
+
+
+def add_kernel_option(parser: argparse.ArgumentParser) -> None:
+    """The `--kernel NAME` option."""
+    parser.add_argument(
+        "--kernel", choices=NAMES, metavar="NAME",
+        help="what multiplies int8 weights on this CPU: "
+        f"{', '.join(NAMES)} (the fastest that this processor can run; same bits)",
+    )  # fmt: skip
+
+
+def use_kernel(name: str | None) -> Kernel:
+    """Choose this process's kernel, and that of those it starts, and say which one it is.
+
+    Raises KernelError when this processor cannot run it.
+    """
+    if name is not None:
+        os.environ[VARIABLE] = name
+    kernel = chosen_kernel()
+    print(f"kernel: {kernel.name}{kernel.warning and f' (slow: {kernel.warning})'}")
+    return kernel

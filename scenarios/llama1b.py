@@ -34,7 +34,7 @@ import json
 import shutil
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +43,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import PRESETS, preset
 from backends.he.store import PreparedModel
 from backends.nn.adapters import add_lora, save_adapter
@@ -52,8 +53,8 @@ from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import CheckpointError, WeightSource, human_bytes, source_for
 from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record, simulated
-from scenarios.clear_peer import ClearPeer
-from scenarios.cli import clean_exit
+from scenarios.clear_peer import DTYPES, ClearPeer, clear_times_ms
+from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.hardware import Hardware, check_memory, chosen
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.real_trace import RealTrace
@@ -113,6 +114,8 @@ def set_up(args: argparse.Namespace) -> Setup:
     if args.tokens % args.sequence:
         raise DataError(f"--tokens {args.tokens} must be a multiple of --sequence {args.sequence}")
     hardware = chosen(args.real_gpu, args.host_frames)
+    if args.clear_peer:
+        hardware = replace(hardware, dtype=DTYPES[args.clear_peer])
     source, directory = source_for(args.weights, args.seed)
     print(f"weights: {source.describe()}")
     config = load_config(directory)
@@ -186,6 +189,7 @@ class Run:
         self.args = args
         self.usages: list[Usage] = []
         self.clear: list[tuple[float, float]] = []
+        self.clear_facts: dict[str, Any] = {}
 
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Prepare, train, report; returns the figures."""
@@ -198,7 +202,7 @@ class Run:
         model = adapted(args, setup)
         room = self._room(setup, prepared, model)
         trainer = make_trainer(args, setup, prepared, model, private=True)
-        peer = ClearPeer(argv) if args.compare_clear else None
+        peer = self._peer(argv, setup, prepared) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
         with private_session(
             setup.skeleton, prepared, args.lanes, trace, setup.hardware, room
@@ -211,6 +215,18 @@ class Run:
         if peer is not None:
             peer.close()
         return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
+
+    def _peer(self, argv: list[str], setup: Setup, prepared: PreparedModel) -> ClearPeer:
+        """The same training in clear: on a GPU in bf16, on a CPU in what is faster there."""
+        dtype = "bf16"
+        if setup.hardware.gpu is None:
+            times_ms = clear_times_ms(prepared.groups, self.args.tokens)
+            dtype = min(times_ms, key=times_ms.__getitem__)
+            found = ", ".join(f"{name} {ms:.0f} ms" for name, ms in times_ms.items())
+            print(f"the step in clear is taken in {dtype}: the widest linear takes {found}")
+            self.clear_facts["clear_linear_ms"] = times_ms
+        self.clear_facts["clear_dtype"] = dtype
+        return ClearPeer(argv, dtype)
 
     def _room(self, setup: Setup, prepared: PreparedModel, model: PeftModel) -> int | None:
         """Device memory for hints; checks on the way that the run fits."""
@@ -243,6 +259,7 @@ class Run:
         args = self.args
         tokens = setup.training.batch * args.sequence
         figures: dict[str, Any] = {
+            "kernel": chosen_kernel().name,
             "weights": setup.source.describe(),
             "hardware": setup.hardware.label,
             "host_frames": setup.hardware.host_frames,
@@ -272,6 +289,7 @@ class Run:
             figures["clear_step_s"] = median(seconds for seconds, _ in self.clear)
             figures["clear_steps_s"] = [seconds for seconds, _ in self.clear]
             figures["clear_losses"] = [loss for _, loss in self.clear]
+            figures |= self.clear_facts
             figures["private_over_clear"] = figures["private_step_s"] / figures["clear_step_s"]
         return figures
 
@@ -295,7 +313,10 @@ def print_report(f: dict[str, Any]) -> None:
             f"{human_bytes(f['bytes_per_token_down'])} down = {human_bytes(total)}"
         )
     if "clear_step_s" in f:
-        print(f"the same step in clear {f['clear_step_s']:8.2f} s  (same place, same int8 base)")
+        print(
+            f"the same step in clear {f['clear_step_s']:8.2f} s  "
+            f"({f['clear_dtype']}, same place, same int8 base)"
+        )
         print(f"private / clear        {f['private_over_clear']:8.2f}")
         pairs = zip(f["losses"], f["clear_losses"], strict=False)
         print("losses private/clear   " + ", ".join(f"{a:.4f}/{b:.4f}" for a, b in pairs))
@@ -331,7 +352,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--learning-rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
     add("--seed", type=int, default=0, help="seed of adapters, data order and random weights")
     add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
-    add("--compare-clear", action="store_true", help="take turns with the same training in clear")
+    add("--compare-clear", action="store_true",
+        help="take turns with the same training in clear, in the faster of fp32 and bf16")  # fmt: skip
     add("--checkpoint-every", type=int, default=25, help="steps between checkpoints (25)")
     add("--out", type=Path,
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
@@ -340,7 +362,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
     add("--trace", type=Path, metavar="FILE",
         help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
-    add("--clear-peer", action="store_true", help=argparse.SUPPRESS)
+    add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)
+    add_kernel_option(parser)
     record.add_json_option(parser)
     simulated.add_options(parser)
     args = parser.parse_args(argv)
@@ -370,6 +393,7 @@ def main() -> None:
         if args.clear_peer:
             clear_peer(args)
             return
+        use_kernel(args.kernel)
         if args.fresh and not args.compare_clear:
             shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
         figures = Run(args).run(argv)

@@ -36,7 +36,7 @@ from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import SafetensorsSource, human_bytes
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from scenarios import record, report
-from scenarios.cli import clean_exit
+from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import private_session, train_with_bar
@@ -257,9 +257,11 @@ def main() -> None:
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--trace", type=Path, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
+    add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
     with clean_exit():
+        use_kernel(args.kernel)
         figures = Quickstart(args).run()
     record.write(args.json, figures)
 
