@@ -17,17 +17,29 @@ from backends.he.store import GroupSpec
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a run in clear may compute in."""
 
+_FEW_TOKENS = 4
+
 
 def clear_times_ms(groups: Sequence[GroupSpec], tokens: int, rounds: int = 5) -> dict[str, float]:
     """Milliseconds that each of DTYPES takes on this CPU for the model's largest linear.
 
-    Forward and input gradient of `tokens` tokens, as a training step multiplies them; medians.
+    Forward and input gradient of `tokens` tokens, as a training step multiplies them; medians. One
+    of DTYPES that is hopeless at a few tokens is left out: where a processor has no bf16, torch may
+    take minutes.
     """
+    few = _times_ms(groups, min(tokens, _FEW_TOKENS), 1)
+    able = [name for name in DTYPES if few[name] < 4 * min(few.values())]
+    return few | _times_ms(groups, tokens, rounds, able) if len(able) > 1 else few
+
+
+def _times_ms(
+    groups: Sequence[GroupSpec], tokens: int, rounds: int, names: Sequence[str] = tuple(DTYPES)
+) -> dict[str, float]:
     group = max(groups, key=lambda g: g.in_features * g.total_out)
     weight = torch.randn(group.total_out, group.in_features)
     x, dy = torch.randn(tokens, group.in_features), torch.randn(tokens, group.total_out)
-    sides = {name: tuple(t.to(dtype) for t in (x, dy, weight)) for name, dtype in DTYPES.items()}
-    times: dict[str, list[float]] = {name: [] for name in DTYPES}
+    sides = {name: tuple(t.to(DTYPES[name]) for t in (x, dy, weight)) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name, (values, gradients, matrix) in sides.items():
             start_s = time.perf_counter()
