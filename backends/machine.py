@@ -12,6 +12,8 @@ import torch
 
 from backends.threads import core_count
 
+COMMIT_VARIABLE = "PRIVATE_LORA_COMMIT"
+
 
 def processor() -> str:
     """The processor's model and the vector instructions that matter here."""
@@ -44,9 +46,11 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, '-dirty' when the tree has changes, 'unknown' without git.
+    """The commit of this checkout, '-dirty' when the tree has changes.
 
-    Recorded results are no change: one run may write several.
+    Where git does not answer, as in a copy without its .git, the environment variable
+    PRIVATE_LORA_COMMIT says it; else it is 'unknown'. Recorded results are no change: one run may
+    write several.
     """
     root = Path(__file__).resolve().parent.parent
     try:
@@ -60,7 +64,7 @@ def commit() -> str:
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE, "unknown")
     return name + ("-dirty" if status else "")
 
 
