@@ -21,8 +21,9 @@ Environment variables:
                                 (async-64x256x128-3) or shell patterns, with commas between them
     PRIVATE_LORA_COMMIT         the commit, for a copy of the tree without its .git
 
-It takes four minutes with --quick, by force, and at most half an hour without. Neither has run on
-a GPU yet: how long it really takes is unmeasured, and there are no figures in the repository.
+With --quick it is over after four minutes, by force; without, after half an hour at most, but for
+parts that run again. None of this has run on a GPU yet: how long it really takes is unmeasured,
+and there are no figures in the repository.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def find_device(plan: Plan) -> Figures:
     """The GPU's name and the machine's facts. Exits when there is no GPU that will do."""
     found = run_part(DEVICE, plan, {})
     if found.error:
-        sys.exit("error: " + re.sub(r"^[\w.]+Error: ", "", found.error.splitlines()[-1]))
+        mendable = re.search(r"GpuError: (.*)$", found.error)
+        sys.exit(f"error: {mendable[1] if mendable else found.error}")
     device: Figures = found.figures
     return device
 

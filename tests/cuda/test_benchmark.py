@@ -13,13 +13,14 @@ from transformers import LlamaConfig
 
 pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 
+from backends import machine
 from backends.he.cuda.device import Gpu
 from backends.he.params import preset
 from benchmarks.gpu import __main__ as bench
 from benchmarks.gpu import ceiling, whole
 from benchmarks.gpu.parts import DEVICE, ESSENTIALS, PARTS, QUICK_LIMIT_S
 from benchmarks.gpu.profile import profile
-from benchmarks.gpu.runner import Plan
+from benchmarks.gpu.runner import Outcome, Plan
 from benchmarks.gpu.scale import FULL, QUICK, Scale, matrices_of
 from benchmarks.gpu.table import all_well, print_table, rows
 from benchmarks.gpu.task import Figures, Task
@@ -115,6 +116,47 @@ def test_essentials_come_first_and_end_in_time() -> None:
     assert Plan("standard", False).deadline_s(DEVICE) == DEVICE.deadline_s
     assert (QUICK.rounds, len(QUICK.ragged), len(QUICK.owner_tokens)) == (5, 3, 1)
     assert QUICK.tokens == 2048
+
+
+def test_the_step_is_the_scenario_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures, and how it was called; a scenario that fails fails the part."""
+    asked: list[str] = []
+
+    def run(command: list[str], cwd: Path, check: bool) -> None:
+        asked.extend(command)
+        place = Path(command[command.index("--json") + 1])
+        place.write_text('{"private_over_clear": 2.5, "origin": {}, "adapter_dir": "x"}')
+
+    monkeypatch.setattr(whole.subprocess, "run", run)
+    found = whole.step(Task("standard", True, 60, {}, lambda figures: None))
+    arguments = "--steps 3 --tokens 2048 --sequence 512"
+    assert found == {"private_over_clear": 2.5, "arguments": arguments}
+    assert asked[1:5] == ["-m", "scenarios.llama1b", "--real-gpu", "--compare-clear"]
+
+
+def test_a_gpu_that_will_not_do_ends_it_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user can mend it, or all that is known."""
+    plan = Plan("standard", False)
+    for error, said in (
+        ("exit status 1\nTraceback\nx.GpuError: no driver; install one", "error: no driver"),
+        ("stopped after 60 s\nFile x in y", "error: stopped after 60 s\nFile x in y"),
+    ):
+        monkeypatch.setattr(bench, "run_part", lambda *_, e=error: Outcome(None, e, ()))
+        with pytest.raises(SystemExit, match=said):
+            bench.find_device(plan)
+
+
+def test_the_commit_is_told_where_git_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the environment, and by nothing else."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "0123456789ab")
+    monkeypatch.setattr(machine.subprocess, "run", missing)
+    assert machine.commit() == "0123456789ab"
+    monkeypatch.delenv(machine.COMMIT_VARIABLE)
+    assert machine.commit() == "unknown"
 
 
 def test_parts_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
