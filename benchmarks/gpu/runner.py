@@ -81,12 +81,14 @@ def run_part(part: Part, plan: Plan, known: Figures, left_out: Sequence[str] = (
                 start_new_session=True,  # so that what it starts can be killed with it
             )  # fmt: skip
             status = _ended(child, deadline_s)
-        said = (folder / "log.txt").read_text(errors="replace")[-_TAIL:]
+        said = (folder / "log.txt").read_text(errors="replace")
+        for root in (str(ROOT), sys.prefix, sys.base_prefix):  # figures hold no path of a machine
+            said = said.replace(root, "")
         warnings = folder / "warnings.txt"
         figures = folder / "figures.json"
         return Outcome(
             json.loads(figures.read_text()) if figures.exists() else None,
-            "" if status == 0 else f"{_reason(status, deadline_s)}\n{said}".strip(),
+            "" if status == 0 else f"{_reason(status, deadline_s)}\n{said[-_TAIL:]}".strip(),
             tuple(warnings.read_text().splitlines()) if warnings.exists() else (),
         )
 

@@ -70,6 +70,7 @@ def test_hangs_and_crashes_leave_the_other_parts(
     assert failed["faults"].startswith("killed by SIGSEGV")
     assert "in faults" in failed["faults"], "where it was"
     assert "RuntimeError: no such luck" in failed["raises"]
+    assert str(ROOT) not in json.dumps(failed)
     assert found["hangs"] == {"half": 1}
     assert {"hangs", "failed"} <= set(found["works"]["known"])
     assert not {"aborts", "faults", "raises"} & set(found)
