@@ -17,6 +17,8 @@ _TELLING_FLAGS = (
     "asimd", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
 
+COMMIT_VARIABLE = "PRIVATE_LORA_COMMIT"
+
 
 def _cpuinfo() -> dict[str, str]:
     """The last processor's lines of /proc/cpuinfo; nothing where there is no such file."""
@@ -61,9 +63,11 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, '-dirty' when the tree has changes, 'unknown' without git.
+    """The commit of this checkout, '-dirty' when the tree has changes.
 
-    Recorded results are no change: one run may write several.
+    Where git does not answer, as in a copy without its .git, the environment variable
+    PRIVATE_LORA_COMMIT says it; else it is 'unknown'. Recorded results are no change: one run may
+    write several.
     """
     root = Path(__file__).resolve().parent.parent
     try:
@@ -77,7 +81,7 @@ def commit() -> str:
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE, "unknown")
     return name + ("-dirty" if status else "")
 
 

@@ -28,15 +28,23 @@ def command() -> str:
     return " ".join([head, *sys.argv[1:]])
 
 
-def write(path: Path | None, figures: dict[str, Any], quiet: bool = False) -> None:
-    """Write the figures and their origin as JSON, when a path was given; `quiet` says nothing."""
+def write(
+    path: Path | None,
+    figures: dict[str, Any],
+    quiet: bool = False,
+    found: dict[str, Any] | None = None,
+) -> None:
+    """Write the figures and their origin as JSON, when a path was given; `quiet` says nothing.
+
+    found  `machine()` of another process, for one that must not ask the GPU
+    """
     if path is None:
         return
     origin = {
         "command": command(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
+        "machine": machine() if found is None else found,
     }
     write_json(path, figures | {"origin": origin})
     if not quiet:

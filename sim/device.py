@@ -29,11 +29,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
-
-import simpy
+from typing import TYPE_CHECKING, Any, Literal
 
 from backends.files import write_json
+
+if TYPE_CHECKING:
+    import simpy
 
 PROFILES = Path(__file__).with_name("profiles")
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
-
-import simpy
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from protocol.events import (
     AnswerRejected,
@@ -27,6 +25,9 @@ from protocol.events import (
     TaskFailed,
     TimerFired,
 )
+
+if TYPE_CHECKING:
+    import simpy
 
 TaskEnd: TypeAlias = TaskDone | TaskFailed | AnswerRejected
 

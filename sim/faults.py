@@ -19,8 +19,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
-import simpy
+if TYPE_CHECKING:
+    import simpy
+
 
 HEADER_BYTES = 28
 _LENGTH_AT = 24

@@ -15,11 +15,13 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import simpy
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Outcome: TypeAlias = Float32Array | Exception

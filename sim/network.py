@@ -29,11 +29,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import combinations, pairwise
+from typing import TYPE_CHECKING
 
 import networkx
-import simpy
 
 from sim.flows import Link, Pipe, Route, fill
+
+if TYPE_CHECKING:
+    import simpy
 
 __all__ = ["Link", "Network", "Stream", "describe", "star", "two_sites"]
 

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import networkx as nx
-import simpy
 
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.owner_memory import OwnerConfig
@@ -132,6 +131,8 @@ class World:
     """Builds the hosts of a `WorldConfig` and runs them; use `simulate`."""
 
     def __init__(self, config: WorldConfig) -> None:
+        import simpy  # only to simulate: profiles and workloads are read without it
+
         self.config = config
         self.env = simpy.Environment()
         self.trace = Recorder()
@@ -202,13 +203,15 @@ class World:
 
     def run(self) -> WorldResult:
         """Simulate until every owner has taken its steps. Raises WorldError."""
+        from simpy.core import EmptySchedule
+
         for host in self.owners.values():
             host.begin()
         events, step = 0, self.env.step
         while self._stepping:
             try:
                 step()
-            except simpy.core.EmptySchedule:
+            except EmptySchedule:
                 raise WorldError("an owner waits for something that will not happen") from None
             events += 1
         owners, workers, now = self.owners.values(), self.workers, self.env.now

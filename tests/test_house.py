@@ -80,6 +80,16 @@ def test_sim_runs_nothing_of_the_real_world() -> None:
             assert not {i for i in imports(path) if i.partition(".")[0] == "sim"}, name
 
 
+def test_only_a_simulation_needs_simpy() -> None:
+    """Real runs load what the simulator knows of models and devices, where simpy may be missing."""
+    for name, path in modules().items():
+        if not name.startswith("scenarios.chaos"):
+            for node in ast.parse(path.read_text()).body:  # what loading the module imports
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                    assert "simpy" not in names, name
+
+
 @pytest.mark.parametrize(
     "worker", ["backends.net.worker", "backends.he.mlwe_worker", "backends.he.cuda.worker"]
 )

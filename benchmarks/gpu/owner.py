@@ -17,7 +17,9 @@ from backends.he.plan import plan_matrix
 from backends.he.public import PublicMatrix, public_seed
 from backends.he.ring import tiles_of
 from backends.he.vector import LANES
-from benchmarks.gpu.timing import Matrix, Scale, device_ms
+from benchmarks.gpu.scale import Matrix, Scale
+from benchmarks.gpu.task import Figures, Task
+from benchmarks.gpu.timing import device_ms
 from benchmarks.gpu.worker import random_weight
 
 
@@ -35,15 +37,23 @@ def stand_in(matrix: Matrix, parameters: Parameters) -> OwnerMatrix:
     return OwnerMatrix(matrix.name, ones, scale, plan, hint)
 
 
-def ring_work(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
+def owner(task: Task) -> list[Figures]:
+    """The owner's work at several token counts; the last one is the one that is judged."""
+    works: list[Figures] = []
+    for tokens in task.scale.owner_tokens:
+        works.append(ring_work(task.gpu, task.parameters, task.scale, tokens))
+        task.keep(works)
+    return works
+
+
+def ring_work(gpu: Gpu, parameters: Parameters, scale: Scale, tokens: int) -> Figures:
     """Encrypting and decrypting every linear of a step once, in time per token.
 
-    Requests hold `scale.tokens` tokens. `ring` is encrypting and decrypting; `checked` is with the
+    Requests hold `tokens` tokens. `ring` is encrypting and decrypting; `checked` is with the
     check of answers, which every real session makes. Both include what the host does between
     launches, where the device waits for it.
     """
     public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
-    tokens = scale.tokens
     totals = {"encrypt": 0.0, "decrypt": 0.0, "decrypt_checked": 0.0}
     rows = []
     owner = CudaOwner(parameters, public, gpu, local=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from backends.he.params import Parameters
 from backends.machine import commit
-from benchmarks.gpu.timing import Matrix, Scale
+from benchmarks.gpu.scale import Matrix, Scale
 from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Origin
 from sim.workload import decrypt_work, encrypt_work
@@ -35,7 +35,7 @@ def ring_rates(
 ) -> dict[str, float]:
     """Rates and overheads of the owner's tasks: time = rows/r + values/v + overhead.
 
-    works  results of `owner.ring_work` at several token counts
+    works  results of `owner.ring_work` at one or several token counts
 
     Least squares of relative errors; a rate that would be negative is left at a value too fast to
     matter.
@@ -88,6 +88,6 @@ def profile(
         Origin("measured", where, time.strftime("%Y-%m-%d"), commit(), _ASSUMED),
         1.0,
         {key: float(f"{value:.4g}") for key, value in rates.items()},
-        float(f"{figures['ceilings']['bytes_per_s']:.4g}"),
+        float(f"{figures['library']['bytes_per_s']:.4g}"),
         {key: float(f"{value:.4g}") for key, value in overhead.items()},
     )

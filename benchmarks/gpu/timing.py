@@ -1,16 +1,13 @@
-"""Device time, measured side by side, and the shapes that are measured."""
+"""Device time, measured side by side."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig
 
 from backends.he.cuda.device import Gpu
-from sim.models import model_config
 
 Action = Callable[[], object]
 
@@ -63,63 +60,3 @@ def in_turns(
         for name, action in actions.items():
             times[name].append(device_ms(gpu, action, repeats, held=True))
     return times
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One direction of one linear group, and how often a step multiplies by it."""
-
-    name: str
-    inputs: int
-    outputs: int
-    count: int
-
-
-def matrices_of(config: PretrainedConfig) -> tuple[Matrix, ...]:
-    """What a Llama's worker multiplies by, forward and backward, the head being local."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    groups = {
-        "q+k+v": (hidden, queries + 2 * keys),
-        "o": (queries, hidden),
-        "gate+up": (hidden, 2 * config.intermediate_size),
-        "down": (config.intermediate_size, hidden),
-    }
-    both = []
-    for name, (inputs, outputs) in groups.items():
-        both.append(Matrix(f"{name} forward", inputs, outputs, layers))
-        both.append(Matrix(f"{name} backward", outputs, inputs, layers))
-    return tuple(both)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large everything is. Tests use a tiny one, so that they run every line.
-
-    config   of the model
-    layers   (in, out) of the single layers set against clear bf16
-    tokens   of one request
-    ragged   token counts whose products are compared bit for bit
-    square   side of the products that measure the device's ceilings
-    """
-
-    config: PretrainedConfig
-    layers: tuple[tuple[int, int], ...] = ((2048, 8192), (8192, 2048), (2048, 2048))
-    layer_tokens: int = 4096
-    tokens: int = 2048
-    ragged: tuple[int, ...] = (1, 7, 64, 255, 256, 257, 1000, 2048)
-    square: int = 8192
-    copy_bytes: int = 1 << 31
-    rounds: int = 15
-    repeats: int = 10
-
-    @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        """Of the model."""
-        return matrices_of(self.config)
-
-
-def full() -> Scale:
-    """Llama-3.2-1B."""
-    return Scale(model_config("llama-3.2-1b"))

@@ -10,17 +10,46 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 
-from backends.he.cuda.device import Gpu
 from backends.he.cuda.hints import cuda_arithmetic
-from backends.he.params import Parameters
 from backends.he.preparation import prepare
 from backends.he.store import GroupSpec
-from benchmarks.gpu.timing import Scale
+from benchmarks.gpu.scale import Scale
+from benchmarks.gpu.task import Figures, Task
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+_SUMMING_UP_S = 10.0  # of the suite's deadline, for what comes after the tests
+
+
+def suite(task: Task) -> Figures:
+    """The tests that need the device, on it; one that hangs ends them.
+
+    What only compiles or emulates is left to `make test`.
+    """
+    return tests_of("tests/cuda", task.deadline_s - _SUMMING_UP_S)
+
+
+def tests_of(tests: str, patience_s: float) -> Figures:
+    """What the device tests in a folder or file say within so many seconds."""
+    # Each test is named as it begins, and the options of pyproject.toml do not add up with these.
+    command = [sys.executable, "-m", "pytest", tests, "-o", "addopts=", "-v", "-rfEs"]
+    command += ["-m", "device", "--ignore", "tests/cuda/test_benchmark.py"]
+    # A kernel that hangs is waited for in C, where only the thread method reaches.
+    command += ["-p", "no:cacheprovider", "--timeout", "60", "--timeout-method", "thread"]
+    status, said = _output_of(command, patience_s)
+    lines = said.splitlines()
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))][:40]
+    summary = lines[-1].strip("= ") if lines else ""
+    return {
+        "passed": status == 0,
+        "summary": summary if status is not None else f"not ended after {patience_s:.0f} s",
+        "skipped": [line for line in lines if line.startswith("SKIPPED")],
+        "failures": failures,
+        "end": lines[-40:] if status else lines[-3:],
+    }
 
 
 def _output_of(command: list[str], patience_s: float) -> tuple[int | None, str]:
@@ -38,28 +67,6 @@ def _output_of(command: list[str], patience_s: float) -> tuple[int | None, str]:
         return status, said.read().strip()
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def suite(tests: str = "tests/cuda", patience_s: float = 540) -> dict[str, Any]:
-    """Every test of the CUDA backend, on the device itself; one that hangs ends them."""
-    # Each test is named as it begins, and the options of pyproject.toml do not add up with these.
-    command = [sys.executable, "-m", "pytest", tests, "-o", "addopts=", "-v", "-rfEs"]
-    # A kernel that hangs is waited for in C, where only the thread method reaches.
-    command += ["-p", "no:cacheprovider", "--timeout", "120", "--timeout-method", "thread"]
-    status, said = _output_of(command, patience_s)
-    lines = said.splitlines()
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))][:40]
-    summary = lines[-1].strip("= ") if lines else ""
-    return {
-        "passed": status == 0,
-        "summary": summary if status is not None else f"not ended after {patience_s:.0f} s",
-        "skipped": [line for line in lines if line.startswith("SKIPPED")],
-        "failures": failures,
-        "end": lines[-40:] if status else lines[-3:],
-    }
-
-
 def groups_of(scale: Scale) -> list[GroupSpec]:
     """The model's linear groups, one weight each."""
     specs = []
@@ -72,43 +79,48 @@ def groups_of(scale: Scale) -> list[GroupSpec]:
     return specs
 
 
-def preparing(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
+def preparing(task: Task) -> Figures:
     """Quantise the model and build all hints, written to disk; bf16 weights are in memory."""
-    groups = groups_of(scale)
+    groups = groups_of(task.scale)
     weights = {
         g.name: torch.randn(g.total_out, g.in_features, dtype=torch.bfloat16) * 0.02 for g in groups
     }
     with tempfile.TemporaryDirectory(prefix="hints-") as place:
         start_s = time.perf_counter()
         prepare(
-            Path(place), groups, lambda name: weights[name], parameters,
-            lambda label, done: None, arithmetic=cuda_arithmetic(gpu),
+            Path(place), groups, lambda name: weights[name], task.parameters,
+            lambda label, done: None, arithmetic=cuda_arithmetic(task.gpu),
         )  # fmt: skip
         seconds = time.perf_counter() - start_s
         written = sum(file.stat().st_size for file in Path(place).rglob("*.npy"))
     return {"seconds": seconds, "written_bytes": written, "groups": len(groups)}
 
 
-def step(arguments: list[str]) -> dict[str, Any]:
-    """`scenarios.llama1b --real-gpu --compare-clear`, in a process of its own."""
+def step(task: Task) -> Figures:
+    """`scenarios.llama1b --real-gpu --compare-clear`, in a process of its own.
+
+    What it says goes to this process's output, which is shown when it fails.
+    """
+    scale = task.scale
+    arguments = ["--steps", str(scale.training_steps), "--tokens", str(scale.tokens)]
+    arguments += ["--sequence", str(min(scale.tokens, 512))]
     with tempfile.TemporaryDirectory(prefix="step-") as place:
         figures = Path(place) / "figures.json"
         command = [sys.executable, "-m", "scenarios.llama1b", "--real-gpu", "--compare-clear"]
         command += ["--json", str(figures), "--out", f"{place}/out", "--cache", f"{place}/cache"]
-        status, said = _output_of([*command, *arguments], 500)
-        if status != 0:
-            raise RuntimeError(f"exit status {status} (None: stopped after 500 s):\n{said[-2000:]}")
-        found: dict[str, Any] = json.loads(figures.read_text())
+        subprocess.run([*command, *arguments], cwd=ROOT, check=True)
+        found: Figures = json.loads(figures.read_text())
     found.pop("adapter_dir", None)
     found.pop("origin", None)
     return found | {"arguments": " ".join(arguments)}
 
 
-def peer(inputs: int, outputs: int) -> dict[str, Any]:
+def peer(task: Task) -> Figures:
     """Seconds per token of the published peer for one layer, if its CUDA wheel is installed.
 
     concrete-ml-extensions: encrypted matrix product over GLWE, 8-bit values.
     """
+    inputs, outputs = task.scale.layers[-1]
     try:
         extension = importlib.import_module("concrete_ml_extensions")
     except ImportError:

@@ -16,7 +16,9 @@ from backends.he.cuda.tuner import Tuner
 from backends.he.cuda.worker import CudaWorker
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
-from benchmarks.gpu.timing import Matrix, Scale, device_ms, in_turns
+from benchmarks.gpu.scale import Matrix
+from benchmarks.gpu.task import Figures, Task
+from benchmarks.gpu.timing import device_ms, in_turns
 
 
 def random_weight(inputs: int, outputs: int, seed: int = 0) -> NDArray[np.int8]:
@@ -30,14 +32,16 @@ def random_request(gpu: Gpu, tokens: int, inputs: int, parameters: Parameters) -
     return torch.randint(0, 256, (size,), dtype=torch.uint8, device=gpu.device)
 
 
-def identical(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
+def identical(task: Task) -> Figures:
     """GPU against CPU, same bytes in, for every shape of the model and ragged token counts.
 
     Both ways of the GPU, requests on the device and on the host, and several joined in one.
     """
+    gpu, parameters, scale = task.gpu, task.parameters, task.scale
     on_cpu = MlweWorker(parameters)
     ways = {"fused": CudaWorker(parameters, gpu), "library": CudaWorker(parameters, gpu, False)}
-    compared, different = 0, []
+    compared = 0
+    different: list[str] = []
     for matrix in scale.matrices:
         weight = random_weight(matrix.inputs, matrix.outputs, compared)
         expected_of = on_cpu.load(weight, True)
@@ -54,16 +58,17 @@ def identical(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
                     compared += 1
                     if not np.array_equal(answer, expected):
                         different.append(f"{name}: {matrix.name}, {tokens} tokens")
+        task.keep({"compared": compared, "different": sorted(set(different))})
     return {"compared": compared, "different": sorted(set(different))}
 
 
-def ceilings(gpu: Gpu, scale: Scale) -> dict[str, Any]:
-    """What products and copies reach on this device, on random data.
+def library(task: Task) -> Figures:
+    """What the libraries' products, our own of the same size, and copies reach, on random data.
 
-    The int8 ceiling is the faster of the library's product and our own of the same size: torch
-    gives the library no workspace, which may cost it its best algorithms.
+    torch gives its int8 product no workspace, which may cost it its best algorithms.
     """
-    side, device = scale.square, gpu.device
+    gpu, scale, device = task.gpu, task.scale, task.gpu.device
+    side = scale.square
     a8, b8 = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in "ab")
     planes = a8.view(2, side // 2, side)
     tiling = Tuner(gpu).tiling(2, side // 2, b8, 8)
@@ -83,23 +88,21 @@ def ceilings(gpu: Gpu, scale: Scale) -> dict[str, Any]:
         scale.repeats,
     )
     operations = 2 * side**3
-    return {
-        "square": side,
-        "int8_ops_per_s": operations / min(median(times["int8"]), median(times["fused"])) * 1e3,
-        "library_int8_ops_per_s": operations / median(times["int8"]) * 1e3,
-        "bf16_ops_per_s": operations / median(times["bf16"]) * 1e3,
-        "bytes_per_s": 2 * source.numel() / median(times["copy"]) * 1e3,
+    rates = {
+        f"{name}_ops_per_s": operations / median(times[name]) * 1e3
+        for name in ("int8", "fused", "bf16")
     }
+    bytes_per_s = 2 * source.numel() / median(times["copy"]) * 1e3
+    return {"square": side, **rates, "bytes_per_s": bytes_per_s}
 
 
-def layers(
-    gpu: Gpu, parameters: Parameters, scale: Scale, int8_ops_per_s: float
-) -> list[dict[str, Any]]:
+def layers(task: Task) -> list[Figures]:
     """Single layers under encryption against clear bf16, device-resident, in one run."""
+    gpu, parameters, scale = task.gpu, task.parameters, task.scale
     fused, library = CudaWorker(parameters, gpu), CudaWorker(parameters, gpu, False)
-    rows = []
+    tokens = scale.layer_tokens
+    rows: list[Figures] = []
     for inputs, outputs in scale.layers:
-        tokens = scale.layer_tokens
         weight = random_weight(inputs, outputs)
         request = random_request(gpu, tokens, inputs, parameters)
         by_fused, by_library = fused.load(weight, True), library.load(weight, True)
@@ -108,32 +111,25 @@ def layers(
         times = in_turns(
             gpu,
             {
-                "fused": lambda r=request, w=by_fused: fused.multiply(r, scale.layer_tokens, w),
-                "library": lambda r=request, w=by_library: library.multiply(
-                    r, scale.layer_tokens, w
-                ),
+                "fused": lambda r=request, w=by_fused: fused.multiply(r, tokens, w),
+                "library": lambda r=request, w=by_library: library.multiply(r, tokens, w),
                 "bf16": lambda a=x, b=clear: a @ b.t(),
             },
             scale.rounds,
             scale.repeats,
         )
-        operations = 2 * parameters.limbs * tokens * inputs * outputs
-        fused_ms = median(times["fused"])
-        rows.append(
-            {
-                "in": inputs,
-                "out": outputs,
-                "tokens": tokens,
-                **{f"{name}_ms": median(values) for name, values in times.items()},
-                "he_over_bf16": _median_ratio(times, "fused", "bf16"),
-                "library_over_bf16": _median_ratio(times, "library", "bf16"),
-                "of_int8_ceiling": operations / fused_ms * 1e3 / int8_ops_per_s,
-                "floor_ms": operations / int8_ops_per_s * 1e3,
-                "bytes": parameters.limbs * tokens * inputs
-                + inputs * outputs
-                + 2 * tokens * outputs,
-            }
-        )
+        row: Figures = {"in": inputs, "out": outputs, "tokens": tokens}
+        row |= {f"{name}_ms": median(values) for name, values in times.items()}
+        row["he_over_bf16"] = _median_ratio(times, "fused", "bf16")
+        row["library_over_bf16"] = _median_ratio(times, "library", "bf16")
+        limbs = parameters.limbs
+        row["bytes"] = limbs * tokens * inputs + inputs * outputs + 2 * tokens * outputs
+        row["operations"] = 2 * limbs * tokens * inputs * outputs
+        if "ceiling" in task.known:
+            floor_ms = row["operations"] / task.known["ceiling"]["int8_ops_per_s"] * 1e3
+            row |= {"floor_ms": floor_ms, "of_int8_ceiling": floor_ms / row["fused_ms"]}
+        rows.append(row)
+        task.keep(rows)
     return rows
 
 
@@ -141,8 +137,9 @@ def _median_ratio(times: dict[str, list[float]], over: str, under: str) -> float
     return median(a / b for a, b in zip(times[over], times[under], strict=True))
 
 
-def throughput(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]:
+def throughput(task: Task) -> Figures:
     """All products of a training step's tokens, one after the other, weights resident."""
+    gpu, parameters, scale = task.gpu, task.parameters, task.scale
     worker = CudaWorker(parameters, gpu)
     work: list[tuple[Matrix, torch.Tensor, list[Any]]] = []
     for matrix in scale.matrices:
@@ -174,4 +171,19 @@ def throughput(gpu: Gpu, parameters: Parameters, scale: Scale) -> dict[str, Any]
             f"{outputs} x {inputs}, to {size} tokens": asdict(tiling)
             for (_, size, outputs, inputs), tiling in worker.tuner.chosen.items()
         },
+    }
+
+
+def launch(task: Task) -> Figures:
+    """Seconds of the smallest things: one torch kernel, and a product of one token."""
+    gpu, parameters = task.gpu, task.parameters
+    small = torch.zeros(32, device=gpu.device)
+    matrix = task.scale.matrices[0]
+    worker = CudaWorker(parameters, gpu)
+    loaded = worker.load(random_weight(matrix.inputs, matrix.outputs), True)
+    request = random_request(gpu, 1, matrix.inputs, parameters)
+    worker.multiply(request, 1, loaded)
+    return {
+        "local_s": device_ms(gpu, lambda: small.add_(1), 100) / 1e3,
+        "multiply_s": device_ms(gpu, lambda: worker.multiply(request, 1, loaded), 100) / 1e3,
     }

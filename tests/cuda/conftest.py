@@ -17,6 +17,13 @@ if not torch.cuda.is_available():
 from backends.he.cuda.device import Gpu, emulated, find_gpu
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses the device, where there is one, is marked: `benchmarks.gpu` runs nothing else."""
+    for item in items:
+        if "gpu" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
     """The GPU of this machine, or its stand-in."""

@@ -19,6 +19,7 @@ from backends.he.cuda.tiling import (
     AMPERE_SMALL,
     HOPPER_LARGE,
     HOPPER_SMALL,
+    SKIP_VARIABLE,
     Tiling,
     candidates,
     token_class,
@@ -48,14 +49,17 @@ def choose(
     times: dict[Tiling, float],
     wrong: set[Tiling],
     big: set[Tiling],
+    failing: set[Tiling] = frozenset(),  # type: ignore[assignment]
 ) -> Tiling:
-    """The tuner's choice where tilings take `times`, some are wrong and some do not fit."""
+    """The tuner's choice where tilings take `times`, and some are wrong, do not fit or fail."""
 
     def product(
         planes: torch.Tensor, weight: torch.Tensor, bits: int, tiling: Tiling
     ) -> torch.Tensor:
         if tiling in big:
             raise OutOfResources(300000, 232448, "shared memory")
+        if tiling in failing:
+            raise RuntimeError("unspecified launch failure")
         return library_product(planes, weight, bits) + (tiling in wrong)
 
     monkeypatch.setattr(tuner, "fused_product", product)
@@ -71,7 +75,53 @@ def test_the_fastest_that_fits_and_is_right(
     times = dict.fromkeys(HOPPER_LARGE, 9.0) | {wrong: 1.0, big: 2.0, fast: 3.0}
     with caplog.at_level(logging.ERROR):
         assert choose(monkeypatch, times, {wrong}, {big}) == fast
-    assert [record.args[1] for record in caplog.records if record.args] == [wrong]
+    assert [record.args[1] for record in caplog.records if record.args] == [wrong.name]
+
+
+def test_a_failing_one_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And named, with its error; the others are tried."""
+    failing, fast = HOPPER_LARGE[3], HOPPER_LARGE[4]
+    times = dict.fromkeys(HOPPER_LARGE, 9.0) | {failing: 1.0, fast: 3.0}
+    assert choose(monkeypatch, times, set(), set(), {failing}) == fast
+    (record,) = caplog.records
+    assert failing.name in record.message
+    assert "unspecified launch failure" in record.message
+
+
+def test_a_fault_that_stays_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the variable that leaves the tiling out next time; full memory is no tiling's fault."""
+
+    def poisoned(gpu: Gpu) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Gpu, "synchronize", poisoned)
+    bad = HOPPER_LARGE[3]
+    times = dict.fromkeys(HOPPER_LARGE, 9.0)
+    with pytest.raises(GpuError, match=f"{SKIP_VARIABLE}={bad.name} "):
+        choose(monkeypatch, times, set(), set(), {bad})
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tuner, "fused_product", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Tuner(emulated())._fastest(PLANES, WEIGHT, 8, HOPPER_LARGE)
+
+
+def test_tilings_are_left_out_by_name_kind_or_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name is another's; a tuner left with none says whose doing it is."""
+    everything = HOPPER_LARGE + HOPPER_SMALL + AMPERE_LARGE + AMPERE_SMALL
+    assert len({tiling.name for tiling in everything}) == len(everything)
+    assert candidates((9, 0), 4096, "async") == HOPPER_LARGE[:3]
+    assert candidates((9, 0), 4096, "bulk-*, async-64x256x64-7") == (
+        HOPPER_LARGE[3], *HOPPER_LARGE[5:],
+    )  # fmt: skip
+    assert candidates((9, 0), 4096, "async-64x256") == HOPPER_LARGE
+    monkeypatch.setenv(SKIP_VARIABLE, "pointers")
+    with pytest.raises(GpuError, match="leaves no tiling"):
+        Tuner(emulated()).tiling(3, 5, WEIGHT, 8)
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +162,8 @@ def test_a_kernel_that_hangs_is_not_waited_for_for_ever(monkeypatch: pytest.Monk
             self.glances -= 1
             return self.glances < 0
 
-    tuner.require_end(Event(3), "slow")
+    slow, stuck = HOPPER_LARGE[:2]
+    tuner.require_end(Event(3), slow, "a GPU")
     monkeypatch.setattr(tuner, "_PATIENCE_S", 0.01)
-    with pytest.raises(GpuError, match="stuck has not ended"):
-        tuner.require_end(Event(10**9), "stuck")
+    with pytest.raises(GpuError, match=f"{stuck.name} has not ended.*{SKIP_VARIABLE}={stuck.name}"):
+        tuner.require_end(Event(10**9), stuck, "a GPU")

@@ -39,11 +39,6 @@ SMALL_TILES = (
 )
 
 
-def label(tiling: Tiling) -> str:
-    """A test's name for a tiling."""
-    return f"{tiling.kernel.value}-{tiling.tokens}x{tiling.outputs}x{tiling.inputs}-{tiling.stages}"
-
-
 def require(gpu: Gpu, tiling: Tiling) -> None:
     """Skip what cannot run here."""
     on_gpu = gpu.device.type == "cuda"
@@ -109,7 +104,9 @@ def test_kernel_is_the_definition(
 
 
 @pytest.mark.parametrize(
-    "tiling", [*HOPPER_LARGE, *HOPPER_SMALL, *AMPERE_LARGE, *AMPERE_SMALL], ids=label
+    "tiling",
+    [*HOPPER_LARGE, *HOPPER_SMALL, *AMPERE_LARGE, *AMPERE_SMALL],
+    ids=lambda tiling: tiling.name,
 )
 def test_every_tiling_is_exact(gpu: Gpu, tiling: Tiling) -> None:
     """Each shape in use, at the extremes of the digits, with edges on all three sides."""

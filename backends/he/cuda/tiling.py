@@ -6,6 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
+from functools import cache
+
+SKIP_VARIABLE = "PRIVATE_LORA_SKIP_TILINGS"
+"""Environment variable with the tilings to leave out: names as in `Tiling.name`, kinds of kernel
+(`async`) or shell patterns (`bulk-64x*`), with commas between them.
+"""
 
 
 class Kernel(str, Enum):
@@ -36,6 +43,16 @@ class Tiling:
     stages: int
     group: int = 8
     programs: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its kind, tile and stages."""
+        return f"{self.kernel.value}-{self.tokens}x{self.outputs}x{self.inputs}-{self.stages}"
+
+    def matches(self, patterns: str) -> bool:
+        """Whether it is named by one of the patterns of a SKIP_VARIABLE."""
+        found = [pattern.strip() for pattern in patterns.split(",")]
+        return any(p == self.kernel.value or fnmatchcase(self.name, p) for p in found)
 
 
 TOKEN_CLASSES = (64, 512, 4096)
@@ -73,9 +90,14 @@ def token_class(tokens: int) -> int:
     return next((size for size in TOKEN_CLASSES if tokens <= size), TOKEN_CLASSES[-1])
 
 
-def candidates(capability: tuple[int, int], tokens: int) -> tuple[Tiling, ...]:
-    """Tilings to choose from on a device, for requests of about `tokens`; the first is safe."""
+@cache
+def candidates(capability: tuple[int, int], tokens: int, skipped: str = "") -> tuple[Tiling, ...]:
+    """Tilings to choose from on a device, for requests of about `tokens`; the first is safe.
+
+    skipped  patterns of those to leave out
+    """
     small = tokens <= TOKEN_CLASSES[0]
+    found: tuple[Tiling, ...] = AMPERE_SMALL if small else AMPERE_LARGE
     if capability == HOPPER:
-        return HOPPER_SMALL if small else HOPPER_LARGE
-    return AMPERE_SMALL if small else AMPERE_LARGE
+        found = HOPPER_SMALL if small else HOPPER_LARGE
+    return tuple(tiling for tiling in found if not tiling.matches(skipped))

@@ -7,6 +7,7 @@ and the worker launches from several threads.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -17,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 
 from backends.he.cuda.device import Gpu, GpuError
 from backends.he.cuda.gemm import fused_product, library_product
-from backends.he.cuda.tiling import Tiling, candidates, token_class
+from backends.he.cuda.tiling import SKIP_VARIABLE, Tiling, candidates, token_class
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,13 @@ class Tuner:
     """Remembers a tiling for each matrix shape and class of request sizes.
 
     A choice is made once, with a request of the class's size, whatever request came first. Small
-    products, and emulated devices, take the first candidate unmeasured.
+    products, and emulated devices, take the first candidate unmeasured. Tilings named by the
+    environment variable PRIVATE_LORA_SKIP_TILINGS (`tiling.py`) are none.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
+        self._skipped = os.environ.get(SKIP_VARIABLE, "")
         self._chosen: dict[tuple[int, int, int, int], Tiling] = {}
         self._lock = threading.Lock()
 
@@ -48,11 +51,14 @@ class Tuner:
     def tiling(self, limbs: int, tokens: int, weight: torch.Tensor, dropped_bits: int) -> Tiling:
         """The tiling for `tokens` tokens times weight int8[N, K].
 
-        Raises GpuError when no candidate runs and gives the library's bits.
+        Raises GpuError when no candidate runs and gives the library's bits, and when one leaves
+        the device unusable for this process.
         """
         outputs, inputs = weight.shape
         size = token_class(tokens)
-        options = candidates(self._gpu.capability, size)
+        options = candidates(self._gpu.capability, size, self._skipped)
+        if not options:
+            raise GpuError(f"{SKIP_VARIABLE}={self._skipped} leaves no tiling to choose from")
         if weight.device.type != "cuda" or size * outputs * inputs < _TUNED_FROM:
             return options[0]
         key = (limbs, size, outputs, inputs)
@@ -75,34 +81,56 @@ class Tuner:
         for option in options:
             try:
                 product = fused_product(planes, weight, dropped_bits, option)
+                if self._gpu.device.type == "cuda":
+                    end = _event()
+                    end.record()
+                    require_end(end, option, self._gpu.name)
+                if torch.equal(product, right):
+                    timed[option] = milliseconds(planes, weight, dropped_bits, option)
+                else:
+                    self._leave_out(option, "it differs from the library's product")
             except OutOfResources:
                 continue
-            except TritonError as error:
-                log.error("%s: %s does not compile: %s", self._gpu.name, option, error)
-                continue
-            if self._gpu.device.type == "cuda":
-                end = _event()
-                end.record()
-                require_end(end, f"{self._gpu.name}: {option}")
-            if torch.equal(product, right):
-                timed[option] = milliseconds(planes, weight, dropped_bits, option)
-            else:
-                log.error("%s: %s differs from the library's product", self._gpu.name, option)
+            except (GpuError, torch.OutOfMemoryError):
+                raise
+            except (TritonError, RuntimeError) as error:
+                self._leave_out(option, f"{type(error).__name__}: {error}")
+                self._require_sound(option, error)
         if not timed:
             raise GpuError(f"{self._gpu.name}: no kernel for this product runs on this device")
         return min(timed, key=lambda option: timed[option])
 
+    def _leave_out(self, option: Tiling, why: str) -> None:
+        log.error("%s: tiling %s is left out: %s", self._gpu.name, option.name, why)
 
-def require_end(end: Any, what: str) -> None:
+    def _require_sound(self, option: Tiling, error: Exception) -> None:
+        """Raise GpuError when the error left a fault behind that every later call would meet."""
+        try:
+            self._gpu.synchronize()
+        except RuntimeError as fault:
+            raise GpuError(
+                f"{self._gpu.name}: tiling {option.name} failed ({error}), and this process "
+                f"cannot go on; {_advice(option)}"
+            ) from fault
+
+
+def require_end(end: Any, tiling: Tiling, where: str) -> None:
     """Wait for an event; raise GpuError when it does not come, which is better than for ever."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while not end.query():
         if time.monotonic() > deadline_s:
             raise GpuError(
-                f"{what} has not ended after {_PATIENCE_S:.0f} s, and this process cannot go on; "
-                "please report it with the output of `nvidia-smi`"
+                f"{where}: tiling {tiling.name} has not ended after {_PATIENCE_S:.0f} s, and this "
+                f"process cannot go on; {_advice(tiling)}"
             )
         time.sleep(1e-4)
+
+
+def _advice(tiling: Tiling) -> str:
+    return (
+        f"set {SKIP_VARIABLE}={tiling.name} to do without it, and please report it with the "
+        "output of `nvidia-smi`"
+    )
 
 
 def milliseconds(
