@@ -29,6 +29,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, Keystream, OsEntropy
+from backends.he.epilogue import RECIPROCAL_SHIFT, open_row, seal_row
 from backends.he.integrity import IntegrityCheck
 from backends.he.interface import (
     Encrypted,
@@ -39,15 +40,14 @@ from backends.he.interface import (
     Payload,
     Values,
 )
-from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
-from backends.he.vector import LANES, popcount
+from backends.he.vector import LANES
 from backends.threads import run_split
 
 _D = RING_DEGREE
-RECIPROCAL_SHIFT = 38
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
 ERROR_BYTES = 5
@@ -91,50 +91,6 @@ def _spread(buffer: Any, wide: Any, column: int, tokens: int) -> None:
             wide[t * WIDE + column + lane] = buffer[t * LANES + lane]
 
 
-@njit(nogil=True, cache=True)
-def _seal_row(
-    mask: Any, x: Any, in_scale: Any, factor: float, noise: Any, extra: Any,
-    recip: Any, low: Any, middle: Any, high: Any, high_shift: Any,
-) -> None:  # fmt: skip
-    """Digit planes of one token over up to WIDE inputs: mask + error + message, rounded to p."""
-    q = np.uint32(NTT_PRIME)
-    half = np.uint64(1 << (RECIPROCAL_SHIFT - 1))
-    shift = np.uint64(RECIPROCAL_SHIFT)
-    magic = 6755399441055744.0  # 1.5 * 2^52: adding it leaves round(v) in the low bits
-    for k in range(len(x)):
-        v = np.float64(np.float64(x[k]) * np.float64(in_scale[k]) * factor + magic)
-        m = np.uint32(np.float64(v).view(np.uint64))
-        e = np.uint32(popcount(noise[k])) + np.uint32(popcount(np.uint32(extra[k])))
-        m = np.uint32(m + e - np.uint32(ERROR_BOUND))
-        m = min(m, np.uint32(m + q))
-        u = np.uint32(mask[k] + m)
-        u = min(u, np.uint32(u - q))
-        b = np.uint32((np.uint64(u) * recip + half) >> shift)
-        mask[k] = np.uint32(b + np.uint32(0x808080)) ^ np.uint32(0x808080)
-    # A second loop: with three more stores in the first, LLVM gives up on vectorising it.
-    for k in range(len(x)):
-        b = mask[k]
-        low[k] = np.int8(b)
-        middle[k] = np.int8(b >> np.uint32(8))
-        high[k] = np.int8(b >> high_shift)
-
-
-@njit(nogil=True, cache=True)
-def _open_row(
-    mask: Any, answer: Any, scale: float, out_scale: Any, recip: Any,
-    dropped_bits: int, unused_bits: int, out: Any,
-) -> None:  # fmt: skip
-    """Results of one token over up to WIDE outputs."""
-    half = np.uint64(1 << (RECIPROCAL_SHIFT - 1))
-    shift = np.uint64(RECIPROCAL_SHIFT)
-    for j in range(len(out)):
-        b = np.uint32((np.uint64(mask[j]) * recip + half) >> shift)
-        y = np.uint32((np.uint32(answer[j]) << np.uint32(dropped_bits)) - b)
-        # Shift out the bits above p, and back with the sign: y mod p, centred.
-        centred = np.int32(y << np.uint32(unused_bits)) >> np.int32(unused_bits)
-        out[j] = np.float32(np.float64(centred) * scale * np.float64(out_scale[j]))
-
-
 @cache
 def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """(encrypt, decrypt) over a range of wide tiles, compiled for one module rank."""
@@ -155,6 +111,7 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
         planes: Any, recip: Any, z: Any, zs: Any, first: int, last: int,
     ) -> None:  # fmt: skip
         limbs, tokens, inputs = planes.shape
+        values, flat = x.reshape(-1), planes.reshape(-1)
         buffer = np.empty(_D * LANES, np.uint32)
         wide = np.empty(_D * WIDE, np.uint32)
         for group in range(first, last):
@@ -167,16 +124,12 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
                     public, k0 // LANES, (k1 - k0 + LANES - 1) // LANES, secrets[block], t1 - t0,
                     buffer, wide, z, zs,
                 )  # fmt: skip
+                before = ERROR_BYTES * tokens * k0
                 for t in range(t0, t1):
-                    at = ERROR_BYTES * tokens * k0 + 4 * t * (k1 - k0)
-                    more = ERROR_BYTES * tokens * k0 + (4 * tokens + t) * (k1 - k0)
-                    _seal_row(
-                        wide[(t - t0) * WIDE : (t - t0) * WIDE + k1 - k0],
-                        x[t, k0:k1], in_scale[k0:k1], factor[t],
-                        noise[at : at + 4 * (k1 - k0)].view(np.uint32),
-                        noise[more : more + k1 - k0], recip,
-                        planes[0, t, k0:k1], planes[1, t, k0:k1], planes[limbs - 1, t, k0:k1],
-                        np.uint32(8 * (limbs - 1)),
+                    seal_row(
+                        wide, (t - t0) * WIDE, values, t * inputs + k0, in_scale, k0, k1 - k0,
+                        factor[t], noise, before + 4 * t * (k1 - k0),
+                        before + (4 * tokens + t) * (k1 - k0), recip, flat, tokens * inputs, limbs,
                     )  # fmt: skip
 
     @njit(nogil=True)
@@ -186,6 +139,7 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
         first: int, last: int,
     ) -> None:  # fmt: skip
         tokens, outputs = out.shape
+        values, results = answer.reshape(-1), out.reshape(-1)
         buffer = np.empty(_D * LANES, np.uint32)
         wide = np.empty(_D * WIDE, np.uint32)
         for group in range(first, last):
@@ -199,10 +153,9 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
                     buffer, wide, z, zs,
                 )  # fmt: skip
                 for t in range(t0, t1):
-                    _open_row(
-                        wide[(t - t0) * WIDE : (t - t0) * WIDE + j1 - j0],
-                        answer[t, j0:j1], inverse[t], out_scale[j0:j1], recip,
-                        dropped_bits, unused_bits, out[t, j0:j1],
+                    open_row(
+                        wide, (t - t0) * WIDE, values, t * outputs + j0, inverse[t], out_scale, j0,
+                        j1 - j0, recip, dropped_bits, unused_bits, results,
                     )  # fmt: skip
 
     return encrypt, decrypt

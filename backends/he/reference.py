@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, Keystream, OsEntropy
+from backends.he.epilogue import RECIPROCAL_SHIFT
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -24,7 +25,6 @@ from backends.he.interface import (
 )
 from backends.he.mlwe_owner import (
     ERROR_BYTES,
-    RECIPROCAL_SHIFT,
     WIDE,
     answer_values,
     check_input,

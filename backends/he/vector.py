@@ -31,17 +31,18 @@ _V16 = ir.VectorType(_I32, LANES)
 _V8 = ir.VectorType(_I64, LANES // 2)
 
 
-def _splat(vector: ir.VectorType, value: int) -> ir.Constant:
+def splat(vector: ir.VectorType, value: int) -> ir.Constant:
+    """A constant in every lane."""
     return ir.Constant(vector, [value] * vector.count)
 
 
-_SPLAT_Q = _splat(_V16, NTT_PRIME)
-_SPLAT_LOW = _splat(_V8, _LOW)
-_SPLAT_HIGH = _splat(_V8, _LOW << 32)
-_SPLAT_32 = _splat(_V8, 32)
+_SPLAT_Q = splat(_V16, NTT_PRIME)
+_SPLAT_LOW = splat(_V8, _LOW)
+_SPLAT_HIGH = splat(_V8, _LOW << 32)
+_SPLAT_32 = splat(_V8, 32)
 
 
-class _Emit:
+class Emit:
     """The few vector operations the kernels are made of."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder) -> None:
@@ -113,7 +114,7 @@ def two_stages(
     signature = types.void(tile, types.intp, types.intp, zeta, zeta_shoup, types.intp, types.intp)
 
     def build(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        e = _Emit(context, builder)
+        e = Emit(context, builder)
         base = e.data(sig.args[0], args[0])
         plain, shoup = e.data(sig.args[3], args[3]), e.data(sig.args[4], args[4])
 
@@ -154,7 +155,7 @@ def slot_product(rank: int) -> Callable[..., None]:
         signature = types.void(matrix, types.intp, secret, types.intp, out)
 
         def build(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            e = _Emit(context, builder)
+            e = Emit(context, builder)
             tiles, words, result = (
                 e.data(sig.args[0], args[0]), e.data(sig.args[2], args[2]),
                 e.data(sig.args[4], args[4]),
@@ -185,12 +186,12 @@ def slot_product(rank: int) -> Callable[..., None]:
     return product
 
 
-def _multiple_of_q(e: _Emit, acc: Any) -> Any:
+def _multiple_of_q(e: Emit, acc: Any) -> Any:
     """t*q with t = acc/q mod 2^32: its low half is that of acc, so the difference of the high
     halves is acc*2^-32 mod q (Montgomery).
     """
-    factor = e.b.mul(e.b.and_(acc, _SPLAT_LOW), _splat(_V8, _Q_INVERSE))
-    return e.b.mul(e.low_signed(factor), _splat(_V8, NTT_PRIME))
+    factor = e.b.mul(e.b.and_(acc, _SPLAT_LOW), splat(_V8, _Q_INVERSE))
+    return e.b.mul(e.low_signed(factor), splat(_V8, NTT_PRIME))
 
 
 @intrinsic
