@@ -13,6 +13,7 @@ copies, where payloads or values are on the host. Speeds on a GPU are unmeasured
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from backends.he.cuda.check import DeviceCheck
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels, kernels
 from backends.he.cuda.resident import Residents
-from backends.he.cuda.streams import Flag
+from backends.he.cuda.streams import Flag, Flags
 from backends.he.entropy import Entropy
 from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
 from backends.he.mlwe_owner import (
@@ -40,6 +41,7 @@ from backends.he.public import PublicMatrix
 from backends.he.ring import tiles_of
 from backends.he.secret import UseOnce
 
+_KEY_WORDS = struct.Struct("<4Q")
 _TILES_EACH = 2  # tiles that one thread block of the kernels works on
 _BLOCKS_PER_MULTIPROCESSOR = 8
 """Thread blocks to have before they take several secrets each: enough to even out the ends."""
@@ -47,8 +49,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 8
 
 def key_words(key: bytes) -> tuple[int, int, int, int]:
     """32 bytes of key as four little-endian 64-bit words, as the kernels take them."""
-    a, b, c, d = (int.from_bytes(key[at : at + 8], "little") for at in range(0, 32, 8))
-    return a, b, c, d
+    return _KEY_WORDS.unpack(key)  # type: ignore[return-value]
 
 
 class RequestSecrets(UseOnce):
@@ -118,11 +119,12 @@ class CudaOwner(RingOwner):
         self._wire = not local
         self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
         self._residents = Residents(gpu, public, hint_bytes)
+        self._flags = Flags(gpu)
         self._checks: dict[str, DeviceCheck] = {}
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = DeviceCheck(
-            self._gpu, self._kernels, matrix.name, weight, forward, self._entropy
+            self._gpu, self._kernels, self._flags, matrix.name, weight, forward, self._entropy
         )
 
     def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
@@ -233,7 +235,7 @@ class CudaOwner(RingOwner):
         norms, factor, inverse = (
             torch.empty(tokens, dtype=torch.float64, device=x.device) for _ in range(3)
         )
-        bad = Flag(self._gpu)
+        bad = self._flags.take()
         self._kernels.launch(
             "token_scales", (tokens, 1), x, in_scale, norms, factor, inverse, bad.cell,
             inputs, matrix.plan.amplitude(self._parameters), q / p,
