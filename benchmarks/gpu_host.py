@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from backends.he.cuda import gemm, launch, tuner
 from backends.he.cuda.device import Gpu
@@ -31,11 +32,12 @@ from backends.he.cuda.launch import kernels
 from backends.he.cuda.owner import CudaOwner
 from backends.he.cuda.tiling import AMPERE_SMALL, HOPPER_LARGE, HOPPER_SMALL, Tiling
 from backends.he.cuda.worker import CudaWorker
-from backends.he.params import preset
+from backends.he.interface import OwnerMatrix
+from backends.he.params import RING_DEGREE, preset
+from backends.he.plan import plan_matrix
 from backends.he.public import PublicMatrix, public_seed
-from benchmarks.gpu.owner import stand_in
-from benchmarks.gpu.timing import Matrix
-from benchmarks.gpu.worker import random_weight
+from backends.he.ring import tiles_of
+from backends.he.vector import LANES
 from benchmarks.null_cuda import null_gpu
 from scenarios import record
 
@@ -77,16 +79,15 @@ def microseconds(actions: Callable[[], Callable[[], object]], rounds: int) -> di
 
 def worker_launch(gpu: Gpu, tiling: Tiling, rounds: int) -> dict[str, float]:
     """A request through CudaWorker, by one tiling."""
-    gemm._multiprocessors.cache_clear()
     worker = CudaWorker(PARAMETERS, gpu)
-    matrix = worker.load(random_weight(INPUTS, OUTPUTS), True)
+    matrix = worker.load(_weight(), True)
     request = torch.zeros(PARAMETERS.limbs * TOKENS * INPUTS, dtype=torch.uint8)
 
     def ready() -> Callable[[], object]:
         return lambda: worker.multiply(request, TOKENS, matrix)
 
     with (
-        patch.object(tuner, "candidates", lambda capability, tokens: (tiling,)),
+        patch.object(tuner, "candidates", lambda *_: (tiling,)),
         patch.object(gemm, "_multiprocessors", lambda device: gpu.multiprocessors),
     ):
         return microseconds(ready, rounds)
@@ -95,12 +96,12 @@ def worker_launch(gpu: Gpu, tiling: Tiling, rounds: int) -> dict[str, float]:
 def owner_calls(gpu: Gpu, rounds: int) -> dict[str, dict[str, float]]:
     """A request's encrypt and decrypt through CudaOwner."""
     public = PublicMatrix(public_seed(bytes(32), PARAMETERS), PARAMETERS.rank)
-    matrix = stand_in(Matrix("m", INPUTS, OUTPUTS, 1), PARAMETERS)
+    matrix = _matrix()
     x = torch.zeros((TOKENS, INPUTS))
     answer = torch.zeros(2 * TOKENS * OUTPUTS, dtype=torch.uint8)
     with null_kernels():
         owner = CudaOwner(PARAMETERS, public, gpu, local=True)
-        owner.guard(matrix, random_weight(INPUTS, OUTPUTS), True)
+        owner.guard(matrix, _weight(), True)
 
         def encrypt() -> Callable[[], object]:
             return lambda: owner.encrypt(x, matrix)
@@ -113,6 +114,17 @@ def owner_calls(gpu: Gpu, rounds: int) -> dict[str, dict[str, float]]:
             "encrypt": microseconds(encrypt, rounds),
             "decrypt": microseconds(decrypt, rounds),
         }
+
+
+def _weight() -> NDArray[np.int8]:
+    return np.ones((OUTPUTS, INPUTS), np.int8)
+
+
+def _matrix() -> OwnerMatrix:
+    """A matrix with a hint of zeros: nothing is computed with it."""
+    hint = np.zeros((tiles_of(OUTPUTS), PARAMETERS.rank, RING_DEGREE, LANES), np.int32)
+    in_scale, out_scale = np.ones(INPUTS, np.float32), np.ones(OUTPUTS, np.float32)
+    return OwnerMatrix("m", in_scale, out_scale, plan_matrix(_weight(), out_scale), hint)
 
 
 def measure(rounds: int) -> dict[str, Any]:

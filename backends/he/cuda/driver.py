@@ -65,4 +65,4 @@ class Driver:
 
 def _stream_of_torch() -> Callable[[int], int]:
     # What torch's own compiled code uses; the public way makes an object each time.
-    return torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined,no-any-return]
+    return torch._C._cuda_getCurrentRawStream

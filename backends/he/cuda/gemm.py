@@ -20,9 +20,7 @@ No speed of this file has been measured on a GPU yet.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -31,6 +29,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from backends.he.cuda.device import on_device
 from backends.he.cuda.hopper import async_kernel, async_operands
 from backends.he.cuda.tiling import Kernel, Tiling
 
@@ -128,36 +127,85 @@ def bulk_operands(planes: torch.Tensor, weight: torch.Tensor, tiling: Tiling) ->
     )
 
 
+class Product:
+    """The product by one weight and tiling, ready to be launched again and again.
+
+    The first launch goes through Triton's front door, which looks at every argument and compiles.
+    Later ones go to the compiled kernel itself, which looks at none. What Triton would look at is
+    therefore fixed here: the weight, its sizes, and that addresses are multiples of 16; it is told
+    not to look at the number of tokens.
+
+    weight  int8[N, K], contiguous, K a multiple of ALIGNMENT
+    """
+
+    def __init__(self, weight: torch.Tensor, limbs: int, dropped_bits: int, tiling: Tiling) -> None:
+        self._weight, self._limbs, self._tiling = weight, limbs, tiling
+        self._outputs, self._inputs = weight.shape
+        self._across = triton.cdiv(self._outputs, tiling.outputs)
+        self._most_programs = 1 << 31
+        constants: dict[str, Any] = {"LIMBS": limbs, "SHIFT": dropped_bits, "BM": tiling.tokens}
+        constants |= {"BN": tiling.outputs, "BK": tiling.inputs, "GROUP": tiling.group}
+        options = {"num_warps": tiling.warps}
+        if tiling.kernel is Kernel.ASYNC:
+            self._kernel = async_kernel
+            constants |= {"STAGES": tiling.stages, "num_warps": tiling.warps}
+            self._most_programs = tiling.programs * _multiprocessors(weight.device)
+        else:
+            self._kernel = fused_kernel
+            constants["BULK"] = tiling.kernel is Kernel.BULK
+            options["num_stages"] = tiling.stages
+        self._options = constants | options
+        self._positions = tuple(constants[name] for name in self._kernel.arg_names[6:])
+        self._descriptors: tuple[Any, Any] | None = None
+        self._compiled: Any = None
+
+    def __call__(self, planes: torch.Tensor) -> torch.Tensor:
+        """int16[T, N], the bits of the uint16 answers, queued on the current stream.
+
+        planes  int8[limbs, T, K], contiguous, at a multiple of ALIGNMENT, where the weight is
+        """
+        limbs, tokens, inputs = planes.shape
+        if limbs != self._limbs or inputs != self._inputs or planes.data_ptr() % ALIGNMENT:
+            raise ValueError(f"takes aligned [{self._limbs}, tokens, {self._inputs}]")
+        device = planes.device
+        out = torch.empty((tokens, self._outputs), dtype=torch.int16, device=device)
+        programs = min(-(-tokens // self._tiling.tokens) * self._across, self._most_programs)
+        # One launch at a time: Triton compiles at the first, and promises nothing to several
+        # threads; its interpreter keeps its state in its modules; descriptors are shared.
+        with _ONE_LAUNCH, on_device(device):
+            arguments = (*self._operands(planes), out, tokens, self._outputs, inputs)
+            if self._compiled is not None:
+                self._compiled[(programs, 1, 1)](*arguments, *self._positions)
+            else:  # the interpreter returns None, every time
+                self._compiled = self._kernel[(programs,)](*arguments, **self._options)
+            if self._descriptors is not None:
+                self._descriptors[0].base = self._weight  # the request's memory is not kept
+        return out
+
+    def _operands(self, planes: torch.Tensor) -> tuple[Any, Any]:
+        """Both operands as the kernel takes them; descriptors are made once and then pointed."""
+        if self._tiling.kernel is Kernel.POINTERS:
+            return planes, self._weight
+        flat = self._tiling.kernel is Kernel.ASYNC
+        if self._descriptors is None:
+            describe = async_operands if flat else bulk_operands
+            self._descriptors = describe(planes, self._weight, self._tiling)
+            return self._descriptors
+        moved = self._descriptors[0]
+        limbs, tokens, inputs = planes.shape
+        moved.base = planes
+        if flat:
+            moved.shape, moved.strides = (limbs * tokens, inputs), (inputs, 1)
+        else:
+            moved.shape, moved.strides = (limbs, tokens, inputs), (tokens * inputs, inputs, 1)
+        return self._descriptors
+
+
 def fused_product(
     planes: torch.Tensor, weight: torch.Tensor, dropped_bits: int, tiling: Tiling
 ) -> torch.Tensor:
-    """int16[T, N], the bits of the uint16 answers, queued on the current stream.
-
-    planes  int8[limbs, T, K], contiguous, K a multiple of ALIGNMENT
-    weight  int8[N, K], contiguous, on the same device
-    """
-    limbs, tokens, inputs = planes.shape
-    outputs = len(weight)
-    out = torch.empty((tokens, outputs), dtype=torch.int16, device=planes.device)
-    programs = triton.cdiv(tokens, tiling.tokens) * triton.cdiv(outputs, tiling.outputs)
-    shape = {"LIMBS": limbs, "SHIFT": dropped_bits, "GROUP": tiling.group}
-    shape |= {"BM": tiling.tokens, "BN": tiling.outputs, "BK": tiling.inputs}
-    with _launching_on(planes.device):
-        if tiling.kernel is Kernel.ASYNC:
-            operands = async_operands(planes, weight, tiling)
-            programs = min(programs, tiling.programs * _multiprocessors(planes.device))
-            async_kernel[(programs,)](
-                *operands, out, tokens, outputs, inputs,
-                **shape, STAGES=tiling.stages, num_warps=tiling.warps,
-            )  # fmt: skip
-        else:
-            bulk = tiling.kernel is Kernel.BULK
-            operands = bulk_operands(planes, weight, tiling) if bulk else (planes, weight)
-            fused_kernel[(programs,)](
-                *operands, out, tokens, outputs, inputs,
-                **shape, BULK=bulk, num_warps=tiling.warps, num_stages=tiling.stages,
-            )  # fmt: skip
-    return out
+    """One launch of a `Product`: int16[T, N] from planes int8[limbs, T, K], weight int8[N, K]."""
+    return Product(weight, len(planes), dropped_bits, tiling)(planes)
 
 
 def library_product(planes: torch.Tensor, weight: torch.Tensor, dropped_bits: int) -> torch.Tensor:
@@ -199,13 +247,3 @@ def _recombined(products: torch.Tensor, dropped_bits: int) -> torch.Tensor:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@contextlib.contextmanager
-def _launching_on(device: torch.device) -> Iterator[None]:
-    """One launch at a time, on this device: Triton compiles at the first, and promises nothing to
-    several threads; its interpreter keeps its state in its modules.
-    """
-    there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with _ONE_LAUNCH, there:
-        yield

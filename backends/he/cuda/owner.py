@@ -49,7 +49,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 8
 
 def key_words(key: bytes) -> tuple[int, int, int, int]:
     """32 bytes of key as four little-endian 64-bit words, as the kernels take them."""
-    return _KEY_WORDS.unpack(key)  # type: ignore[return-value]
+    return _KEY_WORDS.unpack(key)
 
 
 class RequestSecrets(UseOnce):

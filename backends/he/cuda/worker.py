@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.cuda.device import Gpu, GpuError
-from backends.he.cuda.gemm import ALIGNMENT, fused_product, library_product
+from backends.he.cuda.gemm import ALIGNMENT, Product, library_product
+from backends.he.cuda.tiling import token_class
 from backends.he.cuda.tuner import Tuner
 from backends.he.interface import AnyPayload, WorkerCipher
 from backends.he.mlwe_worker import check_inputs, check_request_bytes
@@ -35,12 +36,14 @@ _COPY_GRAIN_BYTES = 1 << 20  # a memcpy worth a thread
 class DeviceMatrix:
     """One direction of a weight on the device.
 
-    weight  int8[N, K rounded up to ALIGNMENT], the columns past K zero
-    inputs  K
+    weight    int8[N, K rounded up to ALIGNMENT], the columns past K zero
+    inputs    K
+    products  by it so far, by class of tokens, ready to be launched again
     """
 
     weight: torch.Tensor = field(repr=False)
     inputs: int
+    products: dict[int, Product] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def outputs(self) -> int:
@@ -92,6 +95,8 @@ class CudaWorker(WorkerCipher):
 
     def multiply(self, payload: AnyPayload, tokens: int, matrix: DeviceMatrix) -> Any:
         """Answer bytes, where the request was: numpy uint8 on the host, else a uint8 tensor."""
+        if isinstance(payload, torch.Tensor):
+            return self._answer_device([self._device_planes(payload, tokens, matrix)], matrix)[0]
         return self.multiply_many([(payload, tokens)], matrix)[0]
 
     def multiply_many(
@@ -138,22 +143,25 @@ class CudaWorker(WorkerCipher):
         if not self._fused:
             return library_product(planes, matrix.weight, dropped_bits).view(torch.uint8)
         limbs, tokens, _ = planes.shape
-        tiling = self._tuner.tiling(limbs, tokens, matrix.weight, dropped_bits)
+        product = matrix.products.get(token_class(tokens))
+        if product is None:
+            tiling = self._tuner.tiling(limbs, tokens, matrix.weight, dropped_bits)
+            product = Product(matrix.weight, limbs, dropped_bits, tiling)
+            matrix.products[token_class(tokens)] = product
         with self._gpu.clock.span("worker"):
-            product = fused_product(planes, matrix.weight, dropped_bits, tiling)
-        return product.view(torch.uint8)
+            return product(planes).view(torch.uint8)
 
     def _answer_device(
         self, requests: list[torch.Tensor], matrix: DeviceMatrix
     ) -> list[torch.Tensor]:
         """Answers on the device, on the current stream. A single aligned request is not copied."""
+        planes, width = requests[0], matrix.weight.shape[1]
+        if len(requests) == 1 and width == matrix.inputs and not planes.data_ptr() % ALIGNMENT:
+            return [self._product(planes, matrix).view(-1)]
         tokens = [request.shape[1] for request in requests]
-        width = matrix.weight.shape[1]
-        planes = requests[0]
-        if len(requests) > 1 or width != matrix.inputs or planes.data_ptr() % ALIGNMENT:
-            shape = (len(planes), sum(tokens), width)
-            planes = torch.zeros(shape, dtype=torch.int8, device=self._gpu.device)
-            torch.cat(requests, dim=1, out=planes[:, :, : matrix.inputs])
+        shape = (len(planes), sum(tokens), width)
+        planes = torch.zeros(shape, dtype=torch.int8, device=self._gpu.device)
+        torch.cat(requests, dim=1, out=planes[:, :, : matrix.inputs])
         product = self._product(planes, matrix)
         return [product[part].reshape(-1) for part in _parts(tokens)]
 
