@@ -159,53 +159,67 @@ class Product:
         self._descriptors: tuple[Any, Any] | None = None
         self._compiled: Any = None
 
-    def __call__(self, planes: torch.Tensor) -> torch.Tensor:
-        """int16[T, N], the bits of the uint16 answers, queued on the current stream.
+    def __call__(self, digits: torch.Tensor, tokens: int) -> torch.Tensor:
+        """uint8[2*T*N], the bytes of the uint16 answers [T, N], queued on the current stream.
 
-        planes  int8[limbs, T, K], contiguous, at a multiple of ALIGNMENT, where the weight is
+        digits  bytes of int8[limbs, T, K], contiguous, at a multiple of ALIGNMENT, where the
+                weight is: whatever their shape, for every view of them would cost a microsecond
         """
-        limbs, tokens, inputs = planes.shape
-        if limbs != self._limbs or inputs != self._inputs or planes.data_ptr() % ALIGNMENT:
-            raise ValueError(f"takes aligned [{self._limbs}, tokens, {self._inputs}]")
-        device = planes.device
-        out = torch.empty((tokens, self._outputs), dtype=torch.int16, device=device)
+        if digits.numel() != self._limbs * tokens * self._inputs or digits.data_ptr() % ALIGNMENT:
+            raise ValueError(f"takes aligned [{self._limbs}, {tokens}, {self._inputs}] digits")
+        out = torch.empty(2 * tokens * self._outputs, dtype=torch.uint8, device=digits.device)
         programs = min(-(-tokens // self._tiling.tokens) * self._across, self._most_programs)
+        sizes = (tokens, self._outputs, self._inputs)
         # One launch at a time: Triton compiles at the first, and promises nothing to several
         # threads; its interpreter keeps its state in its modules; descriptors are shared.
-        with _ONE_LAUNCH, on_device(device):
-            arguments = (*self._operands(planes), out, tokens, self._outputs, inputs)
-            if self._compiled is not None:
-                self._compiled[(programs, 1, 1)](*arguments, *self._positions)
-            else:  # the interpreter returns None, every time
-                self._compiled = self._kernel[(programs,)](*arguments, **self._options)
-            if self._descriptors is not None:
-                self._descriptors[0].base = self._weight  # the request's memory is not kept
+        with _ONE_LAUNCH, on_device(digits.device):
+            if self._compiled is None:
+                self._first(digits, out, sizes, programs)
+            elif self._descriptors is None:
+                self._compiled[(programs, 1, 1)](
+                    digits, self._weight, out, *sizes, *self._positions
+                )
+            else:
+                moved, weight = self._descriptors
+                self._point(moved, digits, tokens)
+                self._compiled[(programs, 1, 1)](moved, weight, out, *sizes, *self._positions)
+                moved.base = self._weight  # the request's memory is not kept
         return out
 
-    def _operands(self, planes: torch.Tensor) -> tuple[Any, Any]:
-        """Both operands as the kernel takes them; descriptors are made once and then pointed."""
-        if self._tiling.kernel is Kernel.POINTERS:
-            return planes, self._weight
-        flat = self._tiling.kernel is Kernel.ASYNC
-        if self._descriptors is None:
+    def _first(
+        self, digits: torch.Tensor, out: torch.Tensor, sizes: tuple[int, int, int], programs: int
+    ) -> None:
+        """Launch with arguments of the types to compile for; the interpreter comes here always."""
+        planes = digits.view(torch.int8).view(self._limbs, sizes[0], self._inputs)
+        operands: tuple[Any, Any] = planes, self._weight
+        if self._tiling.kernel is not Kernel.POINTERS:
+            flat = self._tiling.kernel is Kernel.ASYNC
             describe = async_operands if flat else bulk_operands
-            self._descriptors = describe(planes, self._weight, self._tiling)
-            return self._descriptors
-        moved = self._descriptors[0]
-        limbs, tokens, inputs = planes.shape
-        moved.base = planes
-        if flat:
-            moved.shape, moved.strides = (limbs * tokens, inputs), (inputs, 1)
+            operands = describe(planes, self._weight, self._tiling)
+        self._compiled = self._kernel[(programs,)](
+            *operands, out.view(torch.int16), *sizes, **self._options
+        )
+        if self._compiled is not None and self._tiling.kernel is not Kernel.POINTERS:
+            self._descriptors = operands
+
+    def _point(self, descriptor: Any, digits: torch.Tensor, tokens: int) -> None:
+        """Have a descriptor of planes describe another request's."""
+        inputs = self._inputs
+        descriptor.base = digits
+        if self._tiling.kernel is Kernel.ASYNC:
+            descriptor.shape, descriptor.strides = (self._limbs * tokens, inputs), (inputs, 1)
         else:
-            moved.shape, moved.strides = (limbs, tokens, inputs), (tokens * inputs, inputs, 1)
-        return self._descriptors
+            descriptor.shape = (self._limbs, tokens, inputs)
+            descriptor.strides = (tokens * inputs, inputs, 1)
 
 
 def fused_product(
     planes: torch.Tensor, weight: torch.Tensor, dropped_bits: int, tiling: Tiling
 ) -> torch.Tensor:
     """One launch of a `Product`: int16[T, N] from planes int8[limbs, T, K], weight int8[N, K]."""
-    return Product(weight, len(planes), dropped_bits, tiling)(planes)
+    limbs, tokens, _ = planes.shape
+    product = Product(weight, limbs, dropped_bits, tiling)(planes, tokens)
+    return product.view(torch.int16).view(tokens, len(weight))
 
 
 def library_product(planes: torch.Tensor, weight: torch.Tensor, dropped_bits: int) -> torch.Tensor:

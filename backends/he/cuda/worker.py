@@ -96,7 +96,8 @@ class CudaWorker(WorkerCipher):
     def multiply(self, payload: AnyPayload, tokens: int, matrix: DeviceMatrix) -> Any:
         """Answer bytes, where the request was: numpy uint8 on the host, else a uint8 tensor."""
         if isinstance(payload, torch.Tensor):
-            return self._answer_device([self._device_planes(payload, tokens, matrix)], matrix)[0]
+            request = self._device_digits(payload, tokens, matrix), tokens
+            return self._answer_device([request], matrix)[0]
         return self.multiply_many([(payload, tokens)], matrix)[0]
 
     def multiply_many(
@@ -106,11 +107,11 @@ class CudaWorker(WorkerCipher):
 
         Raises ValueError when any payload has the wrong number of bytes or is on another device.
         """
-        there: dict[int, torch.Tensor] = {}
+        there: dict[int, tuple[torch.Tensor, int]] = {}
         here: dict[int, NDArray[np.int8]] = {}
         for index, (payload, tokens) in enumerate(requests):
             if isinstance(payload, torch.Tensor):
-                there[index] = self._device_planes(payload, tokens, matrix)
+                there[index] = self._device_digits(payload, tokens, matrix), tokens
             else:
                 digits = np.frombuffer(payload, np.int8)
                 here[index] = digits.reshape(self._shape(digits.size, tokens, matrix))
@@ -126,44 +127,49 @@ class CudaWorker(WorkerCipher):
         check_request_bytes(size, limbs, tokens, inputs)
         return limbs, tokens, inputs
 
-    def _device_planes(
+    def _device_digits(
         self, payload: torch.Tensor, tokens: int, matrix: DeviceMatrix
     ) -> torch.Tensor:
+        """The payload, contiguous. Raises ValueError for what is no request here."""
         if payload.device != self._gpu.device or payload.dtype != torch.uint8:
             raise ValueError(
                 f"a request on {payload.device} of {payload.dtype}; this worker takes uint8 on "
                 f"{self._gpu.device}, or bytes"
             )
-        shape = self._shape(payload.numel(), tokens, matrix)
-        return payload.contiguous().view(torch.int8).view(shape)
+        self._shape(payload.numel(), tokens, matrix)
+        return payload.contiguous()
 
-    def _product(self, planes: torch.Tensor, matrix: DeviceMatrix) -> torch.Tensor:
-        """uint8[T, 2*N] from int8[limbs, T, padded K]."""
-        dropped_bits = self._parameters.dropped_bits
+    def _product(self, digits: torch.Tensor, tokens: int, matrix: DeviceMatrix) -> torch.Tensor:
+        """uint8[2*T*N] from the bytes of int8[limbs, T, padded K]."""
+        limbs, dropped_bits = self._parameters.limbs, self._parameters.dropped_bits
         if not self._fused:
-            return library_product(planes, matrix.weight, dropped_bits).view(torch.uint8)
-        limbs, tokens, _ = planes.shape
+            planes = digits.view(torch.int8).view(limbs, tokens, -1)
+            return library_product(planes, matrix.weight, dropped_bits).view(-1).view(torch.uint8)
         product = matrix.products.get(token_class(tokens))
         if product is None:
             tiling = self._tuner.tiling(limbs, tokens, matrix.weight, dropped_bits)
             product = Product(matrix.weight, limbs, dropped_bits, tiling)
             matrix.products[token_class(tokens)] = product
         with self._gpu.clock.span("worker"):
-            return product(planes).view(torch.uint8)
+            return product(digits, tokens)
 
     def _answer_device(
-        self, requests: list[torch.Tensor], matrix: DeviceMatrix
+        self, requests: list[tuple[torch.Tensor, int]], matrix: DeviceMatrix
     ) -> list[torch.Tensor]:
-        """Answers on the device, on the current stream. A single aligned request is not copied."""
-        planes, width = requests[0], matrix.weight.shape[1]
-        if len(requests) == 1 and width == matrix.inputs and not planes.data_ptr() % ALIGNMENT:
-            return [self._product(planes, matrix).view(-1)]
-        tokens = [request.shape[1] for request in requests]
-        shape = (len(planes), sum(tokens), width)
-        planes = torch.zeros(shape, dtype=torch.int8, device=self._gpu.device)
-        torch.cat(requests, dim=1, out=planes[:, :, : matrix.inputs])
-        product = self._product(planes, matrix)
-        return [product[part].reshape(-1) for part in _parts(tokens)]
+        """Answers to (digits, tokens), on the current stream. A single aligned request is not
+        copied.
+        """
+        digits, tokens = requests[0]
+        width, inputs = matrix.weight.shape[1], matrix.inputs
+        if len(requests) == 1 and width == inputs and not digits.data_ptr() % ALIGNMENT:
+            return [self._product(digits, tokens, matrix)]
+        limbs, sizes = self._parameters.limbs, [tokens for _, tokens in requests]
+        shape = (limbs, sum(sizes), width)
+        planes = torch.zeros(shape, dtype=torch.uint8, device=self._gpu.device)
+        views = [digits.view(limbs, tokens, inputs) for digits, tokens in requests]
+        torch.cat(views, dim=1, out=planes[:, :, :inputs])
+        product = self._product(planes, shape[1], matrix)
+        return [product[part] for part in _parts([2 * matrix.outputs * size for size in sizes])]
 
     def _answer_host(
         self, requests: list[NDArray[np.int8]], matrix: DeviceMatrix
@@ -180,13 +186,13 @@ class CudaWorker(WorkerCipher):
                         # Each piece is on its way to the device while the next is copied here.
                         _copy_rows(request[limb], staged[limb, part].numpy())
                         planes[limb, part].copy_(staged[limb, part], non_blocking=True)
-            product = self._product(planes, matrix)
-            answers = self._gpu.pinned(product.numel()).view(product.shape)
+            product = self._product(planes, total, matrix)
+            answers = self._gpu.pinned(product.numel())
             with self._gpu.clock.span("copy"):
                 answers.copy_(product, non_blocking=True)
             if stream is not None:
                 stream.synchronize()
-        return [answers[part].reshape(-1).numpy() for part in _parts(tokens)]
+        return [answers[p].numpy() for p in _parts([2 * matrix.outputs * n for n in tokens])]
 
     @contextlib.contextmanager
     def _own_stream(self) -> Any:
