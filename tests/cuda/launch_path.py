@@ -53,6 +53,8 @@ def products(tiling: Tiling) -> None:
         assert struct.pack("<Q", planes.data_ptr()) in found.arguments
         seen.add(found)
     assert len(seen) == len(requests)
+    if kept._descriptors is not None:
+        assert kept._descriptors[0].base is weight  # no request's memory is held
 
 
 def owner_kernels() -> None:
