@@ -62,14 +62,20 @@ def missing() -> str | None:
 
 
 @cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="private-lora-null-cuda-")
+
+
+@cache
 def library() -> ctypes.CDLL:
     """The driver library, loaded under the name that everyone looks for."""
-    folder = Path(tempfile.mkdtemp(prefix="private-lora-null-cuda-"))
-    path = folder / "libcuda.so.1"
+    folder = _folder().name
+    path = Path(folder, "libcuda.so.1")
     source = Path(__file__).with_name("null_cuda.c")
     command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{_INCLUDES}"]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1", str(source), "-o", str(path)], check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
