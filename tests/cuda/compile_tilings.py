@@ -59,7 +59,8 @@ def main(folder: Path) -> None:
         kernel = compiled(target, Tiling(**fields), limbs)
         (folder / f"{index}.cubin").write_bytes(kernel.asm["cubin"])
         (folder / f"{index}.ptx").write_text(kernel.asm["ptx"])
-        (folder / f"{index}.json").write_text(json.dumps({"shared": kernel.metadata.shared}))
+        facts = {"shared": kernel.metadata.shared, "triton": triton.__version__}
+        (folder / f"{index}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,10 @@ def compiler(gpu: Gpu) -> None:
     """What runs the CUDA C++: CuPy on a GPU, else g++; skips where that is missing."""
     if gpu.device.type != "cuda" and shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
+
+
+@pytest.fixture(scope="session")
+def oldest_store(pytestconfig: pytest.Config) -> Path:
+    """Where the oldest Triton is kept from one run to the next."""
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir("oldest-triton")

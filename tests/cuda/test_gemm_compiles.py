@@ -1,4 +1,5 @@
-"""Every tiling compiles for the GPUs it is meant for, and keeps its accumulators in registers.
+"""Every tiling compiles for the GPUs it is meant for, and keeps its accumulators in registers:
+by the installed Triton and by the oldest that is allowed.
 
 Needs no GPU and no driver: Triton carries the assembler. What this cannot show is that the code
 runs, or how fast.
@@ -7,10 +8,10 @@ runs, or how fast.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,10 @@ from backends.he.cuda.tiling import (
     Kernel,
     Tiling,
 )
+from tests.cuda import tritons
+from tests.cuda.ptx import bare_copies
 
+VERSIONS = sorted({tritons.INSTALLED, tritons.OLDEST}, reverse=True)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 REGISTERS = 65536  # of a multiprocessor, and no program may take more
@@ -36,6 +40,8 @@ REGISTERS = 65536  # of a multiprocessor, and no program may take more
 CASES = [(90, t, 3) for t in HOPPER_LARGE + HOPPER_SMALL + AMPERE_LARGE]
 CASES += [(80, t, 3) for t in AMPERE_LARGE + AMPERE_SMALL]
 CASES += [(90, HOPPER_LARGE[0], 2), (90, HOPPER_LARGE[-1], 2), (80, AMPERE_LARGE[0], 2)]
+# Whose products go on while the program does: all by `wgmma`.
+ASYNCHRONOUS = [i for i, (target, t, _) in enumerate(CASES) if target == 90 and t.tokens >= 64]
 
 
 def label(case: tuple[int, Tiling, int]) -> str:
@@ -44,23 +50,38 @@ def label(case: tuple[int, Tiling, int]) -> str:
     return f"sm_{target}-{t.kernel.value}-{t.tokens}x{t.outputs}x{t.inputs}-{t.stages}-{limbs}limbs"
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with N.cubin, N.ptx and N.json for each of CASES.
+def build(folder: Path, version: str, store: Path) -> Path:
+    """Fill `folder` with N.cubin, N.ptx and N.json for each of CASES. Raises NoPackageError."""
+    wanted = [(target, asdict(tiling), limbs) for target, tiling, limbs in CASES]
+    found = tritons.packages(version, store)
+    tritons.run(
+        "tests.cuda.compile_tilings", [str(folder)], found, folder / "cache", json.dumps(wanted)
+    )
+    return folder
 
-    In a process of its own: in this one, kernels may be interpreted.
-    """
+
+@pytest.fixture(scope="module")
+def builds(
+    tmp_path_factory: pytest.TempPathFactory, oldest_store: Path
+) -> Iterator[dict[str, Future[Path]]]:
+    """Folders by version of Triton, filled side by side."""
     if not (TOOLS / "cuobjdump").exists():
         pytest.skip("this Triton carries no cuobjdump")
-    folder = tmp_path_factory.mktemp("kernels")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    wanted = [(target, asdict(tiling), limbs) for target, tiling, limbs in CASES]
-    subprocess.run(
-        [sys.executable, "-m", "tests.cuda.compile_tilings", str(folder)],
-        input=json.dumps(wanted), text=True, check=True, env=environment,
-        cwd=Path(__file__).resolve().parents[2],
-    )  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            version: pool.submit(build, tmp_path_factory.mktemp("kernels"), version, oldest_store)
+            for version in VERSIONS
+        }
+
+
+@pytest.fixture(params=VERSIONS)
+def compiled(builds: dict[str, Future[Path]], request: pytest.FixtureRequest) -> Path:
+    """A folder with N.cubin, N.ptx and N.json for each of CASES, by each version of Triton."""
+    try:
+        folder = builds[request.param].result()
+    except tritons.NoPackageError as error:
+        pytest.skip(str(error))
+    assert json.loads((folder / "0.json").read_text())["triton"] == request.param
     return folder
 
 
@@ -93,3 +114,12 @@ def test_tiling_fits(compiled: Path, index: int) -> None:
     waits = {int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", ptx)}
     if tiling.kernel is Kernel.ASYNC:
         assert waits == {limbs, 0}, "one step's products stay under way, but for the last"
+
+
+@pytest.mark.parametrize("index", ASYNCHRONOUS, ids=[label(CASES[i]) for i in ASYNCHRONOUS])
+def test_all_warps_meet_before_a_buffer_is_refilled(compiled: Path, index: int) -> None:
+    """Between every wait for products and the next copy; without its barriers it would show."""
+    ptx = (compiled / f"{index}.ptx").read_text()
+    assert "wgmma.wait_group" in ptx
+    assert not bare_copies(ptx)
+    assert bare_copies(ptx.replace("bar.sync", "//"))

@@ -16,6 +16,7 @@ from backends.he.cuda import resident
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.owner import CudaOwner
 from backends.he.cuda.resident import Residents
+from backends.he.cuda.streams import Flags
 from backends.he.entropy import OsEntropy, SeededEntropy
 from backends.he.interface import NonFiniteInputError
 from backends.he.mlwe_owner import MlweOwner
@@ -273,6 +274,23 @@ def test_a_lying_worker_is_found_and_the_request_stays_usable(
             owner.decrypt(sent.sealed, wrong(answer, how), case.matrix)
     y, exact = owner.decrypt(sent.sealed, answer, case.matrix), case.exact(x)
     assert np.linalg.norm(y - exact) < 0.01 * np.linalg.norm(exact)
+
+
+def test_flags_are_used_again_unless_they_were_set(gpu: Gpu) -> None:
+    """One that a kernel has set does not come back, nor does one that nobody read."""
+    flags = Flags(gpu)
+    first, unread = flags.take(), flags.take()
+    assert first is not unread
+    first.fetch()
+    assert not first.read()
+    assert flags.take() is first
+    first.cell.fill_(1)
+    first.fetch()
+    assert first.read()
+    fresh = flags.take()
+    assert fresh not in (first, unread)
+    fresh.fetch()
+    assert not fresh.read()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

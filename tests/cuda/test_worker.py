@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 
 from backends.he.cuda.device import Gpu
-from backends.he.cuda.gemm import fused_product, library_product
+from backends.he.cuda.gemm import Product, fused_product, library_product
 from backends.he.cuda.tiling import (
     AMPERE_LARGE,
     AMPERE_SMALL,
@@ -174,6 +174,17 @@ def test_an_unaligned_device_request(gpu: Gpu) -> None:
     whole = torch.from_numpy(np.concatenate([[7], request]).astype(np.uint8)).to(gpu.device)
     answer = worker.multiply(whole[1:], 3, worker.load(weight, True))
     assert as_bytes(answer) == reference(parameters, request, 3, weight)
+
+
+def test_a_product_takes_only_what_it_was_compiled_for(gpu: Gpu) -> None:
+    """Other sizes and addresses would reach a kernel that looks at neither."""
+    weight = torch.zeros((8, 32), dtype=torch.int8, device=gpu.device)
+    product = Product(weight, 3, 8, candidates(gpu.capability, 1)[0])
+    digits = torch.zeros(3 * 2 * 32 + 1, dtype=torch.uint8, device=gpu.device)
+    for wrong in (digits, digits[1:]):
+        with pytest.raises(ValueError, match=r"aligned \[3, 2, 32\]"):
+            product(wrong, 2)
+    assert product(digits[:-1], 2).shape == (2 * 2 * 8,)
 
 
 @settings(max_examples=12, deadline=None)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels
-from backends.he.cuda.streams import Flag
+from backends.he.cuda.streams import Flag, Flags
 from backends.he.entropy import Entropy
 from backends.he.integrity import ROWS, SignCheck, secret_signs
 from backends.he.params import Parameters
@@ -26,11 +26,11 @@ class DeviceCheck(SignCheck):
     """The owner's secret check of one matrix, on the device."""
 
     def __init__(
-        self, gpu: Gpu, kernels: Kernels, name: str, weight: NDArray[np.int8], forward: bool,
-        entropy: Entropy,
+        self, gpu: Gpu, kernels: Kernels, flags: Flags, name: str, weight: NDArray[np.int8],
+        forward: bool, entropy: Entropy,
     ) -> None:  # fmt: skip
         super().__init__(name, weight.shape[0 if forward else 1])
-        self._gpu, self._kernels = gpu, kernels
+        self._gpu, self._kernels, self._flags = gpu, kernels, flags
         self._signs = torch.from_numpy(secret_signs(entropy, self._outputs)).to(gpu.device)
         self._projected = project(self._signs, weight, forward)
 
@@ -39,7 +39,7 @@ class DeviceCheck(SignCheck):
     ) -> Comparison:
         """Queue the comparison of answer uint16[T, N] with the request int8[limbs, T, K]."""
         tokens, outputs = answer.shape
-        flag = Flag(self._gpu)
+        flag = self._flags.take()
         found = torch.empty((tokens, ROWS), dtype=torch.int32, device=self._gpu.device)
         self._kernels.launch(
             "differences", (-(-tokens // _TOKENS_EACH), 1),

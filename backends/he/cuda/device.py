@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,6 +19,8 @@ from backends.he.cuda.clock import DeviceClock
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: the first with int8 tensor cores that take every shape the kernels use."""
+
+_AS_IT_IS = nullcontext()
 
 
 class GpuError(RuntimeError):
@@ -99,6 +103,13 @@ def find_gpu(index: int = 0) -> Gpu:
         found.total_memory,
         found.multi_processor_count,
     )
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, `device` is the current one; nothing to do where it is already, as nearly always."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _AS_IT_IS
+    return torch.cuda.device(device)
 
 
 def emulated() -> Gpu:

@@ -20,9 +20,7 @@ No speed of this file has been measured on a GPU yet.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -31,6 +29,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from backends.he.cuda.device import on_device
 from backends.he.cuda.hopper import async_kernel, async_operands
 from backends.he.cuda.tiling import Kernel, Tiling
 
@@ -128,36 +127,99 @@ def bulk_operands(planes: torch.Tensor, weight: torch.Tensor, tiling: Tiling) ->
     )
 
 
+class Product:
+    """The product by one weight and tiling, ready to be launched again and again.
+
+    The first launch goes through Triton's front door, which looks at every argument and compiles.
+    Later ones go to the compiled kernel itself, which looks at none. What Triton would look at is
+    therefore fixed here: the weight, its sizes, and that addresses are multiples of 16; it is told
+    not to look at the number of tokens.
+
+    weight  int8[N, K], contiguous, K a multiple of ALIGNMENT
+    """
+
+    def __init__(self, weight: torch.Tensor, limbs: int, dropped_bits: int, tiling: Tiling) -> None:
+        self._weight, self._limbs, self._tiling = weight, limbs, tiling
+        self._outputs, self._inputs = weight.shape
+        self._across = triton.cdiv(self._outputs, tiling.outputs)
+        self._most_programs = 1 << 31
+        constants: dict[str, Any] = {"LIMBS": limbs, "SHIFT": dropped_bits, "BM": tiling.tokens}
+        constants |= {"BN": tiling.outputs, "BK": tiling.inputs, "GROUP": tiling.group}
+        options = {"num_warps": tiling.warps}
+        if tiling.kernel is Kernel.ASYNC:
+            self._kernel = async_kernel
+            constants |= {"STAGES": tiling.stages, "num_warps": tiling.warps}
+            self._most_programs = tiling.programs * _multiprocessors(weight.device)
+        else:
+            self._kernel = fused_kernel
+            constants["BULK"] = tiling.kernel is Kernel.BULK
+            options["num_stages"] = tiling.stages
+        self._options = constants | options
+        self._positions = tuple(constants[name] for name in self._kernel.arg_names[6:])
+        self._descriptors: tuple[Any, Any] | None = None
+        self._compiled: Any = None
+
+    def __call__(self, digits: torch.Tensor, tokens: int) -> torch.Tensor:
+        """uint8[2*T*N], the bytes of the uint16 answers [T, N], queued on the current stream.
+
+        digits  bytes of int8[limbs, T, K], contiguous, at a multiple of ALIGNMENT, where the
+                weight is: whatever their shape, for every view of them would cost a microsecond
+        """
+        if digits.numel() != self._limbs * tokens * self._inputs or digits.data_ptr() % ALIGNMENT:
+            raise ValueError(f"takes aligned [{self._limbs}, {tokens}, {self._inputs}] digits")
+        out = torch.empty(2 * tokens * self._outputs, dtype=torch.uint8, device=digits.device)
+        programs = min(-(-tokens // self._tiling.tokens) * self._across, self._most_programs)
+        sizes = (tokens, self._outputs, self._inputs)
+        # One launch at a time: Triton compiles at the first, and promises nothing to several
+        # threads; its interpreter keeps its state in its modules; descriptors are shared.
+        with _ONE_LAUNCH, on_device(digits.device):
+            if self._compiled is None:
+                self._first(digits, out, sizes, programs)
+            elif self._descriptors is None:
+                self._compiled[(programs, 1, 1)](
+                    digits, self._weight, out, *sizes, *self._positions
+                )
+            else:
+                moved, weight = self._descriptors
+                self._point(moved, digits, tokens)
+                self._compiled[(programs, 1, 1)](moved, weight, out, *sizes, *self._positions)
+                moved.base = self._weight  # the request's memory is not kept
+        return out
+
+    def _first(
+        self, digits: torch.Tensor, out: torch.Tensor, sizes: tuple[int, int, int], programs: int
+    ) -> None:
+        """Launch with arguments of the types to compile for; the interpreter comes here always."""
+        planes = digits.view(torch.int8).view(self._limbs, sizes[0], self._inputs)
+        operands: tuple[Any, Any] = planes, self._weight
+        if self._tiling.kernel is not Kernel.POINTERS:
+            flat = self._tiling.kernel is Kernel.ASYNC
+            describe = async_operands if flat else bulk_operands
+            operands = describe(planes, self._weight, self._tiling)
+        self._compiled = self._kernel[(programs,)](
+            *operands, out.view(torch.int16), *sizes, **self._options
+        )
+        if self._compiled is not None and self._tiling.kernel is not Kernel.POINTERS:
+            self._descriptors = operands
+
+    def _point(self, descriptor: Any, digits: torch.Tensor, tokens: int) -> None:
+        """Have a descriptor of planes describe another request's."""
+        inputs = self._inputs
+        descriptor.base = digits
+        if self._tiling.kernel is Kernel.ASYNC:
+            descriptor.shape, descriptor.strides = (self._limbs * tokens, inputs), (inputs, 1)
+        else:
+            descriptor.shape = (self._limbs, tokens, inputs)
+            descriptor.strides = (tokens * inputs, inputs, 1)
+
+
 def fused_product(
     planes: torch.Tensor, weight: torch.Tensor, dropped_bits: int, tiling: Tiling
 ) -> torch.Tensor:
-    """int16[T, N], the bits of the uint16 answers, queued on the current stream.
-
-    planes  int8[limbs, T, K], contiguous, K a multiple of ALIGNMENT
-    weight  int8[N, K], contiguous, on the same device
-    """
-    limbs, tokens, inputs = planes.shape
-    outputs = len(weight)
-    out = torch.empty((tokens, outputs), dtype=torch.int16, device=planes.device)
-    programs = triton.cdiv(tokens, tiling.tokens) * triton.cdiv(outputs, tiling.outputs)
-    shape = {"LIMBS": limbs, "SHIFT": dropped_bits, "GROUP": tiling.group}
-    shape |= {"BM": tiling.tokens, "BN": tiling.outputs, "BK": tiling.inputs}
-    with _launching_on(planes.device):
-        if tiling.kernel is Kernel.ASYNC:
-            operands = async_operands(planes, weight, tiling)
-            programs = min(programs, tiling.programs * _multiprocessors(planes.device))
-            async_kernel[(programs,)](
-                *operands, out, tokens, outputs, inputs,
-                **shape, STAGES=tiling.stages, num_warps=tiling.warps,
-            )  # fmt: skip
-        else:
-            bulk = tiling.kernel is Kernel.BULK
-            operands = bulk_operands(planes, weight, tiling) if bulk else (planes, weight)
-            fused_kernel[(programs,)](
-                *operands, out, tokens, outputs, inputs,
-                **shape, BULK=bulk, num_warps=tiling.warps, num_stages=tiling.stages,
-            )  # fmt: skip
-    return out
+    """One launch of a `Product`: int16[T, N] from planes int8[limbs, T, K], weight int8[N, K]."""
+    limbs, tokens, _ = planes.shape
+    product = Product(weight, limbs, dropped_bits, tiling)(planes, tokens)
+    return product.view(torch.int16).view(tokens, len(weight))
 
 
 def library_product(planes: torch.Tensor, weight: torch.Tensor, dropped_bits: int) -> torch.Tensor:
@@ -199,13 +261,3 @@ def _recombined(products: torch.Tensor, dropped_bits: int) -> torch.Tensor:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@contextlib.contextmanager
-def _launching_on(device: torch.device) -> Iterator[None]:
-    """One launch at a time, on this device: Triton compiles at the first, and promises nothing to
-    several threads; its interpreter keeps its state in its modules.
-    """
-    there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with _ONE_LAUNCH, there:
-        yield

@@ -1,9 +1,9 @@
 """Compiles the CUDA C++ in `kernels/` and launches it on torch tensors.
 
-On a GPU, CuPy compiles (NVRTC) and launches on torch's current stream. Without one, for tests, g++
-compiles the same text and one thread plays a thread block at a time, phase by phase: see
-`kernels/platform.cuh`. The text itself declares every kernel's threads and argument types; what a
-caller passes is checked against it.
+On a GPU, CuPy compiles (NVRTC), and `driver.py` launches on torch's current stream. Without one,
+for tests, g++ compiles the same text and one thread plays a thread block at a time, phase by
+phase: see `kernels/platform.cuh`. The text itself declares every kernel's threads and argument
+types; what a caller passes is checked against it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
 from backends.he.cuda.device import Gpu, GpuError
+from backends.he.cuda.driver import Driver, Launch
 from backends.he.params import NTT_PRIME, RING_DEGREE
 from backends.he.ring import EVALUATION_EXPONENTS, PSI
 
@@ -38,6 +40,7 @@ _TENSORS = {
 _SCALARS: dict[str, type[np.generic]] = {
     "i32": np.int32, "u32": np.uint32, "u64": np.uint64, "f32": np.float32, "f64": np.float64,
 }  # fmt: skip
+_CODES = {"i32": "i", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}  # of struct; pointers are Q
 HOST_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fwrapv", "-Wall", "-Wextra")
 DEVICE_FLAGS = ("-std=c++17", "-fmad=false")
 
@@ -95,38 +98,25 @@ def signatures(text: str) -> dict[str, Signature]:
 class _Module(Protocol):
     """Compiled kernels."""
 
-    def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: list[np.generic]
-    ) -> None: ...
+    def launcher(self, name: str, threads: int) -> Launch:
+        """What launches one of them."""
 
 
 class _CudaModule:
-    """Compiled by CuPy on first use."""
+    """Compiled by CuPy for one device."""
 
     def __init__(self, device: torch.device, text: str, options: tuple[str, ...]) -> None:
         self._device = device
-        self._cupy = _import_cupy()
-        self._module = self._cupy.RawModule(code=text, options=(*DEVICE_FLAGS, *options))
+        cupy = _import_cupy()
+        self._module = cupy.RawModule(code=text, options=(*DEVICE_FLAGS, *options))
         with torch.cuda.device(device), _library_errors():
             self._module.compile()
-        self._functions: dict[str, Any] = {}
-        self._streams: dict[int, Any] = {}
+        self._driver = Driver(device)
 
-    def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: list[np.generic]
-    ) -> None:
-        if name not in self._functions:
-            self._functions[name] = self._module.get_function(name)
-        with torch.cuda.device(self._device), self._stream():
-            self._functions[name]((*grid, 1), (threads, 1, 1), tuple(arguments))
-
-    def _stream(self) -> Any:
-        """torch's current stream, as CuPy sees it."""
-        handle = torch.cuda.current_stream(self._device).cuda_stream
-        if handle not in self._streams:
-            external = self._cupy.cuda.Stream.from_external
-            self._streams[handle] = external(_StreamHandle(handle))
-        return self._streams[handle]
+    def launcher(self, name: str, threads: int) -> Launch:
+        with torch.cuda.device(self._device):
+            function = self._module.get_function(name).kernel
+        return self._driver.launcher(function.ptr, threads)
 
 
 class _HostModule:
@@ -139,12 +129,95 @@ class _HostModule:
         """0: first thread to last, 1: last to first, more: shuffled by that seed."""
         self._library.choose_order(ctypes.c_int(order))
 
-    def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: list[np.generic]
-    ) -> None:
-        cells = [np.array(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
-        self._library[name](ctypes.c_int(grid[0]), ctypes.c_int(grid[1]), pointers)
+    def launcher(self, name: str, threads: int) -> Launch:
+        function: Any = self._library[name]
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+        return cast(Launch, function)
+
+
+class _Slots:
+    """Memory for the arguments of one launch at a time, and the pointers to them."""
+
+    def __init__(self, size: int, offsets: Sequence[int]) -> None:
+        self.bytes = bytearray(size)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.bytes))
+        self.pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
+
+
+class _Launcher:
+    """One kernel of one device: checks arguments, lays them out, launches."""
+
+    def __init__(self, name: str, signature: Signature, device: torch.device, call: Launch) -> None:
+        self._name, self._signature, self._device, self._call = name, signature, device, call
+        kinds = [kind for kind, _ in signature.arguments]
+        self._tensors = [(at, _TENSORS[kind]) for at, kind in enumerate(kinds) if kind in _TENSORS]
+        self._numbers = [at for at, kind in enumerate(kinds) if kind in _SCALARS]
+        codes = [_CODES.get(kind, "Q") for kind in kinds]
+        layout = struct.Struct("".join(codes))
+        self._pack, self._size, self._zeros = layout.pack_into, layout.size, bytes(layout.size)
+        self._offsets = [
+            struct.calcsize("".join(codes[: at + 1])) - struct.calcsize(code)
+            for at, code in enumerate(codes)
+        ]
+        self._free: list[_Slots] = []
+
+    def __call__(self, grid: tuple[int, int], arguments: Sequence[torch.Tensor | float]) -> None:
+        # Threads launch at once: each takes slots of its own, and gives them back.
+        try:
+            slots = self._free.pop()
+        except IndexError:
+            slots = _Slots(self._size, self._offsets)
+        try:
+            self._fill(slots, arguments)
+            self._call(*grid, slots.pointers)
+        finally:
+            slots.bytes[:] = self._zeros  # a key may have been among them
+            self._free.append(slots)
+
+    def _fill(self, slots: _Slots, arguments: Sequence[torch.Tensor | float]) -> None:
+        """Lay the arguments out. Raises TypeError or OverflowError for one that does not fit."""
+        values: list[Any] = list(arguments)
+        device, right = self._device, len(values) == len(self._offsets)
+        try:
+            for at in self._numbers:
+                right = right and not isinstance(values[at], torch.Tensor)
+            for at, dtype in self._tensors:
+                tensor = values[at]
+                right = (
+                    right
+                    and tensor.dtype is dtype
+                    and tensor.device == device
+                    and tensor.is_contiguous()
+                )
+                values[at] = tensor.data_ptr()
+            if right:
+                self._pack(slots.bytes, 0, *values)
+                return
+        except (AttributeError, IndexError, struct.error) as error:
+            self._complain(arguments)
+            raise TypeError(f"{self._name}: {error}") from error
+        self._complain(arguments)
+
+    def _complain(self, arguments: Sequence[torch.Tensor | float]) -> None:
+        """Raise TypeError or OverflowError that says which argument is wrong, and how."""
+        wanted = self._signature.arguments
+        if len(arguments) != len(wanted):
+            raise TypeError(f"{self._name} takes {len(wanted)} arguments")
+        for (kind, label), argument in zip(wanted, arguments, strict=True):
+            what = f"{self._name}: {label}"
+            if kind in _SCALARS:
+                if isinstance(argument, torch.Tensor):
+                    raise TypeError(f"{what} is a number ({kind}), got a tensor")
+                _SCALARS[kind](argument)
+            elif not isinstance(argument, torch.Tensor):
+                raise TypeError(f"{what} is a tensor ({kind}), got {type(argument).__name__}")
+            elif argument.dtype != _TENSORS[kind] or argument.device != self._device:
+                raise TypeError(
+                    f"{what} is {_TENSORS[kind]} on {self._device}, got {argument.dtype} on "
+                    f"{argument.device}"
+                )
+            elif not argument.is_contiguous():
+                raise TypeError(f"{what} is not contiguous")
 
 
 class Kernels:
@@ -155,45 +228,24 @@ class Kernels:
     """
 
     def __init__(self, gpu: Gpu, rank: int, limbs: int, probes: str = "") -> None:
-        text = source(probes)
-        self._device = gpu.device
-        self._signatures = signatures(text)
+        text, device = source(probes), gpu.device
         self._module: _Module
-        if gpu.device.type == "cuda":
-            self._module = _CudaModule(gpu.device, text, constants(rank, limbs))
+        if device.type == "cuda":
+            self._module = _CudaModule(device, text, constants(rank, limbs))
         else:
             self._module = _HostModule(text, constants(rank, limbs))
+        self._launchers = {
+            name: _Launcher(name, found, device, self._module.launcher(name, found.threads))
+            for name, found in signatures(text).items()
+        }
 
     def launch(self, name: str, grid: tuple[int, int], *arguments: torch.Tensor | float) -> None:
         """Queue kernel `name` on torch's current stream.
 
         Raises TypeError when an argument is not what the kernel declares: a contiguous tensor of
-        that dtype on this device, or a number.
+        that dtype on this device, or a number; OverflowError when a number does not fit its type.
         """
-        signature = self._signatures[name]
-        if len(arguments) != len(signature.arguments):
-            raise TypeError(f"{name} takes {len(signature.arguments)} arguments")
-        checked = [
-            self._checked(f"{name}: {label}", kind, argument)
-            for (kind, label), argument in zip(signature.arguments, arguments, strict=True)
-        ]
-        self._module.launch(name, grid, signature.threads, checked)
-
-    def _checked(self, what: str, kind: str, argument: torch.Tensor | float) -> np.generic:
-        if kind in _SCALARS:
-            if isinstance(argument, torch.Tensor):
-                raise TypeError(f"{what} is a number ({kind}), got a tensor")
-            return _SCALARS[kind](argument)
-        if not isinstance(argument, torch.Tensor):
-            raise TypeError(f"{what} is a tensor ({kind}), got {type(argument).__name__}")
-        if argument.dtype != _TENSORS[kind] or argument.device != self._device:
-            raise TypeError(
-                f"{what} is {_TENSORS[kind]} on {self._device}, got {argument.dtype} on "
-                f"{argument.device}"
-            )
-        if not argument.is_contiguous():
-            raise TypeError(f"{what} is not contiguous")
-        return np.uint64(argument.data_ptr())
+        self._launchers[name](grid, arguments)
 
 
 @cache
@@ -229,16 +281,6 @@ def compile_text(command: Sequence[str], output: Path) -> str:
     if done.returncode != 0:
         raise GpuError(f"{command[0]} failed:\n{said}")
     return said
-
-
-class _StreamHandle:
-    """A raw stream under the protocol CuPy takes foreign streams by."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return (0, self._handle)
 
 
 def _import_cupy() -> Any:

@@ -13,6 +13,7 @@ copies, where payloads or values are on the host. Speeds on a GPU are unmeasured
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from backends.he.cuda.check import DeviceCheck
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels, kernels
 from backends.he.cuda.resident import Residents
-from backends.he.cuda.streams import Flag
+from backends.he.cuda.streams import Flag, Flags
 from backends.he.entropy import Entropy
 from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
 from backends.he.mlwe_owner import (
@@ -40,6 +41,7 @@ from backends.he.public import PublicMatrix
 from backends.he.ring import tiles_of
 from backends.he.secret import UseOnce
 
+_KEY_WORDS = struct.Struct("<4Q")
 _TILES_EACH = 2  # tiles that one thread block of the kernels works on
 _BLOCKS_PER_MULTIPROCESSOR = 8
 """Thread blocks to have before they take several secrets each: enough to even out the ends."""
@@ -47,8 +49,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 8
 
 def key_words(key: bytes) -> tuple[int, int, int, int]:
     """32 bytes of key as four little-endian 64-bit words, as the kernels take them."""
-    a, b, c, d = (int.from_bytes(key[at : at + 8], "little") for at in range(0, 32, 8))
-    return a, b, c, d
+    return _KEY_WORDS.unpack(key)
 
 
 class RequestSecrets(UseOnce):
@@ -116,13 +117,15 @@ class CudaOwner(RingOwner):
         super().__init__(parameters, entropy)
         self._gpu = gpu
         self._wire = not local
+        self._multiplier = int(self._reciprocal)
         self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
         self._residents = Residents(gpu, public, hint_bytes)
+        self._flags = Flags(gpu)
         self._checks: dict[str, DeviceCheck] = {}
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = DeviceCheck(
-            self._gpu, self._kernels, matrix.name, weight, forward, self._entropy
+            self._gpu, self._kernels, self._flags, matrix.name, weight, forward, self._entropy
         )
 
     def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
@@ -136,29 +139,29 @@ class CudaOwner(RingOwner):
         parameters, device = self._parameters, self._gpu.device
         in_scale, _ = self._residents.scales(matrix)
         rows = self._residents.public_rows(inputs)
+        blocks, tiles = -(-tokens // RING_DEGREE), tiles_of(inputs)
         with self._gpu.clock.span("owner"):
             scales = self._token_scales(values, in_scale, matrix)
             secrets = RequestSecrets.draw(
-                self._kernels, self._entropy.fresh_key(), -(-tokens // RING_DEGREE),
-                parameters.rank, self._gpu,
-            )  # fmt: skip
+                self._kernels, self._entropy.fresh_key(), blocks, parameters.rank, self._gpu
+            )
             words = secrets.seal()
-            self._count(secrets_drawn=len(words))
+            self._count(secrets_drawn=blocks)
             planes = torch.empty(
                 (parameters.limbs, tokens, inputs), dtype=torch.int8, device=device
             )
-            grid, each = self._grid(len(words), tiles_of(inputs))
+            grid, each = self._grid(blocks, tiles)
             self._kernels.launch(
                 "encrypt", grid, rows, words, values, in_scale, scales.factor, planes,
-                tokens, inputs, len(rows), each, int(self._reciprocal),
+                tokens, inputs, tiles, each, self._multiplier,
                 *key_words(self._entropy.fresh_key()),
             )  # fmt: skip
         if scales.bad.read():
             secrets.wipe()
-            self._count(secrets_drawn=-len(words))  # nothing is sent under them
+            self._count(secrets_drawn=-blocks)  # nothing is sent under them
             token_scales(scales.norms.cpu().numpy(), matrix, parameters)
             raise AssertionError("a norm is not finite")
-        self._count(blocks=len(words))
+        self._count(blocks=blocks)
         sealed = Sealed(secrets, scales.inverse, planes, on_host)
         raw = planes.view(-1).view(torch.uint8)
         return Encrypted(_to_host(raw, self._gpu) if self._wire else raw, sealed)
@@ -169,7 +172,7 @@ class CudaOwner(RingOwner):
         The check of a guarded matrix runs first; its result is waited for only when the
         decryption, which a wrong answer throws away, is queued behind it.
         """
-        tokens, outputs = len(sealed.inverse_alpha), matrix.out_features
+        tokens, outputs = sealed.inverse_alpha.shape[0], matrix.out_features
         answer = self._answer(payload, tokens, outputs)
         if matrix.hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
@@ -196,11 +199,12 @@ class CudaOwner(RingOwner):
         tokens, outputs = out.shape
         _, out_scale = self._residents.scales(matrix)
         for first_row, slab in self._residents.slabs(matrix):
-            grid, each = self._grid(len(words), len(slab))
+            blocks, tiles = words.shape[0], slab.shape[0]
+            grid, each = self._grid(blocks, tiles)
             self._kernels.launch(
                 "decrypt", grid, slab, words, answer, inverse, out_scale, out,
-                tokens, outputs, first_row, len(slab), each, self._parameters.dropped_bits,
-                int(self._reciprocal),
+                tokens, outputs, first_row, tiles, each, self._parameters.dropped_bits,
+                self._multiplier,
             )  # fmt: skip
 
     def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:
@@ -233,7 +237,7 @@ class CudaOwner(RingOwner):
         norms, factor, inverse = (
             torch.empty(tokens, dtype=torch.float64, device=x.device) for _ in range(3)
         )
-        bad = Flag(self._gpu)
+        bad = self._flags.take()
         self._kernels.launch(
             "token_scales", (tokens, 1), x, in_scale, norms, factor, inverse, bad.cell,
             inputs, matrix.plan.amplitude(self._parameters), q / p,
@@ -246,7 +250,7 @@ class CudaOwner(RingOwner):
         if isinstance(payload, torch.Tensor):
             if payload.dtype != torch.uint8 or payload.ndim != 1:
                 raise ValueError(f"an answer is uint8[n], got {payload.dtype}")
-            check_answer_bytes(len(payload), tokens, outputs)
+            check_answer_bytes(payload.numel(), tokens, outputs)
             raw = payload.to(self._gpu.device)
         else:
             values = answer_values(payload, tokens, outputs)

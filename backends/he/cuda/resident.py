@@ -52,6 +52,7 @@ class Residents:
         self._slab_tiles = max(1, _SLAB_BYTES // self._tile_bytes)
         self._conveyor: Conveyor | None = None
         self._rows = torch.empty((0, public.rank, RING_DEGREE, LANES), dtype=torch.int32)
+        self._parts: dict[int, torch.Tensor] = {}
         self._entries: dict[str, _Entry] = {}
         self._changing = threading.RLock()
 
@@ -64,9 +65,13 @@ class Residents:
         """int32[tiles, rank, 256, 16] on the device, whose first `count` rows are A's."""
         want = tiles_of(count)
         with self._changing:
-            if len(self._rows) < want:
-                self._rows = self._upload(self._public.rows(count))
-            return self._rows[:want]
+            part = self._parts.get(want)
+            if part is None:
+                if len(self._rows) < want:
+                    self._rows = self._upload(self._public.rows(count))
+                    self._parts.clear()  # of the smaller matrix, whose memory goes
+                part = self._parts[want] = self._rows[:want]
+            return part
 
     def scales(self, matrix: OwnerMatrix) -> tuple[torch.Tensor, torch.Tensor]:
         """(in_scale float32[K], out_scale float32[N]) on the device."""

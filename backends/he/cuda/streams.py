@@ -46,10 +46,11 @@ class Mark:
 class Flag:
     """An int32[1] that a kernel sets, read as soon as it is known, whatever is queued behind."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, pool: Flags) -> None:
         self.cell = torch.zeros(1, dtype=torch.int32, device=gpu.device)
         self._host = gpu.pinned(4).view(torch.int32)
         self._fetched = Mark(gpu)
+        self._pool = pool
 
     def fetch(self) -> None:
         """Queue the copy to the host, after the kernel and before what need not be waited for."""
@@ -57,9 +58,40 @@ class Flag:
         self._fetched.set()
 
     def read(self) -> bool:
-        """Wait for the copy."""
+        """Wait for the copy. Once: the flag is then the next taker's."""
         self._fetched.hold_host()
-        return bool(self._host.item())
+        found = bool(self._host.item())
+        self._pool.give_back(self, found)
+        return found
+
+
+class Flags:
+    """Flags with their events and page-locked memory, used again and again.
+
+    One read as not set is as good as new: its kernel has ended and its cell is still zero. One
+    that was set is let go. One that is never read stays, as its kernel may still be at work.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._all: set[Flag] = set()
+        self._free: list[Flag] = []
+
+    def take(self) -> Flag:
+        """A flag that is not set; safe from several threads."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            flag = Flag(self._gpu, self)
+            self._all.add(flag)
+            return flag
+
+    def give_back(self, flag: Flag, found: bool) -> None:
+        """The device is done with it; `found` set or not."""
+        if found:
+            self._all.discard(flag)
+        else:
+            self._free.append(flag)
 
 
 class Conveyor:

@@ -4,6 +4,7 @@ entry are checked by a test that compiles it; which one is fastest is for `tuner
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -87,7 +88,7 @@ HOPPER = (9, 0)
 
 def token_class(tokens: int) -> int:
     """The size of request that stands for one of `tokens` tokens."""
-    return next((size for size in TOKEN_CLASSES if tokens <= size), TOKEN_CLASSES[-1])
+    return TOKEN_CLASSES[min(bisect_left(TOKEN_CLASSES, tokens), len(TOKEN_CLASSES) - 1)]
 
 
 @cache

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.cuda.device import Gpu, GpuError
-from backends.he.cuda.gemm import ALIGNMENT, fused_product, library_product
+from backends.he.cuda.gemm import ALIGNMENT, Product, library_product
+from backends.he.cuda.tiling import token_class
 from backends.he.cuda.tuner import Tuner
 from backends.he.interface import AnyPayload, WorkerCipher
 from backends.he.mlwe_worker import check_request_bytes
@@ -37,12 +38,14 @@ _COPY_GRAIN_BYTES = 1 << 20  # a memcpy worth a thread
 class DeviceMatrix:
     """One direction of a weight on the device.
 
-    weight  int8[N, K rounded up to ALIGNMENT], the columns past K zero
-    inputs  K
+    weight    int8[N, K rounded up to ALIGNMENT], the columns past K zero
+    inputs    K
+    products  by it so far, by class of tokens, ready to be launched again
     """
 
     weight: torch.Tensor = field(repr=False)
     inputs: int
+    products: dict[int, Product] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def outputs(self) -> int:
@@ -95,6 +98,9 @@ class CudaWorker(WorkerCipher):
 
     def multiply(self, payload: AnyPayload, tokens: int, matrix: DeviceMatrix) -> Any:
         """Answer bytes, where the request was: numpy uint8 on the host, else a uint8 tensor."""
+        if isinstance(payload, torch.Tensor):
+            request = self._device_digits(payload, tokens, matrix), tokens
+            return self._answer_device([request], matrix)[0]
         return self.multiply_many([(payload, tokens)], matrix)[0]
 
     def multiply_many(
@@ -104,11 +110,11 @@ class CudaWorker(WorkerCipher):
 
         Raises ValueError when any payload has the wrong number of bytes or is on another device.
         """
-        there: dict[int, torch.Tensor] = {}
+        there: dict[int, tuple[torch.Tensor, int]] = {}
         here: dict[int, NDArray[np.int8]] = {}
         for index, (payload, tokens) in enumerate(requests):
             if isinstance(payload, torch.Tensor):
-                there[index] = self._device_planes(payload, tokens, matrix)
+                there[index] = self._device_digits(payload, tokens, matrix), tokens
             else:
                 digits = np.frombuffer(payload, np.int8)
                 here[index] = digits.reshape(self._shape(digits.size, tokens, matrix))
@@ -124,41 +130,49 @@ class CudaWorker(WorkerCipher):
         check_request_bytes(size, limbs, tokens, inputs)
         return limbs, tokens, inputs
 
-    def _device_planes(
+    def _device_digits(
         self, payload: torch.Tensor, tokens: int, matrix: DeviceMatrix
     ) -> torch.Tensor:
+        """The payload, contiguous. Raises ValueError for what is no request here."""
         if payload.device != self._gpu.device or payload.dtype != torch.uint8:
             raise ValueError(
                 f"a request on {payload.device} of {payload.dtype}; this worker takes uint8 on "
                 f"{self._gpu.device}, or bytes"
             )
-        shape = self._shape(payload.numel(), tokens, matrix)
-        return payload.contiguous().view(torch.int8).view(shape)
+        self._shape(payload.numel(), tokens, matrix)
+        return payload.contiguous()
 
-    def _product(self, planes: torch.Tensor, matrix: DeviceMatrix) -> torch.Tensor:
-        """uint8[T, 2*N] from int8[limbs, T, padded K]."""
-        dropped_bits = self._parameters.dropped_bits
+    def _product(self, digits: torch.Tensor, tokens: int, matrix: DeviceMatrix) -> torch.Tensor:
+        """uint8[2*T*N] from the bytes of int8[limbs, T, padded K]."""
+        limbs, dropped_bits = self._parameters.limbs, self._parameters.dropped_bits
         if not self._fused:
-            return library_product(planes, matrix.weight, dropped_bits).view(torch.uint8)
-        limbs, tokens, _ = planes.shape
-        tiling = self._tuner.tiling(limbs, tokens, matrix.weight, dropped_bits)
+            planes = digits.view(torch.int8).view(limbs, tokens, -1)
+            return library_product(planes, matrix.weight, dropped_bits).view(-1).view(torch.uint8)
+        product = matrix.products.get(token_class(tokens))
+        if product is None:
+            tiling = self._tuner.tiling(limbs, tokens, matrix.weight, dropped_bits)
+            product = Product(matrix.weight, limbs, dropped_bits, tiling)
+            matrix.products[token_class(tokens)] = product
         with self._gpu.clock.span("worker"):
-            product = fused_product(planes, matrix.weight, dropped_bits, tiling)
-        return product.view(torch.uint8)
+            return product(digits, tokens)
 
     def _answer_device(
-        self, requests: list[torch.Tensor], matrix: DeviceMatrix
+        self, requests: list[tuple[torch.Tensor, int]], matrix: DeviceMatrix
     ) -> list[torch.Tensor]:
-        """Answers on the device, on the current stream. A single aligned request is not copied."""
-        tokens = [request.shape[1] for request in requests]
-        width = matrix.weight.shape[1]
-        planes = requests[0]
-        if len(requests) > 1 or width != matrix.inputs or planes.data_ptr() % ALIGNMENT:
-            shape = (len(planes), sum(tokens), width)
-            planes = torch.zeros(shape, dtype=torch.int8, device=self._gpu.device)
-            torch.cat(requests, dim=1, out=planes[:, :, : matrix.inputs])
-        product = self._product(planes, matrix)
-        return [product[part].reshape(-1) for part in _parts(tokens)]
+        """Answers to (digits, tokens), on the current stream. A single aligned request is not
+        copied.
+        """
+        digits, tokens = requests[0]
+        width, inputs = matrix.weight.shape[1], matrix.inputs
+        if len(requests) == 1 and width == inputs and not digits.data_ptr() % ALIGNMENT:
+            return [self._product(digits, tokens, matrix)]
+        limbs, sizes = self._parameters.limbs, [tokens for _, tokens in requests]
+        shape = (limbs, sum(sizes), width)
+        planes = torch.zeros(shape, dtype=torch.uint8, device=self._gpu.device)
+        views = [digits.view(limbs, tokens, inputs) for digits, tokens in requests]
+        torch.cat(views, dim=1, out=planes[:, :, :inputs])
+        product = self._product(planes, shape[1], matrix)
+        return [product[part] for part in _parts([2 * matrix.outputs * size for size in sizes])]
 
     def _answer_host(
         self, requests: list[NDArray[np.int8]], matrix: DeviceMatrix
@@ -175,13 +189,13 @@ class CudaWorker(WorkerCipher):
                         # Each piece is on its way to the device while the next is copied here.
                         _copy_rows(request[limb], staged[limb, part].numpy())
                         planes[limb, part].copy_(staged[limb, part], non_blocking=True)
-            product = self._product(planes, matrix)
-            answers = self._gpu.pinned(product.numel()).view(product.shape)
+            product = self._product(planes, total, matrix)
+            answers = self._gpu.pinned(product.numel())
             with self._gpu.clock.span("copy"):
                 answers.copy_(product, non_blocking=True)
             if stream is not None:
                 stream.synchronize()
-        return [answers[part].reshape(-1).numpy() for part in _parts(tokens)]
+        return [answers[p].numpy() for p in _parts([2 * matrix.outputs * n for n in tokens])]
 
     @contextlib.contextmanager
     def _own_stream(self) -> Any:
