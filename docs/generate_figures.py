@@ -68,67 +68,136 @@ def origin(figures: dict[str, Any]) -> str:
     )
 
 
+KINDS = {"avx2": "AVX2 only", "avx512": "AVX-512 VNNI"}
+"""Kinds of processor that have result files of their own, and what a reader calls them."""
+
+
+def by_kind(name: str) -> dict[str, dict[str, Any]]:
+    """The figures of one benchmark on every kind of processor that it has been run on."""
+    found = {kind: RESULTS / f"{name}-{kind}.json" for kind in KINDS}
+    return {kind: load(path.stem) for kind, path in found.items() if path.exists()}
+
+
+def origins(runs: dict[str, dict[str, Any]]) -> str:
+    """Where the figures of each kind come from."""
+    lines = []
+    for kind, f in runs.items():
+        older = "" if "kernel" in f else " Before the kernels were rewritten; not measured since."
+        lines.append(f"*{KINDS[kind]}:*{older} {origin(f)}")
+    return "\n".join(lines)
+
+
 def quickstart() -> str:
     """Does it learn, and does it learn the same?"""
-    f = load("quickstart")
-    fall = 1 - f["private_loss"] / f["base_loss"]
-    gap = f["private_loss"] / f["clear_loss"] - 1
+    runs = by_kind("quickstart")
+    rows = []
+    for kind, f in runs.items():
+        fall = 1 - f["private_loss"] / f["base_loss"]
+        gap = f["private_loss"] / f["clear_loss"] - 1
+        rows.append(
+            f"| {KINDS[kind]} | {f['base_loss']:.3f} | {f['clear_loss']:.3f} | "
+            f"{f['private_loss']:.3f} | {-fall:.1%} | {gap:+.2%} | "
+            f"{f['private_s'] / f['clear_s']:.1f} | {minutes(f)} |"
+        )
+    table = "\n".join(rows)
     return f"""**It learns, and it learns the same.** Held-out loss of the quickstart (nats per \
 token):
 
-| base model | LoRA in clear | LoRA, private | private against base | private against clear |
-| --- | --- | --- | --- | --- |
-| {f["base_loss"]:.3f} | {f["clear_loss"]:.3f} | {f["private_loss"]:.3f} | \
-{-fall:.1%} | {gap:+.2%} |
+| two cores with | base model | LoRA in clear | LoRA, private | against base | against clear | \
+private / clear time | all of it, installed |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{table}
 
-This model is tiny, so overheads show: its private steps took \
-{f["private_s"] / f["clear_s"]:.1f} times as long as those in clear.
-{origin(f)}"""
+This model is tiny, so overheads show in its times.
+
+{origins(runs)}"""
+
+
+def minutes(f: dict[str, Any]) -> str:
+    """A whole run's time, where the file has it."""
+    return f"{f['total_s']:.0f} s" if "total_s" in f else ""
+
+
+def against_clear(case: dict[str, Any], side: str) -> str:
+    """The time of one side divided by the faster clear layer's, and what that computed in."""
+    dtype = min(("fp32", "bf16"), key=lambda name: case[f"clear_{name}_ms"])
+    return f"{case[f'{side}_over_{dtype}']:.2f} ({dtype})"
 
 
 def layer() -> str:
     """One layer: the worker's and the owner's time against clear torch."""
-    f = load("he_linear")
+    runs = by_kind("he_linear")
+    cases = {(c["in"], c["out"], c["tokens"]): {} for f in runs.values() for c in f["cases"]}
+    for kind, f in runs.items():
+        for c in f["cases"]:
+            cases[c["in"], c["out"], c["tokens"]][kind] = c
     rows = []
-    for c in f["cases"]:
-        rows.append(
-            f"| {c['in']} → {c['out']} | {c['tokens']} | {c['worker_over_fp32']:.2f} | "
-            f"{c['worker_over_bf16']:.2f} | {c['owner_over_fp32']:.2f} | "
-            f"{c['owner_over_bf16']:.2f} | {c['relative_error']:.2%} | "
-            f"{c['predicted_error']:.2%} |"
-        )
-    table = "\n".join(rows)
+    for (inputs, outputs, tokens), found in cases.items():
+        cells = [f"{inputs} → {outputs}", str(tokens)]
+        for kind in runs:
+            c = found.get(kind)
+            cells += [against_clear(c, side) if c else "" for side in ("worker", "owner")]
+        c = next(iter(found.values()))
+        cells += [f"{c['relative_error']:.2%}", f"{c['predicted_error']:.2%}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    head = ["layer", "tokens"]
+    head += [f"{KINDS[kind]}: {side}" for kind in runs for side in ("worker", "owner")]
+    head += ["error", "predicted"]
+    table = "\n".join([f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *rows])
+    some = next(iter(runs.values()))["cases"][0]
     return f"""**One frozen layer.** Time under encryption divided by the time of the whole clear \
-layer in torch, in fp32 and in bf16 (your honest alternative is the faster of the two, bf16 on \
-this machine); the error is against the same int8 weights:
+layer in torch, in fp32 or bf16, whichever is faster on that machine (your honest alternative); \
+the error is against the same int8 weights:
 
-| layer | tokens | worker / fp32 | worker / bf16 | owner / fp32 | owner / bf16 | error | predicted |
-| --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-Traffic: {f["cases"][0]["bytes_up_per_value"]:.1f} bytes per value up, \
-{f["cases"][0]["bytes_down_per_value"]:.1f} down. The owner's cost is per block of up to 256 \
-tokens, so small micro-batches waste it.
+Traffic: {some["bytes_up_per_value"]:.1f} bytes per value up, \
+{some["bytes_down_per_value"]:.1f} down. The owner's cost is per block of up to 256 \
+tokens, so small micro-batches waste it. With one token all sides wait for memory, and clear \
+reads four bytes a weight where the worker reads one.
+
+{origins(runs)}
+{generic()}"""
+
+
+def generic() -> str:
+    """The kernel of last resort, where it has been measured."""
+    path = RESULTS / "he_linear-generic.json"
+    if not path.exists():
+        return ""
+    f = load(path.stem)
+    c = f["cases"][0]
+    return f"""A processor with none of these instructions takes the generic kernel: worker / \
+clear {against_clear(c, "worker")} for {c["in"]} → {c["out"]}, {c["tokens"]} tokens.
 {origin(f)}"""
 
 
 def llama() -> str:
     """A whole training step of the 1B shape."""
-    f = load("llama1b")
-    traffic = (f["bytes_per_token_up"] + f["bytes_per_token_down"]) / 1e6
-    return f"""**A whole training step of the Llama-3.2-1B shape**, {f["tokens_per_step"]} tokens, \
-random weights, head local in both; clear is the same LoRA step in fp32 on the same int8 base:
+    runs = by_kind("llama1b")
+    rows = []
+    for kind, f in runs.items():
+        traffic = (f["bytes_per_token_up"] + f["bytes_per_token_down"]) / 1e6
+        rows.append(
+            f"| {KINDS[kind]} | **{f['private_over_clear']:.2f}** | "
+            f"{f.get('clear_dtype', 'fp32; bf16 not compared')} | {f['private_step_s']:.1f} s | "
+            f"{f['owner_s']:.1f} s | {f['worker_s']:.1f} s | {f['clear_step_s']:.1f} s | "
+            f"{traffic:.2f} MB | {f['prepare_s']:.0f} s | {f['peak_rss_mb'] / 1000:.1f} GB |"
+        )
+    table = "\n".join(rows)
+    tokens = next(iter(runs.values()))["tokens_per_step"]
+    return f"""**A whole training step of the Llama-3.2-1B shape**, {tokens} tokens, \
+random weights, head local in both; clear is the same LoRA step on the same int8 base:
 
-| private / clear | private step | of it: owner's cipher | worker | clear step | \
-traffic per token | preparation, once | peak memory, owner + worker |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-| **{f["private_over_clear"]:.2f}** | {f["private_step_s"]:.1f} s | {f["owner_s"]:.1f} s | \
-{f["worker_s"]:.1f} s | {f["clear_step_s"]:.1f} s | {traffic:.2f} MB | {f["prepare_s"]:.0f} s | \
-{f["peak_rss_mb"] / 1000:.1f} GB |
+| two cores with | private / clear | clear in | private step | of it: owner's cipher | worker | \
+clear step | traffic per token | preparation, once | peak memory, owner + worker |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{table}
 
 The published peer reports 83 s per token for the same kind of step on a CPU of its own \
 (its notebook; not measured here). Over a network, expect traffic to decide the speed.
-{origin(f)}"""
+
+{origins(runs)}"""
 
 
 def simulated() -> str:

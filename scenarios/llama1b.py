@@ -23,8 +23,8 @@ With --real-gpu both parts run on this machine's first NVIDIA GPU (compute capab
 NOT YET MEASURED: this code has been checked kernel by kernel on a CPU, and has never run on a GPU.
 `python -m benchmarks.gpu` checks and measures all of it.
 
-Expected on two AVX-512 cores: preparation in under 4 minutes, a private step of 256 tokens in
-about the time of the same step in clear fp32, and about 3 MB of traffic per token.
+Expected on two cores with AVX2 or better: preparation in under 4 minutes, a private step of 256
+tokens in about the time of the same step in clear fp32, and about 3 MB of traffic per token.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
+from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import PRESETS, preset
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import pack, read_texts
@@ -109,7 +110,11 @@ class Quickstart:
             learning_rate=args.learning_rate, warmup_steps=max(1, args.steps // 10),
             seed=args.seed,
         )  # fmt: skip
-        self.figures: dict[str, Any] = {"steps": args.steps, "lanes": args.lanes}
+        self.figures: dict[str, Any] = {
+            "steps": args.steps,
+            "lanes": args.lanes,
+            "kernel": chosen_kernel().name,
+        }
 
     def _lora(self, model: torch.nn.Module) -> PeftModel:
         return add_lora(model, self.args.rank, 2 * self.args.rank, self.args.seed)
