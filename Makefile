@@ -13,8 +13,9 @@ READY := $(VENV)/.ready
 quickstart: $(READY)
 	$(BIN)/python -m scenarios.quickstart
 
+# A file's tests share what they set up, so a file goes to one process.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -342,7 +342,7 @@ def test_an_interrupted_sweep_keeps_what_it_has(tmp_path: Path) -> None:
     """Ctrl-C: exit status 130, whole files, and how much is in them."""
     text = interrupt(
         "scenarios.whatif", "--sweep", "lanes=1..64", "--sweep", "rtt=1ms..2ms x20",
-        "--set", "model=gpt2", "--out", str(tmp_path), seen=" 5/1280",
+        "--set", "model=gpt2", "--set", "tokens=8", "--out", str(tmp_path), seen=" 5/1280",
     )  # fmt: skip
     assert "interrupted:" in text
     found = json.loads((tmp_path / "rows.json").read_text())
