@@ -34,6 +34,7 @@ from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
 from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record
+from scenarios.cli import clean_exit, use_kernel
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.quickstart import BASE
 from scenarios.session import private_session
@@ -193,6 +194,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="prepared models")
     record.add_json_option(parser)
     args = parser.parse_args()
+    with clean_exit():
+        kernel = use_kernel(None)
     patience_s = 30 * args.minutes
     with real_cases(args.cache) as cases, Calibration(patience_s) as calibration:
         measure(cases, calibration, args.minutes)
@@ -203,6 +206,7 @@ def main() -> None:
     print_table(figures)
     figures["disturbed"] = calibration.disturbed / calibration.measured
     print(f"other processes were busy during {figures['disturbed']:.0%} of the measurements")
+    figures["kernel"] = kernel.name
     record.write(args.json, figures | {"calibration": explained, "profile": profile.facts()})
 
 

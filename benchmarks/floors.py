@@ -35,7 +35,7 @@ from backends.he.ring import inverse_tables, mask_tile_kernel, secret_to_ntt
 from backends.he.vector import LANES
 from backends.machine import cpu_flags
 from scenarios import record
-from scenarios.cli import add_kernel_option, clean_exit, use_kernel
+from scenarios.cli import add_kernel_option, clean_exit, positive, use_kernel
 
 FLOORS = {"worker": 2 / 32, "fp32": 1 / 16, "ring": 808.0, "seal": 2.0, "open": 1.0}
 _PARAMETERS = preset("standard")
@@ -149,7 +149,7 @@ def main() -> None:
         prog="python -m benchmarks.floors", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=31, help="rounds (31)")
+    parser.add_argument("--rounds", type=positive, default=31, help="rounds (31)")
     add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()

@@ -30,7 +30,7 @@ from backends.he.public import HintBuilder, PublicMatrix, public_seed
 from backends.he.quantise import dequantise, quantise
 from backends.machine import cpu_flags
 from scenarios import record
-from scenarios.cli import add_kernel_option, clean_exit, use_kernel
+from scenarios.cli import add_kernel_option, clean_exit, positive, use_kernel
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048), (2048, 512))
 TOKENS = (1, 64, 256, 1024)
@@ -139,13 +139,6 @@ def shape(text: str) -> tuple[int, int]:
     if not (inputs.isdigit() and outputs.isdigit() and int(inputs) and int(outputs)):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; write INPUTSxOUTPUTS, 2048x8192")
     return int(inputs), int(outputs)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -18,6 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a run in clear may compute in."""
 
 _FEW_TOKENS = 4
+_HOPELESS = 8  # times the fastest, at a few tokens
 
 
 def clear_times_ms(groups: Sequence[GroupSpec], tokens: int, rounds: int = 5) -> dict[str, float]:
@@ -27,13 +28,17 @@ def clear_times_ms(groups: Sequence[GroupSpec], tokens: int, rounds: int = 5) ->
     of DTYPES that is hopeless at a few tokens is left out: where a processor has no bf16, torch may
     take minutes.
     """
-    few = _times_ms(groups, min(tokens, _FEW_TOKENS), 1)
-    able = [name for name in DTYPES if few[name] < 4 * min(few.values())]
-    return few | _times_ms(groups, tokens, rounds, able) if len(able) > 1 else few
+    few = _times_ms(groups, min(tokens, _FEW_TOKENS), 3, min)
+    able = [name for name in DTYPES if few[name] < _HOPELESS * min(few.values())]
+    return _times_ms(groups, tokens, rounds, median, able)
 
 
 def _times_ms(
-    groups: Sequence[GroupSpec], tokens: int, rounds: int, names: Sequence[str] = tuple(DTYPES)
+    groups: Sequence[GroupSpec],
+    tokens: int,
+    rounds: int,
+    summary: Callable[[list[float]], float],
+    names: Sequence[str] = tuple(DTYPES),
 ) -> dict[str, float]:
     group = max(groups, key=lambda g: g.in_features * g.total_out)
     weight = torch.randn(group.total_out, group.in_features)
@@ -47,7 +52,7 @@ def _times_ms(
             torch.matmul(gradients, matrix)
             if turn:  # the first round allocates
                 times[name].append(1e3 * (time.perf_counter() - start_s))
-    return {name: median(found) for name, found in times.items()}
+    return {name: summary(found) for name, found in times.items()}
 
 
 class ClearPeer:

@@ -49,7 +49,7 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
 def add_kernel_option(parser: argparse.ArgumentParser) -> None:
     """The `--kernel NAME` option."""
     parser.add_argument(
-        "--kernel", choices=NAMES, metavar="NAME",
+        "--kernel", choices=NAMES, type=str.lower, metavar="NAME",
         help="what multiplies int8 weights on this CPU: "
         f"{', '.join(NAMES)} (the fastest that this processor can run; same bits)",
     )  # fmt: skip
@@ -65,3 +65,10 @@ def use_kernel(name: str | None) -> Kernel:
     kernel = chosen_kernel()
     print(f"kernel: {kernel.name}{kernel.warning and f' (slow: {kernel.warning})'}")
     return kernel
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for an option's type."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)

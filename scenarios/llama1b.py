@@ -222,11 +222,10 @@ class Run:
         if setup.hardware.gpu is None:
             times_ms = clear_times_ms(prepared.groups, self.args.tokens)
             dtype = min(times_ms, key=times_ms.__getitem__)
-            slower = max(times_ms, key=times_ms.__getitem__)
-            factor = times_ms[slower] / times_ms[dtype]
-            print(
-                f"the step in clear is taken in {dtype}: in {slower} a linear takes {factor:.1f} x"
-            )
+            found = ", ".join(f"{name} {ms:.0f} ms" for name, ms in times_ms.items())
+            hopeless = [name for name in DTYPES if name not in times_ms]
+            remark = f"; {hopeless[0]} is hopeless here" if hopeless else ""
+            print(f"the step in clear is in {dtype}: the widest linear takes {found}{remark}")
             self.clear_facts["clear_linear_ms"] = times_ms
         self.clear_facts["clear_dtype"] = dtype
         return ClearPeer(argv, dtype)
@@ -293,7 +292,8 @@ class Run:
             figures["clear_steps_s"] = [seconds for seconds, _ in self.clear]
             figures["clear_losses"] = [loss for _, loss in self.clear]
             figures |= self.clear_facts
-            figures["private_over_clear"] = figures["private_step_s"] / figures["clear_step_s"]
+            pairs = zip(trainer.step_seconds, figures["clear_steps_s"], strict=False)
+            figures["private_over_clear"] = median(ours / theirs for ours, theirs in pairs)
         return figures
 
 
@@ -380,6 +380,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
     if args.real_cpu and args.real_gpu:
         parser.error("--real-cpu or --real-gpu, not both")
+    if args.kernel and not args.real_cpu:
+        parser.error("--kernel is for --real-cpu")
     if args.host_frames and not args.real_gpu:
         parser.error("--host-frames is for --real-gpu")
     return args

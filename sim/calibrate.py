@@ -16,6 +16,7 @@ others remain; of those that remain the faster half counts. Takes about 45 secon
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ import torch
 from transformers import LlamaConfig
 
 from backends.files import write_json
+from backends.he.matmul.choice import KernelError, chosen_kernel
 from backends.he.params import Parameters, preset
 from backends.machine import busy_elsewhere_s, commit, machine
 from backends.threads import core_count
@@ -351,6 +353,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the profile here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write cases and residuals here")
     args = parser.parse_args()
+    try:
+        print(f"kernel: {chosen_kernel().name}")
+    except KernelError as error:
+        sys.exit(f"error: {error}")
     name = args.out.stem if args.out else f"cpu-{core_count()}core"
     profile, figures = calibrate(name)
     if args.out:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from backends import jit
 from backends.he.params import ERROR_BOUND, NTT_PRIME
 from backends.he.vector import LANES, Emit, popcount, splat
 
@@ -144,7 +145,7 @@ def _open_lanes(
     return signature, build
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def seal_row(
     mask: Any, at: int, x: Any, at_x: int, in_scale: Any, k: int, count: int, factor: float,
     noise: Any, four: int, one: int, recip: Any, planes: Any, size: int, limbs: int,
@@ -184,7 +185,7 @@ def seal_row(
             planes[limb * size + at_x + i] = np.int8(b >> np.uint32(8 * limb))
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def open_row(
     mask: Any, at: int, answer: Any, at_answer: int, scale: float, out_scale: Any, j: int,
     count: int, recip: Any, dropped_bits: int, unused_bits: int, out: Any,

@@ -21,9 +21,9 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from backends import jit
 from backends.he.entropy import Entropy, Keystream
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import Parameters
@@ -48,7 +48,7 @@ def wrong_answer(name: str, remark: str = "") -> WrongAnswerError:
     )
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _dot_products(value: Any, matrix: Any, count: int, out: Any) -> None:
     """out[row] = sum_k value[k] * matrix[row, k] mod 2^32; four rows share each load of value."""
     for row in range(0, ROWS, 4):
@@ -63,7 +63,7 @@ def _dot_products(value: Any, matrix: Any, count: int, out: Any) -> None:
         out[row], out[row + 1], out[row + 2], out[row + 3] = a, b, c, d
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _differences(
     planes: Any, projected: Any, answer: Any, signs: Any, dropped_bits: int, unused_bits: int,
     out: Any, first: int, last: int,

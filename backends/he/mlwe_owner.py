@@ -28,6 +28,7 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
+from backends import jit
 from backends.he.entropy import Entropy, Keystream, OsEntropy
 from backends.he.epilogue import RECIPROCAL_SHIFT, open_row, seal_row
 from backends.he.integrity import IntegrityCheck
@@ -60,8 +61,9 @@ def reciprocal(parameters: Parameters) -> int:
     return ((p << (RECIPROCAL_SHIFT + 1)) // q + 1) // 2
 
 
-# Reassociation lets LLVM sum in vectors; `rounded_up` makes the order of the sum immaterial.
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+# Reassociation lets LLVM sum in vectors; `rounded_up` makes the order of the sum immaterial, but
+# for norms within rounding of a 20-bit number.
+@jit.reassociating
 def _token_norms(x: Any, in_scale: Any, norms: Any, first: int, last: int) -> None:
     """norms[t] = ||x_t * in_scale||_2 in float64; not finite exactly when an input is not."""
     for t in range(first, last):

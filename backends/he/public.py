@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from numba import njit
 from numpy.typing import NDArray
 
+from backends import jit
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.matmul.interface import Digits, Kernel
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
@@ -97,7 +97,7 @@ def _words(stream: Any, count: int) -> NDArray[np.uint32]:
     return raw & np.uint32(0x7FFFFFFF)
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _rows_inputs_innermost(tiles: Any, out: Any, first: int, last: int) -> None:
     """out int32[r*256, K] = the first K rows of A's tiles, for slots first..last."""
     for slot in range(first, last):
@@ -105,7 +105,7 @@ def _rows_inputs_innermost(tiles: Any, out: Any, first: int, last: int) -> None:
             out[slot, k] = tiles[k // LANES, slot // 256, slot % 256, k % LANES]
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _centred_mod_q(sums: Any, out: Any, first: int, last: int) -> None:
     """sums int64[slots, n] -> out int32[tiles, slots, 16], centred mod q."""
     q = np.int64(_Q)

@@ -27,6 +27,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from backends import jit
 from backends.he.params import NTT_PRIME, RING_DEGREE
 from backends.he.vector import LANES, slot_product, two_stages
 
@@ -67,7 +68,7 @@ _ZETA_SHOUP = _shoup(_ZETA)
 _ZETA_INVERSE_SHOUP = _shoup(_ZETA_INVERSE)
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _forward_ntt(values: Any, zeta: Any, zeta_shoup: Any, factor: int, out: Any) -> None:
     """uint32[256] in [0, q), overwritten -> centred int32[256]: its NTT times `factor` mod q."""
     q = np.uint32(_Q)
@@ -126,7 +127,7 @@ def mask_tile_kernel(rank: int) -> Callable[..., None]:
     return mask
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _transform_secret(secret: Any, zeta: Any, zeta_shoup: Any, factor: int, out: Any) -> None:
     values = np.empty(_D, np.uint32)
     for row in range(len(secret)):

@@ -5,7 +5,9 @@ What is left of a kernel is all of it but one instruction: packing, layout, loop
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -21,7 +23,9 @@ def plain(isa: InstructionSet) -> InstructionSet:
         function = _function(b.module, isa, sums.type)
         return b.call(function, [sums, words, weights])
 
-    return replace(isa, name=f"{isa.name}-plain", dot=dot, attribute="")
+    # Kernels are cached under this name, and the text of this file is part of their meaning.
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    return replace(isa, name=f"{isa.name}-plain-{digest}", dot=dot, attribute="")
 
 
 def _function(module: ir.Module, isa: InstructionSet, vector: ir.VectorType) -> Any:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llvmlite import binding
+from numba import config
 from numpy.typing import NDArray
 
 from backends.he.matmul import isa
@@ -127,6 +128,19 @@ def test_what_does_not_fit_is_refused(kernel: Kernel) -> None:
     for limbs, inputs in ((3, 8), (1, 12), (4, 12)):
         with pytest.raises(ValueError, match="do not fit"):
             kernel.answer(_planes(limbs, 2, inputs), packed, 8)
+    for planes in (_planes(3, 0, 12), _planes(3, 2, 12).view(np.uint8), _planes(3, 2, 12)[0]):
+        with pytest.raises(ValueError, match="do not fit"):
+            kernel.answer(planes, packed, 8)
+    for weight in (np.zeros((0, 4), np.int8), np.zeros((4, 0), np.int8), np.zeros(4, np.int8)):
+        with pytest.raises(ValueError, match="a weight"):
+            kernel.pack(weight, True)
+    with pytest.raises(ValueError, match="not uint8"):
+        kernel.pack(_weight(8, 12).view(np.uint8), True)
+    with pytest.raises(ValueError, match="1 to 1048576"):
+        kernel.pack(np.broadcast_to(np.int8(1), (2, (1 << 20) + 1)), True)
+    for values in (np.zeros((0, 4), np.int32), np.zeros((4, 0), np.int32), np.zeros((1, 4))):
+        with pytest.raises(ValueError, match="values"):
+            kernel.digits_of(values)
     with pytest.raises(ValueError, match="do not fit"):
         kernel.exact(kernel.digits_of(np.zeros((2, 8), np.int32)), packed)
 
@@ -208,6 +222,9 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, " Generic ")
     assert chosen_kernel().name == "generic"
     assert "times as long" in chosen_kernel().warning
+    monkeypatch.setattr(config, "CPU_FEATURES", "")  # numba compiles for a processor without any
+    assert not any(each.supported() for each in isa.ALL if each.architecture == "x86_64")
+    monkeypatch.undo()
     monkeypatch.setenv(VARIABLE, "mmx")
     with pytest.raises(KernelError, match=r"no kernel 'mmx'; choose one of .*generic"):
         chosen_kernel()

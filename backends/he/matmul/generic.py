@@ -1,6 +1,6 @@
 """Products with int8 weights on any processor, through torch's float64 GEMM.
 
-A 24-bit value times an int8 weight, summed over up to 2^20 inputs, stays below 2^53, so one
+A 24-bit value times an int8 weight, summed over up to MAX_INPUTS = 2^20, stays below 2^53, so one
 float64 product is exact. That is two fp32 products' worth of work; the alternative, three 8-bit
 limbs in fp32 by slices of 1,024 inputs, is three.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.he.matmul.interface import Digits, Kernel, check_planes
+from backends.he.matmul.interface import Digits, Kernel, check_planes, check_values, check_weight
 
 _SLAB_WEIGHTS = 1 << 20  # weights widened to float64 at a time: 8 MB, about a share of the L3
 _EXACT_INPUTS = 1 << 14  # |int32 * int8| summed over so many inputs stays below 2^53
@@ -46,15 +46,14 @@ class GenericKernel(Kernel):
     )
 
     def pack(self, weight: NDArray[np.int8], forward: bool) -> StoredWeight:
+        check_weight(weight)
         return StoredWeight(weight.T if forward else weight)
 
     def answer(
         self, planes: NDArray[np.int8], packed: StoredWeight, dropped_bits: int
     ) -> NDArray[np.uint16]:
-        limbs, tokens, inputs = planes.shape
         check_planes(planes, packed.inputs)
-        if inputs > 1 << 20:
-            raise ValueError(f"{inputs} inputs: sums would leave the 53 bits of float64")
+        limbs, tokens, inputs = planes.shape
         values = np.zeros((tokens, inputs))
         for limb in reversed(range(limbs)):
             values *= 256.0
@@ -67,6 +66,7 @@ class GenericKernel(Kernel):
         return answer
 
     def digits_of(self, values: NDArray[np.int32]) -> Digits:
+        check_values(values)
         return Digits(values.astype(np.float64)[None], values.shape[1], 32)
 
     def exact(self, digits: Digits, packed: StoredWeight) -> NDArray[np.int64]:

@@ -87,7 +87,9 @@ class InstructionSet:
             return False
         if self.architecture == "aarch64":
             return _has_dot_products()
-        if config.CPU_NAME not in (None, "", binding.get_host_cpu_name()) or config.CPU_FEATURES:
+        if config.CPU_NAME not in (None, "", binding.get_host_cpu_name()):
+            return False
+        if config.CPU_FEATURES is not None:  # "" too: numba then compiles for none at all
             return False
         try:
             features = binding.get_host_cpu_features()

@@ -22,20 +22,17 @@ With one token, reading the weight bytes once bounds the time.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from backends import jit
-from backends.he.matmul import isa as isa_module
 from backends.he.matmul import tile as tile_module
-from backends.he.matmul.interface import Digits, Kernel, check_planes
+from backends.he.matmul.interface import Digits, Kernel, check_planes, check_values, check_weight
 from backends.he.matmul.isa import InstructionSet
 from backends.threads import core_count, run_split
 
@@ -199,18 +196,17 @@ def _loops(isa: InstructionSet, digits: int, tokens: int, rounded: bool) -> Call
 
     They read the planes of a request where `rounded` and digits have 16 bits, words otherwise.
     """
-    meaning = (isa_module, tile_module, sys.modules[isa.dot.__module__])
     case = f"{isa.name}-{digits}x{tokens}"
     shape = {"_DIGITS": digits, "_TOKENS": tokens, "_FLIP": isa.flip}
     pack = jit.specialised(
-        _pack_words, case, meaning, **shape,
+        _pack_words, case, **shape,
         _four=tile_module.transpose(isa, 4), _two=tile_module.transpose(isa, 2),
     )  # fmt: skip
     wide = isa.digit_bytes == 2
     if wide and rounded:
-        pack = jit.specialised(_pack_planes, case, meaning, **shape, _pack_words=pack)
+        pack = jit.specialised(_pack_planes, case, **shape, _pack_words=pack)
     return jit.specialised(
-        _products, f"{case}-{'rounded' if rounded else 'sums'}", meaning, **shape, _pack=pack,
+        _products, f"{case}-{'rounded' if rounded else 'sums'}", **shape, _pack=pack,
         _tile=tile_module.tile(isa, digits * tokens, False),
         _wide_tile=tile_module.tile(isa, digits * tokens, wide),
         _widen=tile_module.widen(isa),
@@ -219,7 +215,7 @@ def _loops(isa: InstructionSet, digits: int, tokens: int, rounded: bool) -> Call
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _pack_panels(matrix: Any, panels: Any, column_sums: Any, first: int, last: int) -> None:
     """matrix int8[outputs, inputs] -> panels first..last of int8[panels, steps, width, step]."""
     outputs, inputs = matrix.shape
@@ -246,7 +242,7 @@ def _pack_panels(matrix: Any, panels: Any, column_sums: Any, first: int, last: i
             column_sums[start + lane] = np.uint32(sums[lane])
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _digits_of(values: Any, bits: int, out: Any, first: int, last: int) -> None:
     """Signed digits of `bits` bits of int32[M, K] -> out [digits, M, K], rows first..last."""
     half = np.int64(1) << np.int64(bits - 1)
@@ -259,7 +255,7 @@ def _digits_of(values: Any, bits: int, out: Any, first: int, last: int) -> None:
                 v = (v - d) >> np.int64(bits)
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _joined(sums: Any, bits: int, out: Any, first: int, last: int) -> None:
     """out int64[M, N] = sum_d 2^(bits * d) * sums[d], of int32[digits, M, N], rows first..last.
 
@@ -283,6 +279,7 @@ class TiledKernel(Kernel):
         self.warning = ""
 
     def pack(self, weight: NDArray[np.int8], forward: bool) -> PackedWeight:
+        check_weight(weight)
         matrix = weight.view() if forward else weight.T
         matrix.flags.writeable = False  # mapped weights are: one compilation for all
         outputs, inputs = matrix.shape
@@ -297,8 +294,8 @@ class TiledKernel(Kernel):
     def answer(
         self, planes: NDArray[np.int8], packed: PackedWeight, dropped_bits: int
     ) -> NDArray[np.uint16]:
-        limbs, tokens, _ = planes.shape
         check_planes(planes, packed.inputs)
+        limbs, tokens, _ = planes.shape
         digits = self._isa.digits(limbs)
         places = np.arange(digits, dtype=np.uint32) * np.uint32(8 * self._isa.digit_bytes)
         rounding = np.array([dropped_bits, (1 << (8 * limbs - dropped_bits)) - 1], np.uint32)
@@ -311,14 +308,13 @@ class TiledKernel(Kernel):
         return out
 
     def digits_of(self, values: NDArray[np.int32]) -> Digits:
+        check_values(values)
         rows, inputs = values.shape
         step = self._isa.step
         dtype = (np.int8, np.int16)[self._isa.digit_bytes - 1]
         # Sums of digit * weight reach 2^31 only where all digits are -2^(bits-1) and all weights
         # -128; nothing reaches -2^31.
         bits = min(8 * self._isa.digit_bytes, 25 - max(1, inputs - 1).bit_length())
-        if bits < 4:
-            raise ValueError(f"{inputs} inputs: sums would leave 32 bits")
         digits = np.zeros((-(-32 // bits), rows, -(-inputs // step) * step), dtype)
         run_split(lambda a, b: _digits_of(values, bits, digits, a, b), rows)
         return Digits(digits, inputs, bits)
