@@ -93,74 +93,82 @@ def _spread(buffer: Any, wide: Any, column: int, tokens: int) -> None:
             wide[t * WIDE + column + lane] = buffer[t * LANES + lane]
 
 
+# What `specialised` puts into the loops below, for one module rank.
+_mask: Any = None
+_wide_mask: Any = None
+
+
+def _lay_masks(
+    matrix: Any, tile: int, tiles: int, secret: Any, tokens: int, buffer: Any, wide: Any,
+    z: Any, zs: Any,
+) -> None:  # fmt: skip
+    for part in range(tiles):
+        _mask(matrix, tile + part, secret, buffer, z, zs)
+        _spread(buffer, wide, part * LANES, tokens)
+
+
+def _encrypt_groups(
+    public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any,
+    planes: Any, recip: Any, z: Any, zs: Any, first: int, last: int,
+) -> None:  # fmt: skip
+    limbs, tokens, inputs = planes.shape
+    values, flat = x.reshape(-1), planes.reshape(-1)
+    buffer = np.empty(_D * LANES, np.uint32)
+    wide = np.empty(_D * WIDE, np.uint32)
+    for group in range(first, last):
+        k0 = group * WIDE
+        k1 = min(inputs, k0 + WIDE)
+        for block in range(len(secrets)):
+            t0 = block * _D
+            t1 = min(tokens, t0 + _D)
+            _wide_mask(
+                public, k0 // LANES, (k1 - k0 + LANES - 1) // LANES, secrets[block], t1 - t0,
+                buffer, wide, z, zs,
+            )  # fmt: skip
+            before = ERROR_BYTES * tokens * k0
+            for t in range(t0, t1):
+                seal_row(
+                    wide, (t - t0) * WIDE, values, t * inputs + k0, in_scale, k0, k1 - k0,
+                    factor[t], noise, before + 4 * t * (k1 - k0),
+                    before + (4 * tokens + t) * (k1 - k0), recip, flat, tokens * inputs, limbs,
+                )  # fmt: skip
+
+
+def _decrypt_groups(
+    hint: Any, secrets: Any, answer: Any, inverse: Any, out_scale: Any, out: Any,
+    dropped_bits: int, unused_bits: int, recip: Any, z: Any, zs: Any,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    tokens, outputs = out.shape
+    values, results = answer.reshape(-1), out.reshape(-1)
+    buffer = np.empty(_D * LANES, np.uint32)
+    wide = np.empty(_D * WIDE, np.uint32)
+    for group in range(first, last):
+        j0 = group * WIDE
+        j1 = min(outputs, j0 + WIDE)
+        for block in range(len(secrets)):
+            t0 = block * _D
+            t1 = min(tokens, t0 + _D)
+            _wide_mask(
+                hint, j0 // LANES, (j1 - j0 + LANES - 1) // LANES, secrets[block], t1 - t0,
+                buffer, wide, z, zs,
+            )  # fmt: skip
+            for t in range(t0, t1):
+                open_row(
+                    wide, (t - t0) * WIDE, values, t * outputs + j0, inverse[t], out_scale, j0,
+                    j1 - j0, recip, dropped_bits, unused_bits, results,
+                )  # fmt: skip
+
+
 @cache
 def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """(encrypt, decrypt) over a range of wide tiles, compiled for one module rank."""
-    mask = mask_tile_kernel(rank)
-
-    @njit(nogil=True)
-    def wide_mask(
-        matrix: Any, tile: int, tiles: int, secret: Any, tokens: int, buffer: Any, wide: Any,
-        z: Any, zs: Any,
-    ) -> None:  # fmt: skip
-        for part in range(tiles):
-            mask(matrix, tile + part, secret, buffer, z, zs)
-            _spread(buffer, wide, part * LANES, tokens)
-
-    @njit(nogil=True)
-    def encrypt(
-        public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any,
-        planes: Any, recip: Any, z: Any, zs: Any, first: int, last: int,
-    ) -> None:  # fmt: skip
-        limbs, tokens, inputs = planes.shape
-        values, flat = x.reshape(-1), planes.reshape(-1)
-        buffer = np.empty(_D * LANES, np.uint32)
-        wide = np.empty(_D * WIDE, np.uint32)
-        for group in range(first, last):
-            k0 = group * WIDE
-            k1 = min(inputs, k0 + WIDE)
-            for block in range(len(secrets)):
-                t0 = block * _D
-                t1 = min(tokens, t0 + _D)
-                wide_mask(
-                    public, k0 // LANES, (k1 - k0 + LANES - 1) // LANES, secrets[block], t1 - t0,
-                    buffer, wide, z, zs,
-                )  # fmt: skip
-                before = ERROR_BYTES * tokens * k0
-                for t in range(t0, t1):
-                    seal_row(
-                        wide, (t - t0) * WIDE, values, t * inputs + k0, in_scale, k0, k1 - k0,
-                        factor[t], noise, before + 4 * t * (k1 - k0),
-                        before + (4 * tokens + t) * (k1 - k0), recip, flat, tokens * inputs, limbs,
-                    )  # fmt: skip
-
-    @njit(nogil=True)
-    def decrypt(
-        hint: Any, secrets: Any, answer: Any, inverse: Any, out_scale: Any, out: Any,
-        dropped_bits: int, unused_bits: int, recip: Any, z: Any, zs: Any,
-        first: int, last: int,
-    ) -> None:  # fmt: skip
-        tokens, outputs = out.shape
-        values, results = answer.reshape(-1), out.reshape(-1)
-        buffer = np.empty(_D * LANES, np.uint32)
-        wide = np.empty(_D * WIDE, np.uint32)
-        for group in range(first, last):
-            j0 = group * WIDE
-            j1 = min(outputs, j0 + WIDE)
-            for block in range(len(secrets)):
-                t0 = block * _D
-                t1 = min(tokens, t0 + _D)
-                wide_mask(
-                    hint, j0 // LANES, (j1 - j0 + LANES - 1) // LANES, secrets[block], t1 - t0,
-                    buffer, wide, z, zs,
-                )  # fmt: skip
-                for t in range(t0, t1):
-                    open_row(
-                        wide, (t - t0) * WIDE, values, t * outputs + j0, inverse[t], out_scale, j0,
-                        j1 - j0, recip, dropped_bits, unused_bits, results,
-                    )  # fmt: skip
-
-    return encrypt, decrypt
+    case = f"rank{rank}"
+    masks = jit.specialised(_lay_masks, case, _mask=mask_tile_kernel(rank))
+    return (
+        jit.specialised(_encrypt_groups, case, _wide_mask=masks),
+        jit.specialised(_decrypt_groups, case, _wide_mask=masks),
+    )
 
 
 @dataclass

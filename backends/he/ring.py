@@ -24,7 +24,6 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from backends import jit
@@ -95,6 +94,27 @@ def _forward_ntt(values: Any, zeta: Any, zeta_shoup: Any, factor: int, out: Any)
         out[j] = np.int32(v - _Q if v > _Q // 2 else v)
 
 
+# What `specialised` puts into the loop below, for one module rank.
+_product: Any = None
+_SIZE = 0
+
+
+def _mask_tile(matrix: Any, tile: int, secret: Any, out: Any, zeta: Any, zeta_shoup: Any) -> None:
+    for slot in range(_D):
+        _product(matrix, tile * _SIZE, secret, slot, out)
+    h = 1
+    groups = _D // 2
+    while h < _D:  # two stages at a time: h, then 2h
+        for g in range(groups // 2):
+            for j in range(4 * g * h, 4 * g * h + h):
+                two_stages(
+                    out, j * LANES, h * LANES, zeta, zeta_shoup,
+                    groups + 2 * g, groups // 2 + g,
+                )  # fmt: skip
+        h *= 4
+        groups //= 4
+
+
 @cache
 def mask_tile_kernel(rank: int) -> Callable[..., None]:
     """The numba function `mask(matrix, tile, secret, out, zeta, zeta_shoup)` for one rank.
@@ -105,26 +125,9 @@ def mask_tile_kernel(rank: int) -> Callable[..., None]:
 
     The rank is a compile-time constant, so the sum over it unrolls.
     """
-    product = slot_product(rank)
-    size = rank * _D * LANES
-
-    @njit(nogil=True)
-    def mask(matrix: Any, tile: int, secret: Any, out: Any, zeta: Any, zeta_shoup: Any) -> None:
-        for slot in range(_D):
-            product(matrix, tile * size, secret, slot, out)
-        h = 1
-        groups = _D // 2
-        while h < _D:  # two stages at a time: h, then 2h
-            for g in range(groups // 2):
-                for j in range(4 * g * h, 4 * g * h + h):
-                    two_stages(
-                        out, j * LANES, h * LANES, zeta, zeta_shoup,
-                        groups + 2 * g, groups // 2 + g,
-                    )  # fmt: skip
-            h *= 4
-            groups //= 4
-
-    return mask
+    return jit.specialised(
+        _mask_tile, f"rank{rank}", _product=slot_product(rank), _SIZE=rank * _D * LANES
+    )
 
 
 @jit.kernel
