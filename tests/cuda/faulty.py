@@ -18,10 +18,11 @@ def works(task: Task) -> Figures:
 
 
 def hangs(task: Task) -> Figures:
-    """Behind what it has found, with a process of its own that would outlive it."""
-    Path(task.preset).write_text(
-        str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
+    """Behind what it has found, with a process of its own, in a session of its own."""
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
     )
+    Path(task.preset).write_text(f"{sleeper.pid} {os.getpid()}\n")
     task.keep({"half": 1})
     time.sleep(600)
     return {}
