@@ -63,6 +63,8 @@ def known_figures(path: Path | None, gpu: str, preset_name: str) -> Figures:
         found = json.loads(path.read_text())
         origin = found.pop("origin")
         theirs = (found["gpu"], found["preset"], origin["commit"])
+        for notes in ("failed", "warnings", "left_out", "seconds"):
+            found.get(notes, {}).items()
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         print(f"nothing of {path} is kept: it holds no figures of this benchmark")
         return {}

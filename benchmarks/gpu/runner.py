@@ -128,15 +128,13 @@ def _reason(status: int | None, deadline_s: float) -> str:
 
 def _outcome(place: Path, log: Log, reason: str, skipped: str) -> Outcome:
     """What a part left in its folder, whatever state that is in."""
-    figures = None
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            figures = json.loads((place / "figures.json").read_text(), parse_constant=_no_number)
-        except (OSError, ValueError, RecursionError) as error:
-            reason = f"{reason or 'its figures are broken'} (figures.json: {_short(error)})"
-    if not reason and not (place / "done").exists():
+    figures, broken = _figures(place / "figures.json")
+    done = (place / "done").exists()
+    if not reason and not done:
         reason = "its process ended with status 0 before it was done"
         reason += "; its figures are partial" if figures is not None else ""
+    if broken or (done and not (place / "figures.json").exists()):
+        reason = f"{reason or 'exit status 0'}; its figures are lost: {broken or 'no file'}"
     warnings: tuple[str, ...] = ()
     with contextlib.suppress(OSError):
         warnings = tuple((place / "warnings.txt").read_text(errors="replace").splitlines())
@@ -145,13 +143,19 @@ def _outcome(place: Path, log: Log, reason: str, skipped: str) -> Outcome:
     return Outcome(figures, f"{reason}\n{log.tail()}".strip(), warnings, log.blamed(skipped))
 
 
+def _figures(path: Path) -> tuple[Any, str]:
+    """(figures, what is wrong with the file); a part that kept none has no file."""
+    try:
+        return json.loads(path.read_text(), parse_constant=_no_number), ""
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, RecursionError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        return None, said or type(error).__name__
+
+
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-def _short(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) else str(error)
-    return text or type(error).__name__
 
 
 def measure(
