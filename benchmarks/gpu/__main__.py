@@ -137,7 +137,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts", nargs="+", choices=names, metavar="PART",
         help=f"run only some of {', '.join(names)}; what FILE holds of the others is kept when it "
-        "is of the same commit",
+        "is of the same commit, known and without changes",
     )  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a device profile")
     record.add_json_option(parser)
