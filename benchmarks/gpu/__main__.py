@@ -10,9 +10,10 @@ step among them; last the tests that need a device run on it. A table sets the f
 what was asked for. With --profile FILE it also writes the device profile that the simulator runs
 on.
 
-Every part is a process of its own with a deadline, after which it is killed. A part that fails,
-hangs or crashes is named in the JSON under `failed`, with its error and what it had found until
-then, and the next one runs. The file is written after every part. A tiling of the worker's kernel
+Every part is a process of its own with a deadline, after which it is killed, as when this command
+is. A part that fails, hangs, crashes or ends early is named in the JSON under `failed`, with its
+error and what it had found until then, and the next one runs. The file is tried before the first
+part and written after every one. A tiling of the worker's kernel
 that fails is left out and named under `warnings`; one that takes its process with it is named
 under `left_out`, and that part is run again without it.
 
@@ -31,9 +32,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from backends.he.params import PRESETS, Parameters, preset
@@ -49,13 +52,48 @@ _OF_A_PROFILE = ("library", "layers", "throughput", "launch", "owner")
 
 
 def known_figures(path: Path | None, gpu: str, preset_name: str) -> Figures:
-    """What FILE holds of the same commit, GPU and preset; nothing when it is of another."""
+    """What FILE holds of the same commit, GPU and preset; nothing when it is of another.
+
+    Nothing either when it is of no single state of the code: an unknown commit, or one with
+    changes, which may be others by now.
+    """
     if path is None or not path.exists():
         return {}
-    found: Figures = json.loads(path.read_text())
-    origin = found.pop("origin", {})
-    same = (found.get("gpu"), found.get("preset")) == (gpu, preset_name)
-    return found if same and origin.get("commit") == commit() else {}
+    try:
+        found = json.loads(path.read_text())
+        origin = found.pop("origin")
+        theirs = (found["gpu"], found["preset"], origin["commit"])
+        for notes in ("failed", "warnings", "left_out", "seconds"):
+            found.get(notes, {}).items()
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        print(f"nothing of {path} is kept: it holds no figures of this benchmark")
+        return {}
+    ours = commit()
+    if ours == "unknown" or ours.endswith("-dirty"):
+        print(f"nothing of {path} is kept: this code's commit is {ours}")
+        return {}
+    return dict(found) if theirs == (gpu, preset_name, ours) else {}
+
+
+def saved(path: Path | None, figures: Figures, quiet: bool, machine: dict[str, Any]) -> bool:
+    """Write FILE. One that cannot be written now is said, and is no reason to stop measuring."""
+    try:
+        record.write(path, figures, quiet, machine)
+    except OSError as error:
+        print(f"error: figures are not written to {path}: {error.strerror or error}", flush=True)
+        return False
+    return True
+
+
+def heed_signals() -> None:
+    """End as after Ctrl-C when told to, or when the terminal goes, unless that is ignored."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def find_device(plan: Plan) -> Figures:
@@ -99,7 +137,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts", nargs="+", choices=names, metavar="PART",
         help=f"run only some of {', '.join(names)}; what FILE holds of the others is kept when it "
-        "is of the same commit",
+        "is of the same commit, known and without changes",
     )  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a device profile")
     record.add_json_option(parser)
@@ -107,6 +145,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    heed_signals()
     args = options().parse_args()
     limit_s = QUICK_LIMIT_S if args.quick else float("inf")
     plan = Plan(args.preset, args.quick, time.monotonic() + limit_s)
@@ -115,8 +154,8 @@ def main() -> None:
     try:
         device = find_device(plan)
 
-        def save(figures: Figures, quiet: bool = True) -> None:
-            record.write(args.json, figures, quiet, device["machine"])
+        def save(figures: Figures) -> None:
+            saved(args.json, figures, True, device["machine"])
 
         known = known_figures(args.json, device["gpu"], args.preset)
         figures = measure(device["gpu"], wanted, plan, save, known)
@@ -124,10 +163,10 @@ def main() -> None:
         print("\ninterrupted; the figures of the parts that ended are kept")
         sys.exit(130)
     print_table(figures)
-    save(figures, quiet=False)
+    kept = saved(args.json, figures, False, device["machine"])
     if args.profile:
         write_profile(args.profile, device["machine"], figures, preset(args.preset))
-    sys.exit(0 if all_well(figures) else 1)
+    sys.exit(0 if all_well(figures) and kept else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs the parts, each in a process that is killed at its deadline, and gathers their figures.
 
-This process never touches the GPU, so that nothing there can hang it.
+This process never touches the GPU, so that nothing there can hang it; and whatever a part does to
+its own process or its files, it only becomes that part's error.
 """
 
 from __future__ import annotations
@@ -8,26 +9,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backends.files import write_json
 from backends.he.cuda.tiling import SKIP_VARIABLE
+from benchmarks.gpu.log import Log
 from benchmarks.gpu.parts import Part
+from benchmarks.gpu.supervisor import LATE
 from benchmarks.gpu.task import Figures
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_BLAMED = re.compile(rf"{SKIP_VARIABLE}=([\w-]+)")  # as the tuner's advice has it
-_TAIL = 4000  # characters of what a part said that tell why it failed
-_REAPING_S = 5.0
+_GRACE_S = 5.0  # for the supervisor, which keeps the deadline, before it is killed itself
+_RERUNS = 3  # of one part without a tiling more: each may take the whole deadline
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Outcome:
     figures   what it found; of one that failed, what it had kept until then, or None
     error     why it failed, with the end of what it said; empty when it did not
     warnings  of the backends
+    blamed    the tiling that it names as what took the process with it, or nothing
     """
 
     figures: Any
     error: str
     warnings: tuple[str, ...]
+    blamed: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,51 +71,91 @@ def run_part(part: Part, plan: Plan, known: Figures, left_out: Sequence[str] = (
     deadline_s = plan.deadline_s(part)
     if deadline_s < 1:
         return Outcome(None, "not started: the time for the whole run is over", ())
-    skipped = [name for name in (os.environ.get(SKIP_VARIABLE), *left_out) if name]
-    job = {"call": part.call, "preset": plan.preset, "quick": plan.quick, "known": known}
-    with tempfile.TemporaryDirectory(prefix="part-", ignore_cleanup_errors=True) as place:
-        folder = Path(place)
-        write_json(folder / "job.json", job | {"deadline_s": deadline_s})
-        with (folder / "log.txt").open("wb") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu.child", place], cwd=ROOT,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env=os.environ | {SKIP_VARIABLE: ",".join(skipped)},
-                start_new_session=True,  # so that what it starts can be killed with it
-            )  # fmt: skip
-            status = _ended(child, deadline_s)
-        said = (folder / "log.txt").read_text(errors="replace")
-        for root in (str(ROOT), sys.prefix, sys.base_prefix):  # figures hold no path of a machine
-            said = said.replace(root, "")
-        warnings = folder / "warnings.txt"
-        figures = folder / "figures.json"
-        return Outcome(
-            json.loads(figures.read_text()) if figures.exists() else None,
-            "" if status == 0 else f"{_reason(status, deadline_s)}\n{said[-_TAIL:]}".strip(),
-            tuple(warnings.read_text().splitlines()) if warnings.exists() else (),
-        )
-
-
-def _ended(child: subprocess.Popen[bytes], deadline_s: float) -> int | None:
-    """Its exit status, None when it had to be stopped; nothing of its group is left."""
+    skipped = ",".join(name for name in (os.environ.get(SKIP_VARIABLE), *left_out) if name)
+    task = {"preset": plan.preset, "quick": plan.quick, "deadline_s": deadline_s, "known": known}
+    ends_s = time.monotonic() + deadline_s
+    job = {"call": part.call, "task": task, "ends_s": ends_s, "runner": os.getpid()}
     try:
-        return child.wait(deadline_s)
+        with tempfile.TemporaryDirectory(prefix="part-", ignore_cleanup_errors=True) as place:
+            write_json(Path(place) / "job.json", job)
+            # Read through this handle, the log is there though the part removes its folder.
+            with (Path(place) / "log.txt").open("w+b") as file:
+                status = _run(Path(place), file.fileno(), skipped, ends_s)
+                log = Log(file, (place, str(ROOT), sys.prefix, sys.base_prefix))
+                return _outcome(Path(place), log, _reason(status, deadline_s), skipped)
+    except OSError as error:  # its name of a file would be a path of this machine
+        return Outcome(None, f"not run: {error.strerror or type(error).__name__}", ())
+
+
+def _run(place: Path, log: int, skipped: str, ends_s: float) -> int | None:
+    """The exit status of the part in `place`, None when even its supervisor had to be killed."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu.supervisor", str(place)], cwd=ROOT,
+        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        env=os.environ | {SKIP_VARIABLE: skipped},
+        start_new_session=True,  # Ctrl-C is for this process to pass on
+    )  # fmt: skip
+    try:
+        return child.wait(ends_s - time.monotonic() + _GRACE_S)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        # One that the driver does not let go of is left behind.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_REAPING_S)
+        if child.poll() is None:
+            _stop(child)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Have the supervisor kill the part; kill it when it does not: the part dies with it."""
+    child.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(_GRACE_S)
+        return
+    child.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(1)
 
 
 def _reason(status: int | None, deadline_s: float) -> str:
-    if status is None:
+    """Why it failed, by its exit status; empty when it did not."""
+    if status is None or status == LATE:
         return f"stopped after {deadline_s:.0f} s"
     if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exit status {status}"
+        with contextlib.suppress(ValueError):  # one without a name, as most real-time signals
+            return f"killed by {signal.Signals(-status).name}"
+        return f"killed by signal {-status}"
+    return f"exit status {status}" if status else ""
+
+
+def _outcome(place: Path, log: Log, reason: str, skipped: str) -> Outcome:
+    """What a part left in its folder, whatever state that is in."""
+    figures, broken = _figures(place / "figures.json")
+    done = (place / "done").exists()
+    if not reason and not done:
+        reason = "its process ended with status 0 before it was done"
+        reason += "; its figures are partial" if figures is not None else ""
+    if broken or (done and not (place / "figures.json").exists()):
+        reason = f"{reason or 'exit status 0'}; its figures are lost: {broken or 'no file'}"
+    warnings: tuple[str, ...] = ()
+    with contextlib.suppress(OSError):
+        warnings = tuple((place / "warnings.txt").read_text(errors="replace").splitlines())
+    if not reason:
+        return Outcome(figures, "", warnings)
+    return Outcome(figures, f"{reason}\n{log.tail()}".strip(), warnings, log.blamed(skipped))
+
+
+def _figures(path: Path) -> tuple[Any, str]:
+    """(figures, what is wrong with the file); a part that kept none has no file."""
+    try:
+        return json.loads(path.read_text(), parse_constant=_no_number), ""
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, RecursionError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        return None, said or type(error).__name__
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def measure(
@@ -151,10 +194,11 @@ def measure(
 
 def _attempted(part: Part, plan: Plan, figures: Figures) -> Outcome:
     """A part that ends with a tiling to blame is run again without it, and so are all after it."""
-    while True:
+    for _ in range(1 + _RERUNS):
         outcome = run_part(part, plan, figures, tuple(figures["left_out"]))
-        blamed = _BLAMED.search(outcome.error)
-        if blamed is None or blamed[1] in figures["left_out"]:
+        if not outcome.blamed:
             return outcome
-        figures["left_out"][blamed[1]] = outcome.error
-        print(f"  tiling {blamed[1]} is left out from here on: it took {part.name} with it")
+        figures["left_out"][outcome.blamed] = outcome.error
+        print(f"  tiling {outcome.blamed} is left out from here on: it took {part.name} with it")
+    first, _, rest = outcome.error.partition("\n")
+    return replace(outcome, error=f"{first}; not run again after {_RERUNS} reruns\n{rest}")

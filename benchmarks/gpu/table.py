@@ -83,7 +83,8 @@ def print_table(f: Figures) -> None:
     for name, said in f["warnings"].items():
         print(f"\n{name} warned:", *said, sep="\n")
     for name, error in f["failed"].items():
-        print(f"\n{name} failed:\n{error}")
+        partial = ", its figures above are partial" if name in f else ""
+        print(f"\n{name} failed{partial}:\n{error}")
 
 
 def all_well(f: Figures) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,10 +20,11 @@ def works(task: Task) -> Figures:
 
 
 def hangs(task: Task) -> Figures:
-    """Behind what it has found, with a process of its own that would outlive it."""
-    Path(task.preset).write_text(
-        str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
+    """Behind what it has found, with a process of its own, in a session of its own."""
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
     )
+    Path(task.preset).write_text(f"{sleeper.pid} {os.getpid()}\n")
     task.keep({"half": 1})
     time.sleep(600)
     return {}
@@ -40,6 +43,50 @@ def faults(task: Task) -> Figures:
 def raises(task: Task) -> Figures:
     """As any Python does."""
     raise RuntimeError("no such luck")
+
+
+def unnamed_signal(task: Task) -> Figures:
+    """Real-time signals have no names in Python. Behind output that is no text."""
+    os.write(1, b"\xff" * 5000 + b"\nthe last words\n")
+    os.kill(os.getpid(), signal.SIGRTMIN + 1)
+    return {}
+
+
+def breaks_its_files(task: Task) -> Figures:
+    """Half of the figures, and a warning that is no text."""
+    os.chdir(sys.argv[1])
+    Path("figures.json").write_text('{"half":')
+    Path("warnings.txt").write_bytes(b"\xff\xfe\n")
+    os._exit(1)
+
+
+def removes_its_folder(task: Task) -> Figures:
+    """With everything the runner wants to read."""
+    shutil.rmtree(sys.argv[1])
+    os._exit(1)
+
+
+def ends_early(task: Task) -> Figures:
+    """As when a library calls exit(0)."""
+    task.keep({"half": 1})
+    os._exit(0)
+
+
+def no_number(task: Task) -> Figures:
+    """JSON has none for it."""
+    task.keep({"half": 1})
+    return {"ratio": float("nan")}
+
+
+def blames(task: Task) -> Figures:
+    """A tiling that there is not, then one for each time that it runs, and much after that."""
+    from backends.he.cuda.tiling import SKIP_VARIABLE, TILINGS
+
+    skipped = os.environ[SKIP_VARIABLE]
+    left = [tiling.name for tiling in TILINGS if not tiling.matches(skipped)]
+    print(f"{SKIP_VARIABLE}=fake-{len(left)}\nset {SKIP_VARIABLE}={left[0]} to do without it")
+    print("x" * 3_000_000)
+    raise RuntimeError("no more")
 
 
 def one_tiling_fails(task: Task) -> Figures:

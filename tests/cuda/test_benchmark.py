@@ -159,19 +159,41 @@ def test_the_commit_is_told_where_git_is_silent(monkeypatch: pytest.MonkeyPatch)
     assert machine.commit() == "unknown"
 
 
-def test_parts_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
+def test_parts_of_an_earlier_run_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same commit, device and preset; else everything is measured anew."""
+
+    def commits(theirs: str, ours: str) -> None:
+        monkeypatch.setattr(record, "commit", lambda: theirs)
+        monkeypatch.setattr(bench, "commit", lambda: ours)
+
     file = tmp_path / "f.json"
     assert bench.known_figures(file, "a GPU", "standard") == {}
     first = {"gpu": "a GPU", "preset": "standard", "ceiling": {"int8_ops_per_s": 1.0}}
+    commits("0123", "0123")
     record.write(file, first, quiet=True)
     assert bench.known_figures(file, "a GPU", "standard") == first
     assert bench.known_figures(file, "a GPU", "paranoid") == {}
     assert bench.known_figures(file, "another", "standard") == {}
-    other = json.loads(file.read_text())
-    other["origin"]["commit"] = "another"
-    file.write_text(json.dumps(other))
+    for theirs, ours in (("4567", "0123"), ("unknown", "unknown"), ("0-dirty", "0-dirty")):
+        commits(theirs, ours)
+        record.write(file, first, quiet=True)
+        assert bench.known_figures(file, "a GPU", "standard") == {}
+
+
+@pytest.mark.parametrize(
+    "held",
+    ["", '{"gpu": "a G', "[]", "{}", '{"origin": []}', "\udcff",
+     '{"gpu": "a GPU", "preset": "standard", "origin": {"commit": "0"}, "failed": []}'],
+)  # fmt: skip
+def test_a_file_of_something_else_is_not_known(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said, and everything is measured."""
+    monkeypatch.setattr(bench, "commit", lambda: "0")
+    file = tmp_path / "f.json"
+    file.write_bytes(held.encode(errors="surrogateescape"))
     assert bench.known_figures(file, "a GPU", "standard") == {}
+    assert "holds no figures" in capsys.readouterr().out
 
 
 def test_a_profile_says_which_parts_it_needs(tmp_path: Path) -> None:

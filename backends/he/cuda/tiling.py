@@ -84,6 +84,8 @@ AMPERE_LARGE = (
     Tiling(Kernel.POINTERS, 64, 64, 128, 4, 3),
 )
 HOPPER = (9, 0)
+TILINGS = (*HOPPER_SMALL, *HOPPER_LARGE, *AMPERE_SMALL, *AMPERE_LARGE)
+"""All there are, of every kind of GPU."""
 
 
 def token_class(tokens: int) -> int:
