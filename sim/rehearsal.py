@@ -268,7 +268,8 @@ class Rehearsal:
             return encrypted.payload.data, encrypted.sealed
         assert isinstance(task, Decrypt)
         sealed: Any = task.sealed
-        return self._cipher.decrypt(sealed, task.payload, self._matrices[task.matrix])
+        matrix = self._matrices[task.matrix]
+        return self._cipher.decrypt(sealed, task.payload, matrix, task.worker)
 
     def _multiply(self, task: Task) -> object:
         assert isinstance(task, MultiplyCiphertext)
