@@ -234,8 +234,9 @@ def _replayed(desk: Desk, x: NDArray[np.float32]) -> tuple[Asked, Answer]:
 
 def _wrapped(desk: Desk, x: NDArray[np.float32]) -> tuple[Asked, Answer]:
     """Honest arithmetic under a plan that lies: a result is beyond p/2 and comes back p off."""
-    rows = desk.rng.integers(len(desk.weight), size=len(x))
-    along = desk.weight[rows].astype(np.float32) * np.float32(desk.rng.choice((-1, 1)))
+    longest = np.argmax(np.linalg.norm(desk.weight.astype(np.float64), axis=1))
+    along = np.tile(desk.weight[longest].astype(np.float32), (len(x), 1))
+    along *= np.float32(desk.rng.choice((-1, 1)))
     plan = replace(
         desk.matrix.plan, max_norm=desk.matrix.plan.max_norm / desk.rng.uniform(1.5, 1.9)
     )

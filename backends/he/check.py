@@ -20,24 +20,29 @@ from backends.he.params import Parameters
 from backends.threads import run_split
 
 _GRAIN = 8  # tokens worth a thread
+_COLUMNS = 512
+"""Columns that all tokens are multiplied by in turn: of ROWS rows they stay in a core's cache."""
 
 
 # Reassociation lets LLVM sum in vectors; 53 bits are plenty for any order.
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _products(value: Any, matrix: Any, rows: Any, out: Any) -> None:
-    """out[i] = sum_k value[k] * matrix[rows[i], k]; four rows share each load of value."""
+def _add_products(value: Any, matrix: Any, rows: Any, start: int, out: Any) -> None:
+    """out[i] += sum_k value[k] * matrix[rows[i], start + k]; four rows share each load of value."""
+    end = start + len(value)
     for i in range(0, ROWS, 4):
         a = b = c = d = 0.0
-        m0, m1, m2, m3 = (
-            matrix[rows[i]], matrix[rows[i + 1]], matrix[rows[i + 2]], matrix[rows[i + 3]]
-        )  # fmt: skip
+        m0, m1 = matrix[rows[i], start:end], matrix[rows[i + 1], start:end]
+        m2, m3 = matrix[rows[i + 2], start:end], matrix[rows[i + 3], start:end]
         for k in range(len(value)):
             v = value[k]
             a += v * np.float64(m0[k])
             b += v * np.float64(m1[k])
             c += v * np.float64(m2[k])
             d += v * np.float64(m3[k])
-        out[i], out[i + 1], out[i + 2], out[i + 3] = a, b, c, d
+        out[i] += a
+        out[i + 1] += b
+        out[i + 2] += c
+        out[i + 3] += d
 
 
 @njit(nogil=True, cache=True)
@@ -46,14 +51,18 @@ def _expected(
     first: int, last: int,
 ) -> None:  # fmt: skip
     """out float64[T, ROWS] = ratio * U*m for tokens first..last, m as it is encrypted."""
-    value = np.empty(x.shape[1])
-    for t in range(first, last):
-        row, scale, sums = x[t], factor[t], out[t]
-        for k in range(len(value)):
-            value[k] = np.rint(np.float64(row[k]) * np.float64(in_scale[k]) * scale)
-        _products(value, projected, rows, sums)
-        for i in range(ROWS):
-            sums[i] *= ratio
+    inputs = x.shape[1]
+    value = np.empty(_COLUMNS)
+    out[first:last] = 0
+    for start in range(0, inputs, _COLUMNS):
+        end = min(inputs, start + _COLUMNS)
+        scales, part = in_scale[start:end], value[: end - start]
+        for t in range(first, last):
+            row, scale = x[t, start:end], factor[t]
+            for k in range(len(part)):
+                part[k] = np.rint(np.float64(row[k]) * np.float64(scales[k]) * scale)
+            _add_products(part, projected, rows, start, out[t])
+    out[first:last] *= ratio
 
 
 @njit(nogil=True, cache=True)
@@ -62,15 +71,18 @@ def _differences(
     first: int, last: int,
 ) -> None:  # fmt: skip
     """out float64[T, ROWS] = v*y - expected for tokens first..last; y is then scaled in place."""
-    value = np.empty(y.shape[1])
-    for t in range(first, last):
-        row, scale, sums = y[t], inverse[t], out[t]
-        for j in range(len(value)):
-            value[j] = np.float64(row[j])
-            row[j] = np.float32(value[j] * scale * np.float64(out_scale[j]))
-        _products(value, pool, rows, sums)
-        for i in range(ROWS):
-            sums[i] -= expected[t, i]
+    outputs = y.shape[1]
+    value = np.empty(_COLUMNS)
+    out[first:last] = -expected[first:last]
+    for start in range(0, outputs, _COLUMNS):
+        end = min(outputs, start + _COLUMNS)
+        scales, part = out_scale[start:end], value[: end - start]
+        for t in range(first, last):
+            row, scale = y[t, start:end], inverse[t]
+            for j in range(len(part)):
+                part[j] = np.float64(row[j])
+                row[j] = np.float32(part[j] * scale * np.float64(scales[j]))
+            _add_products(part, pool, rows, start, out[t])
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Sealed:
 
 @dataclass(frozen=True)
 class Expected:
-    """For one request: the rows of the pool, float64[T, ROWS], and each token's unit [T, 1]."""
+    """For one request: the rows of the pool, float64[T, ROWS], and each token's unit float64[T]."""
 
     check: ClearCheck
     rows: NDArray[np.int64] = field(repr=False)
@@ -67,7 +67,7 @@ class ClearCheck:
     def expect(self, values: Float32Array) -> Expected:
         """For a request of float32[T, K]."""
         wide, rows = values.astype(np.float64), self._judge.draw_rows()
-        lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+        lengths = np.linalg.norm(wide, axis=1)
         unit = self._size * lengths + self._least
         return Expected(self, rows, wide @ self._projected[rows].T, unit)
 

@@ -44,9 +44,11 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, Keystream
@@ -121,10 +123,6 @@ class Honesty:
     deviation: Float64Array = field(repr=False)
     drift: float = 0.0
 
-    def standardised(self, rows: NDArray[np.int64], differences: Float64Array) -> Float64Array:
-        """float64[T, ROWS] of mean 0 and variance 1 (at most), of an honest worker."""
-        return (differences - self.mean[rows]) / self.deviation[rows]
-
 
 def mlwe_honesty(
     pool: NDArray[np.float32], found: Survey, parameters: Parameters, reciprocal: int
@@ -187,11 +185,18 @@ class _Sums:
     energy: Float64Array = field(default_factory=lambda: np.zeros((POOL, CLASSES)))
 
 
-def _by_class(values: Float64Array) -> Float64Array:
-    """float64[ROWS, CLASSES]: sums of float64[T, ROWS] over places that are equal mod CLASSES."""
-    padded = np.zeros((-(-len(values) // CLASSES) * CLASSES, values.shape[1]))
-    padded[: len(values)] = values
-    return padded.reshape(-1, CLASSES, values.shape[1]).sum(axis=0).T
+@njit(nogil=True, cache=True)
+def _tally(differences: Any, mean: Any, deviation: Any, unit: Any, total: Any, energy: Any) -> bool:
+    """Sum up z and z^2 - 1 of [T, ROWS] to [ROWS, CLASSES]; whether no |z| is over LIMIT."""
+    fits = True
+    for t in range(len(differences)):
+        place = t % CLASSES
+        for i in range(ROWS):
+            z = (differences[t, i] / unit[t] - mean[i]) / deviation[i]
+            fits &= abs(z) <= LIMIT  # a NaN is within nothing
+            total[i, place] += z
+            energy[i, place] += z * z - 1
+    return fits
 
 
 def _with_all(sums: Float64Array) -> Float64Array:
@@ -220,23 +225,23 @@ class Judge:
 
     def require(
         self, rows: NDArray[np.int64], differences: Float64Array, worker: str,
-        unit: Float64Array | float = 1.0,
+        unit: Float64Array | None = None,
     ) -> None:  # fmt: skip
         """Raise WrongAnswerError unless float64[T, ROWS] are an honest worker's, now and so far.
 
-        unit  float64[T, 1] of the differences, where tokens have their own
+        unit  float64[T] of the differences, where tokens have their own
         """
-        with np.errstate(invalid="ignore", over="ignore"):
-            z = self.honesty.standardised(rows, differences / unit)
-            # A NaN is within nothing.
-            if not (np.abs(z) <= LIMIT).all():
-                raise self._wrong("not the product that was asked for")
+        total, energy = np.zeros((2, ROWS, CLASSES))
+        mean, deviation = self.honesty.mean[rows], self.honesty.deviation[rows]
+        size = len(differences)
+        units = np.ones(size) if unit is None else unit
+        if not _tally(differences, mean, deviation, units, total, energy):
+            raise self._wrong("not the product that was asked for")
         with self._lock:
             sums = self._sums.setdefault(worker, _Sums())
-            places = np.arange(CLASSES)
-            tokens = sums.tokens[rows] + (len(z) + CLASSES - 1 - places) // CLASSES
-            total = sums.total[rows] + _by_class(z)
-            energy = sums.energy[rows] + _by_class(z * z - 1)
+            tokens = sums.tokens[rows] + (size + CLASSES - 1 - np.arange(CLASSES)) // CLASSES
+            total += sums.total[rows]
+            energy += sums.energy[rows]
             if not self._honest_so_far(*map(_with_all, (tokens, total, energy))):
                 raise self._wrong("off by a little, and always alike")
             sums.tokens[rows], sums.total[rows], sums.energy[rows] = tokens, total, energy

@@ -342,9 +342,9 @@ def test_verdicts_are_the_cpus(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, lie: i
     case = make_case(70, 60)
     judged: list[np.ndarray[Any, Any]] = []
 
-    def seen(self: Judge, rows: Any, differences: Any, worker: str, unit: Any = 1.0) -> None:
-        judged.append(self.honesty.standardised(rows, differences))
-        require(self, rows, differences, worker, unit)
+    def seen(self: Judge, rows: Any, differences: Any, worker: str) -> None:
+        judged.append(differences / self.honesty.deviation[rows])
+        require(self, rows, differences, worker)
 
     require = Judge.require
     monkeypatch.setattr(Judge, "require", seen)
