@@ -112,12 +112,15 @@ class Decrypt:
     """Check and decrypt an answer. Result: whatever the lane waits for.
 
     Ends with AnswerRejected, and `sealed` still closed, when the answer is not the product.
+
+    worker  whose answer it is: little lies are summed up for each
     """
 
     matrix: int
     tokens: int
     sealed: object = field(repr=False)
     payload: Payload = field(repr=False)
+    worker: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

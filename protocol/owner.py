@@ -382,7 +382,7 @@ class Owner:
             raise ProtocolError("an answer of the wrong size")
         self._move(call, CallInput.ANSWERED)
         peer.forgot = 0
-        work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload)
+        work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload, peer.name)
         return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work), *self._pump()]
 
     def _refused(self, peer: Peer, _: Input, refuse: Refuse) -> list[Effect]:

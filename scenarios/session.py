@@ -123,10 +123,7 @@ def private_session(
     hint_bytes  on a GPU: memory that hints may take there (None: half of what is free)
     """
     owner, worker = make_ciphers(prepared, hardware, hint_bytes)
-    weights = prepared.worker_weights()
-    for index, matrix in enumerate(prepared.owner_matrices()):
-        owner.guard(matrix, weights[index // 2], forward=index % 2 == 0)
-    del weights
+    prepared.guard(owner)
     hooks = trace.hooks if trace else lambda side: Hooks()
     with (
         hardware.timed(),

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 HEADER_BYTES = 28
 _LENGTH_AT = 24
-LIES = ("zeros", "random bytes", "another request's product", "one value", "stale product")
+CRAFTED = ("one value", "top bits", "constant bias")
+"""Lies that take knowing how a product is written: who runs the world makes them."""
+LIES = ("zeros", "random bytes", "another request's product", "stale product", *CRAFTED)
 
 
 def after(env: simpy.Environment, seconds: float, action: Callable[[], None]) -> None:
@@ -283,15 +285,15 @@ def corrupted(rng: random.Random, frame: bytes) -> bytes:
 class Lies:
     """What one lying worker makes of its honest products.
 
-    nudge   changes one value of a product by more than any rounding
+    craft   changes (one of CRAFTED, matrix, product) by more than any rounding
     """
 
     def __init__(
-        self, liar: Liar, rng: random.Random, nudge: Callable[[int, bytes], bytes]
+        self, liar: Liar, rng: random.Random, craft: Callable[[str, int, bytes], bytes]
     ) -> None:
         self._liar = liar
         self._rng = rng
-        self._nudge = nudge
+        self._craft = craft
         self._last: dict[int, bytes] = {}
         self._first: dict[int, bytes] = {}
 
@@ -311,5 +313,5 @@ class Lies:
                 return other
             case "stale product":
                 return stale if len(stale) == size else product
-            case _:
-                return self._nudge(matrix, product)
+            case way:
+                return self._craft(way, matrix, product)

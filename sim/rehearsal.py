@@ -7,8 +7,8 @@ real machines, the real cipher with its integrity check, on the threads that a r
 lane, one a machine, a pool of as many as lanes for the owner's tasks and one for the worker's.
 
 Two things are not real. Frames pass between the two sides as they are, without timers: nothing
-is lost here. And the hints are noise: decrypting reads and computes the same with them, its
-results are noise of about the size of the inputs, and training goes nowhere.
+is lost here. And the weights are noise, their products scaled to about the size of the inputs:
+training goes nowhere.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ from transformers import PretrainedConfig
 from backends.he.interface import OwnerMatrix
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
-from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.params import Parameters
 from backends.he.plan import MatrixPlan
-from backends.he.public import PublicMatrix
-from backends.he.ring import tiles_of
+from backends.he.public import HintBuilder, PublicMatrix
 from backends.he.store import shapes_of
-from backends.he.vector import LANES
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource
@@ -69,7 +67,6 @@ from protocol.worker import Worker
 from sim.frames import call_of
 
 _RANK = 16
-_NOISE = 1 << 18  # int32 values that all hints repeat
 
 
 class RehearsalError(RuntimeError):
@@ -157,7 +154,8 @@ class Rehearsal:
         self._vocabulary = config.get_text_config().vocab_size
         self.parameters = list(trainable(self._model).values())
         self._optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
-        self._cipher = MlweOwner(parameters, PublicMatrix(bytes(32), parameters.rank))
+        public = PublicMatrix(bytes(32), parameters.rank)
+        self._cipher, hints = MlweOwner(parameters, public), HintBuilder(public)
         self._worker = MlweWorker(parameters)
         self._matrices: list[OwnerMatrix] = []
         self._loaded: list[Any] = []
@@ -165,7 +163,7 @@ class Rehearsal:
         for group in skeleton.groups:
             weight = rng.integers(-127, 128, (group.total_out, group.in_features), np.int8)
             for forward in (True, False):
-                matrix = _matrix(group.name, weight, forward, parameters)
+                matrix = _matrix(group.name, weight, forward, hints.build(weight, forward))
                 self._cipher.guard(matrix, weight, forward)
                 self._matrices.append(matrix)
                 self._loaded.append(self._worker.load(weight, forward))
@@ -233,7 +231,7 @@ class Rehearsal:
                 parameter.grad = gradient
 
     def linear(self, matrix: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What the model's remote linears call; noise comes back."""
+        """What the model's remote linears call."""
         asked_at = time.perf_counter()
         future: Future[NDArray[np.float32]] = Future()
         with self._asking:
@@ -268,7 +266,8 @@ class Rehearsal:
             return encrypted.payload.data, encrypted.sealed
         assert isinstance(task, Decrypt)
         sealed: Any = task.sealed
-        return self._cipher.decrypt(sealed, task.payload, self._matrices[task.matrix])
+        matrix = self._matrices[task.matrix]
+        return self._cipher.decrypt(sealed, task.payload, matrix, task.worker)
 
     def _multiply(self, task: Task) -> object:
         assert isinstance(task, MultiplyCiphertext)
@@ -291,24 +290,18 @@ class Rehearsal:
 
 
 def _matrix(
-    name: str, weight: NDArray[np.int8], forward: bool, parameters: Parameters
+    name: str, weight: NDArray[np.int8], forward: bool, hint: NDArray[np.int32]
 ) -> OwnerMatrix:
     """What the owner knows of a matrix, its results scaled to the size of the inputs."""
     outputs, inputs = weight.shape if forward else reversed(weight.shape)
     plan = MatrixPlan(127 * sqrt(inputs), 127.0 * inputs, 1.0, inputs)
-    hint = np.resize(_noise(), (tiles_of(outputs), parameters.rank, RING_DEGREE, LANES))
     return OwnerMatrix(
         f"{name} {'forward' if forward else 'backward'}",
         np.ones(inputs, np.float32),
-        np.full(outputs, 1 / (plan.max_norm * sqrt(inputs)), np.float32),
+        np.full(outputs, 1 / plan.max_norm, np.float32),
         plan,
         hint,
     )
-
-
-def _noise() -> NDArray[np.int32]:
-    half = NTT_PRIME // 2
-    return np.random.default_rng(0).integers(-half, half + 1, _NOISE, np.int32)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ What the cipher does for one linear is counted here too, in the units of `sim.de
                other ranks count in proportion. Rows come in tiles of 16.
     value      one input value made into ciphertext (AES for 40 error bits, error, rounding,
                digits). Opening a result takes a third of that, and checking one input or result
-               against the secret signs a sixth (measured on one AVX-512 core: 3.8, 1.3, 0.65 ns).
+               a fifth (measured on one AVX-512 core: 3.8, 1.3, 0.75 ns).
     int8       multiply-adds of the worker's product: limbs * tokens * inputs * outputs
 """
 
@@ -42,7 +42,7 @@ __all__ = [
 ]  # fmt: skip
 
 _NTT, _PRODUCT = 0.16, 0.024  # microseconds of one row on a Zen 4 core, see docs/design.md
-_OPENED, _CHECKED = 0.35, 0.17  # in values made
+_OPENED, _CHECKED = 0.35, 0.2  # in values made
 _ERROR_BYTES = 5
 _HINT_BYTES = 4 * RING_DEGREE  # of one row and rank
 
@@ -228,36 +228,36 @@ def _ring_rows(features: int, tokens: int, rank: int) -> float:
 
 
 def encrypt_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Work:
-    """What `MlweOwner.encrypt` does for one request.
+    """What `MlweOwner.encrypt` does for one request, its half of the integrity check included.
 
-    Memory: A's rows once for all blocks; the input twice (norms, then digits); the random bits
-    written and read; the digit planes written.
+    Memory: A's rows once for all blocks; the input three times (norms, digits, check); the random
+    bits written and read; the digit planes written.
     """
     values = tokens * shape.in_features
     public = _HINT_BYTES * parameters.rank * shape.in_features
     return Work(
         {
             "ring_row": _ring_rows(shape.in_features, tokens, parameters.rank),
-            "value": float(values),
+            "value": (1 + _CHECKED) * values,
         },
-        public + values * (2 * 4 + 2 * _ERROR_BYTES + parameters.limbs),
+        public + values * (3 * 4 + 2 * _ERROR_BYTES + parameters.limbs),
     )
 
 
 def decrypt_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Work:
-    """What `MlweOwner.decrypt` does for one answer, the integrity check included.
+    """What `MlweOwner.decrypt` does for one answer, its half of the integrity check included.
 
-    Memory: the hint once for all blocks; the answer twice (check, opening); the request's planes
-    for the check; the result written.
+    Memory: the hint once for all blocks; the answer; the result written, then read and written by
+    the check.
     """
-    opened, asked = tokens * shape.out_features, tokens * shape.in_features
+    opened = tokens * shape.out_features
     hint = _HINT_BYTES * parameters.rank * shape.out_features
     return Work(
         {
             "ring_row": _ring_rows(shape.out_features, tokens, parameters.rank),
-            "value": _OPENED * opened + _CHECKED * (opened + asked),
+            "value": (_OPENED + _CHECKED) * opened,
         },
-        hint + opened * (2 * 2 + 4) + asked * parameters.limbs,
+        hint + opened * (2 + 3 * 4),
     )
 
 

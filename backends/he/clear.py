@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, OsEntropy
-from backends.he.integrity import secret_signs, wrong_answer
+from backends.he.integrity import POOL, Float64Array, Honesty, Judge, draw_pool, survey
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -20,55 +20,74 @@ from backends.he.interface import (
     OwnerCipher,
     OwnerMatrix,
     Payload,
+    UnguardedError,
     WorkerCipher,
 )
 
 
 @dataclass(frozen=True)
 class Sealed:
-    """What was sent, float32[T, K]: nothing here is secret, but the check needs it."""
+    """What an answer to T tokens is held against; without a check, only T."""
 
-    values: Float32Array = field(repr=False)
+    tokens: int
+    expected: Expected | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """For one request: the rows of the pool, float64[T, ROWS], and each token's unit float64[T]."""
+
+    check: ClearCheck
+    rows: NDArray[np.int64] = field(repr=False)
+    values: Float64Array = field(repr=False)
+    unit: Float64Array = field(repr=False)
 
 
 class ClearCheck:
-    """Freivalds' check in float64: V*y = (V*M)*x for secret sign vectors V, up to rounding.
+    """The check of `integrity.py`; an honest worker's noise is the rounding of its float32 sums.
 
-    A float32 sum of K products errs by about sqrt(K)*2^-24 of the sum of their sizes (Higham and
-    Mary 2019), so all N errors together, as a vector, by 2*sqrt(K)*2^-24 * ||x||*||M|| at most.
-    Random signs stretch a vector's length by more than 8 with probability below 2*exp(-32).
+    A sum of K products errs by about sqrt(K)*2^-24 of the root of the sum of their squares (Higham
+    and Mary 2019), so all N errors together, as a vector, by sqrt(K)*2^-24 * ||x||*||M|| at most,
+    and by 2^-149 each where numbers get that small. This is taken for the deviation; and as
+    roundings are no random numbers, the same for the same x, a mean may drift by as much.
     """
 
     def __init__(
         self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy
     ) -> None:
-        operand = (weight if forward else weight.T).astype(np.float64)
-        self._name = name
-        self._signs = secret_signs(entropy, len(operand)).astype(np.float64)
-        self._projected = self._signs @ operand
-        self._size = float(np.linalg.norm(operand))
+        outputs, inputs = weight.shape if forward else weight.shape[::-1]
+        self._pool = draw_pool(entropy, outputs)
+        found = survey(torch.from_numpy(self._pool), weight, forward, entropy)
+        self._projected = found.projected.numpy()
+        self._size = np.sqrt(inputs) * 2.0**-24 * np.linalg.norm(weight.astype(np.float64))
+        self._least = 2.0**-149 * inputs * outputs
+        honesty = Honesty(np.zeros(POOL), np.ones(POOL), drift=1.0)
+        self._judge = Judge(name, honesty, entropy)
 
-    def tolerance(self, values: Float32Array) -> NDArray[np.float64]:
-        """float64[T]: the largest difference an honest answer to float32[T, K] may show."""
-        lengths = np.linalg.norm(values.astype(np.float64), axis=1)
-        return 16 * np.sqrt(values.shape[1]) * 2.0**-24 * self._size * lengths
+    def expect(self, values: Float32Array) -> Expected:
+        """For a request of float32[T, K]."""
+        wide, rows = values.astype(np.float64), self._judge.draw_rows()
+        lengths = np.linalg.norm(wide, axis=1)
+        unit = self._size * lengths + self._least
+        return Expected(self, rows, wide @ self._projected[rows].T, unit)
 
-    def verify(self, values: Float32Array, answer: Float32Array) -> None:
-        """Raise WrongAnswerError unless answer float32[T, N] fits the request float32[T, K]."""
+    def require(self, expected: Expected, answer: Float32Array, worker: str) -> None:
+        """Raise WrongAnswerError unless answer float32[T, N] fits."""
         with np.errstate(invalid="ignore", over="ignore"):
-            expected = values.astype(np.float64) @ self._projected.T
-            found = answer.astype(np.float64) @ self._signs.T
-            fits = np.abs(found - expected) <= self.tolerance(values)[:, None]
-        # A NaN fits nothing.
-        if not fits.all():
-            raise wrong_answer(self._name)
+            found = answer.astype(np.float64) @ self._pool[expected.rows].T.astype(np.float64)
+            differences = found - expected.values
+        self._judge.require(expected.rows, differences, worker, expected.unit)
 
 
 class ClearOwner(OwnerCipher):
-    """Sends inputs as they are. Its only secrets are the signs of its checks."""
+    """Sends inputs as they are. Its only secrets are those of its checks.
 
-    def __init__(self, entropy: Entropy | None = None) -> None:
+    unverified  take answers for matrices that were never guarded, too
+    """
+
+    def __init__(self, entropy: Entropy | None = None, unverified: bool = False) -> None:
         self._entropy = entropy if entropy is not None else OsEntropy()
+        self._unverified = unverified
         self._checks: dict[str, ClearCheck] = {}
 
     @property
@@ -92,16 +111,21 @@ class ClearOwner(OwnerCipher):
         if not np.isfinite(x).all():
             raise NonFiniteInputError(f"{matrix.name}: NaN or infinity in the input")
         values = x * matrix.in_scale
-        return Encrypted(values.reshape(-1).view(np.uint8), Sealed(values))
+        check = self._checks.get(matrix.name)
+        expected = None if check is None else check.expect(values)
+        return Encrypted(values.reshape(-1).view(np.uint8), Sealed(len(x), expected))
 
-    def decrypt(self, sealed: Sealed, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
+    def decrypt(
+        self, sealed: Sealed, payload: Payload, matrix: OwnerMatrix, worker: str = ""
+    ) -> Float32Array:
         answer = np.frombuffer(payload, np.float32)
-        if answer.size != len(sealed.values) * matrix.out_features:
+        if answer.size != sealed.tokens * matrix.out_features:
             raise ValueError(f"{matrix.name}: wrong number of bytes in an answer")
         answer = answer.reshape(-1, matrix.out_features)
-        check = self._checks.get(matrix.name)
-        if check is not None:
-            check.verify(sealed.values, answer)
+        if sealed.expected is not None:
+            sealed.expected.check.require(sealed.expected, answer, worker)
+        elif not self._unverified:
+            raise UnguardedError(matrix.name)
         return answer * matrix.out_scale
 
 

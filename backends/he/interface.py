@@ -35,6 +35,19 @@ class NonFiniteInputError(ValueError):
     """An activation or gradient holds NaN or infinity; it is refused before encryption."""
 
 
+class UnguardedError(RuntimeError):
+    """An answer was to be decrypted that nothing checks. This is a bug in the caller.
+
+    A cipher that was made with `unverified=True` decrypts such answers: for tests and benchmarks.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name}: its answers are not checked; guard the matrix before its first request, or "
+            "say unverified=True where a worker need not be watched"
+        )
+
+
 @dataclass(frozen=True)
 class OwnerMatrix:
     """What the owner knows of one matrix. All of it is public.
@@ -85,7 +98,7 @@ class OwnerCipher(ABC):
 
     @abstractmethod
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        """From now on, check every answer for `matrix` against the public weight int8[N, K]."""
+        """Check every answer to later requests for `matrix` against the weight int8[N, K]."""
 
     @abstractmethod
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
@@ -103,13 +116,18 @@ class OwnerCipher(ABC):
         """
 
     @abstractmethod
-    def decrypt(self, sealed: Any, payload: AnyPayload, matrix: OwnerMatrix) -> Values:
+    def decrypt(
+        self, sealed: Any, payload: AnyPayload, matrix: OwnerMatrix, worker: str = ""
+    ) -> Values:
         """float32[T, N] from the worker's answer, where x was.
 
         A sealed value opens once, then is wiped.
 
-        Raises ValueError when the answer has the wrong number of bytes, WrongAnswerError, with
-        `sealed` still closed, when a guarded matrix's answer is not the product.
+        worker  who answered: what is too little to see once is summed up for each
+
+        Raises ValueError when the answer has the wrong number of bytes, UnguardedError when the
+        matrix was not guarded, WrongAnswerError, with `sealed` still closed, when the answer is
+        not the product.
         """
 
 

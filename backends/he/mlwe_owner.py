@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -29,9 +30,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from backends import jit
+from backends.he.check import Expected, IntegrityCheck
 from backends.he.entropy import Entropy, Keystream, OsEntropy
 from backends.he.epilogue import RECIPROCAL_SHIFT, open_row, seal_row
-from backends.he.integrity import IntegrityCheck
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -39,6 +40,7 @@ from backends.he.interface import (
     OwnerCipher,
     OwnerMatrix,
     Payload,
+    UnguardedError,
     Values,
 )
 from backends.he.params import RING_DEGREE, Parameters
@@ -173,21 +175,24 @@ def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
 
 @dataclass
 class Sealed:
-    """The owner's private record of one encrypted request: secrets and token scales."""
+    """The owner's private record of one encrypted request: secrets, token scales, and its check."""
 
     secrets: list[BlockSecret] = field(repr=False)
     inverse_alpha: NDArray[np.float64] = field(repr=False)
-    planes: NDArray[np.int8] = field(repr=False)  # what was sent, for the integrity check
+    expected: Expected | None = field(repr=False)
 
 
 class RingOwner(OwnerCipher):
     """What every owner half of the module-LWE backend has, wherever it computes.
 
     Counters `blocks` (encrypted) and `secrets_drawn` must always be equal.
+
+    unverified  decrypt answers for matrices that were never guarded, too
     """
 
-    def __init__(self, parameters: Parameters, entropy: Entropy | None) -> None:
+    def __init__(self, parameters: Parameters, entropy: Entropy | None, unverified: bool) -> None:
         self._parameters = parameters
+        self._unverified = unverified
         self._entropy = entropy if entropy is not None else OsEntropy()
         self._reciprocal = np.uint64(reciprocal(parameters))
         self._count_lock = threading.Lock()
@@ -204,6 +209,11 @@ class RingOwner(OwnerCipher):
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return self._parameters.down_bytes_per_value * tokens * matrix.out_features
 
+    def _require_check(self, expected: object | None, matrix: OwnerMatrix) -> None:
+        """Raise UnguardedError for a request that has none, unless that was asked for."""
+        if expected is None and not self._unverified:
+            raise UnguardedError(matrix.name)
+
     def _count(self, blocks: int = 0, secrets_drawn: int = 0) -> None:
         with self._count_lock:
             self.blocks += blocks
@@ -214,16 +224,19 @@ class MlweOwner(RingOwner):
     """Owner half of the module-LWE backend on CPU: numba ring kernels, AES-CTR randomness."""
 
     def __init__(
-        self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None
-    ) -> None:
-        super().__init__(parameters, entropy)
+        self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None,
+        unverified: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(parameters, entropy, unverified)
         self._public = public
         self._encrypt, self._decrypt = _kernels(parameters.rank)
         self._checks: dict[str, IntegrityCheck] = {}
         self._local = threading.local()
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        self._checks[matrix.name] = IntegrityCheck(matrix.name, weight, forward, self._entropy)
+        self._checks[matrix.name] = IntegrityCheck(
+            matrix.name, weight, forward, self._entropy, self._parameters, int(self._reciprocal)
+        )
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
@@ -253,7 +266,9 @@ class MlweOwner(RingOwner):
 
         run_split(part, -(-inputs // WIDE))
         sealing[...] = 0
-        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse, planes))
+        check = self._checks.get(matrix.name)
+        expected = None if check is None else check.expect(x, matrix.in_scale, factor)
+        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse, expected))
 
     def _fresh_secrets(self, count: int) -> list[BlockSecret]:
         stream = Keystream(self._entropy.fresh_key())
@@ -267,28 +282,36 @@ class MlweOwner(RingOwner):
             buffer = self._local.noise = np.empty(size, np.uint8)
         return buffer[:size]
 
-    def decrypt(self, sealed: Sealed, payload: Payload, matrix: OwnerMatrix) -> Float32Array:
+    def decrypt(
+        self, sealed: Sealed, payload: Payload, matrix: OwnerMatrix, worker: str = ""
+    ) -> Float32Array:
         tokens = len(sealed.inverse_alpha)
         outputs = matrix.out_features
         answer = answer_values(payload, tokens, outputs)
         hint = matrix.hint
         if hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
-        check = self._checks.get(matrix.name)
-        if check is not None:
-            check.verify(sealed.planes, answer, self._parameters)
-        opening = np.stack([secret.open().reshape(-1) for secret in sealed.secrets])
+        self._require_check(sealed.expected, matrix)
+        inverse, out_scale = sealed.inverse_alpha, matrix.out_scale
+        if sealed.expected is not None:
+            # The check takes centred integers, which float32 holds exactly, and scales them.
+            inverse, out_scale = np.ones(tokens), np.ones(outputs, np.float32)
         out = np.empty((tokens, outputs), np.float32)
         flat = hint.reshape(-1)
-        run_split(
-            lambda a, b: self._decrypt(
-                flat, opening, answer, sealed.inverse_alpha, matrix.out_scale, out,
-                self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
-                self._reciprocal, *inverse_tables(), a, b,
-            ),
-            -(-outputs // WIDE),
-        )  # fmt: skip
-        opening[...] = 0
+        with ExitStack() as stack:  # a failed check leaves the secrets sealed
+            secrets = [stack.enter_context(secret.opened()) for secret in sealed.secrets]
+            opening = np.stack([secret.reshape(-1) for secret in secrets])
+            run_split(
+                lambda a, b: self._decrypt(
+                    flat, opening, answer, inverse, out_scale, out,
+                    self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
+                    self._reciprocal, *inverse_tables(), a, b,
+                ),
+                -(-outputs // WIDE),
+            )  # fmt: skip
+            opening[...] = 0
+            if sealed.expected is not None:
+                sealed.expected.require(out, sealed.inverse_alpha, matrix.out_scale, worker)
         return out
 
 

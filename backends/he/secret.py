@@ -105,13 +105,14 @@ class BlockSecret(UseOnce):
         self._begin_sealing()
         return self._ntt
 
-    def open(self) -> NDArray[np.int32]:
-        """A copy of the secret to decrypt the answer, wiping the original.
+    @contextmanager
+    def opened(self) -> Iterator[NDArray[np.int32]]:
+        """The secret, to decrypt the answer; wiped at the end, still sealed after an error.
 
         Raises SecretReuseError unless the secret has sealed a message and opened none.
         """
         with self._opened():
-            return self._ntt.copy()
+            yield self._ntt
 
     def _erase(self) -> None:
         self._ntt[...] = 0

@@ -168,6 +168,12 @@ class PreparedModel:
             self._owner_matrices = self._load_owner_matrices()
         return self._owner_matrices
 
+    def guard(self, cipher: OwnerCipher) -> None:
+        """Have the owner's cipher check the answers for every matrix."""
+        weights = self.worker_weights()
+        for index, matrix in enumerate(self.owner_matrices()):
+            cipher.guard(matrix, weights[index // 2], forward=index % 2 == 0)
+
     def _load_owner_matrices(self) -> list[OwnerMatrix]:
         matrices = []
         for index, group in enumerate(self.groups):

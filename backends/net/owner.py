@@ -144,7 +144,7 @@ class OwnerClient:
             return carried(encrypted.payload), encrypted.sealed
         assert isinstance(task, Decrypt)
         matrix = self._matrices[task.matrix]
-        return self._cipher.decrypt(task.sealed, task.payload, matrix)
+        return self._cipher.decrypt(task.sealed, task.payload, matrix, task.worker)
 
     def _report(self, effect: Effect) -> None:
         match effect:

@@ -107,17 +107,48 @@ class Arithmetic:
             far = np.abs(mine - other).max(axis=1)
         return not bool((far <= bound).all())
 
-    def nudged(self, rng: random.Random, matrix: int, product: bytes) -> bytes:
-        """A product with one value changed, by little but more than a check may tolerate."""
+    def crafted(self, rng: random.Random, way: str, matrix: int, product: bytes) -> bytes:
+        """A product with a lie of `sim.faults.CRAFTED`, little but more than a check may tolerate.
+
+        one value      off by some multiple of what is certainly seen
+        top bits       turned over, of an even number of values of one token
+        constant bias  the last output of every token is off by the same
+        """
         outputs = self.catalogue.matrices[matrix].out_features
         if self.encrypted:
-            values = np.frombuffer(product, "<u2").copy()
-            tolerated = int(min(outputs / 2, 8 * (outputs / 12) ** 0.5)) + 2
-            step = rng.randint(3 * tolerated, 40 * tolerated) * rng.choice((-1, 1))
-            place = rng.randrange(len(values))
-            values[place] = (int(values[place]) + step) % (1 << 16)
+            values = np.frombuffer(product, "<u2").copy().reshape(-1, outputs)
+            top, least = 1 << 15, self._seen_steps(matrix)
+        else:
+            values = np.frombuffer(product, "<u4").copy().reshape(-1, outputs)
+            top, least = 1 << 31, 0
+        token = rng.randrange(len(values))
+        if way == "top bits":
+            count = 2 * rng.randint(1, outputs // 2)
+            values[token, rng.sample(range(outputs), count)] ^= values.dtype.type(top)
             return values.tobytes()
-        floats = np.frombuffer(product, np.float32).copy()
-        place = rng.randrange(len(floats))
-        floats[place] += np.float32(rng.uniform(0.01, 1.0) * np.abs(floats).max())
-        return floats.tobytes()
+        place, many = (slice(None), -1), 4
+        if way == "one value":
+            place = (slice(token, token + 1), rng.randrange(outputs))
+            many = rng.randint(2, 20) * rng.choice((-1, 1))
+        if self.encrypted:
+            step = max(-(1 << 14), min(many * least, 1 << 14))
+            values[place] += values.dtype.type(step % (1 << 16))
+        else:
+            floats = values.view(np.float32)
+            floats[place] += np.float32(rng.uniform(0.01, 1.0) * np.abs(floats).max())
+        return values.tobytes()
+
+    def _seen_steps(self, matrix: int) -> int:
+        """An error of one value that no check may miss, in units of an encrypted answer.
+
+        Whatever the coefficients (at most 1, at least 1/2), the noise of a sum over all outputs
+        deviates by no more than the noises of all outputs do together; an error is seen when half
+        of it is over 8 deviations of tolerance and 8 of noise.
+        """
+        weight = self._subject.weights[matrix // 2].astype(np.float64)
+        parameters = self._prepared.parameters
+        assert parameters is not None
+        norms = np.linalg.norm(weight, axis=1 if matrix % 2 == 0 else 0)
+        step = 2.0**parameters.dropped_bits
+        deviation = np.hypot(0.3 * norms.sum(), 0.3 * step * len(norms))
+        return int(2 * 16 * deviation / step) + 2

@@ -44,7 +44,7 @@ class WorkerHost:
         self._world_observes = observe
         self._rng = stream(options.seed, name)
         self._liar = next((x for x in options.plan.liars if x.worker == name), None)
-        self._lies = None if self._liar is None else Lies(self._liar, self._rng, self._nudge)
+        self._lies = None if self._liar is None else Lies(self._liar, self._rng, self._craft)
         self._watch = WorkerWatch(name, seen)
         self.actor = Actor(
             env, name, self._machine(), self._transmit, self._perform, observe=self._observe
@@ -103,8 +103,8 @@ class WorkerHost:
             return TaskDone(task, told)
         return TaskDone(task, product)
 
-    def _nudge(self, matrix: int, product: bytes) -> bytes:
-        return self._arithmetic.nudged(self._rng, matrix, product)
+    def _craft(self, way: str, matrix: int, product: bytes) -> bytes:
+        return self._arithmetic.crafted(self._rng, way, matrix, product)
 
 
 def refusal(session: bytes, request: int, reason: int) -> bytes:

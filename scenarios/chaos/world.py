@@ -272,7 +272,7 @@ class World:
                 made = self._cipher.encrypt(work.x, matrix)
                 self._secrets.encrypted(made.payload.tobytes(), made.sealed)
                 return TaskDone(run.task, (made.payload.data, made.sealed))
-            result = self._cipher.decrypt(work.sealed, work.payload, matrix)
+            result = self._cipher.decrypt(work.sealed, work.payload, matrix, work.worker)
         except WrongAnswerError as error:
             return AnswerRejected(run.task, str(error))
         except ValueError as error:

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from backends.he import integrity
-from backends.he.cuda.check import project
+from backends.he import check
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels
 from backends.he.cuda.owner import key_words
@@ -251,36 +250,53 @@ def decrypted(gpu: Gpu, kernels: Kernels, each: int) -> NDArray[np.float32]:
     return out.cpu().numpy()
 
 
-def compared(gpu: Gpu, kernels: Kernels, tolerance: int = 0, sign: int = 1) -> NDArray[np.int32]:
-    """Differences int32[9, 8] of random data, 300 inputs, 270 outputs; last row: was any wrong."""
+def expectations(gpu: Gpu, kernels: Kernels) -> NDArray[np.float64]:
+    """float64[9, 8] of heavy-tailed data, 300 inputs."""
     rng = np.random.default_rng(2)
-    planes = rng.integers(-128, 128, (3, 9, 300)).astype(np.int8)
-    projected = sign * rng.integers(-30000, 30000, (8, 300)).astype(np.int32)
-    answer = rng.integers(0, 1 << 16, (9, 270)).astype(np.uint16)
-    signs = np.int8(sign) * rng.choice([-1, 1], (8, 270)).astype(np.int8)
-    found, wrong = empty(gpu, (9, 8), torch.int32), empty(gpu, (1,), torch.int32)
+    x = rng.standard_t(2, (9, 300)).astype(np.float32)
+    in_scale = rng.uniform(0.1, 1, 300).astype(np.float32)
+    factor, rows = rng.uniform(1e5, 1e6, 9), rng.permutation(64)[:8]
+    projected = rng.normal(0, 1e4, (64, 300)).astype(np.float32)
+    out = empty(gpu, (9, 8), torch.float64)
     kernels.launch(
-        "differences", (3, 1), on(gpu, planes), on(gpu, projected), on(gpu, answer),
-        on(gpu, signs), found, wrong, 9, 300, 270, 8, tolerance,
+        "expectations", (5, 1), on(gpu, x), on(gpu, in_scale), on(gpu, factor), on(gpu, projected),
+        on(gpu, rows.astype(np.int32)), out, 9, 300, 2**-7,
     )  # fmt: skip
-    expected = np.empty((9, 8), np.int32)
-    integrity._differences(
-        planes, projected.view(np.uint32), answer, signs.astype(np.int32).view(np.uint32), 8, 8,
-        expected, 0, 9,
-    )  # fmt: skip
-    assert np.array_equal(found.cpu().numpy(), expected)
-    flags = np.full((1, 8), int(wrong.item()), np.int32)
-    return np.concatenate([found.cpu().numpy(), flags])
+    expected = np.empty((9, 8))
+    check._expected(x, in_scale, factor, projected, rows, 2**-7, expected, 0, 9)
+    found = out.cpu().numpy()
+    message = np.abs(x * factor[:, None])
+    assert np.all(np.abs(found - expected) <= 2**-45 * message @ np.abs(projected[rows]).T)
+    return found
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_differences_are_the_cpus(gpu: Gpu, sign: int) -> None:
-    """And the flag tells whether one is over the tolerance in size, to the unit."""
-    found = compared(gpu, probed(gpu), 0, sign)
-    largest = int(np.abs(found[:-1]).max())
-    assert found[-1, 0] == 1
-    assert compared(gpu, probed(gpu), largest - 1, sign)[-1, 0] == 1
-    assert compared(gpu, probed(gpu), largest, sign)[-1, 0] == 0
+def differences(gpu: Gpu, kernels: Kernels) -> NDArray[np.float64]:
+    """float64[9, 8] of random results, 270 outputs; below them some of what is delivered."""
+    rng = np.random.default_rng(3)
+    y = rng.integers(-(1 << 23), 1 << 23, (9, 270)).astype(np.float32)
+    pool = rng.uniform(-1, 1, (64, 270)).astype(np.float32)
+    rows, values = rng.permutation(64)[:8], rng.normal(0, 1e8, (9, 8))
+    inverse, out_scale = rng.uniform(0, 1, 9), rng.uniform(0, 1e-42, 270).astype(np.float32)
+    scaled, out = on(gpu, y.copy()), empty(gpu, (9, 8), torch.float64)
+    kernels.launch(
+        "differences", (5, 1), scaled, on(gpu, pool), on(gpu, rows.astype(np.int32)),
+        on(gpu, values), on(gpu, inverse), on(gpu, out_scale), out, 9, 270,
+    )  # fmt: skip
+    expected = np.empty((9, 8))
+    parts = np.abs(y).astype(np.float64) @ np.abs(pool[rows]).T + np.abs(values)
+    check._differences(y, pool, rows, values, inverse, out_scale, expected, 0, 9)
+    found = out.cpu().numpy()
+    assert np.all(np.abs(found - expected) <= 2**-45 * parts)
+    assert np.array_equal(scaled.cpu().numpy(), y), "denormals included"
+    return np.concatenate([found, y[:, :8].astype(np.float64)])
+
+
+@pytest.mark.parametrize("sums", [expectations, differences])
+def test_sums_of_the_check_are_the_cpus(
+    gpu: Gpu, sums: Callable[[Gpu, Kernels], NDArray[np.float64]]
+) -> None:
+    """To 2^-45 of their parts: only the order of summation differs."""
+    assert np.isfinite(sums(gpu, probed(gpu))).all()
 
 
 @pytest.mark.parametrize("work", [encrypted, decrypted])
@@ -291,16 +307,6 @@ def test_blocks_may_share_a_thread_block(
     alone = work(gpu, probed(gpu), 1)
     for each in (2, 3):
         assert np.array_equal(alone, work(gpu, probed(gpu), each))
-
-
-@pytest.mark.parametrize("forward", [True, False])
-def test_signs_are_projected_exactly(gpu: Gpu, forward: bool) -> None:
-    """Several slabs, the largest weights."""
-    rng = np.random.default_rng(0)
-    weight = rng.choice([-127, 127, 5], (5000, 2100)).astype(np.int8)
-    signs = rng.choice([-1, 1], (8, 5000 if forward else 2100)).astype(np.int8)
-    right = signs.astype(np.int32) @ (weight if forward else weight.T).astype(np.int32)
-    assert np.array_equal(project(on(gpu, signs), weight, forward).cpu().numpy(), right)
 
 
 @pytest.fixture
@@ -328,9 +334,10 @@ ORDERS = (0, 1, 2, 3, 4)
         lambda gpu, kernels: draw_secrets(gpu, kernels, 2, 5).numpy(),
         lambda gpu, kernels: encrypted(gpu, kernels, 2),
         lambda gpu, kernels: decrypted(gpu, kernels, 2),
-        compared,
+        expectations,
+        differences,
     ],
-    ids=["draw_secrets", "encrypt", "decrypt", "differences"],
+    ids=["draw_secrets", "encrypt", "decrypt", "expectations", "differences"],
 )
 def test_no_barrier_is_missing(
     gpu: Gpu, choose_order: Callable[[int], None], work: Callable[[Gpu, Kernels], NDArray[Any]]

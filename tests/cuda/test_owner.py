@@ -18,7 +18,8 @@ from backends.he.cuda.owner import CudaOwner
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flags
 from backends.he.entropy import OsEntropy, SeededEntropy
-from backends.he.interface import NonFiniteInputError
+from backends.he.integrity import Judge
+from backends.he.interface import NonFiniteInputError, UnguardedError
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters, preset
@@ -39,7 +40,9 @@ def values(tokens: int, inputs: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 def owner_of(case: Case, gpu: Gpu, seed: int | None = None, **options: Any) -> CudaOwner:
+    """Takes answers for matrices that are not guarded, too."""
     entropy = OsEntropy() if seed is None else SeededEntropy(seed)
+    options = {"unverified": True} | options
     return CudaOwner(case.parameters, case.public, gpu, entropy, **options)
 
 
@@ -250,6 +253,8 @@ def wrong(answer: np.ndarray[Any, Any], how: str) -> np.ndarray[Any, Any]:
     changed = answer.copy().view(np.uint16)
     if how == "zero":
         changed[:] = 0
+    elif how == "two top bits":
+        changed[[3, 7]] ^= 1 << 15
     elif how == "one value":
         changed[3] ^= 1 << 12
     else:
@@ -257,7 +262,7 @@ def wrong(answer: np.ndarray[Any, Any], how: str) -> np.ndarray[Any, Any]:
     return changed.view(np.uint8)
 
 
-@pytest.mark.parametrize("how", ["zero", "one value", "rolled"])
+@pytest.mark.parametrize("how", ["zero", "one value", "two top bits", "rolled"])
 @pytest.mark.parametrize(("tokens", "forward"), [(1, True), (6, False), (257, True)])
 def test_a_lying_worker_is_found_and_the_request_stays_usable(
     gpu: Gpu, tokens: int, forward: bool, how: str
@@ -338,3 +343,46 @@ def test_a_matrix_without_a_hint_is_refused(gpu: Gpu) -> None:
     sent = owner.encrypt(values(2, 5), matrix)
     with pytest.raises(ValueError, match="no hint; run the preparation first"):
         owner.decrypt(sent.sealed, bytes(20), matrix)
+
+
+def test_an_answer_that_nothing_checks_is_refused(gpu: Gpu) -> None:
+    """As on the CPU."""
+    case = make_case(5, 5)
+    owner = owner_of(case, gpu, unverified=False)
+    sent = owner.encrypt(values(2, 5), case.matrix)
+    with pytest.raises(UnguardedError, match="5x5: its answers are not checked"):
+        owner.decrypt(sent.sealed, bytes(20), case.matrix)
+
+
+@pytest.mark.parametrize("lie", [0, 1 << 9, 1 << 12, 1 << 15])
+def test_verdicts_are_the_cpus(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, lie: int) -> None:
+    """The same pool, rows and randomness: the same standardised differences."""
+    case = make_case(70, 60)
+    judged: list[np.ndarray[Any, Any]] = []
+
+    def seen(self: Judge, rows: Any, differences: Any, worker: str) -> None:
+        judged.append(differences / self.honesty.deviation[rows])
+        require(self, rows, differences, worker)
+
+    require = Judge.require
+    monkeypatch.setattr(Judge, "require", seen)
+    x, verdicts = values(40, 70), []
+    for owner in (
+        owner_of(case, gpu, 5),
+        MlweOwner(case.parameters, case.public, SeededEntropy(5)),
+    ):
+        owner.guard(case.matrix, case.weight, True)
+        sent = owner.encrypt(x, case.matrix)
+        answer = answer_to(case, sent.payload, 40).copy().view(np.uint16)
+        answer[[5, 66]] ^= lie
+        try:
+            owner.decrypt(sent.sealed, answer.view(np.uint8), case.matrix)
+            verdicts.append("")
+        except WrongAnswerError as error:
+            verdicts.append(str(error))
+    assert verdicts[0] == verdicts[1]
+    assert bool(verdicts[0]) == bool(lie)
+    assert judged[0].shape == (40, 8)
+    if lie:  # the noise is another one: of the two sides' own ciphertexts
+        wrong = [np.abs(z[[0, 1]]) for z in judged]
+        assert np.allclose(*wrong, atol=12.0)

@@ -76,9 +76,8 @@ def test_any_mix_of_places_computes_the_same(
     worker: WorkerCipher = MlweWorker(parameters)
     if worker_on == "gpu":
         worker = CudaWorker(parameters, gpu)
+    prepared.guard(owner)
     weights, matrices = prepared.worker_weights(), prepared.owner_matrices()
-    for index, matrix in enumerate(matrices):
-        owner.guard(matrix, weights[index // 2], forward=index % 2 == 0)
     sent: list[object] = []
 
     def watch(event: Event, effects: list[Effect]) -> None:
@@ -106,6 +105,7 @@ def test_requests_of_several_lanes_at_once(llama: Tiny, gpu: Gpu) -> None:
     parameters = prepared.parameters
     assert parameters is not None
     owner = MlweOwner(parameters, prepared.public_matrix())
+    prepared.guard(owner)
     matrix, weight = prepared.owner_matrices()[0], prepared.worker_weights()[0].astype(np.float64)
     inputs = [np.full((1, matrix.in_features), 1.0 + n, np.float32) for n in range(8)]
     answers: dict[int, np.ndarray] = {}

@@ -43,7 +43,9 @@ KNOWN = {
 
 
 def round_trip(case: Case, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+    owner = MlweOwner(case.parameters, case.public)
+    owner.guard(case.matrix, case.weight, case.forward)
+    worker = MlweWorker(case.parameters)
     sent = owner.encrypt(x, case.matrix)
     answer = worker.multiply(sent.payload, len(x), worker.load(case.weight, case.forward))
     return owner.decrypt(sent.sealed, answer, case.matrix)
@@ -64,7 +66,7 @@ def test_known_answers(name: str) -> None:
     """A change of any byte of the scheme shows here, whichever backend made it."""
     case = make_case(70, 33, seed=3, parameters=preset(name))
     x = np.random.default_rng(5).standard_normal((9, 70)).astype(np.float32)
-    owner = MlweOwner(case.parameters, case.public, SeededEntropy(7))
+    owner = MlweOwner(case.parameters, case.public, SeededEntropy(7), unverified=True)
     sent = owner.encrypt(x, case.matrix)
     worker = MlweWorker(case.parameters)
     answer = worker.multiply(sent.payload, 9, worker.load(case.weight, True))
@@ -85,8 +87,8 @@ def test_fast_equals_reference_bit_for_bit(
     parameters = Parameters("test", rank=5, limbs=limbs, dropped_bits=8 * limbs - 16 or 4)
     case = make_case(inputs, outputs, forward, seed=tokens, parameters=parameters)
     x = np.random.default_rng(1).standard_t(3, size=(tokens, inputs)).astype(np.float32)
-    fast = MlweOwner(parameters, case.public, SeededEntropy(1))
-    slow = ReferenceOwner(parameters, case.public, SeededEntropy(1))
+    fast = MlweOwner(parameters, case.public, SeededEntropy(1), unverified=True)
+    slow = ReferenceOwner(parameters, case.public, SeededEntropy(1), unverified=True)
     a, b = fast.encrypt(x, case.matrix), slow.encrypt(x, case.matrix)
     assert np.array_equal(a.payload, b.payload)
     answer, *others = (

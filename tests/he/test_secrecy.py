@@ -30,21 +30,28 @@ def draw() -> BlockSecret:
 def test_a_secret_seals_one_message_and_opens_one_answer() -> None:
     """Any other use raises."""
     secret = draw()
+
+    def opens() -> bool:
+        with secret.opened() as words:
+            return bool(np.any(words))
+
     with pytest.raises(SecretReuseError):
-        secret.open()
+        opens()
     sealed = secret.seal()
     with pytest.raises(SecretReuseError):
         secret.seal()
-    assert np.any(secret.open())
+    with pytest.raises(KeyError), secret.opened():
+        raise KeyError("a verdict")
+    assert opens(), "an error leaves it sealed"
     assert not np.any(sealed), "the secret is wiped once it has opened its answer"
-    for use in (secret.open, secret.seal):
+    for use in (opens, secret.seal):
         with pytest.raises(SecretReuseError):
             use()
 
 
 def test_an_answer_is_decrypted_once(small: Case) -> None:
     """A second decryption of the same request is refused."""
-    owner = MlweOwner(small.parameters, small.public)
+    owner = MlweOwner(small.parameters, small.public, unverified=True)
     sent = owner.encrypt(np.ones((3, 48), np.float32), small.matrix)
     answer = np.zeros(owner.down_bytes(small.matrix, 3), np.uint8)
     owner.decrypt(sent.sealed, answer, small.matrix)

@@ -52,6 +52,7 @@ class Wire:
     def __init__(self, model: PreparedModel, config: OwnerConfig = FAST) -> None:
         assert model.parameters is not None
         self.cipher = MlweOwner(model.parameters, model.public_matrix())
+        model.guard(self.cipher)
         catalogue = model.catalogue(self.cipher)
         self.up: list[bytes] = []
         self.down: list[bytes] = []
@@ -87,6 +88,7 @@ class Wire:
 def test_products_from_several_lanes(model: PreparedModel) -> None:
     """Each lane gets its own answer."""
     owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
     worker = MlweWorker(preset("standard"))
     with in_process(model, owner, [worker], lanes=4) as (client, (server,)):
         results: dict[int, bool] = {}
@@ -178,7 +180,6 @@ def test_a_worker_of_another_model_is_refused_with_a_reason(
 def test_a_lying_worker_ends_the_call_with_its_name_and_the_layer(model: PreparedModel) -> None:
     """Wrong products are never delivered."""
     wire = Wire(model)
-    wire.cipher.guard(model.owner_matrices()[0], model.worker_weights()[0], forward=True)
     honest = wire._down
 
     def lie(peer: str, frame: bytes) -> None:
@@ -202,7 +203,7 @@ class Liar(MlweWorker):
 def test_a_lying_worker_is_retired_and_its_work_done_elsewhere(model: PreparedModel) -> None:
     """The same ciphertext goes to the honest worker; nothing is encrypted anew."""
     owner = MlweOwner(preset("standard"), model.public_matrix())
-    owner.guard(model.owner_matrices()[0], model.worker_weights()[0], forward=True)
+    model.guard(owner)
     ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
     with in_process(model, owner, ciphers) as (client, (liar, honest)):
         for _ in range(3):

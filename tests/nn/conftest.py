@@ -52,6 +52,7 @@ class Tiny:
         prepared = self.prepared[backend]
         parameters = prepared.parameters
         owner = MlweOwner(parameters, prepared.public_matrix()) if parameters else ClearOwner()
+        prepared.guard(owner)
         worker = MlweWorker(parameters) if parameters else ClearWorker()
         with (
             in_process(prepared, owner, [worker], lanes=lanes) as (client, _),

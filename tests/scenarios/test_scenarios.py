@@ -28,6 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scenarios.llama1b",
         "scenarios.make_tiny_llama",
         "benchmarks.he_linear",
+        "benchmarks.integrity",
         "benchmarks.sim_speed",
         "scenarios.whatif",
     ],

@@ -166,7 +166,9 @@ def test_a_corrupt_frame_is_seen_to_be_one(seed: int, hello: bool) -> None:
 @pytest.mark.parametrize("way", LIES)
 def test_lies_are_of_the_right_size_and_in_the_end_wrong(way: str) -> None:
     """Each way of lying gives another product than the honest one, once it has one to take."""
-    lies = Lies(Liar("w0", way, 1.0), random.Random(4), lambda matrix, product: b"!" + product[1:])
+    lies = Lies(
+        Liar("w0", way, 1.0), random.Random(4), lambda way, matrix, product: b"!" + product[1:]
+    )
     honest = [bytes([n]) * 8 for n in range(1, 6)]
     told = [lies.tell(0, product) for product in honest]
     assert all(len(lie) == 8 for lie in told)

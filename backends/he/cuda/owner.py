@@ -6,8 +6,8 @@ Keys come from the operating system; they and the secrets they expand to are in 
 in the driver's launch queue while in use, so the GPU belongs to the owner.
 
 Everything is queued on torch's current stream, which must be the same for a request and its
-answer. The host waits once in `encrypt` (are the inputs finite?) and once in `decrypt` of a guarded
-matrix (is the answer right?), both times for a flag, with the next kernels queued behind; and for
+answer. The host waits once in `encrypt` (are the inputs finite?), for a flag with the next kernels
+queued behind, and once in `decrypt` (is the answer right?), for the sums of its check; and for
 copies, where payloads or values are on the host. Speeds on a GPU are unmeasured.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.he.cuda.check import DeviceCheck
+from backends.he.cuda.check import DeviceCheck, Expected
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels, kernels
 from backends.he.cuda.resident import Residents
@@ -96,7 +96,7 @@ class Sealed:
 
     secrets: RequestSecrets = field(repr=False)
     inverse_alpha: torch.Tensor = field(repr=False)  # float64[T]
-    planes: torch.Tensor = field(repr=False)  # int8[limbs, T, K] as sent, for the check
+    expected: Expected | None = field(repr=False)
     on_host: bool  # the values came as an array, and go as one
 
 
@@ -113,8 +113,9 @@ class CudaOwner(RingOwner):
     def __init__(
         self, parameters: Parameters, public: PublicMatrix, gpu: Gpu,
         entropy: Entropy | None = None, local: bool = False, hint_bytes: int | None = None,
+        unverified: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(parameters, entropy)
+        super().__init__(parameters, entropy, unverified)
         self._gpu = gpu
         self._wire = not local
         self._multiplier = int(self._reciprocal)
@@ -125,8 +126,9 @@ class CudaOwner(RingOwner):
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = DeviceCheck(
-            self._gpu, self._kernels, self._flags, matrix.name, weight, forward, self._entropy
-        )
+            self._gpu, self._kernels, matrix.name, weight, forward, self._entropy,
+            self._parameters, self._multiplier,
+        )  # fmt: skip
 
     def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
         """Encrypt float32[T, K], an array or a tensor on the device.
@@ -156,35 +158,37 @@ class CudaOwner(RingOwner):
                 tokens, inputs, tiles, each, self._multiplier,
                 *key_words(self._entropy.fresh_key()),
             )  # fmt: skip
+            check = self._checks.get(matrix.name)
+            expected = None if check is None else check.expect(values, in_scale, scales.factor)
         if scales.bad.read():
             secrets.wipe()
             self._count(secrets_drawn=-blocks)  # nothing is sent under them
             token_scales(scales.norms.cpu().numpy(), matrix, parameters)
             raise AssertionError("a norm is not finite")
         self._count(blocks=blocks)
-        sealed = Sealed(secrets, scales.inverse, planes, on_host)
+        sealed = Sealed(secrets, scales.inverse, expected, on_host)
         raw = planes.view(-1).view(torch.uint8)
         return Encrypted(_to_host(raw, self._gpu) if self._wire else raw, sealed)
 
-    def decrypt(self, sealed: Sealed, payload: AnyPayload, matrix: OwnerMatrix) -> Values:
-        """float32[T, N], an array or a tensor as the input was.
-
-        The check of a guarded matrix runs first; its result is waited for only when the
-        decryption, which a wrong answer throws away, is queued behind it.
-        """
+    def decrypt(
+        self, sealed: Sealed, payload: AnyPayload, matrix: OwnerMatrix, worker: str = ""
+    ) -> Values:
+        """float32[T, N], an array or a tensor as the input was, once the check has passed."""
         tokens, outputs = sealed.inverse_alpha.shape[0], matrix.out_features
         answer = self._answer(payload, tokens, outputs)
         if matrix.hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
-        check = self._checks.get(matrix.name)
+        self._require_check(sealed.expected, matrix)
         out = torch.empty((tokens, outputs), dtype=torch.float32, device=self._gpu.device)
         with sealed.secrets.opened() as words, self._gpu.clock.span("owner"):
-            compared = None
-            if check is not None:
-                compared = check.compare(sealed.planes, answer, self._parameters)
-            self._open(words, answer, sealed.inverse_alpha, matrix, out)
-            if compared is not None:
-                compared.require()
+            inverse, (_, out_scale) = sealed.inverse_alpha, self._residents.scales(matrix)
+            if sealed.expected is None:
+                self._open(words, answer, inverse, out_scale, matrix, out)
+            else:
+                # The check takes centred integers, which float32 holds exactly, and scales them.
+                ones = torch.ones_like(inverse), torch.ones_like(out_scale)
+                self._open(words, answer, *ones, matrix, out)
+                sealed.expected.compare(out, inverse, out_scale).require(worker)
         if not sealed.on_host:
             return out
         return (
@@ -193,11 +197,10 @@ class CudaOwner(RingOwner):
 
     def _open(
         self, words: torch.Tensor, answer: torch.Tensor, inverse: torch.Tensor,
-        matrix: OwnerMatrix, out: torch.Tensor,
+        out_scale: torch.Tensor, matrix: OwnerMatrix, out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Queue the decryption of all outputs, a slab of the hint at a time."""
         tokens, outputs = out.shape
-        _, out_scale = self._residents.scales(matrix)
         for first_row, slab in self._residents.slabs(matrix):
             blocks, tiles = words.shape[0], slab.shape[0]
             grid, each = self._grid(blocks, tiles)

@@ -1,4 +1,4 @@
-"""Small helpers around streams: a flag read back early, and host memory carried to the device.
+"""Small helpers around streams: results read back early, and host memory carried to the device.
 
 On the emulated device everything happens at once and in order, so marks and streams are nothing.
 """
@@ -92,6 +92,21 @@ class Flags:
             self._all.discard(flag)
         else:
             self._free.append(flag)
+
+
+class Readback:
+    """A tensor of the device on its way to the host, behind what is queued now."""
+
+    def __init__(self, gpu: Gpu, values: torch.Tensor) -> None:
+        self._host = gpu.pinned(values.nbytes).view(values.dtype).view(values.shape)
+        self._host.copy_(values, non_blocking=True)
+        self._arrived = Mark(gpu)
+        self._arrived.set()
+
+    def read(self) -> NDArray[Any]:
+        """Wait for the copy."""
+        self._arrived.hold_host()
+        return self._host.numpy()
 
 
 class Conveyor:

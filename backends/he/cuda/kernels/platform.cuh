@@ -52,6 +52,7 @@ DEVICE i32 high_product(i32 a, i32 b) { return __mulhi(a, b); }
 DEVICE u64 high_product(u64 a, u64 b) { return __umul64hi(a, b); }
 DEVICE u32 bits_set(u32 a) { return static_cast<u32>(__popc(a)); }
 DEVICE f64 square_root(f64 a) { return __dsqrt_rn(a); }
+DEVICE f64 nearest(f64 a) { return rint(a); }
 DEVICE u64 bits_of(f64 a) { return static_cast<u64>(__double_as_longlong(a)); }
 DEVICE f64 double_of(u64 a) { return __longlong_as_double(static_cast<i64>(a)); }
 
@@ -122,6 +123,7 @@ DEVICE u64 high_product(u64 a, u64 b) {
 }
 DEVICE u32 bits_set(u32 a) { return static_cast<u32>(__builtin_popcount(a)); }
 DEVICE f64 square_root(f64 a) { return std::sqrt(a); }
+DEVICE f64 nearest(f64 a) { return std::nearbyint(a); }
 DEVICE u64 bits_of(f64 a) {
   u64 bits;
   std::memcpy(&bits, &a, sizeof bits);
