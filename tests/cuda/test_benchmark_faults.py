@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -129,8 +130,9 @@ sys.argv = ["gpu", "--preset", {str(note)!r}]
 bench.main()
 """
     command = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},  # SIGKILL leaves the part's folder behind
+    )  # fmt: skip
     until_s = time.monotonic() + 60
     while not (note.exists() and note.read_text().endswith("\n")):
         assert time.monotonic() < until_s
