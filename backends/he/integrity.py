@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -199,9 +198,21 @@ def _tally(differences: Any, mean: Any, deviation: Any, unit: Any, total: Any, e
     return fits
 
 
-def _with_all(sums: Float64Array) -> Float64Array:
-    """float64[ROWS, CLASSES + 1]: the sum over all classes beside each."""
-    return np.concatenate([sums, sums.sum(axis=1, keepdims=True)], axis=1)
+@njit(nogil=True, cache=True)
+def _within(tokens: Any, total: Any, energy: Any, drift: float) -> bool:
+    """Whether sums [ROWS, CLASSES] are an honest worker's, of every class and of all together."""
+    for i in range(ROWS):
+        n = s = q = 0.0
+        for place in range(CLASSES + 1):
+            if place < CLASSES:
+                a, b, c = tokens[i, place], total[i, place], energy[i, place]
+                n, s, q = n + a, s + b, q + c
+            else:
+                a, b, c = n, s, q
+            root = np.sqrt(a)
+            if abs(b) > LIMIT * root + drift * a or c > np.sqrt(2.0) * LIMIT * root + LIMIT**2:
+                return False
+    return True
 
 
 class Judge:
@@ -242,17 +253,9 @@ class Judge:
             tokens = sums.tokens[rows] + (size + CLASSES - 1 - np.arange(CLASSES)) // CLASSES
             total += sums.total[rows]
             energy += sums.energy[rows]
-            if not self._honest_so_far(*map(_with_all, (tokens, total, energy))):
+            if not _within(tokens, total, energy, self.honesty.drift):
                 raise self._wrong("off by a little, and always alike")
             sums.tokens[rows], sums.total[rows], sums.energy[rows] = tokens, total, energy
-
-    def _honest_so_far(
-        self, tokens: Float64Array, total: Float64Array, energy: Float64Array
-    ) -> bool:
-        root = np.sqrt(tokens)
-        means = np.abs(total) <= LIMIT * root + self.honesty.drift * tokens
-        energies = energy <= sqrt(2) * LIMIT * root + LIMIT**2
-        return bool(means.all() and energies.all())
 
     def _wrong(self, what: str) -> WrongAnswerError:
         return WrongAnswerError(
