@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.gpu.scale import Matrix, Scale
 from benchmarks.gpu.task import Figures, Task
 from benchmarks.gpu.timing import device_ms
 from benchmarks.gpu.worker import random_weight
+from protocol.errors import WrongAnswerError
 
 
 def stand_in(matrix: Matrix, parameters: Parameters) -> OwnerMatrix:
@@ -56,7 +58,7 @@ def ring_work(gpu: Gpu, parameters: Parameters, scale: Scale, tokens: int) -> Fi
     public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
     totals = {"encrypt": 0.0, "decrypt": 0.0, "decrypt_checked": 0.0}
     rows = []
-    owner = CudaOwner(parameters, public, gpu, local=True)
+    owner = CudaOwner(parameters, public, gpu, local=True, unverified=True)
     worker = CudaWorker(parameters, gpu)
     for matrix in scale.matrices:
         public_matrix = stand_in(matrix, parameters)
@@ -106,7 +108,9 @@ def _opened_and_closed(
 
         def open_next(pairs: Any = pairs) -> None:
             encrypted, answer = next(pairs)
-            owner.decrypt(encrypted.sealed, answer, matrix)
+            # A stand-in's hint is noise, so no answer fits: the verdict is the last of the work.
+            with suppress(WrongAnswerError):
+                owner.decrypt(encrypted.sealed, answer, matrix)
 
         opened = device_ms(gpu, open_next, scale.repeats)
         if turn:  # the first round compiles and uploads
