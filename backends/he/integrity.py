@@ -198,7 +198,7 @@ def _tally(differences: Any, mean: Any, deviation: Any, unit: Any, total: Any, e
     return fits
 
 
-@njit(nogil=True, cache=True)
+@jit.kernel
 def _within(tokens: Any, total: Any, energy: Any, drift: float) -> bool:
     """Whether sums [ROWS, CLASSES] are an honest worker's, of every class and of all together."""
     for i in range(ROWS):
