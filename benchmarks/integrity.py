@@ -26,10 +26,10 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import PRESETS, Parameters, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
-from benchmarks.he_linear import heavy_tailed, positive
+from benchmarks.he_linear import heavy_tailed
 from protocol.errors import WrongAnswerError
 from scenarios import record
-from scenarios.cli import clean_exit
+from scenarios.cli import clean_exit, positive
 
 Answer = NDArray[np.uint16]
 Rng = np.random.Generator

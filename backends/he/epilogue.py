@@ -2,7 +2,8 @@
 
 Sixteen values at a time, as LLVM vectors for numba (see `vector.py`); what is left over at the end
 of a row takes the plain loops, which are the same arithmetic and show it. Numba's own vectoriser
-takes three times as long: it widens everything to the doubles that the scales need.
+widens everything to the doubles that the scales need. Arrays are flat and come with places in them,
+because cutting a slice of each for every row cost as much as the arithmetic.
 
 Floor with AVX2, counted from the operations and four vector operations a cycle: 2 cycles to seal a
 value, 1 to open it.
