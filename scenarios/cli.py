@@ -15,11 +15,12 @@ from backends.he.interface import NonFiniteInputError
 from backends.he.matmul.choice import NAMES, VARIABLE, KernelError, chosen_kernel
 from backends.he.matmul.interface import Kernel
 from backends.he.store import PreparationError
+from backends.ledger import LedgerError
 from backends.net.owner import RemoteLinearError
 from backends.nn.checkpoint import ResumeError
 from backends.nn.data import DataError
 from backends.nn.sources import CheckpointError
-from backends.nn.trainer import TrainingInterrupted
+from backends.nn.trainer import TaintedError, TrainingInterrupted
 from scenarios.hardware import MEMORY_ADVICE
 
 
@@ -41,7 +42,8 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
     except (
         CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
-        NonFiniteInputError, FloatingPointError, GpuError, KernelError, *mendable,
+        NonFiniteInputError, FloatingPointError, GpuError, KernelError, LedgerError, TaintedError,
+        *mendable,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
 

@@ -46,6 +46,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import PRESETS, preset
 from backends.he.store import PreparedModel
+from backends.ledger import WorkerLedger
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
 from backends.nn.local import localise
@@ -58,7 +59,13 @@ from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.hardware import Hardware, check_memory, chosen
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.real_trace import RealTrace
-from scenarios.session import PrivateSession, Usage, private_session, train_with_bar
+from scenarios.session import (
+    PrivateSession,
+    Usage,
+    open_ledger,
+    private_session,
+    train_with_bar,
+)
 from sim.models import model_config
 
 DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
@@ -134,8 +141,9 @@ def set_up(args: argparse.Namespace) -> Setup:
 
 
 def make_trainer(
-    args: argparse.Namespace, setup: Setup, prepared: PreparedModel, model: PeftModel, private: bool
-) -> Trainer:
+    args: argparse.Namespace, setup: Setup, prepared: PreparedModel, model: PeftModel,
+    private: bool, ledger: WorkerLedger | None = None,
+) -> Trainer:  # fmt: skip
     """The trainer of a model with adapters, once it is where it computes.
 
     A private one keeps checkpoints, one in clear none.
@@ -151,6 +159,7 @@ def make_trainer(
         checkpoints=args.out / "checkpoints" if private and not args.compare_clear else None,
         checkpoint_every=args.checkpoint_every,
         identity={"rank": args.rank, "model": prepared.model_digest.hex()},
+        ledger=ledger,
     )
 
 
@@ -194,6 +203,7 @@ class Run:
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Prepare, train, report; returns the figures."""
         args = self.args
+        ledger = open_ledger(args.out)
         setup = set_up(args)
         prepared, prepare_s = prepared_for(
             setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
@@ -201,13 +211,14 @@ class Run:
         )  # fmt: skip
         model = adapted(args, setup)
         room = self._room(setup, prepared, model)
-        trainer = make_trainer(args, setup, prepared, model, private=True)
+        trainer = make_trainer(args, setup, prepared, model, private=True, ledger=ledger)
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
         with private_session(
-            setup.skeleton, prepared, args.lanes, trace, setup.hardware, room
+            setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger
         ) as session:
             self._train(trainer, session, peer, trace)
+        trainer.require_untainted()
         if trace is not None:
             trace.write(args.trace, f"real run: {setup.source.describe()}, {args.lanes} lane(s)")
         adapter = args.out / ("adapter-comparison" if args.compare_clear else "adapter")

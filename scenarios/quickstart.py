@@ -40,7 +40,7 @@ from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import default_cache, prepared_for
 from scenarios.real_trace import RealTrace
-from scenarios.session import private_session, train_with_bar
+from scenarios.session import open_ledger, private_session, train_with_bar
 
 BASE = Path(__file__).parent / "assets" / "tiny-llama"
 SEQUENCE = 256
@@ -128,6 +128,7 @@ class Quickstart:
 
     def private(self) -> list[float]:
         """Fine-tune through the worker on ciphertexts; saves the adapter."""
+        ledger = open_ledger(self.out)
         skeleton = build_skeleton(self.config, self.source)
         parameters = preset(self.args.preset)
         self.prepared, self.figures["prepare_s"] = prepared_for(
@@ -135,16 +136,20 @@ class Quickstart:
         )
         model = self._lora(skeleton.model)
         trainer = self._trainer(
-            model, "private", lanes=self.args.lanes, forget_lane=skeleton.remote.forget_lane
-        )
+            model, "private", lanes=self.args.lanes, forget_lane=skeleton.remote.forget_lane,
+            ledger=ledger,
+        )  # fmt: skip
         trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
-        with private_session(skeleton, self.prepared, self.args.lanes, trace) as session:
+        with private_session(
+            skeleton, self.prepared, self.args.lanes, trace, ledger=ledger
+        ) as session:
             before, done_before = session.usage(), trainer.progress.step
             losses = train_with_bar(trainer, "private (encrypted)", trace=trace)
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = evaluate(model, self.text.held_out, 4)
             self.figures["completion_after"] = complete(model, self.tokenizer)
+        trainer.require_untainted()
         if trace is not None:
             trace.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
         adapter = self.out / "adapter"

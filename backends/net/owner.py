@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from backends.he.interface import OwnerCipher, OwnerMatrix, Values, carried
+from backends.ledger import WorkerLedger
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import (
@@ -52,6 +53,8 @@ class OwnerClient:
     """Blocking remote linears over the owner's machine. Safe to call from several lanes.
 
     transmit  sends (worker name, frame)
+    ledger    who serves and who was caught: told of every answer, and those caught in earlier
+              sessions are not used; None keeps that for this session only
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class OwnerClient:
         config: OwnerConfig | None = None,
         threads: int = 1,
         hooks: Hooks | None = None,
+        ledger: WorkerLedger | None = None,
     ) -> None:
         self._hooks = hooks or Hooks()
         if cipher.simulated_randomness:
@@ -73,8 +77,10 @@ class OwnerClient:
             )
         self._matrices = matrices
         self._cipher = cipher
+        self._ledger = ledger or WorkerLedger()
         # A new incarnation at every start: nothing random survives a crash or a resume.
-        machine = Owner(os.urandom(SESSION_BYTES), catalogue, workers, config)
+        session = os.urandom(SESSION_BYTES)
+        machine = Owner(session, catalogue, workers, config, retired=self._ledger.retired)
         self._loop = MachineLoop(
             "owner", machine, self._compute, transmit, self._report, self._crashed, threads,
             self._hooks.observe, self._hooks.on_task,
@@ -84,8 +90,6 @@ class OwnerClient:
         self._pending: dict[int, Future[Values]] = {}
         self._closed = threading.Event()
         self._failure: str | None = None
-        self.retired: dict[str, str] = {}
-        """Workers found to give wrong answers, and what was found."""
         self.waited_s = 0.0
         """Seconds lanes have spent blocked in `linear`, summed over lanes."""
 
@@ -144,7 +148,9 @@ class OwnerClient:
             return carried(encrypted.payload), encrypted.sealed
         assert isinstance(task, Decrypt)
         matrix = self._matrices[task.matrix]
-        return self._cipher.decrypt(task.sealed, task.payload, matrix, task.worker)
+        result = self._cipher.decrypt(task.sealed, task.payload, matrix, task.worker)
+        self._ledger.accepted(task.worker)
+        return result
 
     def _report(self, effect: Effect) -> None:
         match effect:
@@ -156,7 +162,8 @@ class OwnerClient:
                 if waiting is not None:
                     waiting.set_exception(RemoteLinearError(reason))
             case Retired(peer, reason):
-                self.retired[peer] = reason
+                # On the disk before a lane hears of it.
+                self._ledger.retire(peer, reason)
                 log.error("worker %s is not used any more: %s", peer, reason)
             case Abort(reason):
                 self._fail_all(reason)

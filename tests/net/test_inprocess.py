@@ -19,6 +19,7 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.preparation import prepare
 from backends.he.store import GroupSpec, PreparedModel
+from backends.ledger import WorkerLedger
 from backends.net.inprocess import in_process
 from backends.net.owner import OwnerClient, RemoteLinearError, SimulatedRandomnessError
 from backends.net.worker import WorkerServer
@@ -205,15 +206,49 @@ def test_a_lying_worker_is_retired_and_its_work_done_elsewhere(model: PreparedMo
     owner = MlweOwner(preset("standard"), model.public_matrix())
     model.guard(owner)
     ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
-    with in_process(model, owner, ciphers) as (client, (liar, honest)):
+    ledger = WorkerLedger()
+    with in_process(model, owner, ciphers, ledger=ledger) as (client, (liar, honest)):
         for _ in range(3):
             x = np.ones((2, 24), np.float32)
             assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
-        assert list(client.retired) == ["worker0"]
-        assert "layer forward" in client.retired["worker0"]
+        assert list(ledger.retired) == ["worker0"]
+        assert "layer forward" in ledger.retired["worker0"]
+        assert ledger.served == {"worker1"}
         assert liar.meter.tasks == {"MultiplyCiphertext": 1}
         assert honest.meter.tasks == {"MultiplyCiphertext": 3}
         assert owner.blocks == owner.secrets_drawn == 3
+
+
+def test_a_caught_liar_has_no_second_life(model: PreparedModel, tmp_path: Path) -> None:
+    """After a restart of the owner it is refused by identity, though it would be honest now."""
+    x = np.ones((2, 24), np.float32)
+    path = tmp_path / "retired-workers.json"
+    for first in (Liar, MlweWorker):
+        owner = MlweOwner(preset("standard"), model.public_matrix())
+        model.guard(owner)
+        ciphers = [first(preset("standard")), MlweWorker(preset("standard"))]
+        with in_process(model, owner, ciphers, ledger=WorkerLedger(path)) as (client, servers):
+            assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
+            heard = servers[0].meter.tasks
+        assert heard == ({"MultiplyCiphertext": 1} if first is Liar else {})
+    with in_process(model, owner, ciphers[:1], ledger=WorkerLedger(path)) as (client, _):
+        with pytest.raises(RemoteLinearError, match=r"worker0.*not the product.*retired-workers"):
+            client.linear(0, x)
+
+
+def test_a_lie_that_cannot_be_written_down_ends_the_session(
+    model: PreparedModel, tmp_path: Path
+) -> None:
+    """Nothing goes on while a restart would trust the liar again."""
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
+    (tmp_path / "run").write_text("a file where the run's directory should be")
+    ledger = WorkerLedger()
+    ledger._path = tmp_path / "run" / "retired-workers.json"
+    with in_process(model, owner, ciphers, ledger=ledger) as (client, _):
+        with pytest.raises(RemoteLinearError, match="machine stopped"):
+            client.linear(0, np.ones((2, 24), np.float32))
 
 
 def test_a_silent_worker_is_given_up(model: PreparedModel) -> None:
