@@ -15,6 +15,7 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
 from backends.net.inprocess import in_process, worker_name
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
@@ -138,13 +139,14 @@ def private_session(
     """
     owner, worker = make_ciphers(prepared, hardware, hint_bytes)
     prepared.guard(owner)
+    assert prepared.parameters is not None
+    audit = Audit(MlweWorker(prepared.parameters), prepared.worker_weights())
     hooks = trace.hooks if trace else lambda side: Hooks()
     with (
         hardware.timed(),
-        in_process(prepared, owner, [worker], lanes=lanes, hooks=hooks, ledger=ledger) as (
-            client,
-            (server,),
-        ),
+        in_process(
+            prepared, owner, [worker], lanes=lanes, hooks=hooks, audit=audit, ledger=ledger
+        ) as (client, (server,)),
     ):
         session = PrivateSession(owner, client, server, hardware)
         session.warm_up(prepared)

@@ -18,7 +18,8 @@ by p/q are (v*RECIPROCAL + 2^37) >> 38, which is exact except within 2^-7 of a t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,6 +43,7 @@ from backends.he.interface import (
     Payload,
     UnguardedError,
     Values,
+    unchecked,
 )
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
@@ -203,6 +205,13 @@ class RingOwner(OwnerCipher):
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
 
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        return unchecked(self._unverified, self._guarded(), matrices)
+
+    @abstractmethod
+    def _guarded(self) -> Collection[str]:
+        """Names of the matrices whose answers are checked."""
+
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return self._parameters.up_bytes_per_value * tokens * matrix.in_features
 
@@ -232,6 +241,9 @@ class MlweOwner(RingOwner):
         self._encrypt, self._decrypt = _kernels(parameters.rank)
         self._checks: dict[str, IntegrityCheck] = {}
         self._local = threading.local()
+
+    def _guarded(self) -> Collection[str]:
+        return self._checks.keys()
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = IntegrityCheck(

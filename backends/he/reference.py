@@ -7,6 +7,7 @@ and decrypted values with the fast backend bit for bit, from the same seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from backends.he.interface import (
     Payload,
     UnguardedError,
     WorkerCipher,
+    unchecked,
 )
 from backends.he.mlwe_owner import (
     ERROR_BYTES,
@@ -108,6 +110,9 @@ class ReferenceOwner(OwnerCipher):
     @property
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
+
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        return unchecked(self._unverified, self._guarded, matrices)
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._guarded[matrix.name] = ReferenceWorker(self._parameters).load(weight, forward)

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from backends.he.interface import OwnerCipher, WorkerCipher
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
@@ -32,6 +33,7 @@ def in_process(
     worker_config: WorkerConfig | None = None,
     lanes: int = 1,
     hooks: Callable[[str], Hooks] = lambda side: Hooks(),
+    audit: Audit | None = None,
     ledger: WorkerLedger | None = None,
 ) -> Iterator[tuple[OwnerClient, list[WorkerServer]]]:
     """An owner and a worker per cipher, started; closed in order at the end of the `with`.
@@ -49,6 +51,8 @@ def in_process(
         config=owner_config,
         threads=lanes,
         hooks=hooks("owner"),
+        workers_here=True,
+        audit=audit,
         ledger=ledger,
     )
     for index, cipher in enumerate(worker_ciphers):

@@ -1,6 +1,7 @@
 """The owner on the real clock: cipher, owner's machine, and blocking calls for lanes.
 
-Refuses a cipher whose randomness is simulated: there is no switch for that.
+Refuses a cipher whose randomness is simulated: there is no switch for that. One that does not
+encrypt, or does not check, is refused for workers in other processes, and there is none for that.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
 
-from backends.he.interface import OwnerCipher, OwnerMatrix, Values, carried
+from backends.he.interface import AnyPayload, OwnerCipher, OwnerMatrix, Values, carried
 from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import (
@@ -49,12 +53,26 @@ class SimulatedRandomnessError(ValueError):
     """A real run was given a cipher whose secrets come from a seed."""
 
 
+class UnsafeCipherError(ValueError):
+    """A worker elsewhere was to be trusted with what the cipher does not protect."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What opens the answer to one request, and the request where its answer is audited."""
+
+    sealed: Any = field(repr=False)
+    audited: AnyPayload | None = field(repr=False)
+
+
 class OwnerClient:
     """Blocking remote linears over the owner's machine. Safe to call from several lanes.
 
-    transmit  sends (worker name, frame)
-    ledger    who serves and who was caught: told of every answer, and those caught in earlier
-              sessions are not used; None keeps that for this session only
+    transmit      sends (worker name, frame)
+    workers_here  all workers are in this process: then, and only then, a cipher may have a weakness
+    audit         what recomputes a request now and then; None never does
+    ledger        who serves and who was caught: told of every answer, and those caught in earlier
+                  sessions are not used; None keeps that for this session only
     """
 
     def __init__(
@@ -67,6 +85,8 @@ class OwnerClient:
         config: OwnerConfig | None = None,
         threads: int = 1,
         hooks: Hooks | None = None,
+        workers_here: bool = False,
+        audit: Audit | None = None,
         ledger: WorkerLedger | None = None,
     ) -> None:
         self._hooks = hooks or Hooks()
@@ -75,8 +95,15 @@ class OwnerClient:
                 "this cipher draws its secrets from a seed: anyone who knows the seed reads the "
                 "data. Use OsEntropy for real runs; SeededEntropy is for the simulator and tests"
             )
+        weakness = None if workers_here else cipher.weakness(matrices)
+        if weakness is not None:
+            raise UnsafeCipherError(
+                f"this cipher is not for a worker in another process: {weakness}. Use the "
+                "module-LWE cipher, with every matrix guarded"
+            )
         self._matrices = matrices
         self._cipher = cipher
+        self._audit = audit
         self._ledger = ledger or WorkerLedger()
         # A new incarnation at every start: nothing random survives a crash or a resume.
         session = os.urandom(SESSION_BYTES)
@@ -145,10 +172,15 @@ class OwnerClient:
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
-            return carried(encrypted.payload), encrypted.sealed
+            payload = carried(encrypted.payload)
+            audited = None if self._audit is None else self._audit.keep(payload)
+            return payload, _Held(encrypted.sealed, audited)
         assert isinstance(task, Decrypt)
-        matrix = self._matrices[task.matrix]
-        result = self._cipher.decrypt(task.sealed, task.payload, matrix, task.worker)
+        assert isinstance(task.sealed, _Held)
+        matrix, held = self._matrices[task.matrix], task.sealed
+        if self._audit is not None and held.audited is not None:
+            self._audit.require(task.matrix, task.tokens, held.audited, task.payload)
+        result = self._cipher.decrypt(held.sealed, task.payload, matrix, task.worker)
         self._ledger.accepted(task.worker)
         return result
 

@@ -14,7 +14,7 @@ copies, where payloads or values are on the host. Speeds on a GPU are unmeasured
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -123,6 +123,9 @@ class CudaOwner(RingOwner):
         self._residents = Residents(gpu, public, hint_bytes)
         self._flags = Flags(gpu)
         self._checks: dict[str, DeviceCheck] = {}
+
+    def _guarded(self) -> Collection[str]:
+        return self._checks.keys()
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = DeviceCheck(
