@@ -22,6 +22,7 @@ from protocol.events import (
     CloseWanted,
     Decrypt,
     Deliver,
+    Discard,
     Dropped,
     Effect,
     Encrypt,
@@ -84,6 +85,8 @@ class OwnerClient:
         self._pending: dict[int, Future[Values]] = {}
         self._closed = threading.Event()
         self._failure: str | None = None
+        # Every sealed handle that may still open an answer, by its id; None once all are wiped.
+        self._held: dict[int, object] | None = {}
         self.retired: dict[str, str] = {}
         """Workers found to give wrong answers, and what was found."""
         self.waited_s = 0.0
@@ -137,14 +140,37 @@ class OwnerClient:
             self._loop.post(CloseWanted())
             self._closed.wait(timeout_s)
         self._loop.stop()
+        self._wipe_held()
 
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
+            self._hold(encrypted.sealed)
             return carried(encrypted.payload), encrypted.sealed
         assert isinstance(task, Decrypt)
         matrix = self._matrices[task.matrix]
-        return self._cipher.decrypt(task.sealed, task.payload, matrix, task.worker)
+        result = self._cipher.decrypt(task.sealed, task.payload, matrix, task.worker)
+        self._let_go(task.sealed)
+        return result
+
+    def _hold(self, sealed: object) -> None:
+        with self._lock:
+            if self._held is not None:
+                self._held[id(sealed)] = sealed
+                return
+        self._cipher.discard(sealed)  # the machine is gone, and will not ask for it
+
+    def _let_go(self, sealed: object) -> None:
+        with self._lock:
+            if self._held is not None:
+                self._held.pop(id(sealed), None)
+
+    def _wipe_held(self) -> None:
+        """What the machine has not said goodbye to, when it can say nothing any more."""
+        with self._lock:
+            held, self._held = self._held, None
+        for sealed in (held or {}).values():
+            self._cipher.discard(sealed)
 
     def _report(self, effect: Effect) -> None:
         match effect:
@@ -155,6 +181,9 @@ class OwnerClient:
                 waiting = self._pending.pop(call, None)
                 if waiting is not None:
                     waiting.set_exception(RemoteLinearError(reason))
+            case Discard(_, sealed):
+                self._let_go(sealed)
+                self._cipher.discard(sealed)
             case Retired(peer, reason):
                 self.retired[peer] = reason
                 log.error("worker %s is not used any more: %s", peer, reason)
@@ -168,6 +197,7 @@ class OwnerClient:
 
     def _crashed(self, error: BaseException) -> None:
         self._fail_all(f"the owner's protocol machine stopped: {type(error).__name__}: {error}")
+        self._wipe_held()
 
     def _fail_all(self, reason: str) -> None:
         with self._lock:
