@@ -46,6 +46,13 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
+def write_secret(path: Path, value: bytes) -> None:
+    """Write a file that only its owner can read, atomically."""
+    with replacing(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(value)
+
+
 def write_array(path: Path, shape: tuple[int, ...], dtype: Any, parts: Callable[[], Any]) -> str:
     """Write an .npy file from the arrays `parts()` yields along axis 0; returns its SHA-256."""
     digest = hashlib.sha256()
@@ -70,11 +77,14 @@ def array_digest(array: NDArray[Any]) -> str:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `path` at the end of the `with`, or never."""
+    """A new directory that takes the place of `path` at the end of the `with`, or never.
+
+    Only its owner can look into it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside.mkdir(mode=0o700)
     try:
         yield aside
         for file in aside.rglob("*"):

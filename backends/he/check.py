@@ -107,13 +107,21 @@ class Expected:
         """
         found = np.empty_like(self.values)
         pool, rows = self.check.pool, self.rows
-        run_split(
-            lambda a, b: _differences(
-                y, pool, rows, self.values, inverse, out_scale, found, a, b
-            ),
-            len(y), _GRAIN,
-        )  # fmt: skip
-        self.check.judge.require(rows, found, worker)
+        try:
+            run_split(
+                lambda a, b: _differences(
+                    y, pool, rows, self.values, inverse, out_scale, found, a, b
+                ),
+                len(y), _GRAIN,
+            )  # fmt: skip
+            self.check.judge.require(rows, found, worker)
+        finally:
+            found[...] = 0
+
+    def wipe(self) -> None:
+        """Overwrite which rows these were, and what they gave."""
+        self.rows[...] = 0
+        self.values[...] = 0
 
 
 class IntegrityCheck:

@@ -50,7 +50,7 @@ import torch
 from numpy.typing import NDArray
 
 from backends import jit
-from backends.he.entropy import Entropy, Keystream
+from backends.he.entropy import Entropy, Keystream, random_bytes
 from backends.he.params import ERROR_BITS, Parameters
 from protocol.errors import WrongAnswerError
 
@@ -70,9 +70,12 @@ Float64Array = NDArray[np.float64]
 
 def draw_pool(entropy: Entropy, outputs: int) -> NDArray[np.float32]:
     """float32[POOL, outputs], each a random sign times a uniform number of [1/2, 1)."""
-    words = Keystream(entropy.fresh_key()).take(4 * POOL * outputs).view("<u4")
+    words = random_bytes(entropy, 4 * POOL * outputs).view("<u4")
     size = ((words >> np.uint32(9)) + np.uint32(1 << 23)).astype(np.float32) * np.float32(2**-24)
-    return np.where(words & np.uint32(1), size, -size).reshape(POOL, outputs)
+    pool = np.where(words & np.uint32(1), size, -size).reshape(POOL, outputs)
+    words[...] = 0
+    size[...] = 0
+    return pool
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def survey(pool: torch.Tensor, weight: NDArray[np.int8], forward: bool, entropy:
     device, wide = pool.device, pool.double()
     rows, columns = weight.shape
     inputs, outputs = (columns, rows) if forward else (rows, columns)
-    raw = Keystream(entropy.fresh_key()).take(2 * inputs * _MARKS).view("<u2").astype(np.float64)
+    raw = random_bytes(entropy, 2 * inputs * _MARKS).view("<u2").astype(np.float64)
     probes = torch.from_numpy(raw.reshape(inputs, _MARKS)).to(device)
     projected = torch.zeros((POOL, inputs), dtype=torch.float64, device=device)
     marks = torch.zeros((outputs, _MARKS), dtype=torch.float64, device=device)
@@ -232,7 +235,11 @@ class Judge:
         """int64[ROWS], the rows of the pool for one request."""
         with self._lock:
             words = self._draws.take(8 * POOL).view("<u8")
-        return np.argsort(words)[:ROWS]
+        order = np.argsort(words)
+        rows = order[:ROWS].copy()
+        words[...] = 0
+        order[...] = 0
+        return rows
 
     def require(
         self, rows: NDArray[np.int64], differences: Float64Array, worker: str,

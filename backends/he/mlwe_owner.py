@@ -34,6 +34,7 @@ from backends import jit
 from backends.he.check import Expected, IntegrityCheck
 from backends.he.entropy import Entropy, Keystream, OsEntropy
 from backends.he.epilogue import RECIPROCAL_SHIFT, open_row, seal_row
+from backends.he.hedge import MessageHash
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -55,6 +56,8 @@ from backends.threads import run_split
 _D = RING_DEGREE
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
+_VALUES_EACH = 1 << 20
+"""Values whose norms are worth a thread: waking one takes as long as summing up half as many."""
 ERROR_BYTES = 5
 """Random bytes of one error, 40 fair bits."""
 
@@ -136,6 +139,9 @@ def _encrypt_groups(
                     factor[t], noise, before + 4 * t * (k1 - k0),
                     before + (4 * tokens + t) * (k1 - k0), recip, flat, tokens * inputs, limbs,
                 )  # fmt: skip
+    # A mask gives its secret away to whoever can solve linear equations.
+    buffer[:] = 0
+    wide[:] = 0
 
 
 def _decrypt_groups(
@@ -162,6 +168,8 @@ def _decrypt_groups(
                     wide, (t - t0) * WIDE, values, t * outputs + j0, inverse[t], out_scale, j0,
                     j1 - j0, recip, dropped_bits, unused_bits, results,
                 )  # fmt: skip
+    buffer[:] = 0
+    wide[:] = 0
 
 
 @cache
@@ -182,6 +190,14 @@ class Sealed:
     secrets: list[BlockSecret] = field(repr=False)
     inverse_alpha: NDArray[np.float64] = field(repr=False)
     expected: Expected | None = field(repr=False)
+
+    def wipe(self) -> None:
+        """Overwrite all of it."""
+        for secret in self.secrets:
+            secret.wipe()
+        self.inverse_alpha[...] = 0
+        if self.expected is not None:
+            self.expected.wipe()
 
 
 class RingOwner(OwnerCipher):
@@ -240,6 +256,7 @@ class MlweOwner(RingOwner):
         self._public = public
         self._encrypt, self._decrypt = _kernels(parameters.rank)
         self._checks: dict[str, IntegrityCheck] = {}
+        self._hash = MessageHash(self._entropy)
         self._local = threading.local()
 
     def _guarded(self) -> Collection[str]:
@@ -254,44 +271,75 @@ class MlweOwner(RingOwner):
         check_input(x, matrix)
         tokens, inputs = x.shape
         norms = np.empty(tokens)
-        run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain=64)
+        grain = max(1, _VALUES_EACH // inputs)
+        run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain)
         alpha, inverse = token_scales(norms, matrix, self._parameters)
-        secrets = self._fresh_secrets(-(-tokens // _D))
+        factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
+        tag = self._hash.tag(x, factor, matrix.in_scale)
+        sealed = Sealed(self._fresh_secrets(-(-tokens // _D), tag), inverse, None)
+        try:
+            planes = self._seal(x, matrix, sealed.secrets, factor, tag)
+            check = self._checks.get(matrix.name)
+            if check is not None:
+                sealed.expected = check.expect(x, matrix.in_scale, factor)
+        except BaseException:
+            sealed.wipe()
+            raise
+        finally:
+            for private in (norms, alpha, factor):
+                private[...] = 0
+        return Encrypted(planes.reshape(-1).view(np.uint8), sealed)
+
+    def _seal(
+        self, x: Float32Array, matrix: OwnerMatrix, secrets: list[BlockSecret],
+        factor: NDArray[np.float64], tag: bytes,
+    ) -> NDArray[np.int8]:  # fmt: skip
+        """int8[limbs, T, K], the digit planes of a request; errors are drawn here and wiped."""
+        tokens, inputs = x.shape
         sealing = np.stack([secret.seal().reshape(-1) for secret in secrets])
         self._count(blocks=len(sealing))
-        errors = Keystream(self._entropy.fresh_key())
+        errors = Keystream(self._entropy.fresh_key(tag))
         planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
-        factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
         public = self._public.rows(inputs).reshape(-1)
 
         def part(first: int, last: int) -> None:
             # Each thread expands the error bits of its own columns, at their place in the stream.
-            noise = self._scratch(ERROR_BYTES * tokens * inputs)
             begin, end = (
                 ERROR_BYTES * tokens * min(inputs, g * WIDE) for g in (first, last)
             )  # fmt: skip
-            errors.fill(noise[begin:end], begin)
-            self._encrypt(
-                public, sealing, x, matrix.in_scale, factor, noise, planes,
-                self._reciprocal, *inverse_tables(), first, last,
-            )  # fmt: skip
+            noise = self._scratch(ERROR_BYTES * tokens * inputs)
+            try:
+                errors.add(noise[begin:end], begin)
+                self._encrypt(
+                    public, sealing, x, matrix.in_scale, factor, noise, planes,
+                    self._reciprocal, *inverse_tables(), first, last,
+                )  # fmt: skip
+            finally:
+                noise[begin:end] = 0
 
-        run_split(part, -(-inputs // WIDE))
-        sealing[...] = 0
-        check = self._checks.get(matrix.name)
-        expected = None if check is None else check.expect(x, matrix.in_scale, factor)
-        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse, expected))
+        try:
+            run_split(part, -(-inputs // WIDE))
+        finally:
+            errors.wipe()
+            sealing[...] = 0
+        return planes
 
-    def _fresh_secrets(self, count: int) -> list[BlockSecret]:
-        stream = Keystream(self._entropy.fresh_key())
+    def _fresh_secrets(self, count: int, tag: bytes) -> list[BlockSecret]:
+        stream = Keystream(self._entropy.fresh_key(tag))
         self._count(secrets_drawn=count)
-        return BlockSecret.draw(stream, count, self._parameters.rank, _D)
+        try:
+            return BlockSecret.draw(stream, count, self._parameters.rank, _D)
+        finally:
+            stream.wipe()
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
-        """This thread's buffer for error bits: fresh pages each time would cost more than AES."""
+        """This thread's buffer for error bits, all zero before and after use.
+
+        Fresh pages each time would cost more than AES.
+        """
         buffer: NDArray[np.uint8] | None = getattr(self._local, "noise", None)
         if buffer is None or buffer.size < size:
-            buffer = self._local.noise = np.empty(size, np.uint8)
+            buffer = self._local.noise = np.zeros(size, np.uint8)
         return buffer[:size]
 
     def decrypt(
@@ -313,18 +361,24 @@ class MlweOwner(RingOwner):
         with ExitStack() as stack:  # a failed check leaves the secrets sealed
             secrets = [stack.enter_context(secret.opened()) for secret in sealed.secrets]
             opening = np.stack([secret.reshape(-1) for secret in secrets])
-            run_split(
-                lambda a, b: self._decrypt(
-                    flat, opening, answer, inverse, out_scale, out,
-                    self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
-                    self._reciprocal, *inverse_tables(), a, b,
-                ),
-                -(-outputs // WIDE),
-            )  # fmt: skip
-            opening[...] = 0
+            try:
+                run_split(
+                    lambda a, b: self._decrypt(
+                        flat, opening, answer, inverse, out_scale, out,
+                        self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
+                        self._reciprocal, *inverse_tables(), a, b,
+                    ),
+                    -(-outputs // WIDE),
+                )  # fmt: skip
+            finally:
+                opening[...] = 0
             if sealed.expected is not None:
                 sealed.expected.require(out, sealed.inverse_alpha, matrix.out_scale, worker)
+        sealed.wipe()
         return out
+
+    def discard(self, sealed: Sealed) -> None:
+        sealed.wipe()
 
 
 def check_input(x: Values, matrix: OwnerMatrix) -> None:

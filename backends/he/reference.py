@@ -91,9 +91,14 @@ class _Sealed:
     inverse_alpha: NDArray[np.float64] = field(repr=False)
     sent: NDArray[np.uint8] = field(repr=False)
 
+    def wipe(self) -> None:
+        for secret in self.secrets:
+            secret[...] = 0
+        self.inverse_alpha[...] = 0
+
 
 class ReferenceOwner(OwnerCipher):
-    """Owner half, slow and readable."""
+    """Owner half, slow and readable. Its keys take no tag of the message: for tests only."""
 
     def __init__(
         self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None,
@@ -193,6 +198,9 @@ class ReferenceOwner(OwnerCipher):
             scaled = y.astype(np.float64) * sealed.inverse_alpha[part, None]
             out[part] = (scaled * matrix.out_scale.astype(np.float64)).astype(np.float32)
         return out
+
+    def discard(self, sealed: Any) -> None:
+        sealed.wipe()
 
 
 class ReferenceWorker(WorkerCipher):

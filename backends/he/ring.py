@@ -138,6 +138,7 @@ def _transform_secret(secret: Any, zeta: Any, zeta_shoup: Any, factor: int, out:
             s = np.int64(secret[row, j])
             values[j] = np.uint32(s + (s >> np.int64(63)) * -_Q)
         _forward_ntt(values, zeta, zeta_shoup, factor, out[row])
+    values[:] = 0  # the last row's transform
 
 
 def inverse_tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

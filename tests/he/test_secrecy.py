@@ -123,7 +123,7 @@ def test_entropy_says_whether_it_is_simulated() -> None:
     """OS keys never repeat; seeded ones are marked."""
     assert not OsEntropy().simulated
     assert SeededEntropy(1).simulated
-    assert len({OsEntropy().fresh_key() for _ in range(100)}) == 100
+    assert len({bytes(OsEntropy().fresh_key()) for _ in range(100)}) == 100
     assert SeededEntropy(1).fresh_key() == SeededEntropy(1).fresh_key()
 
 

@@ -40,6 +40,12 @@ class Expected:
         """Queue the comparison of centred results float32[T, N], and their scaling in place."""
         return self.check.compare(self, y, inverse, out_scale)
 
+    def wipe(self) -> None:
+        """Overwrite which rows these were, and what they gave."""
+        self.rows[...] = 0
+        self.on_device.zero_()
+        self.values.zero_()
+
 
 class DeviceCheck:
     """The owner's secret check of one matrix, on the device.

@@ -3,7 +3,9 @@
 Given the same secrets and errors, requests and results are those of the CPU owner bit for bit;
 only the stream that secrets and errors are drawn from differs (ChaCha20, see `kernels/owner.cu`).
 Keys come from the operating system; they and the secrets they expand to are in device memory and
-in the driver's launch queue while in use, so the GPU belongs to the owner.
+in the driver's launch queue while in use, so the GPU belongs to the owner. They carry no tag of
+the message, which is on the device: where the operating system's generator repeats, only session,
+count and clock of `OsEntropy` keep two requests apart.
 
 Everything is queued on torch's current stream, which must be the same for a request and its
 answer. The host waits once in `encrypt` (are the inputs finite?), for a flag with the next kernels
@@ -47,9 +49,14 @@ _BLOCKS_PER_MULTIPROCESSOR = 8
 """Thread blocks to have before they take several secrets each: enough to even out the ends."""
 
 
-def key_words(key: bytes) -> tuple[int, int, int, int]:
-    """32 bytes of key as four little-endian 64-bit words, as the kernels take them."""
-    return _KEY_WORDS.unpack(key)
+def key_words(key: bytearray) -> tuple[int, int, int, int]:
+    """32 bytes of key as four little-endian 64-bit words, as the kernels take them.
+
+    The bytes are overwritten; Python's numbers and the launch queue's cannot be.
+    """
+    words = _KEY_WORDS.unpack(key)
+    key[:] = bytes(len(key))
+    return words
 
 
 class RequestSecrets(UseOnce):
@@ -61,9 +68,9 @@ class RequestSecrets(UseOnce):
 
     @classmethod
     def draw(
-        cls, compiled: Kernels, key: bytes, blocks: int, rank: int, gpu: Gpu
+        cls, compiled: Kernels, key: bytearray, blocks: int, rank: int, gpu: Gpu
     ) -> RequestSecrets:
-        """`blocks` independent secrets from one fresh key of 32 bytes."""
+        """`blocks` independent secrets from one fresh key of 32 bytes, which is overwritten."""
         words = torch.empty((blocks, rank, RING_DEGREE), dtype=torch.int32, device=gpu.device)
         compiled.launch("draw_secrets", (blocks, rank), words, *key_words(key))
         return cls(words)
@@ -98,6 +105,13 @@ class Sealed:
     inverse_alpha: torch.Tensor = field(repr=False)  # float64[T]
     expected: Expected | None = field(repr=False)
     on_host: bool  # the values came as an array, and go as one
+
+    def wipe(self) -> None:
+        """Queue the overwriting of all of it, behind the kernels that read it."""
+        self.secrets.wipe()
+        self.inverse_alpha.zero_()
+        if self.expected is not None:
+            self.expected.wipe()
 
 
 class CudaOwner(RingOwner):
@@ -163,13 +177,15 @@ class CudaOwner(RingOwner):
             )  # fmt: skip
             check = self._checks.get(matrix.name)
             expected = None if check is None else check.expect(values, in_scale, scales.factor)
+            scales.factor.zero_()  # queued behind what reads it
+        sealed = Sealed(secrets, scales.inverse, expected, on_host)
         if scales.bad.read():
-            secrets.wipe()
+            sealed.wipe()
             self._count(secrets_drawn=-blocks)  # nothing is sent under them
             token_scales(scales.norms.cpu().numpy(), matrix, parameters)
             raise AssertionError("a norm is not finite")
+        scales.norms.zero_()
         self._count(blocks=blocks)
-        sealed = Sealed(secrets, scales.inverse, expected, on_host)
         raw = planes.view(-1).view(torch.uint8)
         return Encrypted(_to_host(raw, self._gpu) if self._wire else raw, sealed)
 
@@ -192,11 +208,15 @@ class CudaOwner(RingOwner):
                 ones = torch.ones_like(inverse), torch.ones_like(out_scale)
                 self._open(words, answer, *ones, matrix, out)
                 sealed.expected.compare(out, inverse, out_scale).require(worker)
+        sealed.wipe()
         if not sealed.on_host:
             return out
         return (
             _to_host(out.view(-1).view(torch.uint8), self._gpu).view(np.float32).reshape(out.shape)
         )
+
+    def discard(self, sealed: Sealed) -> None:
+        sealed.wipe()
 
     def _open(
         self, words: torch.Tensor, answer: torch.Tensor, inverse: torch.Tensor,
