@@ -49,7 +49,7 @@ class MatrixPlan:
     def margin(self, parameters: Parameters) -> float:
         """Bound on everything added to an exact result, in units of the worker modulus."""
         p_over_q = parameters.worker_modulus / parameters.modulus
-        per_input = 0.5 + 2.0**-8 + (ERROR_BOUND + 0.5) * p_over_q
+        per_input = 0.5 + 2.0**-24 + (ERROR_BOUND + 0.5) * p_over_q
         return self.max_l1 * per_input + 2.0**parameters.dropped_bits + 2.0
 
     def amplitude(self, parameters: Parameters) -> float:

@@ -18,9 +18,9 @@ from backends.he import check
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels
 from backends.he.cuda.owner import key_words
-from backends.he.mlwe_owner import reciprocal, token_scales
+from backends.he.mlwe_owner import token_scales
 from backends.he.params import NTT_PRIME as Q
-from backends.he.params import RING_DEGREE, preset
+from backends.he.params import RING_DEGREE
 from backends.he.public import expand_tile
 from backends.he.reference import evaluation_matrix, inverse_evaluation_matrix, matmul_mod
 from backends.he.ring import secret_to_ntt
@@ -229,7 +229,7 @@ def encrypted(gpu: Gpu, kernels: Kernels, each: int) -> NDArray[np.int8]:
     kernels.launch(
         "encrypt", (-(-3 // each), 2), matrix, words, on(gpu, x), on(gpu, case.matrix.in_scale),
         torch.full((700,), 1e5, dtype=torch.float64, device=gpu.device), planes, 700, 40, 3, each,
-        reciprocal(case.parameters), *key_words(KEY),
+        *key_words(KEY),
     )  # fmt: skip
     return planes.cpu().numpy()
 
@@ -245,7 +245,7 @@ def decrypted(gpu: Gpu, kernels: Kernels, each: int) -> NDArray[np.float32]:
     kernels.launch(
         "decrypt", (-(-3 // each), 2), on(gpu, hint), words, on(gpu, answer),
         torch.full((700,), 1e-3, dtype=torch.float64, device=gpu.device),
-        on(gpu, case.matrix.out_scale), out, 700, 40, 0, 3, each, 8, reciprocal(case.parameters),
+        on(gpu, case.matrix.out_scale), out, 700, 40, 0, 3, each, 8,
     )  # fmt: skip
     return out.cpu().numpy()
 
@@ -357,9 +357,3 @@ def test_a_missing_barrier_would_show(gpu: Gpu, choose_order: Callable[[int], No
         choose_order(order)
         results.add(raced(gpu, probed(gpu)).tobytes())
     assert len(results) == len(ORDERS)
-
-
-@pytest.mark.parametrize("name", ["standard", "conservative", "paranoid"])
-def test_the_reciprocal_fits_its_argument(name: str) -> None:
-    """The kernels take 32 bits of it."""
-    assert 0 < reciprocal(preset(name)) < 1 << 32
