@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from backends.he.entropy import Keystream, OsEntropy, SeededEntropy
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.params import (
+    NTT_PRIME,
     PRESETS,
     InsecureParametersError,
     Parameters,
@@ -151,7 +152,7 @@ def test_public_matrix_is_a_function_of_its_seed() -> None:
         public_seed(bytes(32), parameters, b"mine"),
     }
     assert len(others | {seed}) == 4
-    assert abs(np.mean(tall / 2147483137)) < 0.002, "centred residues are uniform around zero"
+    assert abs(np.mean(tall / NTT_PRIME)) < 0.002, "centred residues are uniform around zero"
 
 
 def test_a_slow_lane_does_not_shrink_the_public_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +183,7 @@ def test_hints_are_checked_exactly(forward: bool) -> None:
     case = make_case(30, 20, forward)
     hint = case.matrix.hint
     assert hint is not None
-    challenge = np.random.default_rng().integers(0, 2147483137, 20)
+    challenge = np.random.default_rng().integers(0, NTT_PRIME, 20)
     assert hint_matches(case.weight, forward, hint, case.public, challenge)
     wrong = hint.copy()
     wrong[0, 2, 100, 3] += 1
