@@ -14,10 +14,11 @@ import torch
 
 from backends import files
 from backends.he import preparation
+from backends.he.manifest import GroupSpec, PreparationError
 from backends.he.params import preset
 from backends.he.preparation import disk_bytes, prepare, work_units
 from backends.he.quantise import dequantise, quantise
-from backends.he.store import GroupSpec, PreparationError, PreparedModel
+from backends.he.store import PreparedModel
 from backends.threads import Job, run_ahead
 
 GROUPS = [GroupSpec("a.q+k", ("a.q", "a.k"), 24, (24, 8)), GroupSpec("a.o", ("a.o",), 32, (24,))]

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from backends.he.entropy import SeededEntropy
 from backends.he.interface import Payload
+from backends.he.manifest import GroupSpec
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.preparation import prepare
-from backends.he.store import GroupSpec, PreparedModel
+from backends.he.store import PreparedModel
 from backends.net.inprocess import in_process
 from backends.net.owner import OwnerClient, RemoteLinearError, SimulatedRandomnessError
 from backends.net.worker import WorkerServer
