@@ -76,7 +76,7 @@ class Verdicts:
             for place in (self.directory, path):
                 self._require_own(place)
             key = read_bounded(path, KEY_BYTES)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise PreparationError(
