@@ -12,9 +12,9 @@ import torch
 
 from backends.he.cuda.device import GpuError
 from backends.he.interface import NonFiniteInputError
+from backends.he.manifest import PreparationError
 from backends.he.matmul.choice import NAMES, VARIABLE, KernelError, chosen_kernel
 from backends.he.matmul.interface import Kernel
-from backends.he.store import PreparationError
 from backends.ledger import LedgerError
 from backends.net.owner import RemoteLinearError
 from backends.nn.checkpoint import ResumeError

@@ -115,7 +115,7 @@ def _norms(codes: NDArray[np.int8], device: torch.device) -> tuple[_Norms, _Norm
     columns = torch.zeros((2, width), dtype=torch.int64, device=device)
     block = max(1, _BLOCK_VALUES // width)
     for start in range(0, count, block):
-        part = torch.from_numpy(codes[start : start + block]).to(device).to(torch.int32)
+        part = torch.from_numpy(np.array(codes[start : start + block])).to(device).to(torch.int32)
         for kind, values in enumerate((part * part, part.abs())):
             rows[kind, start : start + block] = values.sum(dim=1, dtype=torch.int64)
             columns[kind] += values.sum(dim=0, dtype=torch.int64)

@@ -162,31 +162,3 @@ class HintBuilder:
             run_split(lambda a, b: _rows_inputs_innermost(tiles, values, a, b), self._slots)
             self._digits = self._kernel.digits_of(values)
         return self._digits
-
-
-def hint_matches(
-    weight: NDArray[np.int8],
-    forward: bool,
-    hint: NDArray[np.int32],
-    public: PublicMatrix,
-    challenge: NDArray[np.int64],
-) -> bool:
-    """Check a hint exactly mod q against the weights with one random combination of its rows.
-
-    challenge  int64[outputs], uniform in [0, q) and chosen after the hint was fixed. A wrong
-               hint passes with probability 1/q (Freivalds 1977).
-    """
-    matrix = weight if forward else weight.T
-    outputs, inputs = matrix.shape
-    combined = np.zeros(inputs, object)
-    left = np.zeros(hint.shape[1] * RING_DEGREE, object)
-    rows = hint.transpose(0, 3, 1, 2).reshape(-1, hint.shape[1] * RING_DEGREE)
-    for j in range(outputs):
-        factor = int(challenge[j])
-        combined += matrix[j].astype(object) * factor
-        left += rows[j].astype(object) * factor
-    a_rows = public.rows(inputs).transpose(0, 3, 1, 2).reshape(-1, left.size)[:inputs]
-    right = np.zeros(left.size, object)
-    for k in range(inputs):
-        right += a_rows[k].astype(object) * (int(combined[k]) % _Q)
-    return bool(np.all((left - right) % _Q == 0))

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.cuda.device import Gpu
+from backends.he.manifest import GroupSpec
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.plan import plan_bytes
 from backends.he.preparation import HINT_SLAB, Arithmetic
 from backends.he.public import PublicMatrix
 from backends.he.quantise import quantise_bytes
 from backends.he.ring import tiles_of
-from backends.he.store import GroupSpec
 from backends.he.vector import LANES
 
 LIMBS_OF_A = 4  # signed base-256 digits of a residue
