@@ -245,8 +245,8 @@ def noise() -> str:
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-No figure of a case, of {len(rows)} cases' means, variances, fourth moments and five counts, nor any \
-of their outputs' means, is more than {f["largest_score"]:.1f} standard errors from the law.
+Of all figures of a case (mean, variance, fourth moment, counts beyond 1 to 5 sigma, and the mean of \
+every output) the farthest from the law is {f["largest_score"]:.1f} standard errors away.
 
 {origin(f)}"""
 
