@@ -68,7 +68,8 @@ class Lwe:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dimension < 1 or self.modulus < 2 or (self.samples or 1) < 1:
+        too_few = self.samples is not None and self.samples < 1
+        if self.dimension < 1 or self.modulus < 2 or too_few:
             raise ValueError(f"no LWE problem: {self}")
 
 

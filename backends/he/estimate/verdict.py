@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from backends.he.estimate.attacks import (
     Estimate,
@@ -12,7 +12,7 @@ from backends.he.estimate.attacks import (
     primal_usvp,
 )
 from backends.he.estimate.lwe import Lwe, cipher_lwe
-from backends.he.estimate.reduction import CLASSICAL, MODELS, CoreSvp
+from backends.he.estimate.reduction import CLASSICAL, MODELS, CoreSvp, CostModel
 from backends.he.params import PRESETS, InsecureParametersError, Parameters
 
 FLOOR_BITS = 125.0
@@ -27,13 +27,15 @@ BLOCKS = 2**30
 """Blocks that share A, all owners of one model together: some 10^11 tokens in one linear."""
 
 
-def estimates(problem: Lwe, blocks: int = BLOCKS) -> list[Estimate]:
-    """Every attack under every model that applies to it.
+def estimates(
+    problem: Lwe, blocks: int = BLOCKS, models: Sequence[CostModel] = MODELS
+) -> list[Estimate]:
+    """Every attack under every one of the models that applies to it.
 
     blocks  encrypted blocks that share A, from 2 on, for the attacks that use them all
     """
     found = []
-    for model in MODELS:
+    for model in models:
         found += [primal_usvp(problem, model), dual_hybrid(problem, model)]
         found.append(dual_hypothesis(problem, model, blocks))
         if isinstance(model, CoreSvp):
@@ -42,7 +44,7 @@ def estimates(problem: Lwe, blocks: int = BLOCKS) -> list[Estimate]:
 
 
 def worst(found: Iterable[Estimate]) -> Estimate:
-    """The cheapest attack in classical core-SVP bits."""
+    """The cheapest attack in classical core-SVP bits, which must be among the estimates."""
     return min((e for e in found if e.model == CLASSICAL.name), key=lambda e: e.bits)
 
 
@@ -76,7 +78,7 @@ def nearest_secure(rank: int, blocks: int = BLOCKS) -> Parameters | None:
     for other in sorted(range(1, 9), key=lambda r: (abs(r - rank), -r)):
         try:
             candidate = presets.get(other) or Parameters(f"rank {other}", rank=other)
-            require_floor(candidate, estimates(judged(candidate), blocks))
+            require_floor(candidate, estimates(judged(candidate), blocks, [CLASSICAL]))
         except InsecureParametersError:
             continue
         return candidate
