@@ -78,7 +78,7 @@ def test_what_cannot_be_answered(
     assert "rank must be 1..8" in str(said(monkeypatch, "--rank", "9"))
     wide = said(monkeypatch, "--preset", "paranoid", "--in", "1000000", "--out", "2")
     assert "leaves no room" in str(wide)
-    assert said(monkeypatch, "--rank", "6", "--preset", "standard") == 2
+    assert said(monkeypatch, "--rank", "6", "--preset", "paranoid") == 2
     assert said(monkeypatch, "--blocks", "1") == 2
     assert "is at least 2" in capsys.readouterr().err
 
