@@ -31,6 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "benchmarks.integrity",
         "benchmarks.sim_speed",
         "scenarios.whatif",
+        "scenarios.params",
     ],
 )
 def test_help_teaches(module: str) -> None:
