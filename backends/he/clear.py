@@ -5,6 +5,7 @@ Values travel as float32. Nothing here is private, and the name says so wherever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,11 @@ class Expected:
     rows: NDArray[np.int64] = field(repr=False)
     values: Float64Array = field(repr=False)
     unit: Float64Array = field(repr=False)
+
+    def wipe(self) -> None:
+        """Overwrite it: where it goes the way of the ciphers', tests of these see more."""
+        for part in (self.rows, self.values, self.unit):
+            part[...] = 0
 
 
 class ClearCheck:
@@ -94,6 +100,9 @@ class ClearOwner(OwnerCipher):
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
 
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        return "it does not encrypt"
+
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = ClearCheck(matrix.name, weight, forward, self._entropy)
 
@@ -126,7 +135,12 @@ class ClearOwner(OwnerCipher):
             sealed.expected.check.require(sealed.expected, answer, worker)
         elif not self._unverified:
             raise UnguardedError(matrix.name)
+        self.discard(sealed)
         return answer * matrix.out_scale
+
+    def discard(self, sealed: Sealed) -> None:
+        if sealed.expected is not None:
+            sealed.expected.wipe()
 
 
 class ClearWorker(WorkerCipher):

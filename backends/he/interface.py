@@ -8,7 +8,7 @@ A backend never sees both through one object, and the worker half never sees a s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -33,6 +33,16 @@ def carried(payload: AnyPayload) -> AnyPayload:
 
 class NonFiniteInputError(ValueError):
     """An activation or gradient holds NaN or infinity; it is refused before encryption."""
+
+
+def unchecked(
+    unverified: bool, guarded: Collection[str], matrices: Sequence[OwnerMatrix]
+) -> str | None:
+    """`OwnerCipher.weakness` of a cipher that does encrypt; `guarded` names matrices."""
+    if unverified:
+        return "it decrypts answers that nothing checks (unverified=True)"
+    missing = [matrix.name for matrix in matrices if matrix.name not in guarded]
+    return f"nothing guards {missing[0]} and {len(missing) - 1} more matrices" if missing else None
 
 
 class UnguardedError(RuntimeError):
@@ -97,6 +107,13 @@ class OwnerCipher(ABC):
         """True when secrets come from a seeded generator; real drivers refuse that."""
 
     @abstractmethod
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        """Why no worker elsewhere may serve it for these matrices; None when nothing is amiss.
+
+        That it does not encrypt, or that it would decrypt an answer that nothing checks.
+        """
+
+    @abstractmethod
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         """Check every answer to later requests for `matrix` against the weight int8[N, K]."""
 
@@ -121,13 +138,20 @@ class OwnerCipher(ABC):
     ) -> Values:
         """float32[T, N] from the worker's answer, where x was.
 
-        A sealed value opens once, then is wiped.
+        A sealed value opens once, then all that it holds is wiped.
 
         worker  who answered: what is too little to see once is summed up for each
 
         Raises ValueError when the answer has the wrong number of bytes, UnguardedError when the
         matrix was not guarded, WrongAnswerError, with `sealed` still closed, when the answer is
         not the product.
+        """
+
+    @abstractmethod
+    def discard(self, sealed: Any) -> None:
+        """Overwrite a sealed value that no answer will be opened with; it opens nothing after.
+
+        Harmless for one that was opened.
         """
 
 
