@@ -15,7 +15,7 @@ from pathlib import Path
 
 from backends.he.estimate.attacks import Estimate
 from backends.he.estimate.lwe import cipher_lwe
-from backends.he.estimate.verdict import BLOCKS, estimates, many_blocks_loss, worst
+from backends.he.estimate.verdict import BLOCKS, estimates, judged, many_blocks_loss, worst
 from backends.he.params import NTT_PRIME, PRESETS, max_log2_modulus
 
 PAGE = Path(__file__).with_name("security.md")
@@ -36,23 +36,23 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def renewed(page: str, modulus: int = NTT_PRIME) -> str:
+def renewed(page: str) -> str:
     """The page with a fresh part between its markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{PAGE.name} has lost its markers")
-    return f"{before}{BEGIN}\n\n{generated(modulus)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{generated()}\n{END}{after}"
 
 
-def generated(modulus: int) -> str:
+def generated() -> str:
     """Two tables: what each preset is, and what each attack costs against it."""
     plain, rounded = {}, {}
     for name, known in PRESETS.items():
-        plain[name] = estimates(cipher_lwe(known.dimension, modulus))
-        rounded[name] = estimates(cipher_lwe(known.dimension, modulus, known.worker_modulus))
+        plain[name] = estimates(judged(known))
+        rounded[name] = estimates(cipher_lwe(known.dimension, known.modulus, known.worker_modulus))
     lines = [
-        f"With q = {modulus}, in classical core-SVP bits, rounding not counted:",
+        f"With q = {NTT_PRIME}, in classical core-SVP bits, rounding not counted:",
         "",
         "| preset | n = 256 r | log2 q | line of ePrint 2024/463, table 5.2 | worst attack "
         f"| one hypothesis on 2^{log2(BLOCKS):.0f} blocks, against one block |",
@@ -60,9 +60,9 @@ def generated(modulus: int) -> str:
     ]
     for name, known in PRESETS.items():
         low = worst(plain[name])
-        loss = many_blocks_loss(cipher_lwe(known.dimension, modulus))
+        loss = many_blocks_loss(judged(known))
         lines.append(
-            f"| {name} | {known.dimension} | {log2(modulus):.2f} "
+            f"| {name} | {known.dimension} | {log2(known.modulus):.2f} "
             f"| {max_log2_modulus(known.dimension):.2f} | {low.attack}: **{low.bits:.1f}** "
             f"| {loss:.1f} less |"
         )

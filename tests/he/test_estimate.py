@@ -40,22 +40,20 @@ from backends.he.estimate.verdict import (
     BLOCKS,
     FLOOR_BITS,
     estimates,
+    judged,
     many_blocks_loss,
     require_floor,
     worst,
 )
 from backends.he.params import (
     ERROR_BITS,
+    NTT_PRIME,
     PRESETS,
     SECURITY_TABLE,
     InsecureParametersError,
     Parameters,
-    max_log2_modulus,
 )
 from docs import generate_security
-
-PRIME = 268_432_897
-"""The q that the figures in params.py and docs/security.md are for."""
 
 BDGL16, MATZOV = Bdgl16(), Matzov()
 
@@ -149,12 +147,12 @@ def test_the_guideline_has_128_bits_of_gates(dimension: int, log2_modulus: float
 @pytest.mark.parametrize("rank", range(1, 9))
 def test_what_may_be_built_is_above_the_floor(rank: int) -> None:
     """Every rank under the guideline's line, with all blocks of all owners sharing A."""
-    dimension = rank * params.RING_DEGREE
-    if np.log2(PRIME) <= max_log2_modulus(dimension):
-        found = estimates(cipher_lwe(dimension, PRIME), models=[CLASSICAL])
-        assert worst(found).bits >= FLOOR_BITS
+    if rank < 5:
+        with pytest.raises(InsecureParametersError, match="over the 128-bit line"):
+            Parameters("refused", rank)
     else:
-        assert rank < 5
+        found = estimates(judged(Parameters("built", rank)), models=[CLASSICAL])
+        assert worst(found).bits >= FLOOR_BITS
 
 
 def test_the_floor_refuses() -> None:
@@ -166,7 +164,7 @@ def test_the_floor_refuses() -> None:
 
 def test_standard() -> None:
     """As the design expects of this prime: about 130 primal and 127 dual, 2.5 for many blocks."""
-    problem = cipher_lwe(PRESETS["standard"].dimension, PRIME)
+    problem = judged(PRESETS["standard"])
     assert primal_usvp(problem, CLASSICAL).bits == pytest.approx(130, abs=0.5)
     assert dual_hybrid(problem, CLASSICAL).bits == pytest.approx(126.5, abs=0.5)
     assert many_blocks_loss(problem) == pytest.approx(2.5, abs=0.25)
@@ -179,7 +177,7 @@ def test_the_text_beside_the_presets() -> None:
     figures = []
     for name, known in PRESETS.items():
         both = [
-            worst(estimates(cipher_lwe(known.dimension, PRIME, rounded_to), models=[CLASSICAL]))
+            worst(estimates(cipher_lwe(known.dimension, NTT_PRIME, rounded_to), models=[CLASSICAL]))
             for rounded_to in (None, known.worker_modulus)
         ]
         assert {low.attack for low in both} == {"dual hybrid"}
@@ -190,7 +188,7 @@ def test_the_text_beside_the_presets() -> None:
 def test_the_security_page() -> None:
     """Stale? Run `python -m docs.generate_security`."""
     page = generate_security.PAGE.read_text(encoding="utf-8")
-    assert generate_security.renewed(page, PRIME) == page
+    assert generate_security.renewed(page) == page
     found = dual_hybrid(KYBER512, CLASSICAL).bits, primal_usvp(KYBER512, CLASSICAL).bits
     assert f"Kyber512: {found[1]:.1f} primal, {found[0]:.1f} dual hybrid" in page
     assert f"floor of {FLOOR_BITS:.0f} classical core-SVP bits" in page
@@ -201,10 +199,12 @@ def test_the_problem_is_the_cipher() -> None:
     assert centred_binomial(ERROR_BITS).variance == pytest.approx(10)
     assert pytest.approx(2 / 3) == TERNARY.variance
     assert TERNARY.guess_bits == pytest.approx(np.log2(3))
-    u = np.random.default_rng(0).integers(0, PRIME, 100_000)
+    u = np.random.default_rng(0).integers(0, NTT_PRIME, 100_000)
     p = Parameters("standard", rank=8).worker_modulus
-    noise = u - np.rint(u * (p / PRIME)) * (PRIME / p)
-    added = cipher_lwe(1280, PRIME, p).error.variance - cipher_lwe(1280, PRIME).error.variance
+    noise = u - np.rint(u * (p / NTT_PRIME)) * (NTT_PRIME / p)
+    added = (
+        cipher_lwe(1280, NTT_PRIME, p).error.variance - cipher_lwe(1280, NTT_PRIME).error.variance
+    )
     assert added == pytest.approx(float(noise.var()), rel=0.02)
 
 
@@ -255,7 +255,7 @@ def test_harder_problems_cost_more(size: tuple[int, int, int]) -> None:
 
 def test_more_blocks_cost_less() -> None:
     """Of one block, both many-block attacks are the plain ones; then ever cheaper."""
-    problem = cipher_lwe(1280, PRIME)
+    problem = judged(PRESETS["standard"])
     counts = [1, 2**10, 2**20, BLOCKS]
     luck = [primal_any_of(problem, CLASSICAL, count).bits for count in counts]
     tests = [dual_hypothesis(problem, CLASSICAL, count).bits for count in counts]
