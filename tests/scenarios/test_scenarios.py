@@ -26,6 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "scenarios.quickstart",
         "scenarios.llama1b",
+        "scenarios.prepare",
         "scenarios.make_tiny_llama",
         "benchmarks.he_linear",
         "benchmarks.integrity",
@@ -39,6 +40,40 @@ def test_help_teaches(module: str) -> None:
     text = run(module, "--help")
     assert f"python -m {module}" in text
     assert len(text.splitlines()) > 10
+
+
+@pytest.mark.slow
+def test_prepare_makes_finds_verifies_and_refuses(tmp_path: Path) -> None:
+    """Made once and trusted; verified on request; a tag makes another; damage ends the run."""
+    figures = tmp_path / "f.json"
+    command = [
+        "scenarios.prepare", "--weights", str(TINY), "--cache", str(tmp_path / "cache"),
+        "--json", str(figures),
+    ]  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for more, said in (
+        ([], "preparing the public set-up"),
+        ([], "prepared model found"),
+        (["--verify"], "verifying weights, plans and hints"),
+        (["--owner-tag", "mine"], "preparing the public set-up"),
+    ):
+        assert said in run(*command, *more)
+        found.append(json.loads(figures.read_text()))
+    assert [bool(f["verify_s"]) for f in found] == [False, False, True, False]
+    assert found[0]["setup_digest"] == found[2]["setup_digest"] != found[3]["setup_digest"]
+    assert found[0]["model_digest"] == found[3]["model_digest"]
+    assert found[0]["directory"] != found[3]["directory"]
+    assert found[0]["hint_bytes"] > 20 * found[0]["weight_bytes"] > 0
+    assert found[0]["prepare_s"] > 0
+    hint = Path(found[0]["directory"]) / "owner" / "g0003.forward.npy"
+    hint.write_bytes(hint.read_bytes()[:-1])
+    text = run(*command, code=1)
+    assert "error: " in text
+    assert "g0003.forward.npy is damaged" in text
+    assert "Traceback" not in text
+    manifest = Path(found[3]["directory"]) / "manifest.json"
+    manifest.replace(Path(found[0]["directory"]) / "manifest.json")
+    assert "owner tag 'mine', not no owner tag" in run(*command, code=1).replace("\n", " ")
 
 
 @pytest.mark.slow
