@@ -284,11 +284,11 @@ class MlweOwner(RingOwner):
     ) -> NDArray[np.int8]:  # fmt: skip
         """int8[limbs, T, K], the digit planes of a request; errors are drawn here and wiped."""
         tokens, inputs = x.shape
+        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
+        public = self._public.rows(inputs).reshape(-1)
         sealing = np.stack([secret.seal().reshape(-1) for secret in secrets])
         self._count(blocks=len(sealing))
         errors = Keystream(self._entropy.fresh_key(tag))
-        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
-        public = self._public.rows(inputs).reshape(-1)
 
         def part(first: int, last: int) -> None:
             # Each thread expands the error bits of its own columns, at their place in the stream.
