@@ -15,7 +15,7 @@ In sync with: worker.py (the other side), messages.py, docs/protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from protocol.catalogue import Catalogue
 from protocol.errors import MisuseError, ProtocolError
@@ -77,6 +77,7 @@ class Owner:
     session     16 bytes from the OS's CSPRNG, new at every start of the process
     peers       names of the workers, in order of preference
     placement   which worker may hold which matrix; every worker holds all without one
+    retired     workers that an earlier session found lying, and what was found: never used
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Owner:
         peers: Sequence[str],
         config: OwnerConfig | None = None,
         placement: Placement | None = None,
+        retired: Mapping[str, str] | None = None,
     ) -> None:
         if not peers or len(set(peers)) != len(peers):
             raise MisuseError("name at least one worker, each once")
@@ -95,6 +97,9 @@ class Owner:
         self._placement = placement or Placement.everywhere(peers, len(catalogue.matrices))
         self._placement.check(peers, len(catalogue.matrices))
         self._peers = {name: Peer(name) for name in peers}
+        for name, found in (retired or {}).items():
+            if name in self._peers:
+                self._peers[name] = Peer(name, State.RETIRED, why_lost=found)
         self._calls: dict[int, Call] = {}
         self._left: dict[int, Call] = {}  # failed, and a task still works with their secrets
         self._last_call = 0
@@ -133,7 +138,8 @@ class Owner:
     def _react(self, event: Event) -> list[Effect]:
         match event:
             case Start():
-                return [e for peer in self._peers.values() for e in self._step(peer, Input.START)]
+                greetings = [self._step(peer, Input.START) for peer in self._peers.values()]
+                return [effect for effects in greetings for effect in effects] + self._go_on()
             case FrameArrived(name, frame):
                 try:
                     return self._on_message(self._peer(name), decode(frame))
@@ -459,16 +465,22 @@ class Owner:
         return [told, *self._without(peer, CancelTimer(f"session:{peer.name}"))]
 
     def _without(self, peer: Peer, timer: Effect) -> list[Effect]:
-        """Go on without a worker, or give up when a matrix has none left to hold it."""
+        """Go on without a worker."""
         if self._aborted:
             return [CancelTimer(f"session:{peer.name}")]
-        effects = [timer, *self._orphan(peer)]
+        return [timer, *self._orphan(peer), *self._go_on()]
+
+    def _go_on(self) -> list[Effect]:
+        """With the workers that are left, or give up when a matrix has none to hold it."""
+        if self._aborted:
+            return []
         left = [p.name for p in self._peers.values() if p.state not in _NO_HELP]
         if self._placement.covered(left):
-            return [*effects, *self._pump()]
+            return self._pump()
         self._aborted = "no worker left: " + "; ".join(
             f"{p.name!r}: {p.why_lost}" for p in self._peers.values() if p.why_lost
         )
+        effects: list[Effect] = []
         for call in list(self._calls.values()):
             effects += self._fail(call, self._aborted)
         effects += [CancelTimer(f"session:{name}") for name in self._peers]

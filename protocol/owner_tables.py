@@ -11,7 +11,7 @@ driver did.
 
 A worker that falls silent or refuses is LOST; now and then one Hello more finds out whether it is
 back (REVIVING), as long as another one can serve. A worker whose answer was wrong is RETIRED for
-good.
+good; the driver keeps that, and names it to the machine of every later session.
 
 In sync with: owner.py (the actions), worker.py (the other side), docs/protocol.md (drawn from
 these tables).
@@ -105,7 +105,8 @@ SESSIONS: dict[tuple[State, Input], tuple[State, str]] = {
     (State.REVIVING, Input.CLOSE): (State.CLOSING, "bye"),
     **_ignored(State.REVIVING, Input.PRODUCT, Input.REFUSED_CALL, Input.FORGOTTEN),
     (State.RETIRED, Input.CLOSE): (State.CLOSED, "closed"),
-    **_ignored(State.RETIRED, *FRAMES, Input.LOST, Input.WRONG_ANSWER),
+    # One that an earlier session retired is so from the start.
+    **_ignored(State.RETIRED, *FRAMES, Input.LOST, Input.WRONG_ANSWER, Input.START),
 }
 
 

@@ -12,14 +12,15 @@ import torch
 
 from backends.he.cuda.device import GpuError
 from backends.he.interface import NonFiniteInputError
+from backends.he.manifest import PreparationError
 from backends.he.matmul.choice import NAMES, VARIABLE, KernelError, chosen_kernel
 from backends.he.matmul.interface import Kernel
-from backends.he.store import PreparationError
+from backends.ledger import LedgerError
 from backends.net.owner import RemoteLinearError
 from backends.nn.checkpoint import ResumeError
 from backends.nn.data import DataError
 from backends.nn.sources import CheckpointError
-from backends.nn.trainer import TrainingInterrupted
+from backends.nn.trainer import TaintedError, TrainingInterrupted
 from scenarios.hardware import MEMORY_ADVICE
 from scenarios.privacy import private_process
 
@@ -45,7 +46,8 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
     except (
         CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
-        NonFiniteInputError, FloatingPointError, GpuError, KernelError, *mendable,
+        NonFiniteInputError, FloatingPointError, GpuError, KernelError, LedgerError, TaintedError,
+        *mendable,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
 

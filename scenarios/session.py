@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,7 +14,9 @@ from backends.he.interface import OwnerCipher, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
-from backends.net.inprocess import in_process
+from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
+from backends.net.inprocess import in_process, worker_name
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
@@ -51,6 +54,16 @@ class Usage:
             self.bytes_down - before.bytes_down,
             self.blocks - before.blocks,
         )
+
+
+def open_ledger(out: Path) -> WorkerLedger:
+    """The ledger of the run in directory `out`.
+
+    Raises LedgerError when it is damaged, or when the worker of this process was caught there.
+    """
+    ledger = WorkerLedger(out / "retired-workers.json")
+    ledger.require_one_of([worker_name(0)])
+    return ledger
 
 
 class PrivateSession:
@@ -116,18 +129,24 @@ def private_session(
     trace: RealTrace | None = None,
     hardware: Hardware = CPU,
     hint_bytes: int | None = None,
+    ledger: WorkerLedger | None = None,
 ) -> Iterator[PrivateSession]:
     """Connects the skeleton's remote linears to an in-process worker under real encryption.
 
+    ledger      who serves and who was caught, shared with the trainer
     trace       is told who did what when
     hint_bytes  on a GPU: memory that hints may take there (None: half of what is free)
     """
     owner, worker = make_ciphers(prepared, hardware, hint_bytes)
     prepared.guard(owner)
+    assert prepared.parameters is not None
+    audit = Audit(MlweWorker(prepared.parameters), prepared.worker_weights())
     hooks = trace.hooks if trace else lambda side: Hooks()
     with (
         hardware.timed(),
-        in_process(prepared, owner, [worker], lanes=lanes, hooks=hooks) as (client, (server,)),
+        in_process(
+            prepared, owner, [worker], lanes=lanes, hooks=hooks, audit=audit, ledger=ledger
+        ) as (client, (server,)),
     ):
         session = PrivateSession(owner, client, server, hardware)
         session.warm_up(prepared)
@@ -157,10 +176,14 @@ def train_with_bar(
                 trace.step_ended(trainer.step_seconds[-1])
             after_step(step, loss)
 
+        def on_return(why: str) -> None:
+            bar.update(trainer.progress.step - bar.n)
+            bar.write(why)
+
         if trace is None:
-            return trainer.train(on_step)
+            return trainer.train(on_step, on_return)
         trace.start()
         try:
-            return trainer.train(on_step)
+            return trainer.train(on_step, on_return)
         finally:
             trace.stop()

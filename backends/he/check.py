@@ -133,12 +133,12 @@ class IntegrityCheck:
 
     def __init__(
         self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy,
-        parameters: Parameters, reciprocal: int,
+        parameters: Parameters,
     ) -> None:  # fmt: skip
         self.pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         found = survey(torch.from_numpy(self.pool), weight, forward, entropy)
         self.projected = found.projected.float().numpy()
-        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters, reciprocal), entropy)
+        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters), entropy)
         self._ratio = parameters.worker_modulus / parameters.modulus
 
     def expect(

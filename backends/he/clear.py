@@ -5,6 +5,7 @@ Values travel as float32. Nothing here is private, and the name says so wherever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,6 +99,9 @@ class ClearOwner(OwnerCipher):
     @property
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
+
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        return "it does not encrypt"
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = ClearCheck(matrix.name, weight, forward, self._entropy)

@@ -12,13 +12,13 @@ bits, here the bits of float32, with a secret key (k, l) of as many words:
     NH(w) = sum over j < h of ((w_j + k_j) mod 2^32) * ((w_{j+h} + l_j) mod 2^32)   mod 2^64
 
 Claim: two rows that differ, in whatever bit, have equal sums for at most 2^-32 of the keys. Proof:
-say w_j differs (a difference in w_{j+h} goes the same way). Fix all of the key but l_j. Let c and c'
-be the two w_j + k_j, which differ, and z and (z + d) mod 2^32 the two w_{j+h} + l_j. Equal sums are
-c*z - c'*(z + d mod 2^32) = constant mod 2^64. Where the bracket does not wrap, two solutions z would
-give (c - c')*(difference) = 0 mod 2^64, with both factors below 2^32 in size: impossible; nor are
-there two where it wraps. One of each, D apart, would give c*D + c'*(2^32 - D) = 0 mod 2^64, which
-is above 0 and below 2^64. So one l_j of 2^32 fits at most. An odd last word is paired with a zero.
-Two independent keys: 2^-64.
+say w_j differs (a difference in w_{j+h} goes the same way). Fix all of the key but l_j. Let c and
+c' be the two w_j + k_j, which differ, and z and (z + d) mod 2^32 the two w_{j+h} + l_j. Equal sums
+are c*z - c'*(z + d mod 2^32) = constant mod 2^64. Where the bracket does not wrap, two solutions z
+would give (c - c')*(difference) = 0 mod 2^64, with both factors below 2^32 in size: impossible;
+nor are there two where it wraps. One of each, D apart, would give c*D + c'*(2^32 - D) = 0 mod
+2^64, which is above 0 and below 2^64. So one l_j of 2^32 fits at most. An odd last word is paired
+with a zero. Two independent keys: 2^-64.
 
 Requests that could collide are pairs: the same count in two lives of one snapshot. A million of
 them share a key with probability 2^-44. The sums never leave this process, and enter keys through

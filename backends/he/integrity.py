@@ -126,29 +126,24 @@ class Honesty:
     drift: float = 0.0
 
 
-def mlwe_honesty(
-    pool: NDArray[np.float32], found: Survey, parameters: Parameters, reciprocal: int
-) -> Honesty:
+def mlwe_honesty(pool: NDArray[np.float32], found: Survey, parameters: Parameters) -> Honesty:
     """The distribution under the module-LWE cipher, in units of the worker modulus.
 
     Up: rounding u to p, uniform, 1/12, and the error's variance times (p/q)^2, for each input,
     times U. Down: the dropped bits and the owner's own rounding, 4^delta/12 together, for each
     output, times v; two outputs' are uncorrelated unless their rows of M are parallel.
 
-    Means: the reciprocal of q/p is 2^-39 off at most, so u is rounded `tilt` off on average, and so
-    is the owner's mask; rounding half up is off by half of a result's grid.
-
-    reciprocal  round(2^38 * p/q), what both roundings multiply by
+    Means: rounding from q to p averages to zero but for 2^-27 (`epilogue.py`), for u and for the
+    owner's mask; rounding half up is off by half of a result's grid.
     """
     p_over_q = parameters.worker_modulus / parameters.modulus
     up = 1 / 12 + p_over_q**2 * ERROR_BITS / 4
     down = 4.0**parameters.dropped_bits / 12
     projected = found.projected.cpu().numpy()
     variance = up * np.sum(projected**2, axis=1) + down * _correlated_squares(pool, found.marks)
-    tilt = (parameters.modulus - 1) / 2 * (reciprocal / 2.0**38 - p_over_q)
     grid = _lowest_bits(found.marks)
     half = np.where(grid < 1 << parameters.dropped_bits, grid, 0) / 2
-    mean = tilt * projected.sum(axis=1) + pool.astype(np.float64) @ (half - tilt)
+    mean = pool.astype(np.float64) @ half
     return Honesty(mean, np.sqrt(variance))
 
 

@@ -8,7 +8,7 @@ A backend never sees both through one object, and the worker half never sees a s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -33,6 +33,16 @@ def carried(payload: AnyPayload) -> AnyPayload:
 
 class NonFiniteInputError(ValueError):
     """An activation or gradient holds NaN or infinity; it is refused before encryption."""
+
+
+def unchecked(
+    unverified: bool, guarded: Collection[str], matrices: Sequence[OwnerMatrix]
+) -> str | None:
+    """`OwnerCipher.weakness` of a cipher that does encrypt; `guarded` names matrices."""
+    if unverified:
+        return "it decrypts answers that nothing checks (unverified=True)"
+    missing = [matrix.name for matrix in matrices if matrix.name not in guarded]
+    return f"nothing guards {missing[0]} and {len(missing) - 1} more matrices" if missing else None
 
 
 class UnguardedError(RuntimeError):
@@ -95,6 +105,13 @@ class OwnerCipher(ABC):
     @abstractmethod
     def simulated_randomness(self) -> bool:
         """True when secrets come from a seeded generator; real drivers refuse that."""
+
+    @abstractmethod
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        """Why no worker elsewhere may serve it for these matrices; None when nothing is amiss.
+
+        That it does not encrypt, or that it would decrypt an answer that nothing checks.
+        """
 
     @abstractmethod
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:

@@ -11,14 +11,15 @@ and from the worker's answer Y' = round(Y / 2^delta) for output row j:
     y = Y'_j * 2^delta - round((p/q) * (H_j*s mod q))  mod p, centred
     result = y / alpha_t * out_scale_j
 
-The meaning is defined by `reference.py`; a test holds the two bit for bit. The two roundings
-by p/q are (v*RECIPROCAL + 2^37) >> 38, which is exact except within 2^-7 of a tie.
+The meaning is defined by `reference.py`; a test holds the two bit for bit. How the two roundings
+by p/q are computed is said in `epilogue.py`; `docs/cipher.md` has the whole scheme, with proofs.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from backends import jit
 from backends.he.check import Expected, IntegrityCheck
 from backends.he.entropy import Entropy, Keystream, OsEntropy
-from backends.he.epilogue import RECIPROCAL_SHIFT, open_row, seal_row
+from backends.he.epilogue import open_row, seal_row
 from backends.he.hedge import MessageHash, hash_rows
 from backends.he.interface import (
     Encrypted,
@@ -43,6 +44,7 @@ from backends.he.interface import (
     Payload,
     UnguardedError,
     Values,
+    unchecked,
 )
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
@@ -58,12 +60,6 @@ _VALUES_AT_ONCE = 1 << 16
 """Inputs that are summed up and then hashed while they are still in a core's cache."""
 ERROR_BYTES = 5
 """Random bytes of one error, 40 fair bits."""
-
-
-def reciprocal(parameters: Parameters) -> int:
-    """round(2^38 * p/q), 32 bits: multiply by it and shift by 38 to divide by q/p."""
-    p, q = parameters.worker_modulus, parameters.modulus
-    return ((p << (RECIPROCAL_SHIFT + 1)) // q + 1) // 2
 
 
 # Reassociation lets LLVM sum in vectors; `rounded_up` makes the order of the sum immaterial, but
@@ -114,7 +110,7 @@ def _lay_masks(
 
 def _encrypt_groups(
     public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any,
-    planes: Any, recip: Any, z: Any, zs: Any, first: int, last: int,
+    planes: Any, z: Any, zs: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     limbs, tokens, inputs = planes.shape
     values, flat = x.reshape(-1), planes.reshape(-1)
@@ -135,7 +131,7 @@ def _encrypt_groups(
                 seal_row(
                     wide, (t - t0) * WIDE, values, t * inputs + k0, in_scale, k0, k1 - k0,
                     factor[t], noise, before + 4 * t * (k1 - k0),
-                    before + (4 * tokens + t) * (k1 - k0), recip, flat, tokens * inputs, limbs,
+                    before + (4 * tokens + t) * (k1 - k0), flat, tokens * inputs, limbs,
                 )  # fmt: skip
     # A mask gives its secret away to whoever can solve linear equations.
     buffer[:] = 0
@@ -144,8 +140,7 @@ def _encrypt_groups(
 
 def _decrypt_groups(
     hint: Any, secrets: Any, answer: Any, inverse: Any, out_scale: Any, out: Any,
-    dropped_bits: int, unused_bits: int, recip: Any, z: Any, zs: Any,
-    first: int, last: int,
+    dropped_bits: int, limbs: int, z: Any, zs: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     tokens, outputs = out.shape
     values, results = answer.reshape(-1), out.reshape(-1)
@@ -164,7 +159,7 @@ def _decrypt_groups(
             for t in range(t0, t1):
                 open_row(
                     wide, (t - t0) * WIDE, values, t * outputs + j0, inverse[t], out_scale, j0,
-                    j1 - j0, recip, dropped_bits, unused_bits, results,
+                    j1 - j0, dropped_bits, limbs, results,
                 )  # fmt: skip
     buffer[:] = 0
     wide[:] = 0
@@ -210,7 +205,6 @@ class RingOwner(OwnerCipher):
         self._parameters = parameters
         self._unverified = unverified
         self._entropy = entropy if entropy is not None else OsEntropy()
-        self._reciprocal = np.uint64(reciprocal(parameters))
         self._count_lock = threading.Lock()
         self.blocks = 0
         self.secrets_drawn = 0
@@ -218,6 +212,13 @@ class RingOwner(OwnerCipher):
     @property
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
+
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        return unchecked(self._unverified, self._guarded(), matrices)
+
+    @abstractmethod
+    def _guarded(self) -> Collection[str]:
+        """Names of the matrices whose answers are checked."""
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return self._parameters.up_bytes_per_value * tokens * matrix.in_features
@@ -250,9 +251,12 @@ class MlweOwner(RingOwner):
         self._hash = MessageHash(self._entropy)
         self._local = threading.local()
 
+    def _guarded(self) -> Collection[str]:
+        return self._checks.keys()
+
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = IntegrityCheck(
-            matrix.name, weight, forward, self._entropy, self._parameters, int(self._reciprocal)
+            matrix.name, weight, forward, self._entropy, self._parameters
         )
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
@@ -316,7 +320,7 @@ class MlweOwner(RingOwner):
                 errors.add(noise[begin:end], begin)
                 self._encrypt(
                     public, sealing, x, matrix.in_scale, factor, noise, planes,
-                    self._reciprocal, *inverse_tables(), first, last,
+                    *inverse_tables(), first, last,
                 )  # fmt: skip
             finally:
                 noise[begin:end] = 0
@@ -369,8 +373,8 @@ class MlweOwner(RingOwner):
                 run_split(
                     lambda a, b: self._decrypt(
                         flat, opening, answer, inverse, out_scale, out,
-                        self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
-                        self._reciprocal, *inverse_tables(), a, b,
+                        self._parameters.dropped_bits, self._parameters.limbs,
+                        *inverse_tables(), a, b,
                     ),
                     -(-outputs // WIDE),
                 )  # fmt: skip

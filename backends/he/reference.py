@@ -7,6 +7,7 @@ and decrypted values with the fast backend bit for bit, from the same seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, Keystream, OsEntropy
-from backends.he.epilogue import RECIPROCAL_SHIFT
+from backends.he.epilogue import FOLD, FOLD_SHIFT
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -23,13 +24,13 @@ from backends.he.interface import (
     Payload,
     UnguardedError,
     WorkerCipher,
+    unchecked,
 )
 from backends.he.mlwe_owner import (
     ERROR_BYTES,
     WIDE,
     answer_values,
     check_input,
-    reciprocal,
     token_scales,
 )
 from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
@@ -60,7 +61,7 @@ def inverse_evaluation_matrix() -> NDArray[np.int64]:
 
 
 def matmul_mod(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    """a @ b mod q for residues below 2^31, reduced after every product."""
+    """a @ b mod q for residues below 2^28, reduced after every product."""
     out = np.zeros((a.shape[0], b.shape[1]), np.int64)
     for k in range(a.shape[1]):
         out = (out + a[:, k : k + 1] * b[k : k + 1, :] % _Q) % _Q
@@ -114,6 +115,9 @@ class ReferenceOwner(OwnerCipher):
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
 
+    def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
+        return unchecked(self._unverified, self._guarded, matrices)
+
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._guarded[matrix.name] = ReferenceWorker(self._parameters).load(weight, forward)
 
@@ -145,8 +149,8 @@ class ReferenceOwner(OwnerCipher):
         return matmul_mod(self._interpolate, slots.T)
 
     def _round_to_p(self, u: NDArray[np.int64]) -> NDArray[np.int64]:
-        recip = reciprocal(self._parameters)
-        return (u * recip + (1 << (RECIPROCAL_SHIFT - 1))) >> RECIPROCAL_SHIFT
+        bits = self._parameters.rounding_bits
+        return (u + (u * FOLD >> FOLD_SHIFT) + (1 << (bits - 1))) >> bits
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)

@@ -10,11 +10,18 @@ from contextlib import ExitStack, contextmanager
 
 from backends.he.interface import OwnerCipher, WorkerCipher
 from backends.he.store import PreparedModel
+from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
 from protocol.owner_memory import OwnerConfig
 from protocol.worker import WorkerConfig
+
+
+def worker_name(index: int) -> str:
+    """What the owner calls its worker of that number."""
+    return f"worker{index}"
 
 
 @contextmanager
@@ -26,10 +33,12 @@ def in_process(
     worker_config: WorkerConfig | None = None,
     lanes: int = 1,
     hooks: Callable[[str], Hooks] = lambda side: Hooks(),
+    audit: Audit | None = None,
+    ledger: WorkerLedger | None = None,
 ) -> Iterator[tuple[OwnerClient, list[WorkerServer]]]:
     """An owner and a worker per cipher, started; closed in order at the end of the `with`.
 
-    Workers are called "worker0", "worker1", ... `hooks` makes those of "owner" and each worker.
+    `hooks` makes those of "owner" and each worker.
     """
     catalogue = prepared.catalogue(owner_cipher)
     servers: dict[str, WorkerServer] = {}
@@ -37,14 +46,17 @@ def in_process(
         catalogue,
         prepared.owner_matrices(),
         owner_cipher,
-        workers=[f"worker{index}" for index in range(len(worker_ciphers))],
+        workers=[worker_name(index) for index in range(len(worker_ciphers))],
         transmit=lambda peer, frame: servers[peer].deliver("owner", frame),
         config=owner_config,
         threads=lanes,
         hooks=hooks("owner"),
+        workers_here=True,
+        audit=audit,
+        ledger=ledger,
     )
     for index, cipher in enumerate(worker_ciphers):
-        name = f"worker{index}"
+        name = worker_name(index)
         servers[name] = WorkerServer(
             catalogue,
             prepared.worker_weights(),

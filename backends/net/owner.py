@@ -1,6 +1,7 @@
 """The owner on the real clock: cipher, owner's machine, and blocking calls for lanes.
 
-Refuses a cipher whose randomness is simulated: there is no switch for that.
+Refuses a cipher whose randomness is simulated: there is no switch for that. One that does not
+encrypt, or does not check, is refused for workers in other processes, and there is none for that.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
 
-from backends.he.interface import OwnerCipher, OwnerMatrix, Values, carried
+from backends.he.interface import AnyPayload, OwnerCipher, OwnerMatrix, Values, carried
+from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.events import (
@@ -49,10 +54,26 @@ class SimulatedRandomnessError(ValueError):
     """A real run was given a cipher whose secrets come from a seed."""
 
 
+class UnsafeCipherError(ValueError):
+    """A worker elsewhere was to be trusted with what the cipher does not protect."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What opens the answer to one request, and the request where its answer is audited."""
+
+    sealed: Any = field(repr=False)
+    audited: AnyPayload | None = field(repr=False)
+
+
 class OwnerClient:
     """Blocking remote linears over the owner's machine. Safe to call from several lanes.
 
-    transmit  sends (worker name, frame)
+    transmit      sends (worker name, frame)
+    workers_here  all workers are in this process: then, and only then, a cipher may have a weakness
+    audit         what recomputes a request now and then; None never does
+    ledger        who serves and who was caught: told of every answer, and those caught in earlier
+                  sessions are not used; None keeps that for this session only
     """
 
     def __init__(
@@ -65,6 +86,9 @@ class OwnerClient:
         config: OwnerConfig | None = None,
         threads: int = 1,
         hooks: Hooks | None = None,
+        workers_here: bool = False,
+        audit: Audit | None = None,
+        ledger: WorkerLedger | None = None,
     ) -> None:
         self._hooks = hooks or Hooks()
         if cipher.simulated_randomness:
@@ -72,10 +96,19 @@ class OwnerClient:
                 "this cipher draws its secrets from a seed: anyone who knows the seed reads the "
                 "data. Use OsEntropy for real runs; SeededEntropy is for the simulator and tests"
             )
+        weakness = None if workers_here else cipher.weakness(matrices)
+        if weakness is not None:
+            raise UnsafeCipherError(
+                f"this cipher is not for a worker in another process: {weakness}. Use the "
+                "module-LWE cipher, with every matrix guarded"
+            )
         self._matrices = matrices
         self._cipher = cipher
+        self._audit = audit
+        self._ledger = ledger or WorkerLedger()
         # A new incarnation at every start: nothing random survives a crash or a resume.
-        machine = Owner(os.urandom(SESSION_BYTES), catalogue, workers, config)
+        session = os.urandom(SESSION_BYTES)
+        machine = Owner(session, catalogue, workers, config, retired=self._ledger.retired)
         self._loop = MachineLoop(
             "owner", machine, self._compute, transmit, self._report, self._crashed, threads,
             self._hooks.observe, self._hooks.on_task,
@@ -85,10 +118,8 @@ class OwnerClient:
         self._pending: dict[int, Future[Values]] = {}
         self._closed = threading.Event()
         self._failure: str | None = None
-        # Every sealed handle that may still open an answer, by its id; None once all are wiped.
-        self._held: dict[int, object] | None = {}
-        self.retired: dict[str, str] = {}
-        """Workers found to give wrong answers, and what was found."""
+        # What may still open an answer, by its id; None once all are wiped.
+        self._held: dict[int, _Held] | None = {}
         self.waited_s = 0.0
         """Seconds lanes have spent blocked in `linear`, summed over lanes."""
 
@@ -145,32 +176,38 @@ class OwnerClient:
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
-            self._hold(encrypted.sealed)
-            return carried(encrypted.payload), encrypted.sealed
+            payload = carried(encrypted.payload)
+            audited = None if self._audit is None else self._audit.keep(payload)
+            return payload, self._hold(_Held(encrypted.sealed, audited))
         assert isinstance(task, Decrypt)
-        matrix = self._matrices[task.matrix]
-        result = self._cipher.decrypt(task.sealed, task.payload, matrix, task.worker)
-        self._let_go(task.sealed)
+        assert isinstance(task.sealed, _Held)
+        matrix, held = self._matrices[task.matrix], task.sealed
+        if self._audit is not None and held.audited is not None:
+            self._audit.require(task.matrix, task.tokens, held.audited, task.payload)
+        result = self._cipher.decrypt(held.sealed, task.payload, matrix, task.worker)
+        self._let_go(held)
+        self._ledger.accepted(task.worker)
         return result
 
-    def _hold(self, sealed: object) -> None:
+    def _hold(self, held: _Held) -> _Held:
         with self._lock:
             if self._held is not None:
-                self._held[id(sealed)] = sealed
-                return
-        self._cipher.discard(sealed)  # the machine is gone, and will not ask for it
+                self._held[id(held)] = held
+                return held
+        self._cipher.discard(held.sealed)  # the machine is gone, and will not ask for it
+        return held
 
-    def _let_go(self, sealed: object) -> None:
+    def _let_go(self, held: _Held) -> None:
         with self._lock:
             if self._held is not None:
-                self._held.pop(id(sealed), None)
+                self._held.pop(id(held), None)
 
     def _wipe_held(self) -> None:
         """What the machine has not said goodbye to, when it can say nothing any more."""
         with self._lock:
-            held, self._held = self._held, None
-        for sealed in (held or {}).values():
-            self._cipher.discard(sealed)
+            left, self._held = self._held, None
+        for held in (left or {}).values():
+            self._cipher.discard(held.sealed)
 
     def _report(self, effect: Effect) -> None:
         match effect:
@@ -181,11 +218,13 @@ class OwnerClient:
                 waiting = self._pending.pop(call, None)
                 if waiting is not None:
                     waiting.set_exception(RemoteLinearError(reason))
-            case Discard(_, sealed):
-                self._let_go(sealed)
-                self._cipher.discard(sealed)
+            case Discard(_, held):
+                assert isinstance(held, _Held)
+                self._let_go(held)
+                self._cipher.discard(held.sealed)
             case Retired(peer, reason):
-                self.retired[peer] = reason
+                # On the disk before a lane hears of it.
+                self._ledger.retire(peer, reason)
                 log.error("worker %s is not used any more: %s", peer, reason)
             case Abort(reason):
                 self._fail_all(reason)

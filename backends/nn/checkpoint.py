@@ -2,13 +2,17 @@
 
     DIR/step-000040/adapter.safetensors     the adapter's parameters
     DIR/step-000040/optimizer.safetensors   AdamW's moments
-    DIR/step-000040/state.json              step, losses, the run's configuration
+    DIR/step-000040/state.json              step, losses, the run's configuration, who computed
     DIR/data.key                            32 random bytes: the configuration holds a tag of the
                                             private data, which nobody can try data against
                                             without them
 
 The learning rate and the data order are pure functions of the step, so the step restores them.
 Cipher randomness is never saved: a resumed run starts a new incarnation.
+
+A checkpoint names the workers it rests on: those of whom an answer is in it. When one of them turns
+out to be lying, the newest checkpoint that does not rest on it is the one to go back to, so that
+one is kept for each worker; the others are set aside as `distrusted-...`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +45,11 @@ class ResumeError(ValueError):
 
 @dataclass
 class Progress:
-    """How far a run has come: steps applied, and the mean loss of each."""
+    """How far a run has come: steps applied, the mean loss of each, and the workers it rests on."""
 
     step: int
     losses: list[float]
+    served: frozenset[str] = frozenset()
 
 
 def data_tag(directory: Path, sequences: torch.Tensor) -> str:
@@ -72,7 +78,7 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write a checkpoint and drop all but the newest two."""
+    """Write a checkpoint. Kept are the newest two, and for each worker one to go back to."""
     moments = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
@@ -81,10 +87,39 @@ def save(
         weights = {name: p.detach().contiguous() for name, p in parameters.items()}
         save_file(weights, aside / "adapter.safetensors")
         save_file(moments, aside / "optimizer.safetensors")
-        state = {"step": progress.step, "losses": progress.losses, "run": run}
+        served = sorted(progress.served)
+        state = {"step": progress.step, "losses": progress.losses, "served": served, "run": run}
         write_json(aside / "state.json", state)
-    for old in _found(directory)[:-_KEPT]:
+    _drop_old(directory, progress.served)
+
+
+def _drop_old(directory: Path, served: frozenset[str]) -> None:
+    found = _found(directory)
+    rests_on = {path: _state(path)["served"] for path in found}
+    kept = set(found[-_KEPT:])
+    for worker in served:
+        before = [path for path in found if worker not in rests_on[path]]
+        kept |= set(before[-1:])
+    for old in set(found) - kept:
         shutil.rmtree(old)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What its state.json says. Raises ResumeError when that is not what `save` wrote."""
+    path = checkpoint / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        names = all(isinstance(name, str) for name in state["served"])
+        numbers = all(isinstance(loss, float) for loss in state["losses"])
+        if not (names and numbers and isinstance(state["run"], dict)):
+            raise ValueError("an entry of another form")
+        if state["step"] != len(state["losses"]):
+            raise ValueError("losses of another number of steps")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{path} is damaged ({error}); delete {checkpoint} to resume from the one before"
+        ) from error
+    return state
 
 
 def restore(
@@ -92,16 +127,30 @@ def restore(
     run: dict[str, Any],
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    distrusted: Collection[str] = (),
 ) -> Progress | None:
     """Load the newest checkpoint into the parameters and the optimiser; None without one.
 
-    Raises ResumeError when it belongs to a run with another configuration.
+    distrusted  workers on whose answers it must not rest; newer ones that do are set aside
+
+    Raises ResumeError when it belongs to a run with another configuration, is damaged, or when all
+    of them rest on a distrusted worker.
     """
     found = _found(directory)
     if not found:
         return None
-    newest = found[-1]
-    state = json.loads((newest / "state.json").read_text())
+    tainted = [path for path in found if not set(distrusted).isdisjoint(_state(path)["served"])]
+    if len(tainted) == len(found):
+        raise ResumeError(
+            f"every checkpoint in {directory} rests on answers of a worker that was caught giving "
+            f"wrong ones ({', '.join(sorted(distrusted))}); start over with --fresh"
+        )
+    for path in tainted:
+        aside = path.with_name(f"distrusted-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    newest = _found(directory)[-1]
+    state = _state(newest)
     differing = [key for key in run if state["run"].get(key) != run[key]]
     if differing:
         raise ResumeError(
@@ -121,7 +170,7 @@ def restore(
                 for key, value in moments.items()
                 if key.rpartition("::")[0] == name
             }
-    return Progress(state["step"], state["losses"])
+    return Progress(state["step"], state["losses"], frozenset(state["served"]))
 
 
 def _found(directory: Path) -> list[Path]:

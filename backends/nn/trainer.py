@@ -7,6 +7,7 @@ of arrival, so the number of lanes changes the speed and not one bit of the resu
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -23,10 +24,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from backends.ledger import WorkerLedger
 from backends.nn import checkpoint
 from backends.nn.adapters import trainable
 from backends.nn.checkpoint import Progress
 from backends.nn.data import batch_indices
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class TrainConfig:
         span = max(1, self.steps - self.warmup_steps)
         phase = min(1.0, (step - self.warmup_steps) / span)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+class TaintedError(RuntimeError):
+    """Training rests on answers of a worker that was caught; the text says what to do."""
 
 
 class TrainingInterrupted(Exception):
@@ -108,6 +116,8 @@ class Trainer:
     checkpoints     directory to save to and resume from; None keeps nothing
     identity        what besides the configuration a checkpoint must agree on
     pool            makes the executor of so many lanes: threads, or a simulated world's
+    ledger          who serves and who was caught; when one that served is caught, training goes
+                    back to the newest checkpoint from before its first answer
     """
 
     def __init__(
@@ -121,6 +131,7 @@ class Trainer:
         checkpoint_every: int = 25,
         identity: dict[str, Any] | None = None,
         pool: Callable[[int], Executor] = lane_threads,
+        ledger: WorkerLedger | None = None,
     ) -> None:
         self.config = config
         self.step_seconds: list[float] = []
@@ -131,6 +142,7 @@ class Trainer:
         self._forget_lane = forget_lane
         self._checkpoints = checkpoints
         self._every = checkpoint_every
+        self._ledger = ledger or WorkerLedger()
         self._parameters = trainable(model)
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -139,23 +151,35 @@ class Trainer:
         self.progress = Progress(0, [])
         if checkpoints is not None:
             self._run["data"] = checkpoint.data_tag(checkpoints, sequences)
-            found = checkpoint.restore(checkpoints, self._run, self._parameters, self._optimizer)
-            self.progress = found or self.progress
+        self._restore()
 
-    def train(self, on_step: Callable[[int, float], None] = lambda step, loss: None) -> list[float]:
+    def train(
+        self,
+        on_step: Callable[[int, float], None] = lambda step, loss: None,
+        on_return: Callable[[str], None] = log.warning,
+    ) -> list[float]:
         """Run the steps that are left; returns the mean loss of every step.
 
-        on_step receives (steps done, mean loss). Raises TrainingInterrupted after Ctrl-C, when
-        the step in work has been finished and saved.
+        on_step    receives (steps done, mean loss)
+        on_return  receives why training went back to an earlier step, `progress.step`
+
+        Raises TrainingInterrupted after Ctrl-C, when the step in work has been finished and saved,
+        TaintedError when a worker that served was caught and there is no checkpoint to go back to.
         """
         self._model.train()
+        if self.progress.step == 0:
+            self._save()  # what rests on no worker at all
         with stop_on_interrupt() as stop, self._pool(self._lanes) as pool:
             while self.progress.step < self.config.steps:
                 start = time.perf_counter()
                 loss = self._step(pool)
                 self.step_seconds.append(time.perf_counter() - start)
-                self.progress.losses.append(loss)
-                self.progress.step += 1
+                if self._caught():
+                    on_return(self._go_back())
+                    continue
+                self.progress = Progress(
+                    self.progress.step + 1, [*self.progress.losses, loss], self._rests_on()
+                )
                 on_step(self.progress.step, loss)
                 last = self.progress.step == self.config.steps
                 if last or stop.is_set() or self.progress.step % self._every == 0:
@@ -163,6 +187,45 @@ class Trainer:
                 if stop.is_set() and not last:
                     raise TrainingInterrupted(f"stopped after step {self.progress.step}")
         return self.progress.losses
+
+    def require_untainted(self) -> None:
+        """Raise TaintedError when a worker was caught since the last step that rests on it."""
+        if self._caught():
+            raise TaintedError(
+                f"{self._who()}, after the last step; what was trained rests on its answers and "
+                "is not saved as a result. Run the same command again: training goes back to a "
+                "checkpoint from before its first answer"
+            )
+
+    def _rests_on(self) -> frozenset[str]:
+        return self.progress.served | self._ledger.served
+
+    def _caught(self) -> frozenset[str]:
+        return self._rests_on() & self._ledger.retired.keys()
+
+    def _who(self) -> str:
+        caught = sorted(self._caught())
+        were = "workers {} were" if len(caught) > 1 else "worker {} was"
+        return f"{were.format(', '.join(caught))} caught giving wrong answers"
+
+    def _go_back(self) -> str:
+        why, step = self._who(), self.progress.step + 1
+        if self._checkpoints is None:
+            raise TaintedError(
+                f"{why} in step {step}; earlier ones that passed are in this training, which keeps "
+                "no checkpoints to go back to: start over without that worker"
+            )
+        self._ledger.start_over()
+        self._restore()
+        return f"{why} in step {step}; back to step {self.progress.step}, before its first answer"
+
+    def _restore(self) -> None:
+        if self._checkpoints is not None:
+            found = checkpoint.restore(
+                self._checkpoints, self._run, self._parameters, self._optimizer,
+                self._ledger.retired,
+            )  # fmt: skip
+            self.progress = found or self.progress
 
     def _step(self, pool: Executor) -> float:
         step, config = self.progress.step, self.config

@@ -130,7 +130,6 @@ class Wire:
         """A new incarnation of the owner."""
         require(session != self.session, "an owner's incarnation took the session id of another")
         self.session = session
-        self.retired = set()
 
     def from_owner(self, worker: str, frame: bytes) -> Seen:
         """A frame to a worker."""

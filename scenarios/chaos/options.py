@@ -77,9 +77,11 @@ class Options:
     def bound_s(self, calls_per_pass: int) -> float:
         """Simulated seconds after the faults' end within which training must have ended.
 
-        After the recovery, every product of the whole run may be computed anew, one by one.
+        After the recovery, every product of the whole run may be computed anew, one by one; and
+        once more for every liar, when training goes back to before its first answer.
         """
-        calls = self.steps * self.micro_batches * calls_per_pass
+        lives = 1 + len(self.plan.liars)
+        calls = lives * self.steps * self.micro_batches * calls_per_pass
         return self.recovered_s + calls * (self.trip_s + self.local_s[1])
 
 

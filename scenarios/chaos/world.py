@@ -16,6 +16,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from backends.ledger import WorkerLedger
 from backends.nn.trainer import Trainer
 from protocol.errors import WrongAnswerError
 from protocol.events import (
@@ -32,6 +33,7 @@ from protocol.events import (
     FrameArrived,
     LinearWanted,
     PeerLost,
+    Retired,
     RunTask,
     Start,
     TaskDone,
@@ -101,6 +103,8 @@ class World:
         }  # fmt: skip
         self._events = 0
         self._incarnation = 0
+        self._answered: set[str] = set()
+        self._rests_on: list[set[str]] = []
         self.trained_s = 0.0
         self._up = False
         self._pool: LanePool | None = None
@@ -139,14 +143,25 @@ class World:
         trainer = Trainer(
             subject.model, sequences(options.data_seed), options.training, lanes=options.lanes,
             forget_lane=subject.remote.forget_lane, checkpoints=self._directory,
-            checkpoint_every=options.checkpoint_every, pool=self._lanes,
+            checkpoint_every=options.checkpoint_every, pool=self._lanes, ledger=self._ledger,
         )  # fmt: skip
-        self._step = trainer.progress.step
-        self._check_state(trainer.progress.losses, since=0)
+
+        def resumes() -> None:
+            self._step = trainer.progress.step
+            self._answered.clear()
+            del self._rests_on[self._step :]
+            self._check_trust()
+            self._check_state(trainer.progress.losses, since=0)
+
+        def on_return(why: str) -> None:
+            self._happened("training went back")
+            resumes()
+
+        resumes()
         self._training = True
         try:
             with subject.remote.connected(lambda matrix, x: self._lane_pool().linear(matrix, x)):
-                losses = trainer.train(self._on_step)
+                losses = trainer.train(self._on_step, on_return)
         finally:
             self._training = False
         require(len(losses) == options.steps, "training ended after another number of steps")
@@ -154,10 +169,18 @@ class World:
     def _on_step(self, step: int, loss: float) -> None:
         require(step == self._step + 1, f"step {step} follows step {self._step}")
         self._step = step
+        self._rests_on.append(set(self._answered))
+        self._answered.clear()
+        self._check_trust()
         self._check_state([loss], since=step - 1)
         if step in self._crash_steps and self.wire.faulty:
             self._crash_steps.remove(step)
             raise OwnerCrashed
+
+    def _check_trust(self) -> None:
+        """No step that counts has an answer of a worker that was caught in it."""
+        caught = self._seen.retired & set().union(*self._rests_on)
+        require(not caught, f"step {self._step} rests on answers of {', '.join(sorted(caught))}")
 
     def _check_state(self, losses: list[float], since: int) -> None:
         """Parameters, and losses since a step, are those of the fault-free run."""
@@ -198,7 +221,10 @@ class World:
         self._seen.owner_starts(session)
         self._cipher = self._arithmetic.owner_cipher(self._incarnation)
         names, config = list(self._workers), self.options.owner
-        machine = self._machine = Owner(session, self._arithmetic.catalogue, names, config)
+        ledger = self._ledger = WorkerLedger(self._directory / "retired-workers.json")
+        machine = self._machine = Owner(
+            session, self._arithmetic.catalogue, names, config, retired=ledger.retired
+        )
         watch = self._watch = OwnerWatch(
             self._seen,
             self._lies,
@@ -282,6 +308,8 @@ class World:
         except ValueError as error:
             return TaskFailed(run.task, str(error))
         self._secrets.opened(work.sealed)
+        self._ledger.accepted(work.worker)
+        self._answered.add(work.worker)
         return TaskDone(run.task, result)
 
     def _report(self, effect: Effect) -> None:
@@ -291,6 +319,8 @@ class World:
                 assert isinstance(result, np.ndarray)
                 self._arithmetic.require_right(matrix, x, result)
                 answer(result)
+            case Retired(worker, reason):
+                self._ledger.retire(worker, reason)
             case FailCall(call, reason):
                 _, _, answer = self._pending.pop(call)
                 answer(CallFailed(reason))

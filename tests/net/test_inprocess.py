@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,25 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from backends.he.clear import ClearOwner
 from backends.he.entropy import SeededEntropy
-from backends.he.interface import Payload
+from backends.he.interface import OwnerCipher, Payload
+from backends.he.manifest import GroupSpec
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.preparation import prepare
-from backends.he.store import GroupSpec, PreparedModel
+from backends.he.reference import ReferenceOwner
+from backends.he.store import PreparedModel
+from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
 from backends.net.inprocess import in_process
-from backends.net.owner import OwnerClient, RemoteLinearError, SimulatedRandomnessError
+from backends.net.owner import (
+    OwnerClient,
+    RemoteLinearError,
+    SimulatedRandomnessError,
+    UnsafeCipherError,
+)
 from backends.net.worker import WorkerServer
 from protocol.messages import Multiply, Product, decode
 from protocol.owner_memory import OwnerConfig
@@ -163,6 +174,47 @@ def test_simulated_randomness_is_refused(model: PreparedModel) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("cipher", "why"),
+    [
+        (lambda model: ClearOwner(), "does not encrypt"),
+        (lambda model: ClearOwner(unverified=True), "does not encrypt"),
+        (
+            lambda model: MlweOwner(preset("standard"), model.public_matrix(), unverified=True),
+            "answers that nothing checks",
+        ),
+        (
+            lambda model: MlweOwner(preset("standard"), model.public_matrix()),
+            "nothing guards layer forward",
+        ),
+        (
+            lambda model: ReferenceOwner(preset("standard"), model.public_matrix()),
+            "nothing guards layer forward",
+        ),
+    ],
+)
+def test_a_cipher_that_protects_too_little_never_leaves_the_process(
+    model: PreparedModel, cipher: Callable[[PreparedModel], OwnerCipher], why: str
+) -> None:
+    """Whatever words it was made with; and one matrix of many without its check is enough."""
+    made = cipher(model)
+    facts = model.catalogue(made), model.owner_matrices(), made, ["w"], lambda p, f: None
+    with pytest.raises(UnsafeCipherError, match=why):
+        OwnerClient(*facts)  # type: ignore[arg-type]
+    matrices, weight = model.owner_matrices(), model.worker_weights()[0]
+    made.guard(matrices[0], weight, forward=True)
+    with pytest.raises(UnsafeCipherError):
+        OwnerClient(*facts)  # type: ignore[arg-type]
+    OwnerClient(*facts, workers_here=True)  # type: ignore[arg-type]
+
+
+def test_a_guarded_cipher_may_serve_workers_elsewhere(model: PreparedModel) -> None:
+    """The one kind that may."""
+    made = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(made)
+    OwnerClient(model.catalogue(made), model.owner_matrices(), made, ["w"], lambda p, f: None)
+
+
 def test_a_worker_of_another_model_is_refused_with_a_reason(
     model: PreparedModel, tmp_path: Path
 ) -> None:
@@ -205,15 +257,90 @@ def test_a_lying_worker_is_retired_and_its_work_done_elsewhere(model: PreparedMo
     owner = MlweOwner(preset("standard"), model.public_matrix())
     model.guard(owner)
     ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
-    with in_process(model, owner, ciphers) as (client, (liar, honest)):
+    ledger = WorkerLedger()
+    with in_process(model, owner, ciphers, ledger=ledger) as (client, (liar, honest)):
         for _ in range(3):
             x = np.ones((2, 24), np.float32)
             assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
-        assert list(client.retired) == ["worker0"]
-        assert "layer forward" in client.retired["worker0"]
+        assert list(ledger.retired) == ["worker0"]
+        assert "layer forward" in ledger.retired["worker0"]
+        assert ledger.served == {"worker1"}
         assert liar.meter.tasks == {"MultiplyCiphertext": 1}
         assert honest.meter.tasks == {"MultiplyCiphertext": 3}
         assert owner.blocks == owner.secrets_drawn == 3
+
+
+def test_a_caught_liar_has_no_second_life(model: PreparedModel, tmp_path: Path) -> None:
+    """After a restart of the owner it is refused by identity, though it would be honest now."""
+    x = np.ones((2, 24), np.float32)
+    path = tmp_path / "retired-workers.json"
+    for first in (Liar, MlweWorker):
+        owner = MlweOwner(preset("standard"), model.public_matrix())
+        model.guard(owner)
+        ciphers = [first(preset("standard")), MlweWorker(preset("standard"))]
+        with in_process(model, owner, ciphers, ledger=WorkerLedger(path)) as (client, servers):
+            assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
+            heard = servers[0].meter.tasks
+        assert heard == ({"MultiplyCiphertext": 1} if first is Liar else {})
+    with (
+        in_process(model, owner, ciphers[:1], ledger=WorkerLedger(path)) as (client, _),
+        pytest.raises(RemoteLinearError, match=r"worker0.*not the product.*retired-workers"),
+    ):
+        client.linear(0, x)
+
+
+def test_a_lie_that_cannot_be_written_down_ends_the_session(
+    model: PreparedModel, tmp_path: Path
+) -> None:
+    """Nothing goes on while a restart would trust the liar again."""
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
+    (tmp_path / "run").write_text("a file where the run's directory should be")
+    ledger = WorkerLedger()
+    ledger._path = tmp_path / "run" / "retired-workers.json"
+    with (
+        in_process(model, owner, ciphers, ledger=ledger) as (client, _),
+        pytest.raises(RemoteLinearError, match="machine stopped"),
+    ):
+        client.linear(0, np.ones((2, 24), np.float32))
+
+
+class Nudger(MlweWorker):
+    """Changes the last bit of one result: less than the cipher's own noise."""
+
+    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
+        answer = super().multiply(payload, tokens, matrix)
+        answer[2 * 7] ^= 1
+        return answer
+
+
+def test_an_audit_finds_what_no_tolerance_could(model: PreparedModel) -> None:
+    """One bit of noise passes the check; an exact recomputation leaves it no room."""
+    x = np.ones((3, 24), np.float32)
+    for one_in, caught in ((10**12, False), (1, True)):
+        owner = MlweOwner(preset("standard"), model.public_matrix())
+        model.guard(owner)
+        ciphers = [Nudger(preset("standard")), MlweWorker(preset("standard"))]
+        audit = Audit(MlweWorker(preset("standard")), model.worker_weights(), one_in)
+        ledger = WorkerLedger()
+        with in_process(model, owner, ciphers, audit=audit, ledger=ledger) as (client, _):
+            for matrix, width in ((0, 24), (1, 40)):
+                client.linear(matrix, np.ones((3, width), np.float32))
+            assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
+        assert list(ledger.retired) == (["worker0"] if caught else [])
+        if caught:
+            assert "bit for bit" in ledger.retired["worker0"]
+
+
+def test_audits_are_as_rare_as_was_asked() -> None:
+    """Drawn for each request by itself; 200 expected, within six standard deviations."""
+    audit = Audit(MlweWorker(preset("standard")), [], one_in=50)
+    kept = sum(audit.keep(memoryview(b"request")) is not None for _ in range(10_000))
+    assert abs(kept - 200) < 6 * 14
+    assert audit.keep(torch.zeros(1)) is None
+    with pytest.raises(ValueError, match="at least 1"):
+        Audit(MlweWorker(preset("standard")), [], one_in=0)
 
 
 def test_a_silent_worker_is_given_up(model: PreparedModel) -> None:

@@ -47,7 +47,7 @@ def test_requests_of_two_owners_share_launches(tmp_path_factory: Any) -> None:
     )  # fmt: skip
     server.start()
     for name, owner in owners.items():
-        owner.guard(matrices[0], weights[0], True)
+        prepared.guard(owner)
         clients[name] = OwnerClient(
             catalogue, matrices, owner, ["worker"], threads=4,
             transmit=lambda _, frame, name=name: server.deliver(name, frame),  # type: ignore[misc]

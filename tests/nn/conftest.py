@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,13 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from backends.he.clear import ClearOwner, ClearWorker
+from backends.he.interface import WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.preparation import prepare
 from backends.he.store import PreparedModel
+from backends.ledger import WorkerLedger
 from backends.net.inprocess import in_process
 from backends.net.owner import OwnerClient
 from backends.nn.skeleton import Skeleton, build_skeleton
@@ -47,15 +49,21 @@ class Tiny:
         return build_skeleton(self.config, SOURCE)
 
     @contextmanager
-    def connected(self, skeleton: Skeleton, backend: str, lanes: int = 1) -> Iterator[OwnerClient]:
-        """The skeleton connected to an in-process worker."""
+    def connected(
+        self, skeleton: Skeleton, backend: str, lanes: int = 1,
+        workers: Sequence[WorkerCipher] = (), ledger: WorkerLedger | None = None,
+    ) -> Iterator[OwnerClient]:  # fmt: skip
+        """The skeleton connected to an in-process worker, or to these."""
         prepared = self.prepared[backend]
         parameters = prepared.parameters
         owner = MlweOwner(parameters, prepared.public_matrix()) if parameters else ClearOwner()
         prepared.guard(owner)
         worker = MlweWorker(parameters) if parameters else ClearWorker()
         with (
-            in_process(prepared, owner, [worker], lanes=lanes) as (client, _),
+            in_process(prepared, owner, workers or [worker], lanes=lanes, ledger=ledger) as (
+                client,
+                _,
+            ),
             skeleton.remote.connected(client.linear),
         ):
             yield client

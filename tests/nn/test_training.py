@@ -101,7 +101,8 @@ def test_a_half_written_checkpoint_is_never_seen(
     monkeypatch.setattr(checkpoint, "write_json", crash)
     with pytest.raises(OSError, match="disk full"):
         run(llama, "clear", directory=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.key", "step-000001"]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["data.key", "step-000000", "step-000001"]
 
 
 def test_resuming_with_other_settings_is_refused(llama: Tiny, tmp_path: Path) -> None:

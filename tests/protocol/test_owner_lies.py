@@ -12,15 +12,18 @@ from protocol.events import (
     Abort,
     AnswerRejected,
     CancelTimer,
+    CloseWanted,
     Decrypt,
     Deliver,
     Effect,
     FailCall,
+    LinearWanted,
     MultiplyCiphertext,
     Retired,
     RunTask,
     Send,
     SetTimer,
+    Start,
     TaskDone,
 )
 from protocol.messages import (
@@ -122,6 +125,34 @@ def test_the_last_honest_worker_gone_the_abort_names_the_liars() -> None:
     assert "w1 lied" in reason
     assert "w2 lied" in reason
     assert all_of(effects, FailCall) == [FailCall(1, reason)]
+
+
+def test_a_worker_retired_in_an_earlier_session_is_never_spoken_to() -> None:
+    """No Hello, no request, whatever it sends; the others serve; a stranger's name is no matter."""
+    desk = OwnerDesk(TWO, retired={"w1": "lied before", "w9": "another run's"})
+    assert desk.owner.state("w1") is State.RETIRED
+    assert {send.peer for send in all_of(desk.do(Start()), Send)} == {"w2"}
+    assert is_dropped(desk.welcome("w1"))
+    desk.welcome("w2")
+    assert requests([*desk.ask(1), *desk.ask(2)]) == [("w2", 1), ("w2", 2)]
+    assert desk.lose("w1") == []
+    assert not [e for e in desk.do(CloseWanted()) if isinstance(e, Send) and e.peer == "w1"]
+
+
+def test_with_none_but_retired_workers_the_session_ends_at_once() -> None:
+    """The reason names what each was found to have done; calls fail with it."""
+    desk = OwnerDesk(TWO, retired={"w1": "lied on Monday", "w2": "lied on Tuesday"})
+    reason = one(desk.do(Start()), Abort).reason
+    assert "lied on Monday" in reason
+    assert "lied on Tuesday" in reason
+    assert one(desk.do(LinearWanted(1, 0, 1, (7,))), FailCall).reason == reason
+
+
+def test_a_loss_of_the_last_worker_not_retired_before_ends_the_session() -> None:
+    """One that an earlier session retired is nobody to wait for."""
+    desk = OwnerDesk(TWO, retired={"w1": "lied before"}).open()
+    desk.ask()
+    assert "lied before" in one(desk.lose("w2"), Abort).reason
 
 
 Mishap = Callable[[OwnerDesk, str], list[Effect]]

@@ -197,6 +197,8 @@ def test_the_owner_follows_its_table(state: State, kind: Input) -> None:
     """Every row: its next state; and when it ignores, nothing but a dropped frame."""
     if kind is Input.WRONG_ANSWER:
         desk = with_an_answer(state)
+    elif (state, kind) == (State.RETIRED, Input.START):
+        desk = OwnerDesk(("w1", "w2"), retired={"w1": "lied in an earlier session"})
     else:
         desk = owner_in(state, attempts_max=1 if kind is Input.EXHAUSTED else 3)
     effects = OWNER_EVENTS[kind](desk)

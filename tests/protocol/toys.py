@@ -6,7 +6,7 @@ it cannot read, and only the holder of the mask reads the product, once it has f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -170,8 +170,9 @@ class OwnerDesk:
         peers: Sequence[str] = ("w1",),
         config: OwnerConfig | None = None,
         placement: Placement | None = None,
+        retired: Mapping[str, str] | None = None,
     ) -> None:
-        self.owner = Owner(SESSION, CATALOGUE, peers, config, placement)
+        self.owner = Owner(SESSION, CATALOGUE, peers, config, placement, retired)
         self.peers = peers
 
     def do(self, event: Event) -> list[Effect]:

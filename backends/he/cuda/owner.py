@@ -16,7 +16,7 @@ copies, where payloads or values are on the host. Speeds on a GPU are unmeasured
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -132,16 +132,18 @@ class CudaOwner(RingOwner):
         super().__init__(parameters, entropy, unverified)
         self._gpu = gpu
         self._wire = not local
-        self._multiplier = int(self._reciprocal)
         self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
         self._residents = Residents(gpu, public, hint_bytes)
         self._flags = Flags(gpu)
         self._checks: dict[str, DeviceCheck] = {}
 
+    def _guarded(self) -> Collection[str]:
+        return self._checks.keys()
+
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = DeviceCheck(
             self._gpu, self._kernels, matrix.name, weight, forward, self._entropy,
-            self._parameters, self._multiplier,
+            self._parameters,
         )  # fmt: skip
 
     def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
@@ -169,8 +171,7 @@ class CudaOwner(RingOwner):
             grid, each = self._grid(blocks, tiles)
             self._kernels.launch(
                 "encrypt", grid, rows, words, values, in_scale, scales.factor, planes,
-                tokens, inputs, tiles, each, self._multiplier,
-                *key_words(self._entropy.fresh_key()),
+                tokens, inputs, tiles, each, *key_words(self._entropy.fresh_key()),
             )  # fmt: skip
             check = self._checks.get(matrix.name)
             expected = None if check is None else check.expect(values, in_scale, scales.factor)
@@ -227,7 +228,6 @@ class CudaOwner(RingOwner):
             self._kernels.launch(
                 "decrypt", grid, slab, words, answer, inverse, out_scale, out,
                 tokens, outputs, first_row, tiles, each, self._parameters.dropped_bits,
-                self._multiplier,
             )  # fmt: skip
 
     def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:
