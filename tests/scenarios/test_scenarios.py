@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.scenarios.commands import ROOT, interrupt, run
+from tests.scenarios.commands import ROOT, interrupt, readable_by_others, run
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
 
@@ -82,9 +82,11 @@ def test_quickstart_reports_and_agrees_with_clear(tmp_path: Path, cache: Path) -
     out, figures = tmp_path / "out", tmp_path / "f.json"
     text = run(
         "scenarios.quickstart", "--steps", "6", "--held-out", "4", "--out", str(out),
-        "--cache", str(cache), "--json", str(figures),
+        "--cache", str(cache), "--json", str(figures), "--trace", str(out / "trace.json"),
     )  # fmt: skip
     assert "Private fine-tuning report" in text
+    assert not readable_by_others(out)
+    assert not figures.stat().st_mode & 0o077
     found: dict[str, Any] = json.loads(figures.read_text())
     for key in (
         "base_loss", "clear_loss", "private_loss", "steps", "tokens", "private_s", "clear_s",
@@ -113,6 +115,7 @@ def test_llama1b_on_a_small_checkpoint_resumes_after_ctrl_c(tmp_path: Path, cach
     assert "the same command goes on" in text
     saved = list((tmp_path / "out" / "checkpoints").glob("step-*"))
     assert len(saved) == 1
+    assert not readable_by_others(tmp_path / "out")
     text = run(*command, "401", code=1)
     assert "made with other settings (steps)" in text
     text = run(*command, "3", "--fresh", "--json", str(tmp_path / "f.json"))
