@@ -245,8 +245,8 @@ def noise() -> str:
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-Of all figures of a case (mean, variance, fourth moment, counts beyond 1 to 5 sigma, the mean of \
-every output) the farthest from the law is {f["largest_score"]:.1f} standard errors away.
+Of all figures (mean, variance, fourth moment, counts beyond 1 to 5 sigma, and the mean of every \
+output) the farthest from the law is {f["largest_score"]:.1f} standard errors away.
 
 {origin(f)}"""
 
