@@ -116,7 +116,9 @@ def test_llama1b_on_a_small_checkpoint_resumes_after_ctrl_c(tmp_path: Path, cach
     text = interrupt(*command, "400", seen="loss=")
     assert "the same command goes on" in text
     saved = list((tmp_path / "out" / "checkpoints").glob("step-*"))
-    assert len(saved) == 1
+    # The one it goes on from, and one from before the worker's first answer to go back to.
+    assert len(saved) == 2
+    assert "step-000000" in {path.name for path in saved}
     assert not readable_by_others(tmp_path / "out")
     text = run(*command, "401", code=1)
     assert "made with other settings (steps)" in text
