@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -20,11 +22,23 @@ from numpy.typing import NDArray
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` at the end of the `with`, or never."""
+    """A binary file that takes the place of `path` at the end of the `with`, or never.
+
+    It has the permissions of the one it replaces, or those of a new file. Its own name until then
+    is new and nobody's guess: what somebody else has put there is not written through.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        mode = None
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(aside, flags, 0o666)  # less the process's mask
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +46,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         sync_directory(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone among processes that change `path`, by a lock file beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:
@@ -134,8 +161,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     Only its owner can look into it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     aside.mkdir(mode=0o700)
     try:
         yield aside
@@ -146,7 +172,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         sync_directory(aside)
         if path.exists():
             # A directory cannot be replaced in one step; the old one goes last.
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
             path.rename(old)
             aside.rename(path)
             shutil.rmtree(old)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from backends.files import write_json
+from backends.files import locked, read_bounded, write_json
 
 FORMAT = 1
 _FILE_BYTES_MAX = 1 << 20
@@ -64,12 +64,12 @@ class WorkerLedger:
         """This worker was caught. On the disk when the call returns."""
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self._lock:
-            if worker in self._caught:
-                return
             shown = "".join(c if c.isprintable() else " " for c in found[:_TEXT_MAX])
-            self._caught[worker] = {"found": shown, "when": when}
+            self._caught.setdefault(worker, {"found": shown, "when": when})
             if self._path is not None:
-                write_json(self._path, {"format": FORMAT, "workers": self._caught})
+                with locked(self._path):  # another run in this directory may have caught others
+                    self._caught = {**self._caught, **_read(self._path)}
+                    write_json(self._path, {"format": FORMAT, "workers": self._caught})
 
     def start_over(self) -> None:
         """What was computed so far has been given up: nobody has served what follows."""
@@ -82,8 +82,9 @@ class WorkerLedger:
         if workers and all(worker in retired for worker in workers):
             told = "; ".join(f"{worker!r}: {retired[worker]}" for worker in workers)
             raise LedgerError(
-                f"no worker left that was not caught giving wrong answers: {told}. Use another "
-                "worker, or delete that file if you know what was wrong"
+                f"no worker left that was not caught giving wrong answers: {told}. What was "
+                "trained on its answers is set aside. Use another worker, or delete that file "
+                "when you have found out what was wrong"
             )
 
     def _where(self) -> str:
@@ -92,14 +93,12 @@ class WorkerLedger:
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
     try:
-        with path.open("rb") as file:
-            raw = file.read(_FILE_BYTES_MAX + 1)
-    except FileNotFoundError:
-        return {}
+        raw = read_bounded(path, _FILE_BYTES_MAX)
     except OSError as error:
-        raise LedgerError(f"{path} cannot be read ({error.strerror}); {_ADVICE}") from error
-    if len(raw) > _FILE_BYTES_MAX:
-        raise LedgerError(f"{path} has over {_FILE_BYTES_MAX} bytes; {_ADVICE}")
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            return {}
+        why = error.strerror or error
+        raise LedgerError(f"{path} cannot be read ({why}); {_ADVICE}") from error
     try:
         stored = json.loads(raw)
         if stored.keys() != {"format", "workers"} or stored["format"] != FORMAT:

@@ -191,7 +191,7 @@ class Run:
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Prepare, train, report; returns the figures."""
         args = self.args
-        ledger = open_ledger(args.out)
+        ledger = open_ledger(args.out, args.out / "checkpoints")
         setup = set_up(args)
         prepared, prepare_s = prepared_for(
             setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,

@@ -1,6 +1,7 @@
 """What a process that holds private data tells the rest of its machine: nothing.
 
-Every scenario and benchmark comes through here at its start (`cli.clean_exit`).
+Every scenario comes through here before it imports anything (`scenarios/__init__.py`), and again
+before it does anything (`cli.clean_exit`).
 """
 
 from __future__ import annotations

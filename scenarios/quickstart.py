@@ -92,6 +92,7 @@ class Quickstart:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out: Path = args.out
+        self.ledger = open_ledger(self.out, self.out / "checkpoints-private")
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
         self.tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
         self.config = AutoConfig.from_pretrained(BASE)
@@ -118,9 +119,11 @@ class Quickstart:
             checkpoints=self.out / f"checkpoints-{name}", **more,
         )  # fmt: skip
 
+    def _evaluate(self, model: torch.nn.Module) -> float:
+        return evaluate(model, self.text.held_out, 4, self.args.held_out)
+
     def private(self) -> list[float]:
         """Fine-tune through the worker on ciphertexts; saves the adapter."""
-        ledger = open_ledger(self.out)
         skeleton = build_skeleton(self.config, self.source)
         parameters = preset(self.args.preset)
         self.prepared, self.figures["prepare_s"] = prepared_for(
@@ -130,17 +133,17 @@ class Quickstart:
         model = self._lora(skeleton.model)
         trainer = self._trainer(
             model, "private", lanes=self.args.lanes, forget_lane=skeleton.remote.forget_lane,
-            ledger=ledger,
+            ledger=self.ledger,
         )  # fmt: skip
         trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
         with private_session(
-            skeleton, self.prepared, self.args.lanes, trace, ledger=ledger
+            skeleton, self.prepared, self.args.lanes, trace, ledger=self.ledger
         ) as session:
             before, done_before = session.usage(), trainer.progress.step
             losses = train_with_bar(trainer, "private (encrypted)", trace=trace)
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
-            self.figures["private_loss"] = evaluate(model, self.text.held_out, 4)
+            self.figures["private_loss"] = self._evaluate(model)
             self.figures["completion_after"] = completion(model, self.tokenizer)
         trainer.require_untainted()
         if trace is not None:
@@ -170,13 +173,13 @@ class Quickstart:
         """The same fine-tuning in plain torch, on the same int8 base weights."""
         skeleton = build_skeleton(self.config, self.source)
         localise(skeleton, self.prepared)
-        self.figures["base_loss"] = evaluate(skeleton.model, self.text.held_out, 4)
+        self.figures["base_loss"] = self._evaluate(skeleton.model)
         self.figures["completion_before"] = completion(skeleton.model, self.tokenizer)
         model = self._lora(skeleton.model)
         trainer = self._trainer(model, "clear")
         losses = train_with_bar(trainer, "clear (to compare)")
         self.figures["clear_s"] = sum(trainer.step_seconds)
-        self.figures["clear_loss"] = evaluate(model, self.text.held_out, 4)
+        self.figures["clear_loss"] = self._evaluate(model)
         return losses
 
     def run(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from backends.net.inprocess import in_process, worker_name
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
+from backends.nn.checkpoint import set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer
 from scenarios.hardware import CPU, Hardware
@@ -56,12 +57,14 @@ class Usage:
         )
 
 
-def open_ledger(out: Path) -> WorkerLedger:
-    """The ledger of the run in directory `out`.
+def open_ledger(out: Path, checkpoints: Path) -> WorkerLedger:
+    """The ledger of the run in directory `out`. No checkpoint rests on who is in it, afterwards.
 
     Raises LedgerError when it is damaged, or when the worker of this process was caught there.
     """
     ledger = WorkerLedger(out / "retired-workers.json")
+    # Before anything is refused: whoever deletes the ledger's file must not go on from those.
+    set_aside(checkpoints, ledger.retired)
     ledger.require_one_of([worker_name(0)])
     return ledger
 
@@ -150,6 +153,8 @@ def private_session(
     ):
         session = PrivateSession(owner, client, server, hardware)
         session.warm_up(prepared)
+        if ledger is not None:
+            ledger.start_over()  # nothing rests on that product
         with skeleton.remote.connected(client.linear):
             yield session
 

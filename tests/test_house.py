@@ -137,17 +137,31 @@ def test_promises_name_tests_that_exist(page: str) -> None:
         assert not test or f"def {test}(" in (ROOT / file).read_text(), f"{page} names {test}"
 
 
+LOGGED = {
+    "log", "self", "type", "peer", "worker", "reason", "error", "work", "name", "why", "_where",
+    "effect", "_thread", "__name__", "info", "warning", "_log", "path", "_gpu", "option",
+    "directory", "strerror",
+}  # fmt: skip
+"""All that log calls of the owner's and the worker's code may speak of: names and reasons."""
+
+
 def test_private_values_are_not_logged() -> None:
-    """Log calls on the wire's path take names and reasons, never arrays."""
-    for name in ("backends.net.loop", "backends.net.owner", "backends.net.worker"):
-        for node in ast.walk(ast.parse(modules()[name].read_text())):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and isinstance(node.func.value, ast.Name)
-                and node.func.value.id == "log"
-            ):
-                parts = [part for argument in node.args for part in ast.walk(argument)]
-                words = {part.id for part in parts if isinstance(part, ast.Name)}
-                words |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
-                assert not words & {"x", "payload", "sealed", "result", "frame", "loss"}, name
+    """Log calls take names and reasons by position, never arrays, nor whole objects; no prints."""
+    for name, path in modules().items():
+        if name.partition(".")[0] not in ("backends", "protocol"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            assert not (isinstance(node.func, ast.Name) and node.func.id == "print"), name
+            at = node.func
+            if not (isinstance(at, ast.Attribute) and isinstance(at.value, ast.Name)):
+                continue
+            if at.value.id not in ("log", "_log", "logging", "logger") or at.attr == "getLogger":
+                continue
+            assert at.attr != "exception", f"{name}: a traceback's text may quote private values"
+            assert not node.keywords, f"{name}: {ast.unparse(node)}"
+            parts = [part for argument in node.args for part in ast.walk(argument)]
+            words = {part.id for part in parts if isinstance(part, ast.Name)}
+            words |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
+            assert words <= LOGGED, f"{name}: {ast.unparse(node)}"

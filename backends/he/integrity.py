@@ -63,6 +63,9 @@ LIMIT = 8.0
 CLASSES = 16
 """Sums are kept for places in a request that are equal mod this: a bias may be for some tokens."""
 _MARKS = 16
+_MIX = np.random.default_rng(0).integers(0, 1 << 63, _MARKS, np.uint64) * 2 + 1
+"""Odd factors that make one number of a row's marks; which ones does not matter."""
+_LEAST_DEVIATION = 2.0**-20
 _SLAB_BYTES = 64 << 20
 
 Float64Array = NDArray[np.float64]
@@ -83,12 +86,13 @@ class Survey:
     """What one pass over a matrix M (N x K) yields for its check.
 
     projected  float64[POOL, K], V*M
-    marks      float64[N, 16], M times random integers below 2^16: exact, tells zero rows, parallel
-               rows and common powers of two
+    marks      float64[N, 16], M times random integers below 2^16: exact, tells which rows are alike
+    bits       uint8[N], all entries of a row, or-ed: its lowest bit is what divides the row
     """
 
     projected: torch.Tensor = field(repr=False)
     marks: Float64Array = field(repr=False)
+    bits: NDArray[np.uint8] = field(repr=False)
 
 
 def survey(pool: torch.Tensor, weight: NDArray[np.int8], forward: bool, entropy: Entropy) -> Survey:
@@ -100,17 +104,22 @@ def survey(pool: torch.Tensor, weight: NDArray[np.int8], forward: bool, entropy:
     probes = torch.from_numpy(raw.reshape(inputs, _MARKS)).to(device)
     projected = torch.zeros((POOL, inputs), dtype=torch.float64, device=device)
     marks = torch.zeros((outputs, _MARKS), dtype=torch.float64, device=device)
+    bits = np.zeros(outputs, np.uint8)
     step = max(1, _SLAB_BYTES // (8 * columns))
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
-        slab = torch.from_numpy(np.array(weight[part])).to(device).double()
+        codes = np.array(weight[part])
+        slab = torch.from_numpy(codes).to(device).double()
+        found = np.bitwise_or.reduce(codes, axis=1 if forward else 0).view(np.uint8)
         if forward:
             projected += wide[:, part] @ slab
             marks[part] = slab @ probes
+            bits[part] = found
         else:
             projected[:, part] = wide @ slab.T
             marks += slab.T @ probes[part]
-    return Survey(projected, marks.cpu().numpy())
+            bits |= found
+    return Survey(projected, marks.cpu().numpy(), bits)
 
 
 @dataclass(frozen=True)
@@ -131,46 +140,107 @@ def mlwe_honesty(pool: NDArray[np.float32], found: Survey, parameters: Parameter
 
     Up: rounding u to p, uniform, 1/12, and the error's variance times (p/q)^2, for each input,
     times U. Down: the dropped bits and the owner's own rounding, 4^delta/12 together, for each
-    output, times v; two outputs' are uncorrelated unless their rows of M are parallel.
+    output, times v; two outputs' are uncorrelated unless their rows of M are alike
+    (`_dropped_variance`).
+
+    A matrix of zeros has exact answers; the least deviation is far below any error it could have.
 
     Means: rounding from q to p averages to zero but for 2^-27 (`epilogue.py`), for u and for the
     owner's mask; rounding half up is off by half of a result's grid.
     """
     p_over_q = parameters.worker_modulus / parameters.modulus
     up = 1 / 12 + p_over_q**2 * ERROR_BITS / 4
-    down = 4.0**parameters.dropped_bits / 12
+    delta, wide = parameters.dropped_bits, pool.astype(np.float64)
     projected = found.projected.cpu().numpy()
-    variance = up * np.sum(projected**2, axis=1) + down * _correlated_squares(pool, found.marks)
-    grid = _lowest_bits(found.marks)
-    half = np.where(grid < 1 << parameters.dropped_bits, grid, 0) / 2
-    mean = pool.astype(np.float64) @ half
-    return Honesty(mean, np.sqrt(variance))
+    grid = found.bits & -found.bits.astype(np.int64)
+    down = (
+        _dropped_variance(wide, found.marks, grid, delta)
+        + _parallel_squares(wide, found.marks) / 12
+    )
+    variance = up * np.sum(projected**2, axis=1) + down
+    mean = wide @ (np.where(grid < 1 << delta, grid, 0) / 2)
+    return Honesty(mean, np.maximum(np.sqrt(variance), _LEAST_DEVIATION))
 
 
-def _correlated_squares(pool: NDArray[np.float32], marks: Float64Array) -> Float64Array:
-    """float64[POOL]: what the sum of v_j^2 is where all outputs' roundings are uncorrelated.
+def _dropped_variance(
+    pool: Float64Array, marks: Float64Array, grid: NDArray[np.int64], dropped: int
+) -> Float64Array:
+    """float64[POOL]: the variance of V times what `dropped` low bits of the answers' values are.
 
-    Equal rows of M have equal roundings: their coefficients add up. Other parallel rows are taken
-    to have equal ones too, of the worst sign. A row of zeros has none.
+    Bit b of a value is worth 2^b, or nothing, each time as likely: variance 4^b/4, and bits are
+    independent. Two values have bit b in common when their rows of M are equal mod 2^(b+1), and the
+    opposite one, mostly, when the sum of their rows is zero: then they add up before they are
+    squared. Values of a row that 2^(b+1) divides have no bit b. Rows that are odd multiples of each
+    other otherwise (one three times the other) are taken to be fully alike, of the worst sign.
+    """
+    whole, squares = marks.astype(np.int64), pool**2
+    total = np.zeros(len(pool))
+    for bit in range(dropped):
+        live = np.flatnonzero((grid != 0) & (grid <= 1 << bit))
+        mask = (2 << bit) - 1
+        there, mirrored = whole[live] & mask, -whole[live] & mask
+        differ = there != mirrored
+        first = np.argmax(differ, axis=1)
+        at = np.arange(len(live))
+        flip = mirrored[at, first] < there[at, first]
+        key = np.where(flip[:, None], mirrored, there).astype(np.uint64)
+        _, family, size = np.unique(
+            (key * _MIX).sum(axis=1, dtype=np.uint64), return_inverse=True, return_counts=True
+        )
+        alone = size[family] == 1
+        found = squares[:, live[alone]].sum(axis=1)
+        if not alone.all():
+            together = np.argsort(family[~alone], kind="stable")
+            rows, opposite = live[~alone][together], flip[~alone][together]
+            begins = np.flatnonzero(np.diff(family[~alone][together], prepend=-1))
+            some = np.add.reduceat(pool[:, rows] * ~opposite, begins, axis=1)
+            others = np.add.reduceat(pool[:, rows] * opposite, begins, axis=1)
+            # -Y has the bits of Y up to the lowest one that is set, and the opposite ones above.
+            below = bit - np.log2(grid[rows[begins]])
+            alike = 2.0 ** (1 - below) - 1
+            found += np.sum(some**2 + others**2 + 2 * alike * some * others, axis=1)
+        total += 4.0**bit / 4 * found
+    worst = (4.0**dropped - 1) / 12 * _parallel_squares(pool, marks)
+    return np.maximum(total, worst) if _oddly_parallel(marks) else total
+
+
+def _families(
+    marks: Float64Array,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Rows that are not zero in an order where parallel ones are neighbours, and equal ones too.
+
+    Returns int64[n] places, and bool[n] twice: whether a row begins others that are parallel, and
+    others that are equal.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         # Marks are exact, so parallel rows have quotients that are equal to the last bit.
         quotients = marks[:, 1] / marks[:, 0]
     order = np.lexsort((marks[:, 0], quotients))
     order = order[marks[order, 0] != 0]
-    if not len(order):
-        return np.zeros(len(pool))
     parallel = np.diff(quotients[order], prepend=np.nan) != 0
     other = parallel | (np.diff(marks[order, 0], prepend=0) != 0)
-    equal = np.add.reduceat(pool[:, order].astype(np.float64), np.flatnonzero(other), axis=1)
+    return order, parallel, other
+
+
+def _oddly_parallel(marks: Float64Array) -> bool:
+    """Whether a row is a multiple of another one, and neither it nor its opposite."""
+    order, parallel, _ = _families(marks)
+    sizes = np.abs(marks[order, 0])
+    return bool(np.any(~parallel & (np.diff(sizes, prepend=0) != 0)))
+
+
+def _parallel_squares(pool: Float64Array, marks: Float64Array) -> Float64Array:
+    """float64[POOL]: what the sum of v_j^2 is where all outputs' roundings are uncorrelated.
+
+    Equal rows of M have equal roundings: their coefficients add up. Other parallel rows are taken
+    to have equal ones too, of the worst sign. A row of zeros has none.
+    """
+    order, parallel, other = _families(marks)
+    if not len(order):
+        return np.zeros(len(pool))
+    equal = np.add.reduceat(pool[:, order], np.flatnonzero(other), axis=1)
     firsts = np.flatnonzero(parallel[other])
     return np.sum(np.add.reduceat(np.abs(equal), firsts, axis=1) ** 2, axis=1)
-
-
-def _lowest_bits(marks: Float64Array) -> NDArray[np.int64]:
-    """int64[N]: the largest power of two that divides a row of M; 0 where the row is zero."""
-    common = np.bitwise_or.reduce(marks.astype(np.int64), axis=1)
-    return common & -common
 
 
 @dataclass

@@ -39,7 +39,10 @@ class Audit:
 
     def keep(self, request: AnyPayload) -> AnyPayload | None:
         """The request's bytes where its answer is to be compared, else None."""
-        chosen = isinstance(request, memoryview) and secrets.randbelow(self._one_in) == 0
+        chosen = (
+            isinstance(request, bytes | bytearray | memoryview)
+            and secrets.randbelow(self._one_in) == 0
+        )
         return request if chosen else None
 
     def require(self, matrix: int, tokens: int, request: AnyPayload, answer: AnyPayload) -> None:

@@ -12,9 +12,11 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from protocol.errors import WrongAnswerError
 from protocol.events import (
@@ -34,6 +36,13 @@ from protocol.events import (
 from protocol.messages import Frame
 
 log = logging.getLogger(__name__)
+
+
+def _where(error: BaseException) -> str:
+    """Its type, and the lines it came through; not its text, which may quote private values."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+    return f"{type(error).__name__} at {lines}"
 
 
 @dataclass
@@ -188,7 +197,7 @@ class MachineLoop:
             self.post(TaskFailed(task, str(error)))
         except Exception as error:
             self.post(TaskFailed(task, f"{type(work).__name__} failed: {type(error).__name__}"))
-            log.exception("a compute task failed")
+            log.error("%s failed: %s", type(work).__name__, _where(error))
         else:
             end = time.perf_counter()
             self.meter.add_task(type(work).__name__, end - start)

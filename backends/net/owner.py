@@ -21,6 +21,7 @@ from backends.ledger import WorkerLedger
 from backends.net.audit import Audit
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
+from protocol.errors import WrongAnswerError
 from protocol.events import (
     Abort,
     Closed,
@@ -58,12 +59,12 @@ class UnsafeCipherError(ValueError):
     """A worker elsewhere was to be trusted with what the cipher does not protect."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Held:
     """What opens the answer to one request, and the request where its answer is audited."""
 
     sealed: Any = field(repr=False)
-    audited: AnyPayload | None = field(repr=False)
+    audited: AnyPayload | None = field(default=None, repr=False)
 
 
 class OwnerClient:
@@ -167,19 +168,31 @@ class OwnerClient:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Say goodbye to every worker and stop."""
-        if self._failure is None:
-            self._loop.post(CloseWanted())
-            self._closed.wait(timeout_s)
-        self._loop.stop()
-        self._wipe_held()
+        try:
+            if self._failure is None:
+                self._loop.post(CloseWanted())
+                self._closed.wait(timeout_s)
+        finally:
+            # Whoever asks from now on would wait for a machine that has stopped.
+            self._fail_all("the session is closed")
+            self._loop.stop()
+            self._wipe_held()
 
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
+            held = self._hold(_Held(encrypted.sealed))
             payload = carried(encrypted.payload)
-            audited = None if self._audit is None else self._audit.keep(payload)
-            return payload, self._hold(_Held(encrypted.sealed, audited))
+            held.audited = None if self._audit is None else self._audit.keep(payload)
+            return payload, held
         assert isinstance(task, Decrypt)
+        try:
+            return self._open(task)
+        except WrongAnswerError as error:
+            self._caught(task.worker, str(error))
+            raise
+
+    def _open(self, task: Decrypt) -> Values:
         assert isinstance(task.sealed, _Held)
         matrix, held = self._matrices[task.matrix], task.sealed
         if self._audit is not None and held.audited is not None:
@@ -188,6 +201,16 @@ class OwnerClient:
         self._let_go(held)
         self._ledger.accepted(task.worker)
         return result
+
+    def _caught(self, worker: str, found: str) -> None:
+        """On the disk before anybody hears of it, and whatever has become of the call meanwhile."""
+        try:
+            self._ledger.retire(worker, found)
+        except OSError as error:
+            self._fail_all(
+                f"worker {worker!r} gave a wrong answer, and that cannot be written down "
+                f"({error.strerror}): a restart would trust it again"
+            )
 
     def _hold(self, held: _Held) -> _Held:
         with self._lock:
@@ -212,7 +235,10 @@ class OwnerClient:
     def _report(self, effect: Effect) -> None:
         match effect:
             case Deliver(call, result):
-                self._pending.pop(call).set_result(result)
+                # Gone like those that failed, see below.
+                waiting = self._pending.pop(call, None)
+                if waiting is not None:
+                    waiting.set_result(result)
             case FailCall(call, reason):
                 # Gone when an abort has failed it while its request was still queued.
                 waiting = self._pending.pop(call, None)
@@ -223,8 +249,6 @@ class OwnerClient:
                 self._let_go(held)
                 self._cipher.discard(held.sealed)
             case Retired(peer, reason):
-                # On the disk before a lane hears of it.
-                self._ledger.retire(peer, reason)
                 log.error("worker %s is not used any more: %s", peer, reason)
             case Abort(reason):
                 self._fail_all(reason)
@@ -240,7 +264,7 @@ class OwnerClient:
 
     def _fail_all(self, reason: str) -> None:
         with self._lock:
-            self._failure = reason
+            self._failure = self._failure or reason  # the first is the cause
             for future in self._pending.values():
                 future.set_exception(RemoteLinearError(reason))
             self._pending.clear()

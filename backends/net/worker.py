@@ -93,4 +93,4 @@ class WorkerServer:
             log.info("dropped a frame of %s: %s", effect.peer, effect.reason)
 
     def _crashed(self, error: BaseException) -> None:
-        log.critical("the worker cannot go on: %s", error)
+        log.critical("the worker cannot go on: %s", type(error).__name__)

@@ -28,13 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backends.files import replacing_directory, write_json, write_secret
+from backends.files import (
+    read_bounded,
+    replacing_directory,
+    sync_directory,
+    write_json,
+    write_secret,
+)
 
 _NAME = re.compile(r"step-(\d{6})")
 _KEPT = 2
+_STATE_BYTES_MAX = 64 << 20
 _KEY_FILE = "data.key"
 _KEY_BYTES = 32
 
@@ -65,10 +73,17 @@ def data_tag(directory: Path, sequences: torch.Tensor) -> str:
                 "this data; put it back, use another --out, or start over with --fresh"
             )
         write_secret(path, os.urandom(_KEY_BYTES))
-    key = path.read_bytes()
+    key = read_bounded(path, _KEY_BYTES) if path.stat().st_size == _KEY_BYTES else b""
     if len(key) != _KEY_BYTES:
         raise ResumeError(f"{path} is no key of this program; start over with --fresh")
-    return hmac.digest(key, sequences.contiguous().numpy().tobytes(), "sha256").hex()
+    if path.stat().st_mode & 0o077:
+        raise ResumeError(
+            f"{path} can be read by other users, who can try data against it; "
+            "make it yours alone (chmod 600), or start over with --fresh"
+        )
+    shape = json.dumps(list(sequences.shape)).encode()
+    data = sequences.contiguous().numpy().tobytes()
+    return hmac.digest(key, shape + data, "sha256").hex()
 
 
 def save(
@@ -108,14 +123,15 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     """What its state.json says. Raises ResumeError when that is not what `save` wrote."""
     path = checkpoint / "state.json"
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        names = all(isinstance(name, str) for name in state["served"])
-        numbers = all(isinstance(loss, float) for loss in state["losses"])
-        if not (names and numbers and isinstance(state["run"], dict)):
+        state: dict[str, Any] = json.loads(read_bounded(path, _STATE_BYTES_MAX))
+        served, losses = state["served"], state["losses"]
+        names = type(served) is list and all(type(name) is str for name in served)
+        numbers = type(losses) is list and all(type(loss) is float for loss in losses)
+        if not (names and numbers and type(state["run"]) is dict):
             raise ValueError("an entry of another form")
-        if state["step"] != len(state["losses"]):
+        if state["step"] != len(losses) or checkpoint.name != f"step-{len(losses):06d}":
             raise ValueError("losses of another number of steps")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResumeError(
             f"{path} is damaged ({error}); delete {checkpoint} to resume from the one before"
         ) from error
@@ -139,17 +155,14 @@ def restore(
     found = _found(directory)
     if not found:
         return None
-    tainted = [path for path in found if not set(distrusted).isdisjoint(_state(path)["served"])]
-    if len(tainted) == len(found):
+    set_aside(directory, distrusted)
+    left = _found(directory)
+    if not left:
         raise ResumeError(
             f"every checkpoint in {directory} rests on answers of a worker that was caught giving "
             f"wrong ones ({', '.join(sorted(distrusted))}); start over with --fresh"
         )
-    for path in tainted:
-        aside = path.with_name(f"distrusted-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    newest = _found(directory)[-1]
+    newest = left[-1]
     state = _state(newest)
     differing = [key for key in run if state["run"].get(key) != run[key]]
     if differing:
@@ -157,9 +170,11 @@ def restore(
             f"{newest} was made with other settings ({', '.join(differing)}); use the same ones, "
             "another --out, or start over with --fresh"
         )
-    weights = load_file(newest / "adapter.safetensors")
-    moments = load_file(newest / "optimizer.safetensors")
-    if set(weights) != set(parameters):
+    weights = _load(newest / "adapter.safetensors")
+    moments = _load(newest / "optimizer.safetensors")
+    if {name: p.shape for name, p in parameters.items()} != {
+        n: w.shape for n, w in weights.items()
+    }:
         raise ResumeError(f"{newest} holds another adapter; start over with --fresh")
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -171,6 +186,27 @@ def restore(
                 if key.rpartition("::")[0] == name
             }
     return Progress(state["step"], state["losses"], frozenset(state["served"]))
+
+
+def set_aside(directory: Path, distrusted: Collection[str]) -> None:
+    """Rename the checkpoints that rest on these workers: no run goes on from them any more."""
+    for path in _found(directory):
+        if set(distrusted).isdisjoint(_state(path)["served"]):
+            continue
+        aside = path.with_name(f"distrusted-{path.name}")
+        while aside.exists() or aside.is_symlink():
+            aside = aside.with_name(f"{aside.name}-again")
+        path.rename(aside)
+        sync_directory(directory)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ResumeError(
+            f"{path} is damaged ({error}); delete {path.parent} to resume from the one before"
+        ) from error
 
 
 def _found(directory: Path) -> list[Path]:

@@ -88,20 +88,28 @@ def token_losses(
     )
 
 
-def evaluate(model: nn.Module, sequences: torch.Tensor, micro_batch: int) -> float:
+def evaluate(
+    model: nn.Module, sequences: torch.Tensor, micro_batch: int, asked: int | None = None
+) -> float:
     """Mean loss in nats per predicted token over int64[n, S].
 
-    The last micro-batch is as long as the others, whatever n: a worker learns n/micro_batch,
-    rounded up.
+    A worker learns how many micro-batches there were. So that this tells nothing of how much text
+    there is, as many are computed as `asked` sequences take: others are repeated and not counted.
+
+    asked  at least n; None takes n itself, and tells it
     """
+    there = len(sequences)
+    asked = there if asked is None else asked
+    if not 0 < there <= asked:
+        raise ValueError(f"{there} sequences to evaluate on, where 1 to {asked} are asked for")
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for part in torch.split(sequences, micro_batch):
-            missing = micro_batch - len(part)
-            whole = torch.cat([part, part[-1:].expand(missing, -1)]) if missing else part
-            total += token_losses(model, whole, counted=len(part)).item()
-    return total / (sequences.shape[0] * (sequences.shape[1] - 1))
+        for start in range(0, asked, micro_batch):
+            places = torch.arange(start, start + micro_batch)
+            counted = min(max(0, there - start), micro_batch)
+            total += token_losses(model, sequences[places % there], counted).item()
+    return total / (there * (sequences.shape[1] - 1))
 
 
 def lane_threads(lanes: int) -> Executor:
@@ -172,7 +180,11 @@ class Trainer:
         with stop_on_interrupt() as stop, self._pool(self._lanes) as pool:
             while self.progress.step < self.config.steps:
                 start = time.perf_counter()
-                loss = self._step(pool)
+                try:
+                    loss = self._step(pool)
+                except BaseException:
+                    self._distrust()
+                    raise
                 self.step_seconds.append(time.perf_counter() - start)
                 if self._caught():
                     on_return(self._go_back())
@@ -191,6 +203,7 @@ class Trainer:
     def require_untainted(self) -> None:
         """Raise TaintedError when a worker was caught since the last step that rests on it."""
         if self._caught():
+            self._distrust()
             raise TaintedError(
                 f"{self._who()}, after the last step; what was trained rests on its answers and "
                 "is not saved as a result. Run the same command again: training goes back to a "
@@ -216,16 +229,27 @@ class Trainer:
                 "no checkpoints to go back to: start over without that worker"
             )
         self._ledger.start_over()
-        self._restore()
+        if not self._restore():
+            raise TaintedError(
+                f"{why} in step {step}, and the checkpoints in {self._checkpoints} are gone: "
+                "start over without that worker"
+            )
         return f"{why} in step {step}; back to step {self.progress.step}, before its first answer"
 
-    def _restore(self) -> None:
-        if self._checkpoints is not None:
-            found = checkpoint.restore(
-                self._checkpoints, self._run, self._parameters, self._optimizer,
-                self._ledger.retired,
-            )  # fmt: skip
-            self.progress = found or self.progress
+    def _restore(self) -> bool:
+        """Resume from the newest checkpoint that may be trusted; whether there is one."""
+        if self._checkpoints is None:
+            return False
+        found = checkpoint.restore(
+            self._checkpoints, self._run, self._parameters, self._optimizer, self._ledger.retired
+        )
+        self.progress = found or self.progress
+        return found is not None
+
+    def _distrust(self) -> None:
+        """Before a run ends: what rests on a worker that was caught is not gone on from, ever."""
+        if self._checkpoints is not None and self._caught():
+            checkpoint.set_aside(self._checkpoints, self._ledger.retired)
 
     def _step(self, pool: Executor) -> float:
         step, config = self.progress.step, self.config

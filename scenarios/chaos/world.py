@@ -33,7 +33,6 @@ from protocol.events import (
     FrameArrived,
     LinearWanted,
     PeerLost,
-    Retired,
     RunTask,
     Start,
     TaskDone,
@@ -104,6 +103,7 @@ class World:
         self._events = 0
         self._incarnation = 0
         self._answered: set[str] = set()
+        self._caught: set[str] = set()
         self._rests_on: list[set[str]] = []
         self.trained_s = 0.0
         self._up = False
@@ -179,7 +179,7 @@ class World:
 
     def _check_trust(self) -> None:
         """No step that counts has an answer of a worker that was caught in it."""
-        caught = self._seen.retired & set().union(*self._rests_on)
+        caught = self._caught & set().union(*self._rests_on)
         require(not caught, f"step {self._step} rests on answers of {', '.join(sorted(caught))}")
 
     def _check_state(self, losses: list[float], since: int) -> None:
@@ -218,6 +218,7 @@ class World:
     def _start_owner(self) -> None:
         self._incarnation += 1
         session = self._rng.randbytes(16)
+        self._seen.retired |= self._caught  # whether or not the one before could act on it
         self._seen.owner_starts(session)
         self._cipher = self._arithmetic.owner_cipher(self._incarnation)
         names, config = list(self._workers), self.options.owner
@@ -304,6 +305,9 @@ class World:
                 return TaskDone(run.task, (made.payload.data, made.sealed))
             result = self._cipher.decrypt(work.sealed, work.payload, matrix, work.worker)
         except WrongAnswerError as error:
+            # At once, whatever becomes of the call, as the real driver does.
+            self._ledger.retire(work.worker, str(error))
+            self._caught.add(work.worker)
             return AnswerRejected(run.task, str(error))
         except ValueError as error:
             return TaskFailed(run.task, str(error))
@@ -319,8 +323,6 @@ class World:
                 assert isinstance(result, np.ndarray)
                 self._arithmetic.require_right(matrix, x, result)
                 answer(result)
-            case Retired(worker, reason):
-                self._ledger.retire(worker, reason)
             case FailCall(call, reason):
                 _, _, answer = self._pending.pop(call)
                 answer(CallFailed(reason))

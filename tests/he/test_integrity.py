@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import gcd, sqrt
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from backends.he import integrity
 from backends.he.clear import ClearOwner
@@ -202,11 +203,25 @@ def _powers(weight: np.ndarray[Any, Any]) -> None:
     weight *= 32
 
 
+def _congruent(weight: np.ndarray[Any, Any]) -> None:
+    weight[...] = np.where(weight[:, :1] % 2, 64, -64)
+    weight[:, 1::3] *= -1
+    weight[::3] += 0
+
+
+def _nearly_congruent(weight: np.ndarray[Any, Any]) -> None:
+    weight[...] = np.where(weight > 0, 127, -1)
+    weight[:, 3:] = weight[:1, 3:]
+
+
 def _constant(weight: np.ndarray[Any, Any]) -> None:
     weight[...] = 127
 
 
-@pytest.mark.parametrize("shape", [None, _twins, _zero_rows, _powers, _constant])
+SHAPES = [None, _twins, _zero_rows, _powers, _constant, _congruent, _nearly_congruent]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("parameters", [preset("standard"), TWO_LIMBS], ids=["three", "two"])
 def test_the_honest_distribution_is_as_derived(
     monkeypatch: pytest.MonkeyPatch, parameters: Parameters, shape: Any
@@ -269,10 +284,53 @@ def test_every_request_has_rows_of_its_own_and_every_owner_a_pool() -> None:
 
 def test_parallel_rows_are_told_apart() -> None:
     """Equal rows add their coefficients, others that are parallel their sizes; zeros count not."""
-    pool = np.array([[0.5, -0.75, 0.5, 1.0, 0.5, 0.25]], np.float32)
+    pool = np.array([[0.5, -0.75, 0.5, 1.0, 0.5, 0.25]])
     rows = np.array([[1.0, 5], [1, 5], [2, 10], [3, 1], [0, 0], [-1, -5]])
-    found = integrity._correlated_squares(pool, rows)
+    found = integrity._parallel_squares(pool, rows)
     assert found[0] == pytest.approx((0.25 + 0.5 + 0.25) ** 2 + 1.0)
+
+
+@pytest.mark.parametrize("inputs", [2, 3, 8])
+@pytest.mark.parametrize("entries", [(64, -64), (127, -1), (32, -32), (32, 96), (40, 120), (0, 64)])
+def test_rows_that_are_alike_get_nobody_accused(entries: tuple[int, int], inputs: int) -> None:
+    """Of few different rows, congruent ones, opposite ones, odd multiples: sums stay in bounds."""
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        weight = rng.choice(np.array(entries, np.int8), (512, inputs))
+        case = make_case(inputs, 512, weight=weight)
+        owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+        owner.guard(case.matrix, weight, True)
+        loaded = worker.load(weight, True)
+        for _ in range(30):
+            sent = owner.encrypt(rng.standard_normal((256, inputs)).astype(np.float32), case.matrix)
+            owner.decrypt(sent.sealed, worker.multiply(sent.payload, 256, loaded), case.matrix)
+
+
+def test_a_matrix_of_zeros_has_exact_answers() -> None:
+    """An honest one passes, and any other does not."""
+    case = make_case(30, 40, weight=np.zeros((40, 30), np.int8))
+    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+    owner.guard(case.matrix, case.weight, True)
+    sent = owner.encrypt(np.ones((4, 30), np.float32), case.matrix)
+    right = worker.multiply(sent.payload, 4, worker.load(case.weight, True))
+    wrong = right.copy()
+    wrong[7] ^= 1
+    with pytest.raises(WrongAnswerError):
+        owner.decrypt(sent.sealed, wrong, case.matrix)
+    assert not owner.decrypt(sent.sealed, right, case.matrix).any()
+
+
+def test_what_divides_a_row_is_found_exactly() -> None:
+    """Whatever the row: sixteen random sums may all be even by chance."""
+    rng = np.random.default_rng(0)
+    weight = rng.choice(np.array([0, 1, 2, 4, 64, -32], np.int8), (3000, 2))
+    pool = torch.zeros((POOL, 3000))
+    for forward in (True, False):
+        matrix = weight if forward else np.ascontiguousarray(weight.T)
+        found = integrity.survey(pool, matrix, forward, OsEntropy()).bits.astype(int)
+        for row, bits in zip(weight.astype(int), found, strict=True):
+            common = gcd(*row)
+            assert bits & -bits == common & -common
 
 
 def test_a_failed_check_leaves_the_request_open() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from backends import files
+from backends.files import replacing
 from backends.he import preparation
 from backends.he.manifest import GroupSpec, PreparationError
 from backends.he.params import preset
@@ -146,6 +150,34 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (aside / "x").write_bytes(b"half")
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_others_put_in_the_way_is_not_written_through(tmp_path: Path) -> None:
+    """Names aside cannot be guessed, and an existing one of them is never used."""
+    target, victim = tmp_path / "result.json", tmp_path / "victim"
+    victim.write_text("precious")
+    with mock.patch.object(secrets, "token_hex", return_value="0" * 16):
+        (tmp_path / f".result.json.{'0' * 16}.tmp").symlink_to(victim)
+        with pytest.raises(FileExistsError), replacing(target) as file:
+            file.write(b"private")
+    assert victim.read_text() == "precious"
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path, mode: int) -> None:
+    """Whatever the mask says of new ones."""
+    target = tmp_path / "result.json"
+    target.write_text("old")
+    target.chmod(mode)
+    before = os.umask(0o000)
+    try:
+        with replacing(target) as file:
+            file.write(b"new")
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o777 == mode
+    assert target.read_bytes() == b"new"
 
 
 def test_jobs_run_ahead_in_order_and_within_their_budget() -> None:

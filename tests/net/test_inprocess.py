@@ -313,9 +313,51 @@ def test_a_lie_that_cannot_be_written_down_ends_the_session(
     ledger._path = tmp_path / "run" / "retired-workers.json"
     with (
         in_process(model, owner, ciphers, ledger=ledger) as (client, _),
-        pytest.raises(RemoteLinearError, match="machine stopped"),
+        pytest.raises(RemoteLinearError, match=r"worker0.*cannot be written down"),
     ):
         client.linear(0, np.ones((2, 24), np.float32))
+    with pytest.raises(RemoteLinearError, match="closed|cannot be written down"):
+        client.linear(0, np.ones((2, 24), np.float32))
+
+
+def test_a_lie_is_written_down_whatever_has_become_of_its_call(
+    model: PreparedModel, tmp_path: Path
+) -> None:
+    """The session closes while the answer is decrypted: the lane has gone, the lie counts."""
+    ledger = WorkerLedger(tmp_path / "retired-workers.json")
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    entered, gate, decrypt = threading.Event(), threading.Event(), owner.decrypt
+
+    def slow(*arguments: Any) -> Any:
+        entered.set()
+        assert gate.wait(10)
+        return decrypt(*arguments)
+
+    owner.decrypt = slow  # type: ignore[method-assign]
+    with in_process(model, owner, [Liar(preset("standard"))], ledger=ledger) as (client, _):
+        lane = threading.Thread(target=lambda: _fails(client))
+        lane.start()
+        assert entered.wait(10)
+        closing = threading.Thread(target=client.close)
+        closing.start()
+        lane.join()
+        gate.set()
+        closing.join()
+    assert "not the product" in WorkerLedger(tmp_path / "retired-workers.json").retired["worker0"]
+
+
+def _fails(client: OwnerClient) -> None:
+    with pytest.raises(RemoteLinearError):
+        client.linear(0, np.ones((2, 24), np.float32))
+
+
+def test_asking_after_the_end_is_an_error(model: PreparedModel) -> None:
+    """Not a wait for ever."""
+    with Wire(model) as wire:
+        wire.client.linear(0, np.ones((1, 24), np.float32))
+    with pytest.raises(RemoteLinearError, match="closed"):
+        wire.client.linear(0, np.ones((1, 24), np.float32))
 
 
 class Nudger(MlweWorker):

@@ -7,6 +7,8 @@ that the liar never took part in.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +127,23 @@ def test_only_what_rests_on_the_liar_is_done_again(
     assert rests_on(place) == {0: [], 5: ["worker1"], 6: ["worker1"]}
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
 def test_a_liar_caught_as_the_last_worker_is_undone_at_the_next_start(
-    llama: Tiny, tmp_path: Path, untouched: Run, products: int
+    llama: Tiny, tmp_path: Path, untouched: Run, products: int, forgotten: bool
 ) -> None:
-    """The run ends; the next one, with another worker, does not build on what is there."""
+    """The run ends; the next one, with another worker, does not build on what is there.
+
+    Not even when somebody has deleted the file that names the liar.
+    """
     place, ledger = tmp_path / "checkpoints", tmp_path / "retired.json"
     with pytest.raises(RemoteLinearError, match="no worker left"):
         Run(llama, place, WorkerLedger(ledger)).train(Turncoat(4 * products))
-    assert set(rests_on(place)) == {0, 3, 4}
-    run = Run(llama, place, WorkerLedger(ledger))
-    assert run.trainer.progress.step == 0
+    assert set(rests_on(place)) == {0}
     assert {path.name for path in place.glob("distrusted-*")} == {
         "distrusted-step-000003", "distrusted-step-000004",
     }  # fmt: skip
+    run = Run(llama, place, WorkerLedger(None if forgotten else ledger))
+    assert run.trainer.progress.step == 0
     run.train(ClearWorker(), ClearWorker())
     assert same(run, untouched)
 
@@ -178,22 +184,67 @@ def test_a_liar_caught_after_the_training_taints_it(
     assert same(again.train(ClearWorker(), ClearWorker()), untouched)
 
 
-def test_checkpoints_that_all_rest_on_a_liar_are_refused(
-    llama: Tiny, tmp_path: Path, products: int
+def test_a_process_killed_when_the_lie_is_found_is_no_way_around(
+    llama: Tiny, tmp_path: Path, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is set aside then, and the text says how to start over."""
+    """The ledger is on the disk, nothing is set aside yet: the next start does it."""
     place, ledger = tmp_path / "checkpoints", tmp_path / "retired.json"
-    with pytest.raises(RemoteLinearError):
+    with monkeypatch.context() as killed, pytest.raises(RemoteLinearError):
+        killed.setattr(Trainer, "_distrust", lambda trainer: None)
         Run(llama, place, WorkerLedger(ledger)).train(Turncoat(2 * products))
-    (place / "step-000000" / "state.json").unlink()
-    with pytest.raises(ResumeError, match=r"step-000000.*damaged.*delete"):
-        Run(llama, place, WorkerLedger(ledger))
-    for file in (place / "step-000000").iterdir():
-        file.unlink()
-    (place / "step-000000").rmdir()
+    assert set(rests_on(place)) == {0, 1, 2}
+    assert Run(llama, place, WorkerLedger(ledger)).trainer.progress.step == 0
+    assert set(rests_on(place)) == {0}
+    shutil.rmtree(place / "step-000000")
+    for path in place.glob("distrusted-*"):
+        path.rename(place / path.name.removeprefix("distrusted-"))
     with pytest.raises(ResumeError, match=r"worker0.*--fresh"):
         Run(llama, place, WorkerLedger(ledger))
-    assert set(rests_on(place)) == {1, 2}
+
+
+def test_a_run_whose_checkpoints_vanished_does_not_pretend_to_go_back(
+    llama: Tiny, tmp_path: Path, products: int
+) -> None:
+    """Somebody has deleted them meanwhile: it ends, whatever the liar's share."""
+    place = tmp_path / "checkpoints"
+    run = Run(llama, place, WorkerLedger())
+
+    class Vandal(Turncoat):
+        def multiply(self, payload: Any, tokens: int, matrix: Any) -> Any:
+            if self.answered == self.honest:
+                shutil.rmtree(place)
+            return super().multiply(payload, tokens, matrix)
+
+    with pytest.raises(TaintedError, match="are gone"):
+        run.train(Vandal(2 * products), ClearWorker())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: (path / "state.json").unlink(),
+        lambda path: (path / "state.json").write_text("[" * 100_000),
+        lambda path: (path / "state.json").write_text('{"served": "worker0"}'),
+        lambda path: served_by(path, "worker0"),
+        lambda path: path.rename(path.with_name("step-000009")),
+        lambda path: (path / "adapter.safetensors").write_bytes(b""),
+        lambda path: (path / "optimizer.safetensors").write_bytes(b"x" * 100),
+    ],
+)
+def test_a_damaged_checkpoint_is_explained(
+    llama: Tiny, tmp_path: Path, spoil: Callable[[Path], Any]
+) -> None:
+    """What, where and what to do, whichever file it is."""
+    place = tmp_path / "checkpoints"
+    stopped_after(2, Run(llama, place, WorkerLedger()), ClearWorker())
+    spoil(place / "step-000002")
+    with pytest.raises(ResumeError, match=r"checkpoints.*damaged.*delete"):
+        Run(llama, place, WorkerLedger())
+
+
+def served_by(path: Path, workers: object) -> None:
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "served": workers}))
 
 
 class _Stop(Exception):

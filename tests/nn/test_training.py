@@ -125,7 +125,7 @@ def test_a_checkpoint_tells_nobody_whether_it_is_of_some_data(llama: Tiny, tmp_p
         state = json.loads((tmp_path / name / "step-000001" / "state.json").read_text())
         tags.append(state["run"]["data"])
         key = tmp_path / name / "data.key"
-        plain = DATA.numpy().tobytes()
+        plain = json.dumps(list(DATA.shape)).encode() + DATA.numpy().tobytes()
         assert tags[-1] == hmac.new(key.read_bytes(), plain, "sha256").hexdigest()
         assert hashlib.sha256(plain).hexdigest() not in json.dumps(state)
         assert stat.S_IMODE(key.stat().st_mode) == 0o600

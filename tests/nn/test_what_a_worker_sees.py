@@ -48,7 +48,7 @@ def seen(
         skeleton.remote.connected(client.linear),
     ):
         Trainer(model, data, CONFIG, forget_lane=skeleton.remote.forget_lane).train()
-        evaluate(model, held_out, 4)
+        evaluate(model, held_out, 4, asked=30)
         complete(model, PROMPT, 6, stop)
     return requests
 
@@ -58,7 +58,7 @@ def seen(
 )
 @given(
     sequences=st.integers(1, 12),
-    held_out=st.integers(5, 8),
+    held_out=st.integers(1, 30),
     seed=st.integers(1, 1000),
     stop=st.integers(0, 95),
     letters=st.text("abc é", min_size=1, max_size=5),
@@ -81,7 +81,10 @@ def test_a_padded_evaluation_is_the_mean_over_the_real_ones(llama: Tiny, count: 
     localise(skeleton, llama.prepared["clear"])
     data = tokens(count, 12)
     alone = sum(evaluate(skeleton.model, row[None], 1) for row in data) / count
-    assert evaluate(skeleton.model, data, 4) == pytest.approx(alone, rel=1e-5)
+    for asked in (None, count, 20):
+        assert evaluate(skeleton.model, data, 4, asked) == pytest.approx(alone, rel=1e-5)
+    with pytest.raises(ValueError, match=f"{count} sequences to evaluate on, where 1 to 0"):
+        evaluate(skeleton.model, data, 4, asked=0)
 
 
 def test_a_completion_is_the_models_own_and_ends_at_its_end(llama: Tiny) -> None:
