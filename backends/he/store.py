@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.files import map_array
+from backends.files import map_array, require_own
 from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
 from backends.he.manifest import (
     KINDS,
+    NAME,
     GroupEntry,
     Manifest,
     PreparationError,
@@ -77,6 +78,7 @@ def map_stored(directory: Path, index: int, entry: GroupEntry, kind: str, rank: 
     path = array_path(directory, index, kind)
     dtype, shape = array_form(entry.spec, kind, rank)
     try:
+        require_own(path)
         values = map_array(path, shape, dtype)
     except OSError as error:
         why = error.strerror or error
@@ -118,6 +120,10 @@ class PreparedModel:
         is of another shape or missing.
         """
         manifest = read_manifest(directory)
+        try:
+            require_own(directory, directory / NAME, directory / "worker", directory / "owner")
+        except OSError as error:
+            raise PreparationError(f"{error}; mend that, or use a place of your own") from error
         differences = manifest.differences(wanted) if wanted is not None else []
         if differences:
             raise PreparationError(
