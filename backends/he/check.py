@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from backends import jit
 from backends.he.entropy import Entropy
-from backends.he.integrity import ROWS, Float64Array, Judge, draw_pool, mlwe_honesty, survey
+from backends.he.integrity import (
+    ROWS,
+    Float64Array,
+    Judge,
+    draw_pool,
+    draw_rows,
+    mlwe_honesty,
+    survey,
+)
 from backends.he.params import Parameters
 from backends.threads import run_split
 
@@ -62,6 +70,7 @@ def _expected(
             for k in range(len(part)):
                 part[k] = np.rint(np.float64(row[k]) * np.float64(scales[k]) * scale)
             _add_products(part, projected, rows, start, out[t])
+    value[:] = 0  # of a message: with its ciphertext, a mask and its errors
     out[first:last] *= ratio
 
 
@@ -83,6 +92,7 @@ def _differences(
                 part[j] = np.float64(row[j])
                 row[j] = np.float32(part[j] * scale * np.float64(scales[j]))
             _add_products(part, pool, rows, start, out[t])
+    value[:] = 0  # of an answer that may be a lie: see `MlweOwner.decrypt`
 
 
 @dataclass(frozen=True)
@@ -138,19 +148,27 @@ class IntegrityCheck:
         self.pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         found = survey(torch.from_numpy(self.pool), weight, forward, entropy)
         self.projected = found.projected.float().numpy()
-        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters), entropy)
+        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters))
         self._ratio = parameters.worker_modulus / parameters.modulus
 
     def expect(
-        self, x: NDArray[np.float32], in_scale: NDArray[np.float32], factor: Float64Array
-    ) -> Expected:
-        """For a request float32[T, K] whose message is round(x * in_scale * factor)."""
-        rows = self.judge.draw_rows()
+        self, x: NDArray[np.float32], in_scale: NDArray[np.float32], factor: Float64Array,
+        key: bytearray,
+    ) -> Expected:  # fmt: skip
+        """For a request float32[T, K] whose message is round(x * in_scale * factor).
+
+        key  rows are drawn by it; it is overwritten
+        """
         values = np.empty((len(x), ROWS))
-        run_split(
-            lambda a, b: _expected(
-                x, in_scale, factor, self.projected, rows, self._ratio, values, a, b
-            ),
-            len(x), _GRAIN,
-        )  # fmt: skip
-        return Expected(self, rows, values)
+        expected = Expected(self, draw_rows(key), values)
+        try:
+            run_split(
+                lambda a, b: _expected(
+                    x, in_scale, factor, self.projected, expected.rows, self._ratio, values, a, b
+                ),
+                len(x), _GRAIN,
+            )  # fmt: skip
+        except BaseException:
+            expected.wipe()
+            raise
+        return expected
