@@ -15,34 +15,49 @@ from numpy.typing import NDArray
 
 from backends import jit
 from backends.he.entropy import Entropy
-from backends.he.integrity import ROWS, Float64Array, Judge, draw_pool, mlwe_honesty, survey
+from backends.he.integrity import (
+    ROWS,
+    Float64Array,
+    Judge,
+    draw_pool,
+    draw_rows,
+    mlwe_honesty,
+    survey,
+)
 from backends.he.params import Parameters
 from backends.threads import run_split
 
-_GRAIN = 8  # tokens worth a thread
+_GRAIN_VALUES = 1 << 19  # worth a thread: waking one up takes some 0.4 ms
 _COLUMNS = 512
 """Columns that all tokens are multiplied by in turn: of ROWS rows they stay in a core's cache."""
 
 
 # Reassociation lets LLVM sum in vectors; 53 bits are plenty for any order.
 @jit.reassociating
-def _add_products(value: Any, matrix: Any, rows: Any, start: int, out: Any) -> None:
-    """out[i] += sum_k value[k] * matrix[rows[i], start + k]; four rows share each load of value."""
-    end = start + len(value)
+def _add_products(value: Any, tile: Any, out: Any) -> None:
+    """out[i] += sum_k value[k] * tile[i, k]; four rows share each load of value."""
     for i in range(0, ROWS, 4):
         a = b = c = d = 0.0
-        m0, m1 = matrix[rows[i], start:end], matrix[rows[i + 1], start:end]
-        m2, m3 = matrix[rows[i + 2], start:end], matrix[rows[i + 3], start:end]
+        m0, m1, m2, m3 = tile[i], tile[i + 1], tile[i + 2], tile[i + 3]
         for k in range(len(value)):
             v = value[k]
-            a += v * np.float64(m0[k])
-            b += v * np.float64(m1[k])
-            c += v * np.float64(m2[k])
-            d += v * np.float64(m3[k])
+            a += v * m0[k]
+            b += v * m1[k]
+            c += v * m2[k]
+            d += v * m3[k]
         out[i] += a
         out[i + 1] += b
         out[i + 2] += c
         out[i + 3] += d
+
+
+@jit.kernel
+def _widen(matrix: Any, rows: Any, start: int, end: int, tile: Any) -> None:
+    """tile float64[ROWS, _COLUMNS] = columns start..end of the rows, filled up with zeros."""
+    tile[:] = 0
+    for i in range(ROWS):
+        for k in range(end - start):
+            tile[i, k] = np.float64(matrix[rows[i], start + k])
 
 
 @jit.kernel
@@ -52,16 +67,20 @@ def _expected(
 ) -> None:  # fmt: skip
     """out float64[T, ROWS] = ratio * U*m for tokens first..last, m as it is encrypted."""
     inputs = x.shape[1]
-    value = np.empty(_COLUMNS)
+    # Of a fixed width, so that they are contiguous: else no sum is taken in vectors.
+    value, tile = np.zeros(_COLUMNS), np.empty((ROWS, _COLUMNS))
     out[first:last] = 0
     for start in range(0, inputs, _COLUMNS):
         end = min(inputs, start + _COLUMNS)
-        scales, part = in_scale[start:end], value[: end - start]
+        _widen(projected, rows, start, end, tile)
+        scales = in_scale[start:end]
         for t in range(first, last):
             row, scale = x[t, start:end], factor[t]
-            for k in range(len(part)):
-                part[k] = np.rint(np.float64(row[k]) * np.float64(scales[k]) * scale)
-            _add_products(part, projected, rows, start, out[t])
+            for k in range(len(row)):
+                value[k] = np.rint(np.float64(row[k]) * np.float64(scales[k]) * scale)
+            _add_products(value, tile, out[t])
+    value[:] = 0  # of a message: with its ciphertext, a mask and its errors
+    tile[:] = 0  # which rows these are is a secret, too
     out[first:last] *= ratio
 
 
@@ -72,17 +91,25 @@ def _differences(
 ) -> None:  # fmt: skip
     """out float64[T, ROWS] = v*y - expected for tokens first..last; y is then scaled in place."""
     outputs = y.shape[1]
-    value = np.empty(_COLUMNS)
+    value, tile = np.zeros(_COLUMNS), np.empty((ROWS, _COLUMNS))
     out[first:last] = -expected[first:last]
     for start in range(0, outputs, _COLUMNS):
         end = min(outputs, start + _COLUMNS)
-        scales, part = out_scale[start:end], value[: end - start]
+        _widen(pool, rows, start, end, tile)
+        scales = out_scale[start:end]
         for t in range(first, last):
             row, scale = y[t, start:end], inverse[t]
-            for j in range(len(part)):
-                part[j] = np.float64(row[j])
-                row[j] = np.float32(part[j] * scale * np.float64(scales[j]))
-            _add_products(part, pool, rows, start, out[t])
+            for j in range(len(row)):
+                value[j] = np.float64(row[j])
+                row[j] = np.float32(value[j] * scale * np.float64(scales[j]))
+            _add_products(value, tile, out[t])
+    value[:] = 0  # of an answer that may be a lie: see `MlweOwner.decrypt`
+    tile[:] = 0
+
+
+def _grain(columns: int) -> int:
+    """Tokens worth a thread."""
+    return max(1, _GRAIN_VALUES // columns)
 
 
 @dataclass(frozen=True)
@@ -112,7 +139,7 @@ class Expected:
                 lambda a, b: _differences(
                     y, pool, rows, self.values, inverse, out_scale, found, a, b
                 ),
-                len(y), _GRAIN,
+                len(y), _grain(y.shape[1]),
             )  # fmt: skip
             self.check.judge.require(rows, found, worker)
         finally:
@@ -138,19 +165,27 @@ class IntegrityCheck:
         self.pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         found = survey(torch.from_numpy(self.pool), weight, forward, entropy)
         self.projected = found.projected.float().numpy()
-        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters), entropy)
+        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters))
         self._ratio = parameters.worker_modulus / parameters.modulus
 
     def expect(
-        self, x: NDArray[np.float32], in_scale: NDArray[np.float32], factor: Float64Array
-    ) -> Expected:
-        """For a request float32[T, K] whose message is round(x * in_scale * factor)."""
-        rows = self.judge.draw_rows()
+        self, x: NDArray[np.float32], in_scale: NDArray[np.float32], factor: Float64Array,
+        key: bytearray,
+    ) -> Expected:  # fmt: skip
+        """For a request float32[T, K] whose message is round(x * in_scale * factor).
+
+        key  rows are drawn by it; it is overwritten
+        """
         values = np.empty((len(x), ROWS))
-        run_split(
-            lambda a, b: _expected(
-                x, in_scale, factor, self.projected, rows, self._ratio, values, a, b
-            ),
-            len(x), _GRAIN,
-        )  # fmt: skip
-        return Expected(self, rows, values)
+        expected = Expected(self, draw_rows(key), values)
+        try:
+            run_split(
+                lambda a, b: _expected(
+                    x, in_scale, factor, self.projected, expected.rows, self._ratio, values, a, b
+                ),
+                len(x), _grain(x.shape[1]),
+            )  # fmt: skip
+        except BaseException:
+            expected.wipe()
+            raise
+        return expected
