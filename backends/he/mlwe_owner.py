@@ -281,10 +281,10 @@ class MlweOwner(RingOwner):
             tag = self._hash.tag(sums, factor, matrix.in_scale)
             with RequestKeys(self._entropy, tag) as keys:
                 sealed.secrets = self._fresh_secrets(-(-tokens // _D), keys)
-                planes = self._seal(x, matrix, sealed.secrets, factor, keys)
                 check = self._checks.get(matrix.name)
                 if check is not None:
-                    sealed.expected = check.expect(x, matrix.in_scale, factor, keys.rows)
+                    sealed.expected = Expected(check, tokens, keys.rows)
+                planes = self._seal(x, matrix, sealed, factor, keys)
             return Encrypted(planes.reshape(-1).view(np.uint8), sealed)
         except BaseException:
             sealed.wipe()
@@ -313,13 +313,14 @@ class MlweOwner(RingOwner):
         run_split(part, tokens, grain=64)
 
     def _seal(
-        self, x: Float32Array, matrix: OwnerMatrix, secrets: list[BlockSecret],
+        self, x: Float32Array, matrix: OwnerMatrix, sealed: Sealed,
         factor: NDArray[np.float64], keys: RequestKeys,
     ) -> NDArray[np.int8]:  # fmt: skip
         """int8[limbs, T, K], the digit planes of a request; errors are drawn here and wiped."""
         tokens, inputs = x.shape
         planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
         public = self._public.rows(inputs).reshape(-1)
+        secrets, expected = sealed.secrets, sealed.expected
         sealing = np.zeros((len(secrets), self._parameters.dimension), np.int32)
         errors = Keystream(keys.errors)
 
@@ -337,6 +338,9 @@ class MlweOwner(RingOwner):
                 )  # fmt: skip
             finally:
                 noise[begin:end] = 0
+            if expected is not None:
+                columns = first * WIDE, min(inputs, last * WIDE)
+                expected.add_inputs(x, matrix.in_scale, factor, *columns)
 
         try:
             for row, secret in zip(sealing, secrets, strict=True):
@@ -375,35 +379,42 @@ class MlweOwner(RingOwner):
         hint = matrix.hint
         if hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
-        self._require_check(sealed.expected, matrix)
+        expected = sealed.expected
+        self._require_check(expected, matrix)
         inverse, out_scale = sealed.inverse_alpha, matrix.out_scale
-        if sealed.expected is not None:
+        if expected is not None:
             # The check takes centred integers, which float32 holds exactly, and scales them.
             inverse, out_scale = np.ones(tokens), np.ones(outputs, np.float32)
         out = np.empty((tokens, outputs), np.float32)
         opening = np.zeros((len(sealed.secrets), self._parameters.dimension), np.int32)
         flat = hint.reshape(-1)
-        try:
-            with ExitStack() as stack:  # a failed check leaves the secrets sealed
-                for row, secret in zip(opening, sealed.secrets, strict=True):
-                    row[...] = stack.enter_context(secret.opened()).reshape(-1)
-                run_split(
-                    lambda a, b: self._decrypt(
-                        flat, opening, answer, inverse, out_scale, out,
-                        self._parameters.dropped_bits, self._parameters.limbs,
-                        *inverse_tables(), a, b,
-                    ),
-                    -(-outputs // WIDE),
-                )  # fmt: skip
-                if sealed.expected is not None:
-                    sealed.expected.require(out, sealed.inverse_alpha, matrix.out_scale, worker)
-        except BaseException:
-            # What is no honest answer decrypts to itself less the mask, and from its mask a secret
-            # can be solved for that may yet open the answer of another worker.
-            out[...] = 0
-            raise
-        finally:
-            opening[...] = 0
+
+        def part(first: int, last: int) -> None:
+            self._decrypt(
+                flat, opening, answer, inverse, out_scale, out, self._parameters.dropped_bits,
+                self._parameters.limbs, *inverse_tables(), first, last,
+            )  # fmt: skip
+            if expected is not None:
+                columns = first * WIDE, min(outputs, last * WIDE)
+                expected.add_outputs(out, sealed.inverse_alpha, matrix.out_scale, *columns)
+
+        with ExitStack() as stack:  # a failed check leaves the secrets sealed
+            secrets = [stack.enter_context(secret.opened()) for secret in sealed.secrets]
+            try:
+                for row, secret in zip(opening, secrets, strict=True):
+                    row[...] = secret.reshape(-1)
+                run_split(part, -(-outputs // WIDE))
+                if expected is not None:
+                    expected.require(worker)
+            except BaseException:
+                # What is no honest answer decrypts to itself less the mask, and from its mask a
+                # secret can be solved for that may yet open the answer of another worker.
+                out[...] = 0
+                if expected is not None:
+                    expected.forget_outputs()
+                raise
+            finally:
+                opening[...] = 0
         sealed.wipe()
         return out
 
