@@ -132,8 +132,8 @@ def test_the_largest_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
             [attack(judged(known), CLASSICAL, blocks).bits for blocks in (BLOCKS, MOST_BLOCKS)]
             for attack in (primal_any_of, dual_hypothesis)
         )
-        assert 0 <= luck[0] - luck[1] < 2
-        assert 0 <= tests[0] - tests[1] < 2
+        assert 0 <= luck[0] - luck[1] < 3
+        assert 0 <= tests[0] - tests[1] < 3
     shape = Shape(MAX_INPUTS, MAX_INPUTS, 1)
     sizes = []
     monkeypatch.setattr(params, "quantise", lambda w: sizes.append(w.numel()) or quantise(w))
