@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -78,3 +78,33 @@ def positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """A whole number from 1 to `most`, also as a power such as '2^30', for an option's type."""
+
+    def parse(text: str) -> int:
+        base, power, exponent = text.partition("^")
+        parts = (base, exponent) if power else (base,)
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is no whole number from 1 to {most}")
+        # Refused by its length before it is computed: a power may have any number of digits.
+        long = any(len(part.lstrip("0")) > 20 for part in parts)
+        if long or (power and int(exponent) > most.bit_length()) or _power(parts) > most:
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is too large; at most {most}")
+        if not _power(parts):
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is no whole number from 1 to {most}")
+        return _power(parts)
+
+    return parse
+
+
+def _power(parts: tuple[str, ...]) -> int:
+    value = int(parts[0])
+    for exponent in parts[1:]:
+        value = int(value ** int(exponent))
+    return value
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

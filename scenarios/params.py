@@ -20,7 +20,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, log2
+from math import log2
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from backends.he.estimate.verdict import (
     require_floor,
     worst,
 )
+from backends.he.matmul.interface import MAX_INPUTS
 from backends.he.params import (
     PRESETS,
     InsecureParametersError,
@@ -47,9 +48,15 @@ from backends.he.plan import MatrixPlan, plan_matrix
 from backends.he.quantise import quantise
 from backends.nn.sources import human_bytes
 from scenarios import record
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit, up_to
 
-_SAMPLE_ROWS = 4096  # of the stand-in weight; its figures hardly change with more
+# Of the stand-in weight, at most; its figures hardly change with more rows.
+_SAMPLE_ROWS, _SAMPLE_VALUES = 4096, 1 << 24
+
+MOST_BLOCKS = 1 << 64
+"""Blocks that share A, at most: a block has 0.2 MB at least, and nobody sends so many. Far beyond
+it the law of `primal_any_of`'s luck no longer holds."""
+_MOST_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Shape:
     def plan(self) -> MatrixPlan:
         """Of a stand-in weight: Gaussian, quantised as a model's would be."""
         generator = torch.Generator().manual_seed(0)
-        rows = min(self.outputs, _SAMPLE_ROWS)
+        rows = min(self.outputs, _SAMPLE_ROWS, max(1, _SAMPLE_VALUES // self.inputs))
         codes, scales = quantise(torch.randn((rows, self.inputs), generator=generator))
         return plan_matrix(codes, scales)
 
@@ -92,13 +99,28 @@ def security(parameters: Parameters, blocks: int) -> dict[str, Any]:
 def exactness(parameters: Parameters, shape: Shape) -> dict[str, float]:
     """What the planner says about a linear of that shape, as fractions.
 
-    Raises ValueError when it is too wide for the parameters.
+    Raises ValueError when it is too wide for the parameters; it names a width that is not.
     """
     plan = shape.plan()
+    try:
+        plan.amplitude(parameters)
+    except ValueError as error:
+        raise ValueError(f"{error}; --in {_widest(parameters, shape, plan)} fits") from error
     return {
         "predicted_error": plan.predicted_error(parameters),
         "margin": plan.margin(parameters) / (parameters.worker_modulus / 2),
     }
+
+
+def _widest(parameters: Parameters, shape: Shape, plan: MatrixPlan) -> int:
+    """Nearly the most inputs that leave room, for a shape and its plan that do not."""
+    inputs = shape.inputs
+    while plan.margin(parameters) >= parameters.worker_modulus / 2:
+        # The margin goes with the inputs, but for weights of few rows, whose sizes vary.
+        inputs = int(0.99 * inputs * (parameters.worker_modulus / 2) / plan.margin(parameters))
+        inputs -= inputs % 256
+        plan = Shape(inputs, shape.outputs, shape.tokens).plan()
+    return inputs
 
 
 def traffic(parameters: Parameters, shape: Shape) -> dict[str, int]:
@@ -111,7 +133,7 @@ def traffic(parameters: Parameters, shape: Shape) -> dict[str, int]:
         "up_bytes_per_block": up * shape.inputs * block,
         "down_bytes_per_block": down * shape.outputs * block,
         "tokens_per_block": block,
-        "blocks_per_request": ceil(shape.tokens / parameters.degree),
+        "blocks_per_request": -(-shape.tokens // parameters.degree),
     }
 
 
@@ -163,16 +185,6 @@ def refusal(error: InsecureParametersError, rank: int, blocks: int) -> str:
     return f"error: {error}; the nearest secure choice is {choice}"
 
 
-def count(text: str) -> int:
-    """A whole number from 1, also as a power: '2^30'."""
-    base, power, exponent = text.partition("^")
-    if not power:
-        return positive(text)
-    if positive(exponent) > 60 or positive(base) > 10:
-        raise argparse.ArgumentTypeError(f"{text!r} is too large; at most 10^60")
-    return int(positive(base) ** positive(exponent))
-
-
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -181,16 +193,20 @@ def parsed() -> argparse.Namespace:
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--preset", default="standard", choices=PRESETS, help="(standard)")
-    which.add_argument("--rank", type=positive, metavar="R", help="another module rank, 1 to 8")
-    add("--in", dest="inputs", type=positive, default=2048, metavar="K", help="inputs (2048)")
-    add("--out", dest="outputs", type=positive, metavar="N", help="outputs (as many as inputs)")
-    add("--tokens", type=positive, default=256, help="tokens of a request (256)")
+    which.add_argument("--rank", type=up_to(8), metavar="R", help="another module rank, 1 to 8")
+    width = up_to(MAX_INPUTS)
+    add("--in", dest="inputs", type=width, default=2048, metavar="K", help="inputs (2048)")
+    add("--out", dest="outputs", type=width, metavar="N", help="outputs (as many as inputs)")
+    add("--tokens", type=up_to(_MOST_TOKENS), default=256, help="tokens of a request (256)")
+    count = up_to(MOST_BLOCKS)
     add("--owners", type=count, default=1, help="owners who share the public matrix (1)")
     add("--blocks", type=count, default=BLOCKS, help="blocks that each encrypts (2^30)")
     record.add_json_option(parser)
     args = parser.parse_args()
     if args.owners * args.blocks < 2:
         parser.error("--owners times --blocks is at least 2")
+    if args.owners * args.blocks > MOST_BLOCKS:
+        parser.error(f"--owners times --blocks is at most {MOST_BLOCKS} (2^64)")
     return args
 
 

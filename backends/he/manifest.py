@@ -177,22 +177,45 @@ class Manifest:
         specs = tuple(entry.spec for entry in self.groups)
         if specs != wanted.groups:
             pairs = zip(specs, wanted.groups, strict=False)
-            other = next((f"{a} instead of {b}" for a, b in pairs if a != b), "")
+            other = next((_spec_difference(a, b) for a, b in pairs if a != b), "")
             found.append(other or f"{len(specs)} groups of modules, not {len(wanted.groups)}")
         return found
 
 
+def _shown(value: Any) -> str:
+    """For a message: whoever wrote a manifest chose how long what it holds is."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def _tag_name(tag: bytes) -> str:
-    return f"owner tag {tag.decode(errors='backslashreplace')!r}" if tag else "no owner tag"
+    return f"owner tag {_shown(tag.decode(errors='backslashreplace'))}" if tag else "no owner tag"
+
+
+def _spec_difference(found: GroupSpec, wanted: GroupSpec) -> str:
+    """The group, and the first of its facts that differs."""
+    if found.name != wanted.name:
+        return f"group {_shown(found.name)} where {_shown(wanted.name)} is wanted"
+    name = next(f.name for f in fields(found) if getattr(found, f.name) != getattr(wanted, f.name))
+    values = [getattr(spec, name) for spec in (found, wanted)]
+    if isinstance(values[0], tuple):
+        if len(values[0]) != len(values[1]):
+            values, name = [len(value) for value in values], f"number of {name}"
+        else:
+            values = next([a, b] for a, b in zip(*values, strict=True) if a != b)
+    return (
+        f"group {_shown(wanted.name)} with {name.replace('_', ' ')} {_shown(values[0])}, "
+        f"not {_shown(values[1])}"
+    )
 
 
 def _parameter_difference(found: Parameters | None, wanted: Parameters | None) -> str:
     if found is None or wanted is None:
-        names = [f"parameters {p.name!r}" if p else "no hints" for p in (found, wanted)]
+        names = [f"parameters {_shown(p.name)}" if p else "no hints" for p in (found, wanted)]
     else:
         pairs = (asdict(found), asdict(wanted))
         others = [key for key in pairs[0] if pairs[0][key] != pairs[1][key]]
-        names = [", ".join(f"{key} {pair[key]!r}" for key in others) for pair in pairs]
+        names = [", ".join(f"{key} {_shown(pair[key])}" for key in others) for pair in pairs]
     return f"{names[0]}, not {names[1]}"
 
 
@@ -220,9 +243,7 @@ class _Value:
     where: str
 
     def fail(self, wanted: str) -> NoReturn:
-        shown = repr(self.value)
-        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-        raise _UnfitError(f"{self.where or 'it'} is {shown}, not {wanted}")
+        raise _UnfitError(f"{self.where or 'it'} is {_shown(self.value)}, not {wanted}")
 
     def parts(self, names: Sequence[str]) -> list[_Value]:
         """The values of an object that has exactly these keys, in the order of `names`."""

@@ -61,8 +61,8 @@ class MatrixPlan:
         if room <= 0:
             raise ValueError(
                 f"a matrix with {self.in_features} inputs and row L1 norm {self.max_l1:.0f} "
-                f"leaves no room below p/2 with {parameters.limbs} limbs; use more limbs or "
-                "split the group"
+                f"leaves no room below p/2 = 2^{8 * parameters.limbs - 1}; split it into narrower "
+                "ones"
             )
         return room / self.max_norm
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 _CPU = torch.device("cpu")
 _BLOCK = 1024  # rows quantised at a time
+LEAST_SCALE = float(np.finfo(np.float32).tiny)
+"""The smallest normal float32: below it a quotient loses its digits, and at last is zero."""
 
 
 def quantise(
@@ -21,7 +23,8 @@ def quantise(
 
     device  where to compute; the result is the same bit for bit everywhere
 
-    An all-zero row gets scale 1. Raises ValueError for NaN or infinity.
+    An all-zero row gets scale 1, any other at least LEAST_SCALE: values far below that become
+    zeros. Raises ValueError for NaN or infinity.
     """
     rows, columns = weight.shape
     quantised = np.empty((rows, columns), np.int8)
@@ -34,7 +37,8 @@ def quantise(
             raise ValueError("the weight holds NaN or infinity; is the checkpoint damaged?")
         # By a tensor: torch's CUDA kernel multiplies by the reciprocal of a number instead,
         # which is off by a bit now and then.
-        scale = torch.where(peak > 0, peak / torch.full_like(peak, 127), torch.ones_like(peak))
+        step = (peak / torch.full_like(peak, 127)).clamp_(min=LEAST_SCALE)
+        scale = torch.where(peak > 0, step, torch.ones_like(peak))
         codes = torch.round(part / scale[:, None]).clamp_(-127, 127)
         quantised[start : start + _BLOCK] = codes.to(torch.int8).cpu().numpy()
         scales[start : start + _BLOCK] = scale.cpu().numpy()

@@ -131,13 +131,16 @@ def test_gates_of_kyber768() -> None:
 
 @pytest.mark.parametrize(("dimension", "log2_modulus"), SECURITY_TABLE)
 def test_the_guideline_has_128_bits_of_gates(dimension: int, log2_modulus: float) -> None:
-    """Its rows for a ternary secret are the largest moduli: with a bit of q more it is less."""
+    """Its rows for a ternary secret are the largest moduli: with a bit of q more it is less.
+
+    To some hundredths: `dual_hybrid` has the attacker choose more than the guideline's tool does.
+    """
 
     def gates(bits: int) -> float:
         problem = Lwe(dimension, 2**bits, TERNARY, Distribution(3.19**2))
         return min(primal_usvp(problem, MATZOV).bits, dual_hybrid(problem, MATZOV).bits)
 
-    assert 128 < gates(int(log2_modulus)) < 130
+    assert 127.95 < gates(int(log2_modulus)) < 130
     assert gates(int(log2_modulus) + 1) < 128
 
 
@@ -163,10 +166,10 @@ def test_the_floor_refuses() -> None:
 
 
 def test_standard() -> None:
-    """As the design expects of this prime: about 130 primal and 127 dual, 2.5 for many blocks."""
+    """As the design expects of this prime: about 130 primal and 126 dual, 2.5 for many blocks."""
     problem = judged(PRESETS["standard"])
     assert primal_usvp(problem, CLASSICAL).bits == pytest.approx(130, abs=0.5)
-    assert dual_hybrid(problem, CLASSICAL).bits == pytest.approx(126.5, abs=0.5)
+    assert dual_hybrid(problem, CLASSICAL).bits == pytest.approx(126, abs=0.1)
     assert many_blocks_loss(problem) == pytest.approx(2.5, abs=0.25)
 
 
@@ -224,6 +227,62 @@ def test_the_search_finds_what_plain_search_finds(model: CostModel) -> None:
     assert plain - 0.5 < found <= plain
 
 
+@pytest.mark.parametrize(
+    ("rank", "rounded_to", "model", "block", "choice"),
+    [
+        pytest.param(5, None, CLASSICAL, 431, (1196, 13, 53, 3), id="standard"),
+        pytest.param(5, 1 << 24, CLASSICAL, 448, (1190, 15, 53, 3), id="standard, rounded"),
+        pytest.param(5, 1 << 24, BDGL16, 439, (1162, 35, 52, 3), id="standard, rounded, BDGL16"),
+        pytest.param(6, None, CLASSICAL, 543, (1409, 21, 66, 3), id="conservative"),
+        pytest.param(6, 1 << 24, CLASSICAL, 564, (1402, 20, 70, 3), id="conservative, rounded"),
+        pytest.param(6, None, MATZOV, 536, (1371, 36, 65, 3), id="conservative, MATZOV"),
+        pytest.param(8, None, CLASSICAL, 776, (1827, 33, 97, 3), id="paranoid"),
+        pytest.param(8, 1 << 24, MATZOV, 800, (1808, 51, 97, 3), id="paranoid, rounded, MATZOV"),
+    ],
+)
+def test_the_search_leaves_ripples(
+    rank: int,
+    rounded_to: int | None,
+    model: CostModel,
+    block: int,
+    choice: tuple[int, int, int, int],
+) -> None:
+    """Choices that a descent alone misses by some hundredths or tenths of a bit: none costs less.
+
+    They are the least of a plain search within 150 samples, 25 guesses, 40 coordinates of the FFT
+    and 20 block sizes of where the descent ended.
+    """
+    problem = cipher_lwe(256 * rank, NTT_PRIME, rounded_to)
+    cost = float(dual_hybrid_costs(problem, model, np.array([float(block)]), choice)[0])
+    assert dual_hybrid(problem, model).bits <= cost
+
+
+def test_no_choice_about_the_published_one_costs_less() -> None:
+    """The standard preset's worst attack, by plain search that shares nothing with the scan."""
+    problem = judged(PRESETS["standard"])
+    blocks = np.arange(415.0, 446.0)
+    grid = itertools.product(range(1170, 1221, 2), range(7, 20), range(46, 61), (3, 4))
+    plain = min(float(dual_hybrid_costs(problem, CLASSICAL, blocks, one).min()) for one in grid)
+    assert dual_hybrid(problem, CLASSICAL).bits <= plain
+
+
+@pytest.mark.parametrize("samples", [None, 700])
+def test_costs_of_many_samples_at_once(samples: int | None) -> None:
+    """Row by row those of each number alone, also where there are none or too few."""
+    problem = Lwe(600, 2**16, TERNARY, centred_binomial(20), samples)
+    blocks = np.arange(60.0, 90.0)
+    numbers = np.array([-3, 0, 1, 20, 650, 700, 701])
+    for model in (CLASSICAL, BDGL16, MATZOV):
+        table = dual_hybrid_costs(problem, model, blocks, (numbers[:, None], 5, 20, 3))
+        rows = [dual_hybrid_costs(problem, model, blocks, (int(n), 5, 20, 3)) for n in numbers]
+        np.testing.assert_array_equal(table, rows)
+        assert np.isinf(table[:2]).all()
+        assert np.isinf(table[-1]).all() == (samples is not None)
+        impossible = dual_hybrid_costs(problem, model, blocks, (numbers[:, None], 5, 600, 3))
+        assert impossible.shape == table.shape
+        assert np.isinf(impossible).all()
+
+
 SIZES = st.tuples(st.integers(400, 1600), st.integers(12, 40), st.integers(4, 60))
 
 
@@ -249,7 +308,7 @@ def test_harder_problems_cost_more(size: tuple[int, int, int]) -> None:
     for attack in (primal_usvp, dual_hybrid):
         least = attack(base, CLASSICAL).bits
         for other in harder:
-            # The dual search stops within some hundredths of the best.
+            # The dual search may yet stop some hundredths above the least.
             assert attack(other, CLASSICAL).bits >= least - 0.1, (attack, other)
 
 

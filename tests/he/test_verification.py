@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -21,6 +23,7 @@ from backends.he.manifest import GroupSpec, PreparationError, Wanted
 from backends.he.params import NTT_PRIME, preset
 from backends.he.preparation import prepare
 from backends.he.public import PublicMatrix, expand_tile
+from backends.he.quantise import quantise
 from backends.he.store import PreparedModel, array_path
 from backends.he.verdict import Verdicts
 from backends.he.verification import (
@@ -278,7 +281,7 @@ def test_a_clear_one_is_verified_too(tmp_path: Path) -> None:
         (Wanted(tuple(GROUPS[:1]), STANDARD, TAG), "2 groups of modules, not 1"),
         (
             Wanted((GROUPS[0], replace(GROUPS[1], name="b")), STANDARD, TAG),
-            "name='a.o'.* instead of .*name='b'",
+            "group 'a.o' where 'b' is wanted",
         ),
     ],
 )
@@ -427,3 +430,47 @@ def test_a_group_with_one_row(tmp_path: Path) -> None:
         )  # fmt: skip
         assert made.trusted
     shutil.rmtree(tmp_path / "m")
+
+
+MAGNITUDES = st.sampled_from([0.0, 1e-45, 9e-44, 1e-40, 1.5e-36, 1e-5, 1.0, 3e38])
+ENTRIES = st.builds(lambda size, share: size * share, MAGNITUDES, st.floats(-1, 1))
+ROWS_OF_ALL_SIZES = st.lists(st.lists(ENTRIES, min_size=3, max_size=3), min_size=1, max_size=20)
+
+
+@given(ROWS_OF_ALL_SIZES)
+@settings(max_examples=30, deadline=None)
+@example([[1e-45, 0.0, -1e-45], [1.0, 2.0, 3.0]])
+@example([[9e-44, 0.0, 0.0], [3e38, 1e-45, 0.0], [0.0, 0.0, 0.0]])
+def test_whatever_the_quantiser_makes_is_accepted(rows: list[list[float]]) -> None:
+    """Rows of zeros, subnormal ones, huge ones: prepared, then verified by somebody else."""
+    weight = torch.tensor(rows, dtype=torch.float32)
+    codes, scales = quantise(weight)
+    assert scales.min() >= np.finfo(np.float32).tiny
+    off = codes * scales.astype(np.float64)[:, None] - weight.numpy()
+    assert (np.abs(off) <= 0.5001 * scales[:, None]).all()
+    with TemporaryDirectory() as place:
+        directory = Path(place) / "m"
+        groups = [GroupSpec("a", ("a",), 3, (len(rows),))]
+        prepare(directory, groups, lambda name: weight, None, quiet)
+        assert open_trusted(directory, None, Trust()).trusted
+
+
+def test_what_was_prepared_otherwise_is_said_in_few_words(tmp_path: Path) -> None:
+    """Whoever wrote it chose its names: the group is named, and what differs, in bounded text."""
+    long = tuple(f"{'m' * 1900}{index}" for index in range(20))
+    spec = GroupSpec("g" * 1990, long, 4, (1,) * 20)
+    tag = b"\xff" * 1000
+    prepare(tmp_path, [spec], lambda name: torch.ones(1, 4), None, quiet, owner_tag=tag)
+    for other, words in (
+        (replace(spec, name="another"), "where 'another' is wanted"),
+        (replace(spec, members=(*long[:-1], "last")), "with members 'mm"),
+        (replace(spec, members=long[:-1], out_features=(1,) * 19), "number of members 20, not 19"),
+        (replace(spec, in_features=5), "with in features 4, not 5"),
+        (replace(spec, out_features=(1,) * 19 + (2,)), "with out features 1, not 2"),
+    ):
+        wanted = Wanted((other,), replace(STANDARD, name="p" * 1500), b"x" * 900)
+        with pytest.raises(PreparationError, match="prepared otherwise") as refused:
+            PreparedModel.open(tmp_path, wanted)
+        text = str(refused.value).replace(str(tmp_path), "")
+        assert words in text
+        assert len(text) < 700

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 from backends.he.estimate import verdict
+from backends.he.estimate.attacks import dual_hypothesis, primal_any_of
+from backends.he.estimate.reduction import CLASSICAL
+from backends.he.estimate.verdict import BLOCKS, judged
+from backends.he.matmul.interface import MAX_INPUTS
 from backends.he.params import PRESETS
-from scenarios.params import Shape, count, exactness, main, table, traffic
+from backends.he.quantise import quantise
+from scenarios import params
+from scenarios.cli import up_to
+from scenarios.params import MOST_BLOCKS, Shape, exactness, main, table, traffic
 from tests.scenarios.commands import run
 
 
@@ -74,19 +81,80 @@ def test_a_weak_estimate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_answered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither can it be asked."""
-    assert "rank must be 1..8" in str(said(monkeypatch, "--rank", "9"))
-    wide = said(monkeypatch, "--preset", "paranoid", "--in", "1000000", "--out", "2")
-    assert "leaves no room" in str(wide)
+    """Neither can it be asked; a width that is refused is told one that is not."""
+    wide = str(said(monkeypatch, "--preset", "paranoid", "--in", "1000000", "--out", "2"))
+    assert "leaves no room" in wide
+    assert "\n" not in wide
+    fits = re.search(r"; --in (\d+) fits$", wide)
+    assert fits
+    assert 100_000 < int(fits[1]) < 1_000_000
+    assert exactness(PRESETS["paranoid"], Shape(int(fits[1]), 2, 1))["margin"] < 1
     assert said(monkeypatch, "--rank", "6", "--preset", "paranoid") == 2
     assert said(monkeypatch, "--blocks", "1") == 2
     assert "is at least 2" in capsys.readouterr().err
+    assert said(monkeypatch, "--owners", "2^60", "--blocks", "2^5") == 2
+    assert "is at most 18446744073709551616 (2^64)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "nearest"),
+    [
+        ("--rank", "9", "at most 8"),
+        ("--in", "1048577", "at most 1048576"),
+        ("--in", "9" * 20, "at most 1048576"),
+        ("--in", "²", "from 1 to 1048576"),
+        ("--out", "9" * 5000, "at most 1048576"),
+        ("--tokens", "9" * 401, "at most 1099511627776"),
+        ("--owners", "9" * 401, "at most 18446744073709551616"),
+        ("--blocks", "10^60", "at most 18446744073709551616"),
+        ("--blocks", "10^" + "9" * 19, "at most 18446744073709551616"),
+        ("--blocks", "0", "from 1 to 18446744073709551616"),
+    ],
+)
+def test_every_number_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    text: str,
+    nearest: str,
+) -> None:
+    """Before anything is allocated or computed, in one short line that says what is possible."""
+    assert said(monkeypatch, option, text) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert nearest in last
+    assert len(last) < 200
+
+
+def test_the_largest_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most blocks cost an attack less, by a little; the widest weight takes little room."""
+    for known in PRESETS.values():
+        luck, tests = (
+            [attack(judged(known), CLASSICAL, blocks).bits for blocks in (BLOCKS, MOST_BLOCKS)]
+            for attack in (primal_any_of, dual_hypothesis)
+        )
+        assert 0 <= luck[0] - luck[1] < 3
+        assert 0 <= tests[0] - tests[1] < 3
+    shape = Shape(MAX_INPUTS, MAX_INPUTS, 1)
+    sizes = []
+    monkeypatch.setattr(params, "quantise", lambda w: sizes.append(w.numel()) or quantise(w))
+    shape.plan()
+    assert sizes == [1 << 24]
+
+
+def test_blocks_are_counted_in_whole_numbers() -> None:
+    """A float has no room for them."""
+    sent = traffic(PRESETS["standard"], Shape(1, 1, 256 * (2**53 + 1)))
+    assert sent["blocks_per_request"] == 2**53 + 1
+    assert traffic(PRESETS["standard"], Shape(1, 1, 257))["blocks_per_request"] == 2
 
 
 def test_counts_are_written_as_people_do() -> None:
     """A number, or a power."""
-    assert [count("12"), count("2^30"), count("10^3")] == [12, 2**30, 1000]
-    for wrong in ("2^", "2^-1", "two", "0", "11^2", "2^61", "1e9"):
+    count = up_to(1 << 64)
+    assert [count(text) for text in ("12", "2^30", "10^3", "11^2", "2^64", "5^0", "007")] == [
+        12, 2**30, 1000, 121, 2**64, 1, 7,
+    ]  # fmt: skip
+    for wrong in ("2^", "2^-1", "two", "0", "0^3", "2^65", "1e9", "", "2^3^4"):
         with pytest.raises(argparse.ArgumentTypeError):
             count(wrong)
 

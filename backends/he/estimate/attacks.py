@@ -8,12 +8,15 @@ primal attacks and meet-in-the-middle (sparse secrets).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf, log, log2, pi, sqrt
 from statistics import NormalDist
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backends.he.estimate.lwe import Lwe
 from backends.he.estimate.reduction import (
@@ -29,6 +32,17 @@ _SLICER_EXPONENT = 0.234  # of a closest vector in a batch; see primal_any_of
 _MULTIPLICATION = 32 * 32  # gates, MATZOV 2022, p. 37
 _ADDITION = 5 * 32  # as the lattice-estimator has it
 _FFT_MODULI = range(2, 8)
+
+# How far the scan looks about the end of a descent, and by how many bits a modulus may be behind
+# for its valley to be scanned too. Wider finds nothing less for any preset.
+_SAMPLE_REACH, _CHOICE_REACH, _BLOCK_REACH = 64, 8, 6
+_CLOSE = 0.5
+
+Samples: TypeAlias = int | NDArray[np.int64]
+"""A number of samples, or int64[S, 1] of them."""
+_Choice: TypeAlias = tuple[int, ...]
+_Costs: TypeAlias = Callable[[Floats, Samples, _Choice], Floats]
+"""log2 of the costs: of block sizes float64[B], samples and the other choices."""
 
 
 @dataclass(frozen=True)
@@ -148,19 +162,26 @@ def dual_hybrid(problem: Lwe, model: CostModel) -> Estimate:
     the distribution's own (`Distribution.guess_bits`) and not a Gaussian's: all three favour the
     attacker.
     """
-    usvp, _ = _least_block(problem, 0.0)
-    blocks = np.arange(max(MIN_BLOCK, int(0.6 * usvp)), int(1.3 * usvp), dtype=np.float64)
-    best = _Search(
-        lambda at, p: dual_hybrid_costs(problem, model, blocks, (at[0], at[1], at[2], p)),
-        (_first_samples(problem), 8, 40),
-    )
+    blocks = _blocks_to_try(problem)
+    at: _Choice = (_first_samples(problem), 8, 40)
+    valleys: list[tuple[_Found, int, _Costs]] = []
     for modulus in _FFT_MODULI:
-        best.descend(modulus)
-    (samples, guessed, transformed), index = best.at, best.index
+
+        def costs(blocks: Floats, samples: Samples, others: _Choice, p: int = modulus) -> Floats:
+            guessed, transformed = others
+            return dual_hybrid_costs(problem, model, blocks, (samples, guessed, transformed, p))
+
+        valleys.append((_descend(costs, blocks, at), modulus, costs))
+        at = valleys[-1][0].at  # the next modulus's valley is near
+    lowest = min(found.bits for found, _, _ in valleys)
+    best, modulus = min(
+        (_scan(costs, found), p) for found, p, costs in valleys if found.bits < lowest + _CLOSE
+    )
+    samples, guessed, transformed = best.at
     return Estimate(
-        "dual hybrid", model.name, model.unit, best.bits, int(blocks[index]),
+        "dual hybrid", model.name, model.unit, best.bits, best.block,
         samples + problem.dimension - guessed - transformed,
-        {"samples": samples, "guessed": guessed, "FFT": transformed, "modulus": best.modulus},
+        {"samples": samples, "guessed": guessed, "FFT": transformed, "modulus": modulus},
     )  # fmt: skip
 
 
@@ -174,17 +195,14 @@ def dual_hypothesis(problem: Lwe, model: CostModel, targets: int) -> Estimate:
     by a little. The secrets differ from block to block, so nothing of them is guessed. A product
     counts as one operation, which favours the attacker.
     """
-    usvp, _ = _least_block(problem, 0.0)
-    blocks = np.arange(max(MIN_BLOCK, int(0.6 * usvp)), int(1.3 * usvp), dtype=np.float64)
-    best = _Search(
-        lambda at, _: _hypothesis_costs(problem, model, blocks, at[0], log2(targets)),
-        (_first_samples(problem),),
-    )
-    best.descend(0)
+
+    def costs(blocks: Floats, samples: Samples, _: _Choice) -> Floats:
+        return _hypothesis_costs(problem, model, blocks, samples, log2(targets))
+
+    best = _scan(costs, _descend(costs, _blocks_to_try(problem), (_first_samples(problem),)))
     return Estimate(
-        "dual, one hypothesis on all", model.name, model.unit, best.bits,
-        int(blocks[best.index]), best.at[0] + problem.dimension,
-        {"samples": best.at[0]},
+        "dual, one hypothesis on all", model.name, model.unit, best.bits, best.block,
+        best.at[0] + problem.dimension, {"samples": best.at[0]},
     )  # fmt: skip
 
 
@@ -192,39 +210,67 @@ def _first_samples(problem: Lwe) -> int:
     return min(problem.dimension, problem.samples or problem.dimension)
 
 
-class _Search:
-    """Least cost over whole numbers, by steps that halve: costs have one valley up to kinks.
+def _blocks_to_try(problem: Lwe) -> Floats:
+    """Block sizes about the primal attack's, among which the dual attacks' are."""
+    usvp, _ = _least_block(problem, 0.0)
+    return np.arange(max(MIN_BLOCK, int(0.6 * usvp)), int(1.3 * usvp), dtype=np.float64)
 
-    costs  of a point and an FFT modulus: an array over the block sizes
+
+@dataclass(frozen=True, order=True)
+class _Found:
+    """The least cost so far, where: samples and whatever else an attack chooses, and block size."""
+
+    bits: float
+    at: _Choice
+    block: int
+
+
+def _descend(costs: _Costs, blocks: Floats, at: _Choice) -> _Found:
+    """Down the valley from `at`, by steps that halve, at the best of the block sizes everywhere.
+
+    It ends near the least and seldom on it: costs have one valley, but block sizes are whole
+    numbers, which makes ripples of some tenths of a bit on its floor. `_scan` goes on from there.
     """
 
-    def __init__(self, costs: Callable[[tuple[int, ...], int], Floats], at: tuple[int, ...]):
-        self._costs = costs
-        self.at, self.modulus = at, 0
-        self.bits, self.index = inf, 0
+    def look(to: _Choice) -> _Found:
+        found = costs(blocks, to[0], to[1:])
+        index = int(found.argmin())
+        return _Found(float(found[index]), to, int(blocks[index]))
 
-    def descend(self, modulus: int) -> None:
-        """From the best point so far, with another modulus; kept where it costs less."""
-        at = self.at
-        bits, index = self._look(at, modulus)
-        step = 32
-        while step:
-            looked = [(self._look(to, modulus), to) for to in _neighbours(at, step)]
-            (found, place), to = min(looked)
-            if found < bits:
-                bits, index, at = found, place, to
-            else:
-                step //= 2
-        if bits < self.bits:
-            self.bits, self.index, self.at, self.modulus = bits, index, at, modulus
-
-    def _look(self, at: tuple[int, ...], modulus: int) -> tuple[float, int]:
-        costs = self._costs(at, modulus)
-        index = int(costs.argmin())
-        return float(costs[index]), index
+    best = look(at)
+    step = 32
+    while step:
+        found = min(look(to) for to in _neighbours(best.at, step))
+        if found.bits < best.bits:
+            best = found
+        else:
+            step //= 2
+    return best
 
 
-def _neighbours(at: tuple[int, ...], step: int) -> Sequence[tuple[int, ...]]:
+def _scan(costs: _Costs, start: _Found) -> _Found:
+    """The least of every choice within reach, and on from there until none in reach costs less."""
+    best = start
+    while True:
+        centre = best
+        blocks = _reached(centre.block, _BLOCK_REACH, MIN_BLOCK).astype(np.float64)
+        samples = _reached(centre.at[0], _SAMPLE_REACH, 1)[:, None]
+        ranges = [_reached(value, _CHOICE_REACH, 0).tolist() for value in centre.at[1:]]
+        for others in itertools.product(*ranges):
+            found = costs(blocks, samples, others)
+            row, column = divmod(int(found.argmin()), len(blocks))
+            if found[row, column] < best.bits:
+                at = (int(samples[row, 0]), *others)
+                best = _Found(float(found[row, column]), at, int(blocks[column]))
+        if best == centre:
+            return best
+
+
+def _reached(value: int, reach: int, least: int) -> NDArray[np.int64]:
+    return np.arange(max(least, value - reach), value + reach + 1)
+
+
+def _neighbours(at: _Choice, step: int) -> Sequence[_Choice]:
     """One coordinate moved by a step, or one given to another."""
     moves = []
     for i in range(len(at)):
@@ -239,7 +285,9 @@ def _neighbours(at: tuple[int, ...], step: int) -> Sequence[tuple[int, ...]]:
     return moves
 
 
-def _log2_ratio(problem: Lwe, blocks: Floats, sieved: Floats, samples: int, rest: int) -> Floats:
+def _log2_ratio(
+    problem: Lwe, blocks: Floats, sieved: Floats, samples: Samples, rest: int
+) -> Floats:
     """log2 of l sigma/q: what a dual vector leaves of b, from a sieve after reduction (p. 39)."""
     d = samples + rest
     log2_q = log2(problem.modulus)
@@ -259,17 +307,19 @@ def _log2_vectors(log2_ratio: Floats) -> Floats:
 
 
 def dual_hybrid_costs(
-    problem: Lwe, model: CostModel, blocks: Floats, choice: tuple[int, int, int, int]
+    problem: Lwe, model: CostModel, blocks: Floats, choice: tuple[Samples, int, int, int]
 ) -> Floats:
     """log2 of what the dual-hybrid attack costs at every block size, infinite where it cannot work.
 
     choice  samples; coordinates that are guessed; that are searched by FFT; the FFT's modulus
+
+    Returns float64[B], or float64[S, B] for int64[S, 1] samples.
     """
     samples, guessed, transformed, p = choice
     rest = problem.dimension - guessed - transformed
-    most = inf if problem.samples is None else problem.samples
-    if not 1 <= samples <= most or min(guessed, transformed) < 0 or rest < 1:
-        return np.full_like(blocks, inf)
+    if min(guessed, transformed) < 0 or rest < 1:
+        return np.full(np.broadcast(samples, blocks).shape, inf)
+    allowed, samples = _allowed(problem, samples)
     d = samples + rest
     sieved, cost = model.short_vectors(blocks, d)
     switching = transformed / 3 * problem.secret.variance * (pi / p) ** 2
@@ -283,19 +333,23 @@ def dual_hybrid_costs(
         fft = log2(_MULTIPLICATION * transformed) + (transformed + 1) * log2(p)
         per_guess = np.logaddexp2(per_guess, fft)
     total = np.logaddexp2(sampling, log2_guesses + per_guess)
-    return np.where(blocks <= d, total, inf)
+    return np.where(allowed & (blocks <= d), total, inf)
+
+
+def _allowed(problem: Lwe, samples: Samples) -> tuple[NDArray[np.bool_], Samples]:
+    """Whether there are so many samples; and the numbers, one in place of those below."""
+    most = inf if problem.samples is None else problem.samples
+    return np.logical_and(samples >= 1, samples <= most), np.maximum(samples, 1)
 
 
 def _hypothesis_costs(
-    problem: Lwe, model: CostModel, blocks: Floats, samples: int, log2_targets: float
+    problem: Lwe, model: CostModel, blocks: Floats, samples: Samples, log2_targets: float
 ) -> Floats:
-    """log2 of the cost at every block size."""
-    most = inf if problem.samples is None else problem.samples
-    if not 1 <= samples <= most:
-        return np.full_like(blocks, inf)
+    """log2 of the cost at every block size, shaped as `dual_hybrid_costs`."""
+    allowed, samples = _allowed(problem, samples)
     d = samples + problem.dimension
     sieved, cost = model.short_vectors(blocks, d)
     ratio = _log2_ratio(problem, blocks, sieved, samples, problem.dimension)
     products = np.maximum(_log2_vectors(ratio) + log2(log(2)), log2_targets)
     sampling = cost + np.maximum(0.0, products - log2_targets - SIEVED_EXPONENT * sieved)
-    return np.where(blocks <= d, np.logaddexp2(sampling, products), inf)
+    return np.where(allowed & (blocks <= d), np.logaddexp2(sampling, products), inf)

@@ -1,7 +1,7 @@
 """What lattice reduction reaches, and what it costs: root Hermite factor and cost models.
 
 All costs are log2 of a count; what is counted differs by model, so figures of two models are not
-to be compared. Everything takes and returns float64 arrays, over block sizes.
+to be compared. Everything takes and returns float64 arrays, over block sizes float64[B].
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+Dimension: TypeAlias = int | NDArray[np.int64]
+"""Of a lattice, or int64[S, 1] of them; then costs are float64[S, B]."""
 
 SIEVED_EXPONENT = 0.2075
 """A sieve in dimension b ends with 2^(0.2075 b) = (4/3)^(b/2) vectors (Nguyen, Vidick 2008)."""
@@ -50,10 +52,10 @@ class CostModel(ABC):
     unit: str
 
     @abstractmethod
-    def log2_reduction(self, block: Floats, dimension: float) -> Floats:
+    def log2_reduction(self, block: Floats, dimension: Dimension) -> Floats:
         """log2 of the cost to BKZ-reduce a basis of that dimension."""
 
-    def short_vectors(self, block: Floats, dimension: float) -> tuple[Floats, Floats]:
+    def short_vectors(self, block: Floats, dimension: Dimension) -> tuple[Floats, Floats]:
         """Reduction, then a sieve on the first vectors that yields 2^(0.2075 b') short ones.
 
         Returns b', the sieve's dimension, and log2 of the cost of both. Here the last sieve of the
@@ -72,7 +74,7 @@ class CoreSvp(CostModel):
         self.name = name
         self.exponent = exponent
 
-    def log2_reduction(self, block: Floats, dimension: float) -> Floats:
+    def log2_reduction(self, block: Floats, dimension: Dimension) -> Floats:
         return self.exponent * block
 
 
@@ -83,9 +85,9 @@ class Bdgl16(CostModel):
     name = "BDGL16"
     unit = "operations"
 
-    def log2_reduction(self, block: Floats, dimension: float) -> Floats:
-        sieves = 0.292 * block + 16.4 + log2(8 * dimension)
-        return np.logaddexp2(3 * log2(dimension), sieves)
+    def log2_reduction(self, block: Floats, dimension: Dimension) -> Floats:
+        sieves = 0.292 * block + 16.4 + np.log2(8 * dimension)
+        return np.logaddexp2(3 * np.log2(dimension), sieves)
 
 
 class Matzov(CostModel):
@@ -105,12 +107,12 @@ class Matzov(CostModel):
     def _log2_sieve(self, block: Floats) -> Floats:
         return log2(PROGRESSIVE) + self.slope * block + self.offset
 
-    def log2_reduction(self, block: Floats, dimension: float) -> Floats:
+    def log2_reduction(self, block: Floats, dimension: Dimension) -> Floats:
         sieve = self._log2_sieve(block - free_dimensions(block))
         sieves = log2(PROGRESSIVE) + np.log2(np.maximum(1.0, dimension - block))
-        return np.logaddexp2(3 * log2(dimension), sieve + sieves)
+        return np.logaddexp2(3 * np.log2(dimension), sieve + sieves)
 
-    def short_vectors(self, block: Floats, dimension: float) -> tuple[Floats, Floats]:
+    def short_vectors(self, block: Floats, dimension: Dimension) -> tuple[Floats, Floats]:
         """One more sieve, as large as costs what the reduction did (Guo, Johansson, "Faster dual
         lattice attacks for solving LWE", Asiacrypt 2021)."""
         reduction = self.log2_reduction(block, dimension)
