@@ -82,7 +82,7 @@ class Bench:
 
     def leaves_nothing(self) -> None:
         """But one key a check: that of the rows it draws for each request."""
-        assert len(self.taken) >= 2
+        assert self.taken
         assert not any(array.any() for array in self.taken)
         assert sum(any(key) for key in self.entropy.keys) == self.lasting
 
@@ -97,25 +97,29 @@ CASE = make_case(300, 40)
 def test_nothing_of_a_request_is_left(
     monkeypatch: pytest.MonkeyPatch, tokens: int, fate: str
 ) -> None:
-    """Secrets, scales, sums, rows, errors, draws and keys, however the request ends."""
+    """However the request ends: of what its sealed value holds, its draws, error bits and keys.
+
+    Not of what lives within one function: that nothing there is left, nobody looks for.
+    """
     with monkeypatch.context() as patch:
         bench = Bench(CASE, patch)
         owner, matrix = bench.owner, CASE.matrix
         x = np.random.default_rng(tokens).standard_normal((tokens, 300)).astype(np.float32)
         sent = owner.encrypt(x, matrix)
         bench.leaves_nothing()
-        found = list(arrays(sent.sealed))
+        # But for the sums of an answer, which has not come.
+        found = [array for array in arrays(sent.sealed) if array.any()]
         assert len(found) >= 3
-        assert all(array.any() for array in found)
         if fate == "caught":
             with pytest.raises(WrongAnswerError):
                 owner.decrypt(sent.sealed, bytes(owner.down_bytes(matrix, tokens)), matrix)
             assert all(array.any() for array in found), "another worker may be asked"
+            assert sum(array.any() for array in arrays(sent.sealed)) == len(found)
         if fate in ("opened", "both"):
             owner.decrypt(sent.sealed, bench.answer(sent.payload, tokens), matrix)
         if fate != "opened":
             owner.discard(sent.sealed)
-        assert not any(array.any() for array in found)
+        assert not any(array.any() for array in [*found, *arrays(sent.sealed)])
         bench.leaves_nothing()
         with pytest.raises(SecretReuseError):
             owner.decrypt(sent.sealed, bytes(owner.down_bytes(matrix, tokens)), matrix)
