@@ -61,6 +61,22 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_own(*paths: Path) -> None:
+    """Raise OSError when one that is there can be changed by everybody, or is another user's.
+
+    What is mapped is used where it lies, for as long as a run takes.
+    """
+    for path in paths:
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue
+        if found.st_mode & stat.S_IWOTH:
+            raise PermissionError(f"{path} can be changed by every user of this machine")
+        if os.geteuid() and found.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{path} belongs to another user, who can change it at any time")
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)

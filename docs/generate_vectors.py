@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.he.entropy import Entropy, Keystream
+from backends.he.entropy import Entropy, Keystream, RequestKeys
 from backends.he.interface import OwnerMatrix
 from backends.he.mlwe_owner import token_scales
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters, preset
@@ -37,22 +37,19 @@ from backends.he.vector import LANES
 
 FILE = Path(__file__).with_name("cipher-vectors.json")
 SEED = bytes(range(32))
-KEYS = (bytes(range(32, 64)), bytes(range(64, 96)))
-"""What the secrets and the errors of a request are drawn from."""
+KEY = bytes(range(32, 64))
+"""What the secrets and the errors of a request follow from."""
 REJECTING_TILE = 3
 """The first tile of A under SEED, at rank 5, that has a word to replace."""
 
 
-class ListedKeys(Entropy):
-    """Hands out the keys of the vectors, in order."""
+class VectorsKey(Entropy):
+    """Hands out the key of the vectors."""
 
     simulated = True
 
-    def __init__(self) -> None:
-        self._keys = iter(KEYS)
-
     def fresh_key(self, tag: bytes = b"") -> bytearray:
-        return bytearray(next(self._keys))
+        return bytearray(KEY)
 
 
 def sha256(array: NDArray[Any]) -> str:
@@ -132,7 +129,7 @@ def block(parameters: Parameters) -> dict[str, Any]:
     in_scale, out_scale = np.float32([1.0, 0.5, 2.0]), np.float32([0.25, 0.125])
     public = PublicMatrix(SEED, parameters.rank)
     matrix = matrix_of(weight, in_scale, out_scale, public)
-    owner = ReferenceOwner(parameters, public, ListedKeys(), unverified=True)
+    owner = ReferenceOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
     worker = ReferenceWorker(parameters)
     answer = worker.multiply(sent.payload, 2, worker.load(weight, True))
@@ -141,24 +138,23 @@ def block(parameters: Parameters) -> dict[str, Any]:
         name: owner._mask(tiles, rows, secret)[:2]
         for name, tiles, rows in (("u", public.rows(3), 3), ("h", matrix.hint, 2))
     }
-    inverse = sent.sealed.inverse_alpha
     result = owner.decrypt(sent.sealed, answer, matrix)
     p, wide = parameters.worker_modulus, x.astype(np.float64) * in_scale
-    alpha, _ = token_scales(np.sqrt(np.sum(wide**2, axis=1)), matrix, parameters)
-    factor = alpha * (NTT_PRIME / p)
+    factor, inverse = np.empty(2), np.empty(2)
+    token_scales(np.sqrt(np.sum(wide**2, axis=1)), matrix, parameters, factor, inverse)
     message = np.rint(wide * factor[:, None]).astype(np.int64)
-    errors = _errors(Keystream(bytearray(KEYS[1])), 2, 3)
-    plain = ternary(Keystream(bytearray(KEYS[0])), parameters.dimension).reshape(
-        parameters.rank, -1
-    )
+    keys = RequestKeys(VectorsKey())
+    errors = _errors(Keystream(keys.errors), 2, 3)
+    plain = ternary(Keystream(keys.secrets), parameters.dimension).reshape(parameters.rank, -1)
     planes = sent.payload.view(np.int8).reshape(parameters.limbs, 2, 3)
     digits = planes.astype(np.int64)
     values = answer.view("<u2").reshape(2, 2).astype(np.int64)
     y = (values * 2**parameters.dropped_bits - owner._round_to_p(masks["h"]) + p // 2) % p - p // 2
     return {
         "seed": SEED.hex(),
-        "key_of_secrets": KEYS[0].hex(),
-        "key_of_errors": KEYS[1].hex(),
+        "key": KEY.hex(),
+        "key_of_secrets": keys.secrets.hex(),
+        "key_of_errors": keys.errors.hex(),
         "x": x.tolist(),
         "in_scale": in_scale.tolist(),
         "out_scale": out_scale.tolist(),
@@ -184,7 +180,7 @@ def request(parameters: Parameters) -> dict[str, Any]:
     x, weight, out_scale = large_case()
     public = PublicMatrix(SEED, parameters.rank)
     matrix = matrix_of(weight, np.ones(200, np.float32), out_scale, public)
-    owner = ReferenceOwner(parameters, public, ListedKeys(), unverified=True)
+    owner = ReferenceOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
     worker = ReferenceWorker(parameters)
     answer = worker.multiply(sent.payload, len(x), worker.load(weight, True))

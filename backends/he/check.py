@@ -6,7 +6,8 @@ Sums are in float64, where products of the float32 factors are exact. Owner code
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,30 +16,34 @@ from numpy.typing import NDArray
 
 from backends import jit
 from backends.he.entropy import Entropy
-from backends.he.integrity import ROWS, Float64Array, Judge, draw_pool, mlwe_honesty, survey
+from backends.he.integrity import (
+    ROWS,
+    Float64Array,
+    Judge,
+    draw_pool,
+    draw_rows,
+    mlwe_honesty,
+    survey,
+)
 from backends.he.params import Parameters
-from backends.threads import run_split
 
-_GRAIN = 8  # tokens worth a thread
 _COLUMNS = 512
 """Columns that all tokens are multiplied by in turn: of ROWS rows they stay in a core's cache."""
 
 
 # Reassociation lets LLVM sum in vectors; 53 bits are plenty for any order.
 @jit.reassociating
-def _add_products(value: Any, matrix: Any, rows: Any, start: int, out: Any) -> None:
-    """out[i] += sum_k value[k] * matrix[rows[i], start + k]; four rows share each load of value."""
-    end = start + len(value)
+def _add_products(value: Any, tile: Any, out: Any) -> None:
+    """out[i] += sum_k value[k] * tile[i, k]; four rows share each load of value."""
     for i in range(0, ROWS, 4):
         a = b = c = d = 0.0
-        m0, m1 = matrix[rows[i], start:end], matrix[rows[i + 1], start:end]
-        m2, m3 = matrix[rows[i + 2], start:end], matrix[rows[i + 3], start:end]
+        m0, m1, m2, m3 = tile[i], tile[i + 1], tile[i + 2], tile[i + 3]
         for k in range(len(value)):
             v = value[k]
-            a += v * np.float64(m0[k])
-            b += v * np.float64(m1[k])
-            c += v * np.float64(m2[k])
-            d += v * np.float64(m3[k])
+            a += v * m0[k]
+            b += v * m1[k]
+            c += v * m2[k]
+            d += v * m3[k]
         out[i] += a
         out[i + 1] += b
         out[i + 2] += c
@@ -46,82 +51,127 @@ def _add_products(value: Any, matrix: Any, rows: Any, start: int, out: Any) -> N
 
 
 @jit.kernel
-def _expected(
-    x: Any, in_scale: Any, factor: Any, projected: Any, rows: Any, ratio: float, out: Any,
-    first: int, last: int,
-) -> None:  # fmt: skip
-    """out float64[T, ROWS] = ratio * U*m for tokens first..last, m as it is encrypted."""
-    inputs = x.shape[1]
-    value = np.empty(_COLUMNS)
-    out[first:last] = 0
-    for start in range(0, inputs, _COLUMNS):
-        end = min(inputs, start + _COLUMNS)
-        scales, part = in_scale[start:end], value[: end - start]
-        for t in range(first, last):
-            row, scale = x[t, start:end], factor[t]
-            for k in range(len(part)):
-                part[k] = np.rint(np.float64(row[k]) * np.float64(scales[k]) * scale)
-            _add_products(part, projected, rows, start, out[t])
-    out[first:last] *= ratio
+def _widen(matrix: Any, rows: Any, start: int, end: int, tile: Any) -> None:
+    """tile float64[ROWS, _COLUMNS] = columns start..end of the rows, filled up with zeros."""
+    tile[:] = 0
+    for i in range(ROWS):
+        for k in range(end - start):
+            tile[i, k] = np.float64(matrix[rows[i], start + k])
 
 
 @jit.kernel
-def _differences(
-    y: Any, pool: Any, rows: Any, expected: Any, inverse: Any, out_scale: Any, out: Any,
-    first: int, last: int,
-) -> None:  # fmt: skip
-    """out float64[T, ROWS] = v*y - expected for tokens first..last; y is then scaled in place."""
-    outputs = y.shape[1]
-    value = np.empty(_COLUMNS)
-    out[first:last] = -expected[first:last]
-    for start in range(0, outputs, _COLUMNS):
-        end = min(outputs, start + _COLUMNS)
-        scales, part = out_scale[start:end], value[: end - start]
-        for t in range(first, last):
+def _expected(
+    x: Any, in_scale: Any, factor: Any, projected: Any, rows: Any, out: Any, first: int, last: int
+) -> None:
+    """out float64[T, ROWS] += U*m over inputs first..last, m as it is encrypted."""
+    # Of a fixed width, so that they are contiguous: else no sum is taken in vectors.
+    value, tile = np.zeros(_COLUMNS), np.empty((ROWS, _COLUMNS))
+    for start in range(first, last, _COLUMNS):
+        end = min(last, start + _COLUMNS)
+        _widen(projected, rows, start, end, tile)
+        scales = in_scale[start:end]
+        for t in range(len(x)):
+            row, scale = x[t, start:end], factor[t]
+            for k in range(len(row)):
+                value[k] = np.rint(np.float64(row[k]) * np.float64(scales[k]) * scale)
+            _add_products(value, tile, out[t])
+    value[:] = 0  # of a message: with its ciphertext, a mask and its errors
+    tile[:] = 0  # which rows these are is a secret, too
+
+
+@jit.kernel
+def _found(
+    y: Any, pool: Any, rows: Any, inverse: Any, out_scale: Any, out: Any, first: int, last: int
+) -> None:
+    """out float64[T, ROWS] += v*y over outputs first..last, which are then scaled in place."""
+    value, tile = np.zeros(_COLUMNS), np.empty((ROWS, _COLUMNS))
+    for start in range(first, last, _COLUMNS):
+        end = min(last, start + _COLUMNS)
+        _widen(pool, rows, start, end, tile)
+        scales = out_scale[start:end]
+        for t in range(len(y)):
             row, scale = y[t, start:end], inverse[t]
-            for j in range(len(part)):
-                part[j] = np.float64(row[j])
-                row[j] = np.float32(part[j] * scale * np.float64(scales[j]))
-            _add_products(part, pool, rows, start, out[t])
+            for j in range(len(row)):
+                value[j] = np.float64(row[j])
+                row[j] = np.float32(value[j] * scale * np.float64(scales[j]))
+            _add_products(value, tile, out[t])
+    value[:] = 0  # of an answer that may be a lie: see `MlweOwner.decrypt`
+    tile[:] = 0
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the answer to one request is held against.
+class _Sum:
+    """float64[T, ROWS], added up from parts that threads compute, each of its own columns."""
 
-    rows    int64[ROWS], of the pool of `check`
-    values  float64[T, ROWS]
-    """
+    def __init__(self, tokens: int) -> None:
+        self.values = np.zeros((tokens, ROWS))
+        self._lock = threading.Lock()
 
-    check: IntegrityCheck
-    rows: NDArray[np.int64] = field(repr=False)
-    values: Float64Array = field(repr=False)
-
-    def require(
-        self, y: NDArray[np.float32], inverse: Float64Array, out_scale: NDArray[np.float32],
-        worker: str,
-    ) -> None:  # fmt: skip
-        """Check centred results float32[T, N] and scale them in place to what is delivered.
-
-        Raises WrongAnswerError when they are not an honest worker's; `y` is then worth nothing.
-        """
-        found = np.empty_like(self.values)
-        pool, rows = self.check.pool, self.rows
+    def add(self, part: Callable[[Float64Array], None]) -> None:
+        """Let `part` add to zeros, and add those; they are overwritten."""
+        own = np.zeros_like(self.values)
         try:
-            run_split(
-                lambda a, b: _differences(
-                    y, pool, rows, self.values, inverse, out_scale, found, a, b
-                ),
-                len(y), _GRAIN,
-            )  # fmt: skip
-            self.check.judge.require(rows, found, worker)
+            part(own)
+            with self._lock:
+                self.values += own
         finally:
-            found[...] = 0
+            own[...] = 0
+
+
+class Expected:
+    """What the answer to one request is held against: U*m for rows of `check`, and then v*y."""
+
+    def __init__(self, check: IntegrityCheck, tokens: int, key: bytearray) -> None:
+        self.check = check
+        self.rows = draw_rows(key)
+        self._expected, self._found = _Sum(tokens), _Sum(tokens)
+
+    def add_inputs(
+        self, x: NDArray[np.float32], in_scale: NDArray[np.float32], factor: Float64Array,
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        """Take in inputs first..last of float32[T, K], the message being round(x*in_scale*factor).
+
+        Every input once, by any threads, while they are encrypted: a thread costs more to wake up.
+        """
+        self._expected.add(
+            lambda out: _expected(
+                x, in_scale, factor, self.check.projected, self.rows, out, first, last
+            )
+        )
+
+    def add_outputs(
+        self, y: NDArray[np.float32], inverse: Float64Array, out_scale: NDArray[np.float32],
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        """Take in centred results first..last of float32[T, N], and scale them in place.
+
+        They are worth nothing until `require` has agreed.
+        """
+        self._found.add(
+            lambda out: _found(y, self.check.pool, self.rows, inverse, out_scale, out, first, last)
+        )
+
+    def require(self, worker: str) -> None:
+        """Raise WrongAnswerError unless what was taken in is an honest worker's answer.
+
+        What was taken in of the answer is forgotten: another worker's may follow.
+        """
+        differences = self._found.values
+        differences -= self.check.ratio * self._expected.values
+        try:
+            self.check.judge.require(self.rows, differences, worker)
+        finally:
+            differences[...] = 0
+
+    def forget_outputs(self) -> None:
+        """Overwrite what was taken in of an answer that is given up."""
+        self._found.values[...] = 0
 
     def wipe(self) -> None:
         """Overwrite which rows these were, and what they gave."""
         self.rows[...] = 0
-        self.values[...] = 0
+        self._expected.values[...] = 0
+        self._found.values[...] = 0
 
 
 class IntegrityCheck:
@@ -129,6 +179,7 @@ class IntegrityCheck:
 
     pool       float32[POOL, N], V
     projected  float32[POOL, K], V*M
+    ratio      p/q, of what is added up of a message
     """
 
     def __init__(
@@ -138,19 +189,5 @@ class IntegrityCheck:
         self.pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         found = survey(torch.from_numpy(self.pool), weight, forward, entropy)
         self.projected = found.projected.float().numpy()
-        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters), entropy)
-        self._ratio = parameters.worker_modulus / parameters.modulus
-
-    def expect(
-        self, x: NDArray[np.float32], in_scale: NDArray[np.float32], factor: Float64Array
-    ) -> Expected:
-        """For a request float32[T, K] whose message is round(x * in_scale * factor)."""
-        rows = self.judge.draw_rows()
-        values = np.empty((len(x), ROWS))
-        run_split(
-            lambda a, b: _expected(
-                x, in_scale, factor, self.projected, rows, self._ratio, values, a, b
-            ),
-            len(x), _GRAIN,
-        )  # fmt: skip
-        return Expected(self, rows, values)
+        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters))
+        self.ratio = parameters.worker_modulus / parameters.modulus

@@ -13,7 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, OsEntropy
-from backends.he.integrity import POOL, Float64Array, Honesty, Judge, draw_pool, survey
+from backends.he.integrity import (
+    POOL,
+    Float64Array,
+    Honesty,
+    Judge,
+    draw_pool,
+    draw_rows,
+    survey,
+)
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -68,11 +76,12 @@ class ClearCheck:
         self._size = np.sqrt(inputs) * 2.0**-24 * np.linalg.norm(weight.astype(np.float64))
         self._least = 2.0**-149 * inputs * outputs
         honesty = Honesty(np.zeros(POOL), np.ones(POOL), drift=1.0)
-        self._judge = Judge(name, honesty, entropy)
+        self._judge = Judge(name, honesty)
+        self._entropy = entropy
 
     def expect(self, values: Float32Array) -> Expected:
         """For a request of float32[T, K]."""
-        wide, rows = values.astype(np.float64), self._judge.draw_rows()
+        wide, rows = values.astype(np.float64), draw_rows(self._entropy.fresh_key())
         lengths = np.linalg.norm(wide, axis=1)
         unit = self._size * lengths + self._least
         return Expected(self, rows, wide @ self._projected[rows].T, unit)

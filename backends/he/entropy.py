@@ -5,8 +5,8 @@ its type; every real driver refuses a cipher that was built on it.
 
 What is wiped. A key is a bytearray that whoever drew it overwrites after use; a `Keystream` keeps
 no other copy. What cannot be overwritten from Python is short-lived and small: the immutable bytes
-that `os.urandom` and `hmac.digest` return (32 each, freed at once), and OpenSSL's expanded key,
-which OpenSSL itself cleanses at the end of each `Keystream.add`.
+that `os.urandom` and `hmac.digest` return (32 each, freed at once, one of each a request), and
+OpenSSL's expanded key, which OpenSSL itself cleanses at the end of each `Keystream.add`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import os
 import struct
 import time
 from abc import ABC, abstractmethod
+from types import TracebackType
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 _BLOCK_BYTES = 16
+KEY_BYTES = 32
 _MOMENT = struct.Struct("<QQ")  # a count, a clock's reading
 
 
@@ -50,7 +52,9 @@ class Keystream:
         counter, skip = divmod(place, _BLOCK_BYTES)
         encryptor = Cipher(self._algorithm, modes.CTR(counter.to_bytes(16, "big"))).encryptor()
         if skip:
-            encryptor.update(bytes(skip))
+            unused = bytearray(skip + _BLOCK_BYTES)  # a block more than is written, as it demands
+            encryptor.update_into(bytes(skip), unused)
+            unused[:] = bytes(len(unused))
         view = out.data.cast("B")
         encryptor.update_into(view, view)
 
@@ -94,6 +98,48 @@ def random_bytes(entropy: Entropy, size: int) -> NDArray[np.uint8]:
         stream.wipe()
 
 
+class RequestKeys:
+    """All keys of one request, made of one that is drawn for it; overwritten when `with` ends.
+
+    They are the first 96 bytes of AES-256-CTR under the drawn key. Drawn one by one, they could
+    repeat one by one: had a generator repeated itself, and the clock ticked or another thread drawn
+    in between, the same secrets would meet other errors, and errors that change average out.
+
+    tag      see `Entropy.fresh_key`
+    secrets  bytearray[32], of the stream of the blocks' secrets
+    errors   bytearray[32], of the stream of errors
+    rows     bytearray[32], of the rows its answer is checked with
+    """
+
+    def __init__(self, entropy: Entropy, tag: bytes = b"") -> None:
+        self.secrets, self.errors, self.rows = (bytearray(KEY_BYTES) for _ in range(3))
+        drawn = bytearray()
+        try:
+            drawn = entropy.fresh_key(tag)
+            stream = Keystream(drawn)
+            for n, key in enumerate((self.secrets, self.errors, self.rows)):
+                stream.fill(np.frombuffer(key, np.uint8), n * KEY_BYTES)
+        except BaseException:
+            self.wipe()
+            raise
+        finally:
+            drawn[:] = bytes(len(drawn))
+
+    def wipe(self) -> None:
+        """Overwrite all of them."""
+        for key in (self.secrets, self.errors, self.rows):
+            key[:] = bytes(KEY_BYTES)
+
+    def __enter__(self) -> RequestKeys:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.wipe()
+
+
 class OsEntropy(Entropy):
     """Keys from the operating system's CSPRNG, hedged. Nothing of it can be saved or resumed.
 
@@ -107,7 +153,8 @@ class OsEntropy(Entropy):
       session  of this object: more random bytes, the process's number, the clock at its making
       count    of the keys drawn from this object
       clock    nanoseconds; likely to differ, which is no proof
-      tag      a hash of the message: two different messages have different ones (`hedge.py`)
+      tag      a hash of the message and of what it is encrypted with: two different messages, or
+               public matrices, or parameters, have different ones (`hedge.py`)
 
     The same message encrypted twice under the same everything gives the same ciphertext, which
     tells that it is the same and nothing more.

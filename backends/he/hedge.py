@@ -1,10 +1,12 @@
-"""A tag of the message that a request encrypts, for the keys it is encrypted under.
+"""A tag of the message that a request encrypts, for the key it is encrypted under.
 
-Two requests under the same secrets and errors differ by their messages, in plain. `OsEntropy`
-therefore makes keys of the message too, so that not even a generator that repeats can bring that
-about. The message round(x * in_scale * factor) is a function of three things, all of them tagged:
+Two requests under the same secrets and errors differ by their messages, in plain; under the same
+secrets and another public matrix A, or other parameters, they are equations in one unknown.
+`OsEntropy` therefore makes keys of the message and of these too, so that not even a generator that
+repeats can bring that about. The message round(x * in_scale * factor) is a function of three
+things, the ciphertext of that, of the parameters and of the seed of A, all of them tagged:
 
-    tag = SHA-256(T, K, NH(x), factor, in_scale)
+    tag = SHA-256(parameters' digest, seed of A, T, K, NH(x), factor, in_scale)
 
 NH (Black, Halevi, Krawczyk, Krovetz, Rogaway, UMAC, CRYPTO 1999) hashes a row of K = 2h words of 32
 bits, here the bits of float32, with a secret key (k, l) of as many words:
@@ -41,6 +43,8 @@ from numpy.typing import NDArray
 
 from backends import jit
 from backends.he.entropy import Entropy, random_bytes
+from backends.he.params import Parameters
+from backends.he.public import PublicMatrix
 
 _KEYS = 2
 
@@ -66,11 +70,20 @@ def hash_rows(words: Any, key: Any, sums: Any, first: int, last: int) -> None:
         sums[t, 0], sums[t, 1] = a, b
 
 
-class MessageHash:
-    """Tags messages under keys of its own. Simulated entropy takes no tags, and gets none."""
+def scheme_tag(parameters: Parameters, public: PublicMatrix) -> bytes:
+    """64 bytes that tell what encrypts from anything else that does: parameters, and A."""
+    return parameters.digest() + public.seed
 
-    def __init__(self, entropy: Entropy) -> None:
+
+class MessageHash:
+    """Tags messages under keys of its own. Simulated entropy takes no tags, and gets none.
+
+    scheme  `scheme_tag` of what they are encrypted with
+    """
+
+    def __init__(self, entropy: Entropy, scheme: bytes) -> None:
         self._entropy = entropy
+        self._scheme = scheme
         self._keys: dict[int, NDArray[np.uint32]] = {}
         self._lock = threading.Lock()
 
@@ -79,14 +92,14 @@ class MessageHash:
     ) -> bytes:
         """32 bytes for a message of `hash_rows` sums [T, 2], factor[T] and in_scale[K].
 
-        The sums are overwritten. No bytes where entropy is simulated.
+        No bytes where entropy is simulated.
         """
         if self._entropy.simulated:
             return b""
-        found = hashlib.sha256(np.array([len(factor), len(in_scale)]).tobytes())
+        found = hashlib.sha256(self._scheme)
+        found.update(np.array([len(factor), len(in_scale)]).tobytes())
         for part in (sums, factor, in_scale):
             found.update(np.ascontiguousarray(part).data)
-        sums[...] = 0
         return found.digest()
 
     def key(self, inputs: int) -> NDArray[np.uint32] | None:

@@ -283,28 +283,31 @@ def _within(tokens: Any, total: Any, energy: Any, drift: float) -> bool:
     return True
 
 
+def draw_rows(key: bytearray) -> NDArray[np.int64]:
+    """int64[ROWS], the rows of the pool for one request, by a key that is overwritten."""
+    stream = Keystream(key)
+    words, order = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    try:
+        words = stream.take(8 * POOL).view("<u8")
+        order = np.argsort(words)
+        return order[:ROWS].copy()
+    finally:
+        stream.wipe()
+        words[...] = 0
+        order[...] = 0
+
+
 class Judge:
     """Decides whether the differences of an answer are an honest worker's. One for a matrix.
 
     honesty  what they are held against
     """
 
-    def __init__(self, name: str, honesty: Honesty, entropy: Entropy) -> None:
+    def __init__(self, name: str, honesty: Honesty) -> None:
         self._name = name
         self.honesty = honesty
-        self._draws = Keystream(entropy.fresh_key())
         self._sums: dict[str, _Sums] = {}
         self._lock = threading.Lock()
-
-    def draw_rows(self) -> NDArray[np.int64]:
-        """int64[ROWS], the rows of the pool for one request."""
-        with self._lock:
-            words = self._draws.take(8 * POOL).view("<u8")
-        order = np.argsort(words)
-        rows = order[:ROWS].copy()
-        words[...] = 0
-        order[...] = 0
-        return rows
 
     def require(
         self, rows: NDArray[np.int64], differences: Float64Array, worker: str,
@@ -318,16 +321,20 @@ class Judge:
         mean, deviation = self.honesty.mean[rows], self.honesty.deviation[rows]
         size = len(differences)
         units = np.ones(size) if unit is None else unit
-        if not _tally(differences, mean, deviation, units, total, energy):
-            raise self._wrong("not the product that was asked for")
-        with self._lock:
-            sums = self._sums.setdefault(worker, _Sums())
-            tokens = sums.tokens[rows] + (size + CLASSES - 1 - np.arange(CLASSES)) // CLASSES
-            total += sums.total[rows]
-            energy += sums.energy[rows]
-            if not _within(tokens, total, energy, self.honesty.drift):
-                raise self._wrong("off by a little, and always alike")
-            sums.tokens[rows], sums.total[rows], sums.energy[rows] = tokens, total, energy
+        try:
+            if not _tally(differences, mean, deviation, units, total, energy):
+                raise self._wrong("not the product that was asked for")
+            with self._lock:
+                sums = self._sums.setdefault(worker, _Sums())
+                tokens = sums.tokens[rows] + (size + CLASSES - 1 - np.arange(CLASSES)) // CLASSES
+                total += sums.total[rows]
+                energy += sums.energy[rows]
+                if not _within(tokens, total, energy, self.honesty.drift):
+                    raise self._wrong("off by a little, and always alike")
+                sums.tokens[rows], sums.total[rows], sums.energy[rows] = tokens, total, energy
+        finally:
+            for private in (total, energy, mean, deviation):
+                private[...] = 0
 
     def _wrong(self, what: str) -> WrongAnswerError:
         return WrongAnswerError(

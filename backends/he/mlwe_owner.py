@@ -17,6 +17,7 @@ by p/q are computed is said in `epilogue.py`; `docs/cipher.md` has the whole sch
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -32,9 +33,9 @@ from numpy.typing import NDArray
 
 from backends import jit
 from backends.he.check import Expected, IntegrityCheck
-from backends.he.entropy import Entropy, Keystream, OsEntropy
+from backends.he.entropy import Entropy, Keystream, OsEntropy, RequestKeys
 from backends.he.epilogue import open_row, seal_row
-from backends.he.hedge import MessageHash, hash_rows
+from backends.he.hedge import MessageHash, hash_rows, scheme_tag
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -62,7 +63,7 @@ ERROR_BYTES = 5
 """Random bytes of one error, 40 fair bits."""
 
 
-# Reassociation lets LLVM sum in vectors; `rounded_up` makes the order of the sum immaterial, but
+# Reassociation lets LLVM sum in vectors; `_scale_tokens` makes the order of the sum immaterial, but
 # for norms within rounding of a 20-bit number.
 @jit.reassociating
 def _token_norms(x: Any, in_scale: Any, norms: Any, first: int, last: int) -> None:
@@ -76,14 +77,19 @@ def _token_norms(x: Any, in_scale: Any, norms: Any, first: int, last: int) -> No
         norms[t] = np.sqrt(total)
 
 
-def rounded_up(norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Norms rounded up to 20 significant bits.
-
-    A norm's last bits depend on the order of summation; the scale derived from this does not,
-    and rounding up keeps the promise that nothing wraps.
-    """
-    mantissa, exponent = np.frexp(norms)
-    return np.ldexp(np.ceil(mantissa * 2.0**20) / 2.0**20, exponent)
+# A kernel, because every step of it by numpy would leave an array of scales behind.
+@jit.kernel
+def _scale_tokens(norms: Any, amplitude: float, ratio: float, factor: Any, inverse: Any) -> None:
+    for t in range(len(norms)):
+        # Float32 inputs are zero or above 1e-45; the bound only keeps the division finite.
+        if norms[t] < 1e-200:
+            factor[t], inverse[t] = ratio, 0.0
+        else:
+            # Up to 20 significant bits. A norm's last bits depend on the order of summation; these
+            # do not, and rounding up keeps the promise that nothing wraps.
+            mantissa, exponent = math.frexp(norms[t])
+            up = math.ldexp(np.ceil(mantissa * 2.0**20) / 2.0**20, exponent)
+            factor[t], inverse[t] = amplitude / up * ratio, up / amplitude
 
 
 @njit(nogil=True, inline="always")
@@ -201,8 +207,12 @@ class RingOwner(OwnerCipher):
     unverified  decrypt answers for matrices that were never guarded, too
     """
 
-    def __init__(self, parameters: Parameters, entropy: Entropy | None, unverified: bool) -> None:
+    def __init__(
+        self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None,
+        unverified: bool,
+    ) -> None:  # fmt: skip
         self._parameters = parameters
+        self._scheme_tag = scheme_tag(parameters, public)
         self._unverified = unverified
         self._entropy = entropy if entropy is not None else OsEntropy()
         self._count_lock = threading.Lock()
@@ -244,11 +254,11 @@ class MlweOwner(RingOwner):
         self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None,
         unverified: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(parameters, entropy, unverified)
+        super().__init__(parameters, public, entropy, unverified)
         self._public = public
         self._encrypt, self._decrypt = _kernels(parameters.rank)
         self._checks: dict[str, IntegrityCheck] = {}
-        self._hash = MessageHash(self._entropy)
+        self._hash = MessageHash(self._entropy, self._scheme_tag)
         self._local = threading.local()
 
     def _guarded(self) -> Collection[str]:
@@ -261,30 +271,35 @@ class MlweOwner(RingOwner):
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
-        norms, sums = self._norms_and_sums(x, matrix)
-        alpha, inverse = token_scales(norms, matrix, self._parameters)
-        factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
-        tag = self._hash.tag(sums, factor, matrix.in_scale)
-        sealed = Sealed(self._fresh_secrets(-(-len(x) // _D), tag), inverse, None)
-        try:
-            planes = self._seal(x, matrix, sealed.secrets, factor, tag)
-            check = self._checks.get(matrix.name)
-            if check is not None:
-                sealed.expected = check.expect(x, matrix.in_scale, factor)
+        tokens = len(x)
+        norms, factor, inverse = (np.zeros(tokens) for _ in range(3))
+        sums = np.zeros((tokens, 2), np.uint64)
+        sealed = Sealed([], inverse, None)
+        try:  # from here on there is something to overwrite, whatever happens
+            self._fill_norms_and_sums(x, matrix, norms, sums)
+            token_scales(norms, matrix, self._parameters, factor, inverse)
+            tag = self._hash.tag(sums, factor, matrix.in_scale)
+            with RequestKeys(self._entropy, tag) as keys:
+                sealed.secrets = self._fresh_secrets(-(-tokens // _D), keys)
+                check = self._checks.get(matrix.name)
+                if check is not None:
+                    sealed.expected = Expected(check, tokens, keys.rows)
+                planes = self._seal(x, matrix, sealed, factor, keys)
+            return Encrypted(planes.reshape(-1).view(np.uint8), sealed)
         except BaseException:
             sealed.wipe()
             raise
         finally:
-            for private in (norms, alpha, factor):
-                private[...] = 0
-        return Encrypted(planes.reshape(-1).view(np.uint8), sealed)
+            norms[...] = 0
+            factor[...] = 0
+            sums[...] = 0
 
-    def _norms_and_sums(
-        self, x: Float32Array, matrix: OwnerMatrix
-    ) -> tuple[NDArray[np.float64], NDArray[np.uint64]]:
-        """float64[T] norms of x * in_scale, and uint64[T, 2] that tell this x from others."""
+    def _fill_norms_and_sums(
+        self, x: Float32Array, matrix: OwnerMatrix, norms: NDArray[np.float64],
+        sums: NDArray[np.uint64],
+    ) -> None:  # fmt: skip
+        """norms float64[T] of x * in_scale, and sums uint64[T, 2] that tell this x from others."""
         tokens, inputs = x.shape
-        norms, sums = np.empty(tokens), np.zeros((tokens, 2), np.uint64)
         words, key = x.view(np.uint32), self._hash.key(inputs)
         step = max(1, _VALUES_AT_ONCE // inputs)
 
@@ -296,19 +311,18 @@ class MlweOwner(RingOwner):
                     hash_rows(words, key, sums, a, b)
 
         run_split(part, tokens, grain=64)
-        return norms, sums
 
     def _seal(
-        self, x: Float32Array, matrix: OwnerMatrix, secrets: list[BlockSecret],
-        factor: NDArray[np.float64], tag: bytes,
+        self, x: Float32Array, matrix: OwnerMatrix, sealed: Sealed,
+        factor: NDArray[np.float64], keys: RequestKeys,
     ) -> NDArray[np.int8]:  # fmt: skip
         """int8[limbs, T, K], the digit planes of a request; errors are drawn here and wiped."""
         tokens, inputs = x.shape
         planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
         public = self._public.rows(inputs).reshape(-1)
-        sealing = np.stack([secret.seal().reshape(-1) for secret in secrets])
-        self._count(blocks=len(sealing))
-        errors = Keystream(self._entropy.fresh_key(tag))
+        secrets, expected = sealed.secrets, sealed.expected
+        sealing = np.zeros((len(secrets), self._parameters.dimension), np.int32)
+        errors = Keystream(keys.errors)
 
         def part(first: int, last: int) -> None:
             # Each thread expands the error bits of its own columns, at their place in the stream.
@@ -324,16 +338,22 @@ class MlweOwner(RingOwner):
                 )  # fmt: skip
             finally:
                 noise[begin:end] = 0
+            if expected is not None:
+                columns = first * WIDE, min(inputs, last * WIDE)
+                expected.add_inputs(x, matrix.in_scale, factor, *columns)
 
         try:
+            for row, secret in zip(sealing, secrets, strict=True):
+                row[...] = secret.seal().reshape(-1)
+            self._count(blocks=len(sealing))
             run_split(part, -(-inputs // WIDE))
         finally:
             errors.wipe()
             sealing[...] = 0
         return planes
 
-    def _fresh_secrets(self, count: int, tag: bytes) -> list[BlockSecret]:
-        stream = Keystream(self._entropy.fresh_key(tag))
+    def _fresh_secrets(self, count: int, keys: RequestKeys) -> list[BlockSecret]:
+        stream = Keystream(keys.secrets)
         self._count(secrets_drawn=count)
         try:
             return BlockSecret.draw(stream, count, self._parameters.rank, _D)
@@ -359,29 +379,42 @@ class MlweOwner(RingOwner):
         hint = matrix.hint
         if hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
-        self._require_check(sealed.expected, matrix)
+        expected = sealed.expected
+        self._require_check(expected, matrix)
         inverse, out_scale = sealed.inverse_alpha, matrix.out_scale
-        if sealed.expected is not None:
+        if expected is not None:
             # The check takes centred integers, which float32 holds exactly, and scales them.
             inverse, out_scale = np.ones(tokens), np.ones(outputs, np.float32)
         out = np.empty((tokens, outputs), np.float32)
+        opening = np.zeros((len(sealed.secrets), self._parameters.dimension), np.int32)
         flat = hint.reshape(-1)
+
+        def part(first: int, last: int) -> None:
+            self._decrypt(
+                flat, opening, answer, inverse, out_scale, out, self._parameters.dropped_bits,
+                self._parameters.limbs, *inverse_tables(), first, last,
+            )  # fmt: skip
+            if expected is not None:
+                columns = first * WIDE, min(outputs, last * WIDE)
+                expected.add_outputs(out, sealed.inverse_alpha, matrix.out_scale, *columns)
+
         with ExitStack() as stack:  # a failed check leaves the secrets sealed
             secrets = [stack.enter_context(secret.opened()) for secret in sealed.secrets]
-            opening = np.stack([secret.reshape(-1) for secret in secrets])
             try:
-                run_split(
-                    lambda a, b: self._decrypt(
-                        flat, opening, answer, inverse, out_scale, out,
-                        self._parameters.dropped_bits, self._parameters.limbs,
-                        *inverse_tables(), a, b,
-                    ),
-                    -(-outputs // WIDE),
-                )  # fmt: skip
+                for row, secret in zip(opening, secrets, strict=True):
+                    row[...] = secret.reshape(-1)
+                run_split(part, -(-outputs // WIDE))
+                if expected is not None:
+                    expected.require(worker)
+            except BaseException:
+                # What is no honest answer decrypts to itself less the mask, and from its mask a
+                # secret can be solved for that may yet open the answer of another worker.
+                out[...] = 0
+                if expected is not None:
+                    expected.forget_outputs()
+                raise
             finally:
                 opening[...] = 0
-            if sealed.expected is not None:
-                sealed.expected.require(out, sealed.inverse_alpha, matrix.out_scale, worker)
         sealed.wipe()
         return out
 
@@ -404,27 +437,32 @@ def check_input(x: Values, matrix: OwnerMatrix) -> None:
 
 
 def token_scales(
-    norms: NDArray[np.float64], matrix: OwnerMatrix, parameters: Parameters
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(alpha_t, 1/alpha_t) for each token.
+    norms: NDArray[np.float64], matrix: OwnerMatrix, parameters: Parameters,
+    factor: NDArray[np.float64], inverse: NDArray[np.float64],
+) -> None:  # fmt: skip
+    """For each token, factor float64[T] = q/p * alpha_t and inverse float64[T] = 1/alpha_t.
 
     An all-zero token is encrypted like any other (alpha 1), but its result is exactly zero, not
-    noise at an arbitrary scale: its second factor is 0.
+    noise at an arbitrary scale: its inverse is 0.
 
-    Raises NonFiniteInputError when a norm is not finite. The message names the matrix and the
-    token's position, never a value.
+    Raises NonFiniteInputError when a norm is not finite; nothing is written then.
     """
-    bad = np.flatnonzero(~np.isfinite(norms))
+    require_finite(np.isfinite(norms), matrix)
+    ratio = parameters.modulus / parameters.worker_modulus
+    _scale_tokens(norms, matrix.plan.amplitude(parameters), ratio, factor, inverse)
+
+
+def require_finite(finite: NDArray[np.bool_], matrix: OwnerMatrix) -> None:
+    """Raise NonFiniteInputError unless the norms of all tokens, bool[T], are finite.
+
+    The message names the matrix and the token's position, never a value.
+    """
+    bad = np.flatnonzero(~finite)
     if len(bad):
         raise NonFiniteInputError(
-            f"{matrix.name}: NaN or infinity in token {bad[0]} ({len(bad)} of {len(norms)} "
+            f"{matrix.name}: NaN or infinity in token {bad[0]} ({len(bad)} of {len(finite)} "
             "tokens); lower the learning rate or look at the data of this batch"
         )
-    amplitude = matrix.plan.amplitude(parameters)
-    # Float32 inputs are zero or above 1e-45; the bound only keeps the division finite.
-    zero = norms < 1e-200
-    safe = rounded_up(np.where(zero, 1.0, norms))
-    return np.where(zero, 1.0, amplitude / safe), np.where(zero, 0.0, safe / amplitude)
 
 
 def answer_values(payload: Payload, tokens: int, outputs: int) -> NDArray[np.uint16]:

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.files import write_array, write_json
+from backends.files import require_own, write_array, write_json
+from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array
 from backends.he.manifest import (
-    NAME,
     OWNER_TAG_BYTES,
     GroupEntry,
     GroupSpec,
@@ -34,6 +34,7 @@ from backends.he.manifest import (
     PreparationError,
     Wanted,
     array_form,
+    is_finished,
     read_group_record,
     read_hint_record,
 )
@@ -115,8 +116,8 @@ def prepare(
     arithmetic   where to compute; None is the CPU
     trust        how what this process did not compute is trusted; None verifies it every time
 
-    What this process computed from beginning to end is trusted as it is. When any of it lay there
-    already, finished or not, the whole is verified.
+    The whole is verified at the end, whoever made which part of it, unless this owner has done that
+    before: what is on the disk by then is what will be used.
 
     Raises PreparationError when the disk has no room or refuses, or when what lies there is
     damaged, wrong, or prepared otherwise than asked for.
@@ -125,19 +126,16 @@ def prepare(
         raise PreparationError(f"an owner tag has at most {OWNER_TAG_BYTES} bytes")
     trust = trust or Trust()
     wanted = Wanted(tuple(groups), parameters, owner_tag)
-    if not (directory / NAME).exists():
+    if not is_finished(directory):
+        require_descriptors(len(groups) * (4 if parameters else 2))
         try:
             _check_room(directory, groups, parameters)
-            arithmetic = arithmetic or Arithmetic()
-            alone = _make(directory, wanted, load_weight, progress, arithmetic)
+            require_own(directory, directory / "worker", directory / "owner")
+            _make(directory, wanted, load_weight, progress, arithmetic or Arithmetic())
         except OSError as error:
             raise PreparationError(
                 f"preparing in {directory} failed: {error}; mend that and run it again"
             ) from error
-        if alone and not trust.anew:
-            model = PreparedModel.open(directory)
-            trust.keep(model)
-            return model
     return open_trusted(directory, wanted, trust)
 
 
@@ -147,22 +145,20 @@ def _make(
     load_weight: Callable[[str], torch.Tensor],
     progress: Progress,
     arithmetic: Arithmetic,
-) -> bool:
-    """Write every file that is missing, and the manifest; whether nothing was there before."""
+) -> None:
+    """Write every file that is missing, and the manifest."""
     groups, parameters = wanted.groups, wanted.parameters
-    entries, alone = _quantise_all(directory, groups, load_weight, progress, arithmetic)
+    entries = _quantise_all(directory, groups, load_weight, progress, arithmetic)
     seed = Manifest(parameters, wanted.owner_tag, tuple(entries)).seed
     if seed is not None and parameters is not None:
         builder = arithmetic.hints(PublicMatrix(seed, parameters.rank))
         with closing(_build_hints(directory, entries, builder, seed)) as hints:
-            for index, direction, sha256, found in hints:
+            for index, direction, sha256 in hints:
                 entry = entries[index]
                 entries[index] = replace(entry, sha256=entry.sha256 | {direction: sha256})
-                alone &= not found
                 group = groups[index]
                 progress(f"hint {group.name} {direction}", group.in_features * group.total_out)
     Manifest(parameters, wanted.owner_tag, tuple(entries)).write(directory)
-    return alone
 
 
 def _write_behind(jobs: Iterator[Job[_T]]) -> closing[Generator[_T, None, None]]:
@@ -193,11 +189,8 @@ def _quantise_all(
     load_weight: Callable[[str], torch.Tensor],
     progress: Progress,
     arithmetic: Arithmetic,
-) -> tuple[list[GroupEntry], bool]:
-    """The manifest entries of all groups, from their files where a former run left them.
-
-    Also whether there were none.
-    """
+) -> list[GroupEntry]:
+    """The manifest entries of all groups, from their files where a former run left them."""
     entries = {index: _finished_group(directory, index, g) for index, g in enumerate(groups)}
     missing = [index for index, entry in entries.items() if entry is None]
 
@@ -221,7 +214,7 @@ def _quantise_all(
         for index, group in enumerate(groups):
             found.append(entries[index] or next(written))
             progress(f"quantise {group.name}", group.in_features * group.total_out)
-    return found, len(missing) == len(groups)
+    return found
 
 
 def _record_path(directory: Path, index: int) -> Path:
@@ -292,8 +285,8 @@ def _write_group(
 
 def _build_hints(
     directory: Path, entries: Sequence[GroupEntry], builder: BuildsHints, seed: bytes
-) -> Generator[tuple[int, str, str, bool], None, None]:
-    """(group, direction, SHA-256, whether a former run made it) of every hint."""
+) -> Generator[tuple[int, str, str], None, None]:
+    """(group, direction, SHA-256) of every hint, made now or by a former run."""
     order = _hint_order([entry.spec for entry in entries])
     finished = {
         hint: _finished_hint(directory, entries[hint[0]], *hint, builder.rank, seed)
@@ -317,8 +310,7 @@ def _build_hints(
 
     with _write_behind(writing()) as written:
         for hint in order:
-            left = finished[hint]
-            yield *hint, left or next(written), left is not None
+            yield *hint, finished[hint] or next(written)
 
 
 def _hint_order(groups: Sequence[GroupSpec]) -> list[tuple[int, str]]:

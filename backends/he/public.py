@@ -50,13 +50,16 @@ def public_seed(model_digest: bytes, parameters: Parameters, owner_tag: bytes = 
 
 
 class PublicMatrix:
-    """A, expanded on demand from its seed and kept: 80 KiB * rank/5 per 16 rows."""
+    """A, expanded on demand from its seed and kept: 80 KiB * rank/5 per 16 rows.
+
+    seed  32 bytes, public
+    """
 
     def __init__(self, seed: bytes, rank: int) -> None:
         if len(seed) != 32:
             raise ValueError(f"the seed of A has 32 bytes, got {len(seed)}")
         self.rank = rank
-        self._seed = seed
+        self.seed = seed
         self._growing = threading.Lock()
         self._tiles = np.empty((0, rank, RING_DEGREE, LANES), np.int32)
 
@@ -75,7 +78,7 @@ class PublicMatrix:
 
     def _expand(self, out: NDArray[np.int32], first: int, last: int) -> None:
         for tile in range(first, last):
-            out[tile] = expand_tile(self._seed, tile, self.rank)
+            out[tile] = expand_tile(self.seed, tile, self.rank)
 
 
 def expand_tile(seed: bytes, tile: int, rank: int) -> NDArray[np.int32]:

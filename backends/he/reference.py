@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.he.entropy import Entropy, Keystream, OsEntropy
+from backends.he.entropy import Entropy, Keystream, OsEntropy, RequestKeys
 from backends.he.epilogue import FOLD, FOLD_SHIFT
 from backends.he.interface import (
     Encrypted,
@@ -154,22 +154,23 @@ class ReferenceOwner(OwnerCipher):
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
-        p, rank = self._parameters.worker_modulus, self._parameters.rank
+        rank = self._parameters.rank
         tokens, inputs = x.shape
         wide = x.astype(np.float64) * matrix.in_scale.astype(np.float64)
         norms = np.sqrt(np.sum(wide**2, axis=1))
-        alpha, inverse = token_scales(norms, matrix, self._parameters)
-        stream = Keystream(self._entropy.fresh_key())
+        factors, inverse = np.empty(tokens), np.empty(tokens)
+        token_scales(norms, matrix, self._parameters, factors, inverse)
+        keys = RequestKeys(self._entropy)
+        stream = Keystream(keys.secrets)
         blocks = -(-tokens // _D)
         drawn = ternary(stream, blocks * rank * _D).reshape(blocks, rank, _D).astype(np.int64)
         secrets = [matmul_mod(s % _Q, self._evaluate.T.copy()) for s in drawn]
-        error = _errors(Keystream(self._entropy.fresh_key()), tokens, inputs)
+        error = _errors(Keystream(keys.errors), tokens, inputs)
         digits = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
         for block, secret in enumerate(secrets):
             part = slice(block * _D, min(tokens, (block + 1) * _D))
             mask = self._mask(self._public.rows(inputs), inputs, secret)[: part.stop - part.start]
-            factor = alpha[part, None] * (_Q / p)
-            message = np.rint(wide[part] * factor).astype(np.int64)
+            message = np.rint(wide[part] * factors[part, None]).astype(np.int64)
             u = (mask + error[part] + message) % _Q
             b = self._round_to_p(u)
             for limb in range(self._parameters.limbs):

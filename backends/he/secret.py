@@ -32,18 +32,24 @@ class _Use(Enum):
 def ternary(stream: Keystream, count: int) -> NDArray[np.int8]:
     """`count` exactly uniform values of {-1, 0, 1}: bytes below 255 modulo 3, others rejected."""
     out = np.empty(count, np.int8)
+    drawn = kept = np.empty(0, np.uint8)
     done = 0
-    while done < count:
-        drawn = stream.take(count + 64)
-        kept = drawn[drawn < 255]
-        used = kept[: count - done]
-        used %= 3
-        out[done : done + len(used)] = used
-        done += len(used)
-        # What a secret was made from is as good as the secret.
-        drawn[...] = 0
-        kept[...] = 0
-    out -= 1
+    try:
+        while done < count:
+            drawn = stream.take(count + 64)
+            kept = drawn[drawn < 255]
+            used = kept[: count - done]
+            used %= 3
+            out[done : done + len(used)] = used
+            done += len(used)
+            # What a secret was made from is as good as the secret.
+            drawn[...] = 0
+            kept[...] = 0
+        out -= 1
+    except BaseException:
+        for private in (out, drawn, kept):
+            private[...] = 0
+        raise
     return out
 
 
@@ -101,11 +107,18 @@ class BlockSecret(UseOnce):
     @classmethod
     def draw(cls, stream: Keystream, count: int, rank: int, degree: int) -> list[BlockSecret]:
         """`count` independent secrets from one fresh keystream."""
-        drawn = ternary(stream, count * rank * degree).reshape(count, rank, degree)
+        secrets: list[BlockSecret] = []
+        drawn = ternary(stream, count * rank * degree)
         try:
-            return [cls(secret) for secret in drawn]
+            for secret in drawn.reshape(count, rank, degree):
+                secrets.append(cls(secret))
+        except BaseException:
+            for made in secrets:
+                made.wipe()
+            raise
         finally:
             drawn[...] = 0
+        return secrets
 
     def seal(self) -> NDArray[np.int32]:
         """The NTT-domain secret, to encrypt the block's only message.

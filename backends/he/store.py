@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.files import map_array
+from backends.files import map_array, require_own
+from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
 from backends.he.manifest import (
     KINDS,
+    NAME,
     GroupEntry,
     Manifest,
     PreparationError,
@@ -77,6 +79,7 @@ def map_stored(directory: Path, index: int, entry: GroupEntry, kind: str, rank: 
     path = array_path(directory, index, kind)
     dtype, shape = array_form(entry.spec, kind, rank)
     try:
+        require_own(path)
         values = map_array(path, shape, dtype)
     except OSError as error:
         why = error.strerror or error
@@ -114,16 +117,21 @@ class PreparedModel:
     def open(cls, directory: Path, wanted: Wanted | None = None) -> PreparedModel:
         """Read the manifest and map every array; of their contents nothing is read yet.
 
-        Raises PreparationError when there is none, when it is not what is wanted, or when anything
-        is of another shape or missing.
+        Raises PreparationError when there is none, when it is not what is wanted, when anything is
+        of another shape or missing, or when this process may not have so many files open.
         """
         manifest = read_manifest(directory)
+        try:
+            require_own(directory, directory / NAME, directory / "worker", directory / "owner")
+        except OSError as error:
+            raise PreparationError(f"{error}; mend that, or use a place of your own") from error
         differences = manifest.differences(wanted) if wanted is not None else []
         if differences:
             raise PreparationError(
                 f"{directory} was prepared otherwise than asked for: {'; '.join(differences)}. "
                 "Ask for what is there, choose another --cache, or delete it to prepare anew"
             )
+        require_descriptors(len(manifest.groups) * len(manifest.kinds))
         stored = [
             [map_stored(directory, i, entry, kind, manifest.rank) for kind in manifest.kinds]
             for i, entry in enumerate(manifest.groups)

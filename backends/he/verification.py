@@ -73,7 +73,7 @@ class Trust:
     """How a prepared model comes to be trusted.
 
     verdicts  what this owner found before; None believes nothing and keeps nothing
-    anew      verify whatever was found before, and also what this process made
+    anew      verify whatever was found before
     watch     told in a line why a verification begins, and its bytes; what is entered is told of
               its advance
     """
@@ -87,7 +87,7 @@ class Trust:
         if self.anew:
             return "as asked"
         if self.verdicts is None or not self.verdicts.holds(model.setup_digest):
-            return "it was not made or verified by this user"
+            return "this user has not done so before"
         return None
 
     def keep(self, model: PreparedModel) -> None:
@@ -147,7 +147,7 @@ def _digested(stored: Stored, visit: Callable[[int, NDArray[Any]], None] | None 
     digest = hashlib.sha256()
     step = max(1, _SLAB_BYTES // max(1, values[0].nbytes))
     for start in range(0, len(values), step):
-        slab = values[start : start + step]
+        slab = np.array(values[start : start + step])  # what is hashed is what is looked at
         digest.update(slab.reshape(-1).view(np.uint8).data)
         if visit is not None:
             visit(start, slab)

@@ -20,7 +20,7 @@ from backends.he.params import Parameters, preset
 from backends.he.preparation import prepare
 from backends.he.public import public_seed
 from backends.he.store import PreparedModel
-from backends.he.verification import Trust
+from backends.he.verification import Progress, Trust
 
 GROUPS = [GroupSpec("a.q+k", ("a.q", "a.k"), 24, (24, 8)), GroupSpec("a.o", ("a.o",), 32, (21,))]
 SHAPES = {"a.q": (24, 24), "a.k": (8, 24), "a.o": (21, 32)}
@@ -43,10 +43,11 @@ def small(
     parameters: Parameters | None = STANDARD,
     tag: bytes = TAG,
     trust: Trust | None = None,
+    progress: Progress = quiet,
 ) -> PreparedModel:
     """The small model, prepared or found."""
     return prepare(
-        directory, GROUPS, weight_of, parameters, quiet, owner_tag=tag, trust=trust
+        directory, GROUPS, weight_of, parameters, progress, owner_tag=tag, trust=trust
     )  # fmt: skip
 
 

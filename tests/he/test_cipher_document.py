@@ -29,7 +29,7 @@ from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, expand_tile, public_seed
 from backends.he.ring import PSI, secret_to_ntt
 from docs import generate_vectors
-from docs.generate_vectors import FILE, ListedKeys, large_case, sha256
+from docs.generate_vectors import FILE, VectorsKey, large_case, sha256
 
 VECTORS = json.loads(FILE.read_text(encoding="utf-8"))
 TEXT = FILE.with_name("cipher.md").read_text(encoding="utf-8")
@@ -95,6 +95,11 @@ class Document:
     def rounded(self, u: int) -> int:
         """From q to p."""
         return (u + (u * 2683331564 >> 48) + 8) >> 4
+
+    def keys(self, key: bytes) -> tuple[bytes, bytes]:
+        """Of the secrets and of the errors, from a request's."""
+        both = self.stream(key, bytes(16), 64)
+        return both[:32], both[32:]
 
     def secret(self, key: bytes) -> list[Ints]:
         """The first block's secret: `rank` polynomials."""
@@ -202,9 +207,12 @@ def test_one_block_by_hand() -> None:
     """From keys to results as the document says, with every value in between."""
     stated, it = VECTORS["block"], DOCUMENT
     weight, tokens, inputs = stated["weight"], 2, 3
-    secret = it.secret(bytes.fromhex(stated["key_of_secrets"]))
+    of_secrets, of_errors = it.keys(bytes.fromhex(stated["key"]))
+    assert of_secrets.hex() == stated["key_of_secrets"]
+    assert of_errors.hex() == stated["key_of_errors"]
+    secret = it.secret(of_secrets)
     assert ["".join("-0+"[v + 1] for v in row) for row in secret] == stated["secret"]
-    errors = it.errors(bytes.fromhex(stated["key_of_errors"]), tokens, inputs)
+    errors = it.errors(of_errors, tokens, inputs)
     assert errors == stated["errors"]
     amplitude = it.amplitude(weight)
     assert amplitude.hex() == stated["amplitude"]
@@ -288,7 +296,7 @@ def test_one_block_by_the_fast_code() -> None:
     public = PublicMatrix(bytes.fromhex(stated["seed"]), STANDARD.rank)
     matrix = generate_vectors.matrix_of(weight, in_scale, out_scale, public)
     matrix = replace(matrix, hint=HintBuilder(public).build(weight, True))
-    owner = MlweOwner(STANDARD, public, ListedKeys(), unverified=True)
+    owner = MlweOwner(STANDARD, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(np.array(stated["x"], np.float32), matrix)
     assert sent.payload.view(np.int8).reshape(3, 2, 3).tolist() == stated["planes"]
     worker = MlweWorker(STANDARD)
@@ -307,7 +315,7 @@ def test_requests_by_the_fast_code(stated: dict[str, Any]) -> None:
     hint = HintBuilder(public).build(weight, True)
     assert sha256(hint) == stated["hint_sha256"]
     matrix = replace(matrix, hint=hint, plan=plan_matrix(weight, out_scale))
-    owner = MlweOwner(parameters, public, ListedKeys(), unverified=True)
+    owner = MlweOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
     assert sha256(sent.payload) == stated["planes_sha256"]
     worker = MlweWorker(parameters)

@@ -12,7 +12,16 @@ import torch
 from backends.he import integrity
 from backends.he.clear import ClearOwner
 from backends.he.entropy import OsEntropy
-from backends.he.integrity import CLASSES, LIMIT, POOL, ROWS, Honesty, Judge, draw_pool
+from backends.he.integrity import (
+    CLASSES,
+    LIMIT,
+    POOL,
+    ROWS,
+    Honesty,
+    Judge,
+    draw_pool,
+    draw_rows,
+)
 from backends.he.interface import OwnerCipher, UnguardedError
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
@@ -135,11 +144,15 @@ def test_a_bias_of_some_places_only_is_found() -> None:
     signs = np.where(np.arange(64) % 2, 0.5, -0.5)[:, None]
     with pytest.raises(WrongAnswerError, match="always alike"):
         for _ in range(1000):
-            judge.require(judge.draw_rows(), rng.standard_normal((64, ROWS)) + signs, "w")
+            judge.require(some_rows(), rng.standard_normal((64, ROWS)) + signs, "w")
+
+
+def some_rows() -> np.ndarray[Any, Any]:
+    return draw_rows(OsEntropy().fresh_key())
 
 
 def judge_of(honesty: Honesty) -> Judge:
-    return Judge("m", honesty, OsEntropy())
+    return Judge("m", honesty)
 
 
 def test_added_energy_is_found() -> None:
@@ -148,7 +161,7 @@ def test_added_energy_is_found() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(WrongAnswerError, match="always alike"):
         for _ in range(2000):
-            judge.require(judge.draw_rows(), 1.2 * rng.standard_normal((64, ROWS)), "w")
+            judge.require(some_rows(), 1.2 * rng.standard_normal((64, ROWS)), "w")
 
 
 def test_honest_differences_pass_for_long() -> None:
@@ -157,7 +170,7 @@ def test_honest_differences_pass_for_long() -> None:
     mean, deviation = rng.normal(0, 5, POOL), rng.uniform(1, 9, POOL)
     judge = judge_of(Honesty(mean, deviation))
     for turn in range(1500):
-        rows = judge.draw_rows()
+        rows = some_rows()
         z = rng.standard_normal((400 + turn % 200, ROWS))
         judge.require(rows, mean[rows] + deviation[rows] * z, "w")
 

@@ -24,8 +24,8 @@ from backends.he.params import NTT_PRIME, preset
 from backends.he.preparation import prepare
 from backends.he.public import PublicMatrix, expand_tile
 from backends.he.quantise import quantise
-from backends.he.store import PreparedModel
-from backends.he.verdict import Verdicts
+from backends.he.store import PreparedModel, array_path
+from backends.he.verdict import Verdicts, owner_verdicts
 from backends.he.verification import (
     Progress,
     Trust,
@@ -180,15 +180,46 @@ class Watch:
         yield advance
 
 
-def test_what_this_process_made_is_trusted_and_what_it_found_verified(tmp_path: Path) -> None:
-    """Without verdicts: the fresh one at once, the found one each time, with progress."""
+def test_what_is_on_the_disk_is_verified_whoever_made_it(tmp_path: Path) -> None:
+    """Without verdicts: after it was made, and each time it is found, with progress."""
     watch = Watch()
-    assert small(tmp_path / "a", trust=Trust(watch=watch)).trusted
-    assert watch.reasons == []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         assert small(tmp_path / "a", trust=Trust(watch=watch)).trusted
         assert len(watch.reasons) == count
     assert watch.told == watch.announced > 0
+
+
+@pytest.mark.parametrize("kind", ["weight", "scale"])
+def test_what_changes_under_the_hands_of_its_maker_is_found(tmp_path: Path, kind: str) -> None:
+    """Another process writes into a file between its making and the end of the preparation."""
+
+    def progress(label: str, done: int) -> None:
+        path = array_path(tmp_path, 0, kind)
+        if label.startswith("hint") and path.exists():
+            array = np.load(path)
+            array.reshape(-1)[0] = np.nan if kind == "scale" else 1 - array.reshape(-1)[0] // 2
+            np.save(path, array)
+
+    with pytest.raises(PreparationError, match="is damaged"):
+        small(tmp_path, progress=progress)
+
+
+@pytest.mark.parametrize("spoil", ["folder", "worker", "file", "manifest"])
+def test_what_everybody_may_change_is_not_used(tmp_path: Path, spoil: str) -> None:
+    """It is mapped where it lies: whoever can write there can change it after any check."""
+    model = small(tmp_path)
+    paths = {
+        "folder": tmp_path, "worker": tmp_path / "worker", "manifest": tmp_path / "manifest.json",
+        "file": array_path(tmp_path, 0, "weight"),
+    }  # fmt: skip
+    path = paths[spoil]
+    path.chmod(path.stat().st_mode | 0o002)
+    with pytest.raises(PreparationError, match="can be changed by every user"):
+        open_trusted(model.directory, None, Trust())
+    if spoil in ("folder", "worker"):
+        (tmp_path / "manifest.json").unlink()
+        with pytest.raises(PreparationError, match="can be changed by every user"):
+            small(tmp_path)
 
 
 def test_an_interrupted_preparation_is_verified(tmp_path: Path) -> None:
@@ -380,6 +411,47 @@ def test_a_state_directory_that_takes_nothing_costs_a_warning(
     verdicts = Verdicts(tmp_path / "file" / "state")
     assert small(tmp_path / "m", trust=Trust(verdicts)).trusted
     assert "XDG_STATE_HOME" in caplog.text
+
+
+def test_a_state_directory_that_cannot_be_searched_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds no verdict and takes none; told once, before anything is prepared."""
+    beyond = tmp_path / ("x" * 300)  # a name that no system looks up
+    verdicts = Verdicts(beyond / "private-lora")
+    assert not verdicts.holds(bytes(32))
+    assert "XDG_STATE_HOME" in caplog.text
+    verdicts.keep(bytes(32))
+    assert small(tmp_path / "m", trust=Trust(verdicts)).trusted
+    caplog.clear()
+    monkeypatch.setenv("XDG_STATE_HOME", str(beyond))
+    assert owner_verdicts() is None
+    assert len(caplog.records) == 1
+    assert "verified again" in caplog.text
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert owner_verdicts() is not None
+
+
+def test_a_user_without_a_home_has_no_verdicts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HOME unset and nobody of that number in the system's list, as in some containers."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    assert owner_verdicts() is None
+    assert "XDG_STATE_HOME" in caplog.text
+
+
+def homeless(cls: type[Path]) -> Path:
+    """What `Path.home` does there."""
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_place_that_cannot_be_looked_into_is_said(tmp_path: Path) -> None:
+    """A name that no system looks up: in one line, before any weight is read."""
+    with pytest.raises(PreparationError, match="--cache") as refused:
+        small(tmp_path / ("x" * 300))
+    assert "\n" not in str(refused.value)
 
 
 def test_two_processes_that_make_a_key_at_once_agree(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels
 from backends.he.cuda.streams import Readback
 from backends.he.entropy import Entropy
-from backends.he.integrity import ROWS, Judge, draw_pool, mlwe_honesty, survey
+from backends.he.integrity import ROWS, Judge, draw_pool, draw_rows, mlwe_honesty, survey
 from backends.he.params import Parameters
 
 _TOKENS_EACH = 2  # CHECK_TOKENS of the kernels
@@ -62,20 +62,35 @@ class DeviceCheck:
         self._pool = torch.from_numpy(pool).to(gpu.device)
         found = survey(self._pool, weight, forward, entropy)
         self._projected = found.projected.float()
-        self.judge = Judge(name, mlwe_honesty(pool, found, parameters), entropy)
+        self.judge = Judge(name, mlwe_honesty(pool, found, parameters))
         self._ratio = parameters.worker_modulus / parameters.modulus
 
-    def expect(self, x: torch.Tensor, in_scale: torch.Tensor, factor: torch.Tensor) -> Expected:
-        """For a request float32[T, K] whose message is round(x * in_scale * factor)."""
+    def expect(
+        self, x: torch.Tensor, in_scale: torch.Tensor, factor: torch.Tensor, key: bytearray
+    ) -> Expected:
+        """For a request float32[T, K] whose message is round(x * in_scale * factor).
+
+        key  rows are drawn by it; it is overwritten
+        """
         tokens, inputs = x.shape
-        rows = self.judge.draw_rows()
-        on_device = torch.from_numpy(rows.astype(np.int32)).to(self._gpu.device)
-        values = torch.empty((tokens, ROWS), dtype=torch.float64, device=self._gpu.device)
-        self._kernels.launch(
-            "expectations", (-(-tokens // _TOKENS_EACH), 1),
-            x, in_scale, factor, self._projected, on_device, values, tokens, inputs, self._ratio,
-        )  # fmt: skip
-        return Expected(self, rows, on_device, values)
+        device = self._gpu.device
+        values = torch.empty((tokens, ROWS), dtype=torch.float64, device=device)
+        on_device = torch.empty(ROWS, dtype=torch.int32, device=device)
+        carried = torch.empty(ROWS, dtype=torch.int32)
+        expected = Expected(self, draw_rows(key), on_device, values)
+        try:
+            carried.numpy()[...] = expected.rows
+            on_device.copy_(carried)
+            self._kernels.launch(
+                "expectations", (-(-tokens // _TOKENS_EACH), 1), x, in_scale, factor,
+                self._projected, on_device, values, tokens, inputs, self._ratio,
+            )  # fmt: skip
+        except BaseException:
+            expected.wipe()
+            raise
+        finally:
+            carried.zero_()
+        return expected
 
     def compare(
         self, expected: Expected, y: torch.Tensor, inverse: torch.Tensor, out_scale: torch.Tensor
@@ -83,20 +98,30 @@ class DeviceCheck:
         """Queue what `Expected.compare` says."""
         tokens, outputs = y.shape
         found = torch.empty_like(expected.values)
-        self._kernels.launch(
-            "differences", (-(-tokens // _TOKENS_EACH), 1),
-            y, self._pool, expected.on_device, expected.values, inverse, out_scale, found,
-            tokens, outputs,
-        )  # fmt: skip
-        return Comparison(expected, Readback(self._gpu, found))
+        try:
+            self._kernels.launch(
+                "differences", (-(-tokens // _TOKENS_EACH), 1),
+                y, self._pool, expected.on_device, expected.values, inverse, out_scale, found,
+                tokens, outputs,
+            )  # fmt: skip
+            return Comparison(expected, Readback(self._gpu, found))
+        except BaseException:
+            found.zero_()
+            raise
 
 
 class Comparison:
-    """One comparison on its way."""
+    """One comparison on its way; `require` ends it."""
 
     def __init__(self, expected: Expected, found: Readback) -> None:
         self._expected, self._found = expected, found
 
     def require(self, worker: str) -> None:
-        """Wait for it. Raises WrongAnswerError unless the answer is an honest worker's."""
-        self._expected.check.judge.require(self._expected.rows, self._found.read(), worker)
+        """Wait for it. Raises WrongAnswerError unless the answer is an honest worker's.
+
+        The differences are then overwritten.
+        """
+        try:
+            self._expected.check.judge.require(self._expected.rows, self._found.read(), worker)
+        finally:
+            self._found.wipe()

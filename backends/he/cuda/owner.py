@@ -3,9 +3,10 @@
 Given the same secrets and errors, requests and results are those of the CPU owner bit for bit;
 only the stream that secrets and errors are drawn from differs (ChaCha20, see `kernels/owner.cu`).
 Keys come from the operating system; they and the secrets they expand to are in device memory and
-in the driver's launch queue while in use, so the GPU belongs to the owner. They carry no tag of
-the message, which is on the device: where the operating system's generator repeats, only session,
-count and clock of `OsEntropy` keep two requests apart.
+in the driver's launch queue while in use, so the GPU belongs to the owner. They carry a tag of the
+parameters and of A, but none of the message, which is on the device: where the operating system's
+generator repeats, only session, count and clock of `OsEntropy` keep two messages apart. All keys of
+a request are made of one (`RequestKeys`), so what repeats, repeats with its errors.
 
 Everything is queued on torch's current stream, which must be the same for a request and its
 answer. The host waits once in `encrypt` (are the inputs finite?), for a flag with the next kernels
@@ -29,14 +30,14 @@ from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels, kernels
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flag, Flags
-from backends.he.entropy import Entropy
+from backends.he.entropy import Entropy, RequestKeys
 from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
 from backends.he.mlwe_owner import (
     RingOwner,
     answer_values,
     check_answer_bytes,
     check_input,
-    token_scales,
+    require_finite,
 )
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
@@ -60,20 +61,17 @@ def key_words(key: bytearray) -> tuple[int, int, int, int]:
 
 
 class RequestSecrets(UseOnce):
-    """The ternary secrets of one request's blocks, in device memory."""
+    """The ternary secrets of one request's blocks, in device memory. `draw` them first."""
 
-    def __init__(self, words: torch.Tensor) -> None:
+    def __init__(self, blocks: int, rank: int, gpu: Gpu) -> None:
         super().__init__()
-        self._words = words
+        shape = (blocks, rank, RING_DEGREE)
+        self._words = torch.empty(shape, dtype=torch.int32, device=gpu.device)
 
-    @classmethod
-    def draw(
-        cls, compiled: Kernels, key: bytearray, blocks: int, rank: int, gpu: Gpu
-    ) -> RequestSecrets:
-        """`blocks` independent secrets from one fresh key of 32 bytes, which is overwritten."""
-        words = torch.empty((blocks, rank, RING_DEGREE), dtype=torch.int32, device=gpu.device)
-        compiled.launch("draw_secrets", (blocks, rank), words, *key_words(key))
-        return cls(words)
+    def draw(self, compiled: Kernels, key: bytearray) -> None:
+        """Independent secrets from one fresh key of 32 bytes, which is overwritten."""
+        blocks, rank, _ = self._words.shape
+        compiled.launch("draw_secrets", (blocks, rank), self._words, *key_words(key))
 
     def seal(self) -> torch.Tensor:
         """int32[blocks, rank, 256], NTT domain, to encrypt the request's only message.
@@ -129,7 +127,7 @@ class CudaOwner(RingOwner):
         entropy: Entropy | None = None, local: bool = False, hint_bytes: int | None = None,
         unverified: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(parameters, entropy, unverified)
+        super().__init__(parameters, public, entropy, unverified)
         self._gpu = gpu
         self._wire = not local
         self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
@@ -158,34 +156,42 @@ class CudaOwner(RingOwner):
         in_scale, _ = self._residents.scales(matrix)
         rows = self._residents.public_rows(inputs)
         blocks, tiles = -(-tokens // RING_DEGREE), tiles_of(inputs)
-        with self._gpu.clock.span("owner"):
-            scales = self._token_scales(values, in_scale, matrix)
-            secrets = RequestSecrets.draw(
-                self._kernels, self._entropy.fresh_key(), blocks, parameters.rank, self._gpu
-            )
-            words = secrets.seal()
-            self._count(secrets_drawn=blocks)
-            planes = torch.empty(
-                (parameters.limbs, tokens, inputs), dtype=torch.int8, device=device
-            )
-            grid, each = self._grid(blocks, tiles)
-            self._kernels.launch(
-                "encrypt", grid, rows, words, values, in_scale, scales.factor, planes,
-                tokens, inputs, tiles, each, *key_words(self._entropy.fresh_key()),
-            )  # fmt: skip
-            check = self._checks.get(matrix.name)
-            expected = None if check is None else check.expect(values, in_scale, scales.factor)
-            scales.factor.zero_()  # queued behind what reads it
-        sealed = Sealed(secrets, scales.inverse, expected, on_host)
-        if scales.bad.read():
+        grid, each = self._grid(blocks, tiles)
+        norms, factor, inverse = (
+            torch.empty(tokens, dtype=torch.float64, device=device) for _ in range(3)
+        )
+        planes = torch.empty((parameters.limbs, tokens, inputs), dtype=torch.int8, device=device)
+        secrets = RequestSecrets(blocks, parameters.rank, self._gpu)
+        sealed = Sealed(secrets, inverse, None, on_host)
+        try:  # from here on there is something to overwrite, whatever happens
+            with (
+                RequestKeys(self._entropy, self._scheme_tag) as keys,
+                self._gpu.clock.span("owner"),
+            ):
+                bad = self._scale_tokens(values, in_scale, matrix, norms, factor, inverse)
+                secrets.draw(self._kernels, keys.secrets)
+                words = secrets.seal()
+                self._kernels.launch(
+                    "encrypt", grid, rows, words, values, in_scale, factor, planes,
+                    tokens, inputs, tiles, each, *key_words(keys.errors),
+                )  # fmt: skip
+                check = self._checks.get(matrix.name)
+                if check is not None:
+                    sealed.expected = check.expect(values, in_scale, factor, keys.rows)
+            if bad.read():
+                require_finite(torch.isfinite(norms).cpu().numpy(), matrix)
+                raise AssertionError("a norm is not finite")
+            raw = planes.view(-1).view(torch.uint8)
+            payload = _to_host(raw, self._gpu) if self._wire else raw
+        except BaseException:
             sealed.wipe()
-            self._count(secrets_drawn=-blocks)  # nothing is sent under them
-            token_scales(scales.norms.cpu().numpy(), matrix, parameters)
-            raise AssertionError("a norm is not finite")
-        scales.norms.zero_()
-        self._count(blocks=blocks)
-        raw = planes.view(-1).view(torch.uint8)
-        return Encrypted(_to_host(raw, self._gpu) if self._wire else raw, sealed)
+            raise
+        finally:
+            # Queued behind what reads them.
+            norms.zero_()
+            factor.zero_()
+        self._count(blocks=blocks, secrets_drawn=words.shape[0])
+        return Encrypted(payload, sealed)
 
     def decrypt(
         self, sealed: Sealed, payload: AnyPayload, matrix: OwnerMatrix, worker: str = ""
@@ -197,15 +203,20 @@ class CudaOwner(RingOwner):
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
         self._require_check(sealed.expected, matrix)
         out = torch.empty((tokens, outputs), dtype=torch.float32, device=self._gpu.device)
-        with sealed.secrets.opened() as words, self._gpu.clock.span("owner"):
-            inverse, (_, out_scale) = sealed.inverse_alpha, self._residents.scales(matrix)
-            if sealed.expected is None:
-                self._open(words, answer, inverse, out_scale, matrix, out)
-            else:
-                # The check takes centred integers, which float32 holds exactly, and scales them.
-                ones = torch.ones_like(inverse), torch.ones_like(out_scale)
-                self._open(words, answer, *ones, matrix, out)
-                sealed.expected.compare(out, inverse, out_scale).require(worker)
+        try:
+            with sealed.secrets.opened() as words, self._gpu.clock.span("owner"):
+                inverse, (_, out_scale) = sealed.inverse_alpha, self._residents.scales(matrix)
+                if sealed.expected is None:
+                    self._open(words, answer, inverse, out_scale, matrix, out)
+                else:
+                    # The check takes centred integers, which float32 holds exactly, and scales
+                    # them.
+                    ones = torch.ones_like(inverse), torch.ones_like(out_scale)
+                    self._open(words, answer, *ones, matrix, out)
+                    sealed.expected.compare(out, inverse, out_scale).require(worker)
+        except BaseException:
+            out.zero_()  # see `MlweOwner.decrypt`
+            raise
         sealed.wipe()
         if not sealed.on_host:
             return out
@@ -251,22 +262,23 @@ class CudaOwner(RingOwner):
             raise ValueError(f"{matrix.name}: takes a tensor on {self._gpu.device}, got {x.device}")
         return x
 
-    def _token_scales(
-        self, x: torch.Tensor, in_scale: torch.Tensor, matrix: OwnerMatrix
-    ) -> _TokenScales:
-        """Queue what `mlwe_owner.token_scales` computes, for x float32[T, K]."""
+    def _scale_tokens(
+        self, x: torch.Tensor, in_scale: torch.Tensor, matrix: OwnerMatrix, norms: torch.Tensor,
+        factor: torch.Tensor, inverse: torch.Tensor,
+    ) -> Flag:  # fmt: skip
+        """Queue what `mlwe_owner.token_scales` computes, for x float32[T, K]; float64[T] each.
+
+        The flag tells, when it can be read, whether a norm is not finite.
+        """
         p, q = self._parameters.worker_modulus, self._parameters.modulus
         tokens, inputs = x.shape
-        norms, factor, inverse = (
-            torch.empty(tokens, dtype=torch.float64, device=x.device) for _ in range(3)
-        )
         bad = self._flags.take()
         self._kernels.launch(
             "token_scales", (tokens, 1), x, in_scale, norms, factor, inverse, bad.cell,
             inputs, matrix.plan.amplitude(self._parameters), q / p,
         )  # fmt: skip
         bad.fetch()
-        return _TokenScales(norms, factor, inverse, bad)
+        return bad
 
     def _answer(self, payload: AnyPayload, tokens: int, outputs: int) -> torch.Tensor:
         """uint16[T, N] on the device. Raises ValueError on a wrong size."""
@@ -282,16 +294,6 @@ class CudaOwner(RingOwner):
             with self._gpu.clock.span("copy"):
                 raw = raw.to(self._gpu.device, non_blocking=True)
         return raw.view(torch.uint16).view(tokens, outputs)
-
-
-@dataclass(frozen=True)
-class _TokenScales:
-    """float64[T] each: norms, what tokens are multiplied by (q/p * alpha), 1/alpha."""
-
-    norms: torch.Tensor
-    factor: torch.Tensor
-    inverse: torch.Tensor
-    bad: Flag
 
 
 def _to_host(raw: torch.Tensor, gpu: Gpu) -> NDArray[np.uint8]:

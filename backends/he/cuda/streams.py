@@ -98,15 +98,22 @@ class Readback:
     """A tensor of the device on its way to the host, behind what is queued now."""
 
     def __init__(self, gpu: Gpu, values: torch.Tensor) -> None:
+        self._values = values
         self._host = gpu.pinned(values.nbytes).view(values.dtype).view(values.shape)
+        self._arrived = Mark(gpu)  # nothing can fail once there is a copy
         self._host.copy_(values, non_blocking=True)
-        self._arrived = Mark(gpu)
         self._arrived.set()
 
     def read(self) -> NDArray[Any]:
         """Wait for the copy."""
         self._arrived.hold_host()
         return self._host.numpy()
+
+    def wipe(self) -> None:
+        """Overwrite what arrived, and queue the overwriting of what was sent."""
+        self._arrived.hold_host()
+        self._host.zero_()
+        self._values.zero_()
 
 
 class Conveyor:
