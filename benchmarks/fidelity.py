@@ -35,7 +35,7 @@ from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
 from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.preparation import default_cache, prepared_for
+from scenarios.preparation import add_cache_option, prepared_for
 from scenarios.quickstart import BASE
 from scenarios.session import private_session
 from sim.calibrate import Calibration, Samples, explanations, report
@@ -191,7 +191,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the rounds (6)")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="prepared models")
+    add_cache_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
     with clean_exit():

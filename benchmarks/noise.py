@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, replace
+from math import inf, isnan
 from typing import Any
 
 import numpy as np
@@ -203,7 +204,8 @@ class Tally:
                 "score": (means[n] - predicted * self._outputs) / errors[n],
             }
         for n, sigma in enumerate(SIGMAS, start=len(names)):
-            probability = float(np.mean(expected.beyond[:, n - len(names)]))
+            # The integral of a tail may end below zero, by as much as it is off.
+            probability = max(0.0, float(np.mean(expected.beyond[:, n - len(names)])))
             predicted, measured = probability * self._outputs * self.tokens, self._sums[0, n]
             # Outputs of a token go together a little: counts vary more than Poisson's, whose square
             # roots are nearly normal even where few are counted (Anscombe 1948).
@@ -222,6 +224,13 @@ def scores(found: dict[str, Any]) -> dict[str, float]:
     """All scores of one case, by name."""
     named = {name: part["score"] for name, part in found.items() if isinstance(part, dict)}
     return named | {"outputs": found["largest_score_of_an_outputs_mean"]}
+
+
+def largest_score(found: dict[str, Any]) -> float:
+    """The largest of one case, whatever its sign; infinite where one is no number, since `max`
+    passes over those."""
+    sizes = [abs(score) for score in scores(found).values()]
+    return max(inf if isnan(size) else size for size in sizes)
 
 
 def print_case(found: dict[str, Any]) -> None:
@@ -249,7 +258,7 @@ def main() -> None:
         for case in CASES:
             cases.append(measure(case, preset(args.preset), args.samples))
             print_case(cases[-1])
-    largest = max(abs(score) for case in cases for score in scores(case).values())
+    largest = max(map(largest_score, cases))
     print(f"largest score: {largest:.2f} standard errors")
     figures = {
         "preset": args.preset,

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from backends.he.cuda.device import require_memory
 from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
-from backends.he.manifest import NAME, OWNER_TAG_BYTES
+from backends.he.manifest import OWNER_TAG_BYTES, is_finished
 from backends.he.params import PRESETS, Parameters
 from backends.he.preparation import Arithmetic, disk_bytes, prepare, work_units
 from backends.he.store import PreparedModel
@@ -29,10 +29,28 @@ from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
 
 
-def default_cache() -> Path:
-    """Where prepared models live unless `--cache` says otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "private-lora"
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """`--cache`. One that cannot be looked into, or no home to have it in, is an error at once."""
+    parser.add_argument(
+        "--cache", type=_cache, default="", metavar="DIR",
+        help="where prepared models are kept ($XDG_CACHE_HOME/private-lora, or "
+        "~/.cache/private-lora)",
+    )  # fmt: skip
+
+
+def _cache(text: str) -> Path:
+    """Of an option's text, or where prepared models live when there is none."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME")
+        place = Path(text or base or Path.home() / ".cache")
+        place = place if text else place / "private-lora"
+        place.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a user whom nobody knows
+        why = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(
+            f"{text or 'no place of your own'}: {why}; name a directory that you can use"
+        ) from error
+    return place
 
 
 def add_preparation_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +60,7 @@ def add_preparation_options(parser: argparse.ArgumentParser) -> None:
     add("--owner-tag", type=_owner_tag, default=b"", metavar="TEXT",
         help="prepare a public matrix and hints of your own instead of those that all owners of "
         "the model share (docs/security.md); any text, not a secret")  # fmt: skip
-    add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
+    add_cache_option(parser)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +143,7 @@ def prepared_for(
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     directory = cache / f"{config.model_type}-{parameters.name}-{key}"
     start = time.perf_counter()
-    found = (directory / NAME).exists()
+    found = is_finished(directory)
     if found:
         print(f"prepared model found in {directory}; checking its digests")
     else:

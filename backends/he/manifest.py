@@ -383,6 +383,23 @@ def _load(path: Path) -> _Value:
     return _Value(json.loads(text, object_pairs_hook=_once, parse_constant=_refuse), "")
 
 
+def is_finished(directory: Path) -> bool:
+    """Whether a finished prepared model lies there, whatever it is worth.
+
+    Raises PreparationError when that cannot be known.
+    """
+    try:
+        (directory / NAME).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise PreparationError(
+            f"{directory} cannot be looked into ({error.strerror or error}); mend that, or choose "
+            "another place with --cache"
+        ) from error
+    return True
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a directory that anyone may have written.
 

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 
 from backends.files import require_own, write_array, write_json
+from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array
 from backends.he.manifest import (
-    NAME,
     OWNER_TAG_BYTES,
     GroupEntry,
     GroupSpec,
@@ -34,6 +34,7 @@ from backends.he.manifest import (
     PreparationError,
     Wanted,
     array_form,
+    is_finished,
     read_group_record,
     read_hint_record,
 )
@@ -125,7 +126,8 @@ def prepare(
         raise PreparationError(f"an owner tag has at most {OWNER_TAG_BYTES} bytes")
     trust = trust or Trust()
     wanted = Wanted(tuple(groups), parameters, owner_tag)
-    if not (directory / NAME).exists():
+    if not is_finished(directory):
+        require_descriptors(len(groups) * (4 if parameters else 2))
         try:
             _check_room(directory, groups, parameters)
             require_own(directory, directory / "worker", directory / "owner")

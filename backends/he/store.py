@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.files import map_array, require_own
+from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
 from backends.he.manifest import (
     KINDS,
@@ -116,8 +117,8 @@ class PreparedModel:
     def open(cls, directory: Path, wanted: Wanted | None = None) -> PreparedModel:
         """Read the manifest and map every array; of their contents nothing is read yet.
 
-        Raises PreparationError when there is none, when it is not what is wanted, or when anything
-        is of another shape or missing.
+        Raises PreparationError when there is none, when it is not what is wanted, when anything is
+        of another shape or missing, or when this process may not have so many files open.
         """
         manifest = read_manifest(directory)
         try:
@@ -130,6 +131,7 @@ class PreparedModel:
                 f"{directory} was prepared otherwise than asked for: {'; '.join(differences)}. "
                 "Ask for what is there, choose another --cache, or delete it to prepare anew"
             )
+        require_descriptors(len(manifest.groups) * len(manifest.kinds))
         stored = [
             [map_stored(directory, i, entry, kind, manifest.rank) for kind in manifest.kinds]
             for i, entry in enumerate(manifest.groups)

@@ -33,11 +33,16 @@ class Verdicts:
         self.directory = directory
 
     def holds(self, setup_digest: bytes) -> bool:
-        """Whether this owner has accepted that set-up.
+        """Whether this owner has accepted that set-up. A place that cannot be searched is only
+        warned of: it holds nothing.
 
         Raises PreparationError when the key is one that others may know or have written.
         """
-        key = self._key()
+        try:
+            key = self._key()
+        except OSError as error:
+            _warn(self.directory, error)
+            return False
         if key is None:
             return False
         try:
@@ -56,11 +61,11 @@ class Verdicts:
             with replacing(self._path(setup_digest)) as file:
                 file.write(self._tag(key, setup_digest) + b"\n")
         except OSError as error:
-            _log.warning(
-                "%s takes no verdict (%s): the model will be verified again next time; "
-                "XDG_STATE_HOME names another place",
-                self.directory, error.strerror or error,
-            )  # fmt: skip
+            _warn(self.directory, error)
+
+    def require_searchable(self) -> None:
+        """Raise OSError when nothing can be found there, PreparationError as `holds` does."""
+        self._key()
 
     def _path(self, setup_digest: bytes) -> Path:
         return self.directory / "verdicts" / setup_digest.hex()
@@ -70,13 +75,16 @@ class Verdicts:
         return hmac.new(key, _TEXT + setup_digest, "sha256").hexdigest().encode()
 
     def _key(self) -> bytes | None:
-        """The owner's key, None when there is none yet."""
+        """The owner's key, None when there is none yet. Raises OSError where none can be found."""
         path = self.directory / "owner.key"
         try:
             for place in (self.directory, path):
                 self._require_own(place)
-            key = read_bounded(path, KEY_BYTES)
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            key = read_bounded(path, KEY_BYTES)
+        except FileNotFoundError:
             return None
         except OSError as error:
             raise PreparationError(
@@ -125,7 +133,30 @@ class Verdicts:
         return key
 
 
-def owner_verdicts() -> Verdicts:
-    """Those of the user who runs this process."""
+def _warn(place: object, error: Exception) -> None:
+    why = getattr(error, "strerror", None) or error
+    _log.warning(
+        "%s takes no verdict (%s): the model will be verified again next time; XDG_STATE_HOME "
+        "names another place",
+        place, why,
+    )  # fmt: skip
+
+
+def owner_verdicts() -> Verdicts | None:
+    """Those of the user who runs this process; None, with a warning, where none can be kept.
+
+    Raises PreparationError when the key is one that others may know or have written.
+    """
     base = os.environ.get("XDG_STATE_HOME")
-    return Verdicts((Path(base) if base else Path.home() / ".local" / "state") / "private-lora")
+    place: object = base or "the home directory"
+    try:
+        state = Path(base) if base else Path.home() / ".local" / "state"
+        verdicts = Verdicts(state / "private-lora")
+        place = verdicts.directory
+        verdicts.require_searchable()
+    except PreparationError:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a user whom nobody knows
+        _warn(place, error)
+        return None
+    return verdicts

@@ -25,7 +25,7 @@ from backends.he.epilogue import FOLD
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import NTT_PRIME, PRESETS, RING_DEGREE, preset
-from backends.he.plan import plan_matrix
+from backends.he.plan import MatrixPlan, plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, expand_tile, public_seed
 from backends.he.ring import PSI, secret_to_ntt
 from docs import generate_vectors
@@ -355,3 +355,22 @@ def test_the_share_of_the_range_that_is_held_back(inputs: int, share: float) -> 
     weight = np.rint(np.random.default_rng(0).normal(0, 36, (64, inputs))).clip(-127, 127)
     plan = plan_matrix(weight.astype(np.int8), np.ones(64, np.float32))
     assert plan.margin(STANDARD) / (STANDARD.worker_modulus / 2) == pytest.approx(share, abs=0.02)
+
+
+def test_the_price_of_no_wrap() -> None:
+    """Section 6's shares of the range, by its bound on E for a row of average size."""
+    said = re.search(
+        r"weights of deviation (\d+) that and the roundings are (\d+) % of the\s+range at "
+        r"([\d,]+) inputs, and (\d+) % at ([\d,]+)\.",
+        TEXT,
+    )
+    assert said
+    size = int(said[1]) * math.sqrt(2 / math.pi)  # of a weight, on average
+    for percent, width in ((said[2], said[3]), (said[4], said[5])):
+        inputs = int(width.replace(",", ""))
+        p_over_q = Document.p / Document.q
+        each = 0.5 + 2**-24 + p_over_q * (20 + 0.5 + 2**-25)
+        margin = inputs * size * each + 2**Document.delta + 2
+        assert round(100 * margin / (Document.p / 2)) == int(percent)
+        plan = MatrixPlan(size * math.sqrt(inputs), inputs * size, 1.0, inputs)
+        assert plan.margin(STANDARD) == pytest.approx(margin)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -115,6 +117,40 @@ def test_too_little_room_is_said_before_anything_is_written(
     with pytest.raises(PreparationError, match=r"GB more in .* --cache"):
         prepare(tmp_path, GROUPS, loader, STANDARD, quiet)
     assert loader.reads == []
+
+
+_MANY_GROUPS = """
+import resource, sys
+from pathlib import Path
+import torch
+from backends.he.manifest import GroupSpec
+from backends.he.params import preset
+from backends.he.preparation import prepare
+
+soft, hard = map(int, sys.argv[2:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+groups = [GroupSpec(f"g{i}", (f"g{i}",), 2, (2,)) for i in range(60)]
+try:
+    made = prepare(Path(sys.argv[1]), groups, lambda name: torch.ones(2, 2), None,
+                   lambda label, done: None)
+    print("opened", len(made.worker_weights()))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_many_arrays_have_files_enough(tmp_path: Path) -> None:
+    """The soft limit is raised; where the hard one is too low, that is said before any work."""
+    answers = {}
+    for name, soft, hard in (("raised", 128, 1024), ("refused", 128, 128)):
+        answers[name] = subprocess.run(
+            [sys.executable, "-c", _MANY_GROUPS, str(tmp_path / name), str(soft), str(hard)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    assert answers["raised"] == "opened 60\n"
+    assert answers["refused"].startswith("PreparationError a model of 120 arrays needs ")
+    assert "ulimit -n" in answers["refused"]
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from backends.he.preparation import prepare
 from backends.he.public import PublicMatrix, expand_tile
 from backends.he.quantise import quantise
 from backends.he.store import PreparedModel, array_path
-from backends.he.verdict import Verdicts
+from backends.he.verdict import Verdicts, owner_verdicts
 from backends.he.verification import (
     Progress,
     Trust,
@@ -411,6 +411,47 @@ def test_a_state_directory_that_takes_nothing_costs_a_warning(
     verdicts = Verdicts(tmp_path / "file" / "state")
     assert small(tmp_path / "m", trust=Trust(verdicts)).trusted
     assert "XDG_STATE_HOME" in caplog.text
+
+
+def test_a_state_directory_that_cannot_be_searched_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds no verdict and takes none; told once, before anything is prepared."""
+    beyond = tmp_path / ("x" * 300)  # a name that no system looks up
+    verdicts = Verdicts(beyond / "private-lora")
+    assert not verdicts.holds(bytes(32))
+    assert "XDG_STATE_HOME" in caplog.text
+    verdicts.keep(bytes(32))
+    assert small(tmp_path / "m", trust=Trust(verdicts)).trusted
+    caplog.clear()
+    monkeypatch.setenv("XDG_STATE_HOME", str(beyond))
+    assert owner_verdicts() is None
+    assert len(caplog.records) == 1
+    assert "verified again" in caplog.text
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert owner_verdicts() is not None
+
+
+def test_a_user_without_a_home_has_no_verdicts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HOME unset and nobody of that number in the system's list, as in some containers."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    assert owner_verdicts() is None
+    assert "XDG_STATE_HOME" in caplog.text
+
+
+def homeless(cls: type[Path]) -> Path:
+    """What `Path.home` does there."""
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_place_that_cannot_be_looked_into_is_said(tmp_path: Path) -> None:
+    """A name that no system looks up: in one line, before any weight is read."""
+    with pytest.raises(PreparationError, match="--cache") as refused:
+        small(tmp_path / ("x" * 300))
+    assert "\n" not in str(refused.value)
 
 
 def test_two_processes_that_make_a_key_at_once_agree(tmp_path: Path) -> None:
