@@ -96,7 +96,7 @@ def test_a_hint_is_accepted_exactly_when_it_is_right(
     """The right one, and one with a wrong residue anywhere, by plain integers and by this."""
     case = make_case(inputs, outputs, forward, seed)
     assert case.matrix.hint is not None
-    hint, key = case.matrix.hint.copy(), case.public._seed
+    hint, key = case.matrix.hint.copy(), case.public.seed
     matrix = case.weight if forward else case.weight.T
     a = case.public.rows(inputs)
     assert slow_hint_is_right(matrix, hint, a)
