@@ -133,12 +133,12 @@ class Verdicts:
         return key
 
 
-def _warn(place: object, error: Exception) -> None:
+def _warn(directory: object, error: Exception) -> None:
     why = getattr(error, "strerror", None) or error
     _log.warning(
         "%s takes no verdict (%s): the model will be verified again next time; XDG_STATE_HOME "
         "names another place",
-        place, why,
+        directory, why,
     )  # fmt: skip
 
 
