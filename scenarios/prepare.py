@@ -13,11 +13,11 @@ the cache. Interrupting is safe: the same command goes on with the file after th
 What is made is public: int8 weights for workers; for owners scales, plans (how far inputs may be
 scaled up before results could wrap) and hints (the weights times a public matrix). They are as good
 as whoever made them. Wrong ones would turn answers into garbage or let results wrap, so a model
-that you neither made nor verified is verified when it is opened: plans are computed again, hints
-compared with the weights by a fresh random combination, which a wrong hint survives with
-probability 1/q. The verdict is then kept under a key of yours in
+is verified when it has been made, and when one is found that you have not verified before: plans
+are computed again, hints compared with the weights by a fresh random combination, which a wrong
+hint survives with probability 1/q. The verdict is then kept under a key of yours in
 $XDG_STATE_HOME/private-lora or ~/.local/state/private-lora, and later runs only compare digests.
---verify verifies in any case, also what this command has just made.
+--verify verifies in any case.
 
 Expected for the 1B shape on two cores with AVX2: 4.1 GB on disk, made in under 4 minutes, verified
 in under 15 seconds. Afterwards:
