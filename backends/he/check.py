@@ -133,11 +133,12 @@ class Expected:
 
         Every input once, by any threads, while they are encrypted: a thread costs more to wake up.
         """
-        self._expected.add(
-            lambda out: _expected(
-                x, in_scale, factor, self.check.projected, self.rows, out, first, last
-            )
-        )
+
+        def part(out: Float64Array) -> None:
+            _expected(x, in_scale, factor, self.check.projected, self.rows, out, first, last)
+            out *= self.check.ratio
+
+        self._expected.add(part)
 
     def add_outputs(
         self, y: NDArray[np.float32], inverse: Float64Array, out_scale: NDArray[np.float32],
@@ -157,7 +158,7 @@ class Expected:
         What was taken in of the answer is forgotten: another worker's may follow.
         """
         differences = self._found.values
-        differences -= self.check.ratio * self._expected.values
+        differences -= self._expected.values
         try:
             self.check.judge.require(self.rows, differences, worker)
         finally:
