@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from docs.pages import between, rewrite
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- figures from benchmarks/results by docs/generate_figures.py: begin -->"
@@ -20,18 +22,7 @@ END = "<!-- figures: end -->"
 
 def main(arguments: Sequence[str]) -> int:
     """Rewrite the pages, or check them; the exit status."""
-    stale = 0
-    for path in pages():
-        page = path.read_text(encoding="utf-8")
-        fresh = renewed(path, page)
-        if fresh == page:
-            continue
-        if "--check" in arguments:
-            print(f"{path.name} is stale: run python -m docs.generate_figures", file=sys.stderr)
-            stale = 1
-        else:
-            path.write_text(fresh, encoding="utf-8")
-    return stale
+    return rewrite(pages(), renewed, "docs.generate_figures", arguments)
 
 
 def pages() -> dict[Path, Sequence[Callable[[], str]]]:
@@ -45,12 +36,7 @@ def pages() -> dict[Path, Sequence[Callable[[], str]]]:
 
 def renewed(path: Path, page: str) -> str:
     """A page with a fresh part between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path.name} has lost its markers")
-    parts = [part() for part in pages()[path]]
-    return f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}"
+    return between(page, BEGIN, END, "\n".join(part() for part in pages()[path]))
 
 
 def load(name: str) -> dict[str, Any]:

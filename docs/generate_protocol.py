@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from docs.pages import between, rewrite
 from protocol import messages, owner_memory, owner_tables, worker
 
 PAGE = Path(__file__).with_name("protocol.md")
@@ -39,24 +40,12 @@ Rows: TypeAlias = Mapping[Any, tuple[Any, str]]
 
 def main(arguments: Sequence[str]) -> int:
     """Rewrite the page, or check it; the exit status."""
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = renewed(page)
-    if "--check" in arguments:
-        if fresh == page:
-            return 0
-        print(f"{PAGE.name} is stale: run python -m docs.generate_protocol", file=sys.stderr)
-        return 1
-    PAGE.write_text(fresh, encoding="utf-8")
-    return 0
+    return rewrite([PAGE], lambda _, page: renewed(page), "docs.generate_protocol", arguments)
 
 
 def renewed(page: str) -> str:
     """The page with a fresh part between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE.name} has lost its markers")
-    return f"{before}{BEGIN}\n\n{generated()}\n{END}{after}"
+    return between(page, BEGIN, END, generated())
 
 
 def generated() -> str:
