@@ -225,6 +225,17 @@ def encode(message: Message) -> Frame:
     return LocalFrame(header + fixed, payload)
 
 
+def announced_bytes(header: Bytes) -> int:
+    """Bytes of the body that a header of HEADER_BYTES announces; not yet believed in any way.
+
+    Raises ProtocolError when it is no header of this protocol.
+    """
+    magic, _, _, _, _, size = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ProtocolError("not a frame of this protocol")
+    return int(size)
+
+
 def decode(frame: Bytes | LocalFrame) -> Message:
     """The message of a frame; payloads are views into it, not copies.
 
