@@ -185,8 +185,8 @@ def _require_taken(connection: Any, host: str, port: int, tls: Tls | None) -> No
         if tls is None or "ALERT" not in str(error.reason):
             raise
         raise CertificateError(
-            f"{host}:{port} does not believe {tls.directory / 'cert.pem'} ({error.reason}): it must "
-            "be signed by an authority in the worker's ca.pem, and be valid now"
+            f"{host}:{port} does not believe {tls.directory / 'cert.pem'} ({error.reason}): it "
+            "must be signed by an authority in the worker's ca.pem, and be valid now"
         ) from error
     if answer == FULL:
         raise ConnectionError(f"{host}:{port} has as many links as it takes")

@@ -334,7 +334,8 @@ def test_a_side_that_does_not_read_is_given_up(sides: dict[str, Path]) -> None:
     """Its frames do not pile up for ever."""
     ends = Ends(None, None)
     try:
-        incoming, outgoing, _ = dial("127.0.0.1", ends.listener.port, None)
+        kept = dial("127.0.0.1", ends.listener.port, None)
+        outgoing = kept[1]
         outgoing.sendall(encode(Bye(SESSION)))  # type: ignore[arg-type]
         peer, body = ends.next(ends.at_worker)
         assert isinstance(decode(body), Bye)
