@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,35 +49,94 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-def write_array(path: Path, shape: tuple[int, ...], dtype: Any, parts: Callable[[], Any]) -> str:
-    """Write an .npy file from the arrays `parts()` yields along axis 0; returns its SHA-256."""
+def write_secret(path: Path, value: bytes) -> None:
+    """Write a file that only its owner can read, atomically."""
+    with replacing(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(value)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file of untrusted origin, open for reading.
+
+    Raises OSError for anything else: a directory, a device, a pipe (which is not waited for).
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is no regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """All of a regular file. Raises OSError when it cannot be read or is longer than that."""
+    with opened(path) as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise OSError(f"it is longer than {limit_bytes} bytes")
+    return content
+
+
+def _array_header(shape: tuple[int, ...], dtype: Any) -> bytes:
+    """How `write_array` begins a file."""
+    buffer = io.BytesIO()
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """The array of an .npy file of untrusted origin, mapped and read-only.
+
+    The file must be, but for its elements, what `write_array` makes of that shape and dtype: the
+    header byte by byte, so that nothing in it is interpreted, and the size.
+
+    Raises OSError when it cannot be read, ValueError when it is another file.
+    """
+    header = _array_header(shape, dtype)
+    name = f"{np.dtype(dtype)}{list(shape)}"
+    with opened(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        wanted_bytes = len(header) + math.prod(shape) * np.dtype(dtype).itemsize
+        if size_bytes != wanted_bytes:
+            raise ValueError(f"it has {size_bytes} bytes; {name} has {wanted_bytes}")
+        if file.read(len(header)) != header:
+            raise ValueError(f"it does not begin as an .npy file of {name} in C order does")
+        return np.asarray(np.memmap(file, np.dtype(dtype), "r", len(header), shape))
+
+
+def write_array(
+    path: Path, shape: tuple[int, ...], dtype: Any, parts: Iterable[NDArray[Any]]
+) -> str:
+    """Write an .npy file from arrays along axis 0; returns the SHA-256 of its elements."""
     digest = hashlib.sha256()
     with replacing(path) as file:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts():
+        file.write(_array_header(shape, dtype))
+        for part in parts:
             raw = np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data
             digest.update(raw)
             file.write(raw)
     return digest.hexdigest()
 
 
-def array_digest(array: NDArray[Any]) -> str:
-    """SHA-256 of an array's elements."""
-    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
-
-
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `path` at the end of the `with`, or never."""
+    """A new directory that takes the place of `path` at the end of the `with`, or never.
+
+    Only its owner can look into it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside.mkdir(mode=0o700)
     try:
         yield aside
         for file in aside.rglob("*"):

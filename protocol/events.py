@@ -189,6 +189,14 @@ class FailCall:
 
 
 @dataclass(frozen=True)
+class Discard:
+    """Nobody will open an answer with `sealed`, the handle of a call that has ended: wipe it."""
+
+    call: int
+    sealed: object = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Retired:
     """A worker will not be used again; the reason is for a person."""
 
@@ -223,6 +231,7 @@ Effect: TypeAlias = (
     | CancelTimer
     | Deliver
     | FailCall
+    | Discard
     | Retired
     | Dropped
     | Abort

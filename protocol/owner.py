@@ -6,6 +6,8 @@ Rules
     was sent to last, with exactly the bytes the catalogue says.
   * Every wait has a timer; every timer is cancelled or answered; attempts are bounded.
   * Malformed or misplaced frames are dropped and counted; they change no state.
+  * Every sealed handle opens the answer that is delivered, or is discarded, once, and never while
+    a task works with it.
 
 The theory, and every transition: owner_tables.py.
 In sync with: worker.py (the other side), messages.py, docs/protocol.md.
@@ -25,6 +27,7 @@ from protocol.events import (
     CloseWanted,
     Decrypt,
     Deliver,
+    Discard,
     Dropped,
     Effect,
     Encrypt,
@@ -48,6 +51,7 @@ from protocol.messages import (
     Hello,
     Message,
     Multiply,
+    Payload,
     Product,
     Reason,
     Refuse,
@@ -97,6 +101,7 @@ class Owner:
             if name in self._peers:
                 self._peers[name] = Peer(name, State.RETIRED, why_lost=found)
         self._calls: dict[int, Call] = {}
+        self._left: dict[int, Call] = {}  # failed, and a task still works with their secrets
         self._last_call = 0
         self._aborted = ""
         self._closing = False
@@ -147,8 +152,7 @@ class Owner:
             case TaskDone(task, result):
                 return self._on_task(task, result)
             case TaskFailed(task, reason):
-                call = self._calls.get(task)
-                return [] if call is None else [*self._fail(call, reason), *self._pump()]
+                return self._on_task_failed(task, reason)
             case AnswerRejected(task, reason):
                 return self._on_rejected(task, reason)
             case LinearWanted():
@@ -230,11 +234,9 @@ class Owner:
         call = self._calls.get(task)
         if call is None:
             # The call failed while its task was running; the result has nowhere to go.
-            return []
+            return self._discard(self._left.pop(task, None), result)
         if call.state is CallState.ENCRYPTING:
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise MisuseError("an encryption task returns (payload, sealed)")
-            payload, call.sealed = result
+            payload, call.sealed = _encrypted(result)
             if len(payload) != self._catalogue.up_bytes(call.matrix, call.tokens):
                 raise MisuseError("the ciphertext's size does not match the catalogue")
             call.frame = encode(Multiply(self._session, call.id, call.matrix, call.tokens, payload))
@@ -244,10 +246,17 @@ class Owner:
         del self._calls[call.id]
         return [Deliver(call.id, result), *self._pump()]
 
+    def _on_task_failed(self, task: int, reason: str) -> list[Effect]:
+        call = self._calls.get(task)
+        if call is None:
+            return self._discard(self._left.pop(task, None))
+        failed = self._fail(call, reason)
+        return [*failed, *self._discard(self._left.pop(task, None)), *self._pump()]
+
     def _on_rejected(self, task: int, reason: str) -> list[Effect]:
         call = self._calls.get(task)
         if call is None:
-            return []
+            return self._discard(self._left.pop(task, None))
         # Back in the queue first: retiring the worker sends what waits to the others.
         self._move(call, CallInput.REJECTED)
         peer = self._peers[call.peer]
@@ -350,9 +359,23 @@ class Owner:
         timer: list[Effect] = []
         if call.state is CallState.IN_FLIGHT:
             timer = [CancelTimer(f"call:{call.id}")]
+        working = call.state in (CallState.ENCRYPTING, CallState.DECRYPTING)
         self._move(call, CallInput.FAILED)
         del self._calls[call.id]
-        return [*timer, FailCall(call.id, reason)]
+        if working:
+            self._left[call.id] = call
+        return [*timer, FailCall(call.id, reason), *([] if working else self._discard(call))]
+
+    def _discard(self, call: Call | None, encrypted: object = None) -> list[Effect]:
+        """Give up the secrets of a call that has failed, and whose tasks have ended.
+
+        encrypted  what an encryption returned that ended after its call
+        """
+        if call is None:
+            return []
+        if not call.frame and encrypted is not None:
+            _, call.sealed = _encrypted(encrypted)
+        return [] if call.sealed is None else [Discard(call.id, call.sealed)]
 
     # --- actions --------------------------------------------------------------------------
 
@@ -465,3 +488,10 @@ class Owner:
 
     def _bye(self, peer: Peer, kind: Input, _: Message | None) -> list[Effect]:
         return self._send_session(peer, Bye(self._session))
+
+
+def _encrypted(result: object) -> tuple[Payload, object]:
+    """(payload, sealed) of an encryption task. Raises MisuseError."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise MisuseError("an encryption task returns (payload, sealed)")
+    return result

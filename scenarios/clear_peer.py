@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from backends.he.store import GroupSpec
+from backends.he.manifest import GroupSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a run in clear may compute in."""

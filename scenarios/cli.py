@@ -1,4 +1,4 @@
-"""How a scenario ends when it cannot go on: one clear line and an exit status, no traceback."""
+"""How a scenario starts and ends: closed to others; when it cannot go on, one clear line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from backends.he.cuda.device import GpuError
 from backends.he.interface import NonFiniteInputError
+from backends.he.manifest import PreparationError
 from backends.he.matmul.choice import NAMES, VARIABLE, KernelError, chosen_kernel
 from backends.he.matmul.interface import Kernel
-from backends.he.store import PreparationError
 from backends.ledger import LedgerError
 from backends.net.owner import RemoteLinearError
 from backends.nn.checkpoint import ResumeError
@@ -22,14 +22,18 @@ from backends.nn.data import DataError
 from backends.nn.sources import CheckpointError
 from backends.nn.trainer import TaintedError, TrainingInterrupted
 from scenarios.hardware import MEMORY_ADVICE
+from scenarios.privacy import private_process
 
 
 @contextmanager
 def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     """Turns the errors a user can mend into `error: ...`, and Ctrl-C into exit status 130.
 
+    Before anything else it makes this process private, for good (see `private_process`).
+
     mendable  more such errors, of what only some scenarios use
     """
+    private_process()
     try:
         yield
     except TrainingInterrupted as stopped:

@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 
 from backends.he.cuda.device import Gpu, find_gpu, require_memory
 from backends.he.cuda.tiling import TOKEN_CLASSES
-from backends.he.store import GroupSpec, PreparedModel
+from backends.he.manifest import GroupSpec
+from backends.he.store import PreparedModel
 
 MEMORY_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
 

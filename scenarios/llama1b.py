@@ -41,23 +41,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from backends.he.matmul.choice import chosen_kernel
-from backends.he.params import PRESETS, preset
+from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
 from backends.nn.local import localise
 from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import CheckpointError, WeightSource, human_bytes, source_for
+from backends.nn.sources import WeightSource, human_bytes
 from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.hardware import Hardware, check_memory, chosen
-from scenarios.preparation import default_cache, prepared_for
+from scenarios.preparation import add_model_options, base_source, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
     PrivateSession,
@@ -66,7 +66,6 @@ from scenarios.session import (
     private_session,
     train_with_bar,
 )
-from sim.models import model_config
 
 DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
 
@@ -82,16 +81,6 @@ class Setup:
     sequences: torch.Tensor
     training: TrainConfig
     base_name: str
-
-
-def load_config(directory: Path | None) -> PretrainedConfig:
-    """The checkpoint's config, or the 1B shape."""
-    if directory is None:
-        return model_config("llama-3.2-1b")
-    try:
-        return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: no usable config.json ({error})") from error
 
 
 def load_sequences(
@@ -123,9 +112,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     hardware = chosen(args.real_gpu, args.host_frames)
     if args.clear_peer:
         hardware = replace(hardware, dtype=DTYPES[args.clear_peer])
-    source, directory = source_for(args.weights, args.seed)
-    print(f"weights: {source.describe()}")
-    config = load_config(directory)
+    source, directory, config = base_source(args)
     sequences = load_sequences(args, directory, config)
     skeleton = build_skeleton(config, source, args.lm_head == "remote", hardware.dtype)
     micro_batch = args.tokens // args.sequence
@@ -172,8 +159,9 @@ def clear_peer(args: argparse.Namespace) -> None:
     """The other end of `ClearPeer`: trains in clear, one step per line of standard input."""
     setup = set_up(args)
     prepared, _ = prepared_for(
-        setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache, setup.hardware
-    )
+        setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
+        setup.hardware, args.owner_tag,
+    )  # fmt: skip
     localise(setup.skeleton, prepared)
     trainer = make_trainer(args, setup, prepared, adapted(args, setup), private=False)
 
@@ -207,7 +195,7 @@ class Run:
         setup = set_up(args)
         prepared, prepare_s = prepared_for(
             setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
-            setup.hardware,
+            setup.hardware, args.owner_tag,
         )  # fmt: skip
         model = adapted(args, setup)
         room = self._room(setup, prepared, model)
@@ -353,19 +341,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="run for real on one NVIDIA GPU, owner and worker (not measured yet)")  # fmt: skip
     add("--host-frames", action="store_true",
         help="on a GPU: ciphertexts go through host memory, as to a worker elsewhere")  # fmt: skip
-    add("--weights", metavar="DIR|ID", help="Hugging Face checkpoint; random weights without")
+    add_model_options(parser)
     add("--data", type=Path, metavar="FILE|DIR", help="private text, UTF-8")
     add("--steps", type=int, help="optimiser steps (10; simulated: 2)")
     add("--tokens", type=int, default=256, help="tokens of one lane's micro-batch (256)")
     add("--sequence", type=int, default=256, help="tokens of a sequence (256)")
     add("--lanes", type=int, help="micro-batches of a step, all in flight (1; simulated: 4)")
-    add("--lm-head", choices=("local", "remote"), default="local",
-        help="who multiplies by the head: remote saves the owner work and costs traffic and "
-        "precision (see docs/design.md)")  # fmt: skip
     add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
     add("--learning-rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
     add("--seed", type=int, default=0, help="seed of adapters, data order and random weights")
-    add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
     add("--compare-clear", action="store_true",
         help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
     )  # fmt: skip
@@ -374,7 +358,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
         "(runs/llama1b-sim)")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
     add("--trace", type=Path, metavar="FILE",
         help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
     add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)

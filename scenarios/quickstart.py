@@ -29,7 +29,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
 from backends.he.matmul.choice import chosen_kernel
-from backends.he.params import PRESETS, preset
+from backends.he.params import preset
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import pack, read_texts
 from backends.nn.local import localise
@@ -38,7 +38,7 @@ from backends.nn.sources import SafetensorsSource, human_bytes
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.preparation import default_cache, prepared_for
+from scenarios.preparation import add_preparation_options, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import open_ledger, private_session, train_with_bar
 
@@ -132,8 +132,9 @@ class Quickstart:
         skeleton = build_skeleton(self.config, self.source)
         parameters = preset(self.args.preset)
         self.prepared, self.figures["prepare_s"] = prepared_for(
-            skeleton, self.config, self.source, parameters, self.args.cache
-        )
+            skeleton, self.config, self.source, parameters, self.args.cache,
+            owner_tag=self.args.owner_tag,
+        )  # fmt: skip
         model = self._lora(skeleton.model)
         trainer = self._trainer(
             model, "private", lanes=self.args.lanes, forget_lane=skeleton.remote.forget_lane,
@@ -261,9 +262,8 @@ def main() -> None:
     add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
     add("--seed", type=int, default=0, help="seed of adapters and data order (0), never of secrets")
     add("--held-out", type=int, default=32, help="held-out sequences of 256 tokens (32)")
-    add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
+    add_preparation_options(parser)
     add("--out", type=Path, default=Path("runs/quickstart"), help="report, adapter, checkpoints")
-    add("--cache", type=Path, default=default_cache(), help="where prepared models are kept")
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--trace", type=Path, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip

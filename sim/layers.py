@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from backends.he.store import GroupSpec
+from backends.he.manifest import GroupSpec
 from sim.device import Work
 from sim.tracing import LaneTrace, Segment
 

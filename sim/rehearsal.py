@@ -47,6 +47,7 @@ from protocol.events import (
     CloseWanted,
     Decrypt,
     Deliver,
+    Discard,
     Effect,
     Encrypt,
     Event,
@@ -281,6 +282,9 @@ class Rehearsal:
                 self._waiting.pop(call).set_result(result)
             case Closed():
                 self._closed.set()
+            case Discard():
+                sealed: Any = effect.sealed
+                self._cipher.discard(sealed)
             case _:
                 with self._asking:
                     self._failure = RehearsalError(f"the rehearsal failed: {effect}")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from backends.he.store import GroupSpec
+from backends.he.manifest import GroupSpec
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton

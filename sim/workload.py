@@ -26,9 +26,9 @@ from itertools import pairwise
 import torch
 from transformers import PretrainedConfig
 
+from backends.he.manifest import GroupSpec
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.params import preset as named_preset
-from backends.he.store import GroupSpec
 from backends.he.vector import LANES
 from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Work

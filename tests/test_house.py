@@ -19,9 +19,10 @@ ALLOWED = {
     "benchmarks": {"protocol", "backends", "sim", "scenarios"},
 }
 SECRET_HOLDERS = {
-    "backends.he.entropy", "backends.he.secret", "backends.he.integrity", "backends.he.check",
-    "backends.he.mlwe_owner", "backends.he.reference", "backends.he.clear",
-    "backends.he.cuda.owner", "backends.he.cuda.check", "backends.net.owner", "protocol.owner",
+    "backends.he.entropy", "backends.he.secret", "backends.he.verdict", "backends.he.integrity",
+    "backends.he.check", "backends.he.hedge", "backends.net.audit", "backends.he.mlwe_owner",
+    "backends.he.reference", "backends.he.clear", "backends.he.cuda.owner",
+    "backends.he.cuda.check", "backends.net.owner", "protocol.owner",
 }  # fmt: skip
 
 

@@ -107,13 +107,21 @@ class Expected:
         """
         found = np.empty_like(self.values)
         pool, rows = self.check.pool, self.rows
-        run_split(
-            lambda a, b: _differences(
-                y, pool, rows, self.values, inverse, out_scale, found, a, b
-            ),
-            len(y), _GRAIN,
-        )  # fmt: skip
-        self.check.judge.require(rows, found, worker)
+        try:
+            run_split(
+                lambda a, b: _differences(
+                    y, pool, rows, self.values, inverse, out_scale, found, a, b
+                ),
+                len(y), _GRAIN,
+            )  # fmt: skip
+            self.check.judge.require(rows, found, worker)
+        finally:
+            found[...] = 0
+
+    def wipe(self) -> None:
+        """Overwrite which rows these were, and what they gave."""
+        self.rows[...] = 0
+        self.values[...] = 0
 
 
 class IntegrityCheck:
@@ -125,12 +133,12 @@ class IntegrityCheck:
 
     def __init__(
         self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy,
-        parameters: Parameters, reciprocal: int,
+        parameters: Parameters,
     ) -> None:  # fmt: skip
         self.pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         found = survey(torch.from_numpy(self.pool), weight, forward, entropy)
         self.projected = found.projected.float().numpy()
-        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters, reciprocal), entropy)
+        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters), entropy)
         self._ratio = parameters.worker_modulus / parameters.modulus
 
     def expect(

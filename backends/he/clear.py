@@ -43,6 +43,11 @@ class Expected:
     values: Float64Array = field(repr=False)
     unit: Float64Array = field(repr=False)
 
+    def wipe(self) -> None:
+        """Overwrite it: where it goes the way of the ciphers', tests of these see more."""
+        for part in (self.rows, self.values, self.unit):
+            part[...] = 0
+
 
 class ClearCheck:
     """The check of `integrity.py`; an honest worker's noise is the rounding of its float32 sums.
@@ -130,7 +135,12 @@ class ClearOwner(OwnerCipher):
             sealed.expected.check.require(sealed.expected, answer, worker)
         elif not self._unverified:
             raise UnguardedError(matrix.name)
+        self.discard(sealed)
         return answer * matrix.out_scale
+
+    def discard(self, sealed: Sealed) -> None:
+        if sealed.expected is not None:
+            sealed.expected.wipe()
 
 
 class ClearWorker(WorkerCipher):

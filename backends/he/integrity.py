@@ -50,7 +50,7 @@ import torch
 from numpy.typing import NDArray
 
 from backends import jit
-from backends.he.entropy import Entropy, Keystream
+from backends.he.entropy import Entropy, Keystream, random_bytes
 from backends.he.params import ERROR_BITS, Parameters
 from protocol.errors import WrongAnswerError
 
@@ -70,9 +70,12 @@ Float64Array = NDArray[np.float64]
 
 def draw_pool(entropy: Entropy, outputs: int) -> NDArray[np.float32]:
     """float32[POOL, outputs], each a random sign times a uniform number of [1/2, 1)."""
-    words = Keystream(entropy.fresh_key()).take(4 * POOL * outputs).view("<u4")
+    words = random_bytes(entropy, 4 * POOL * outputs).view("<u4")
     size = ((words >> np.uint32(9)) + np.uint32(1 << 23)).astype(np.float32) * np.float32(2**-24)
-    return np.where(words & np.uint32(1), size, -size).reshape(POOL, outputs)
+    pool = np.where(words & np.uint32(1), size, -size).reshape(POOL, outputs)
+    words[...] = 0
+    size[...] = 0
+    return pool
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def survey(pool: torch.Tensor, weight: NDArray[np.int8], forward: bool, entropy:
     device, wide = pool.device, pool.double()
     rows, columns = weight.shape
     inputs, outputs = (columns, rows) if forward else (rows, columns)
-    raw = Keystream(entropy.fresh_key()).take(2 * inputs * _MARKS).view("<u2").astype(np.float64)
+    raw = random_bytes(entropy, 2 * inputs * _MARKS).view("<u2").astype(np.float64)
     probes = torch.from_numpy(raw.reshape(inputs, _MARKS)).to(device)
     projected = torch.zeros((POOL, inputs), dtype=torch.float64, device=device)
     marks = torch.zeros((outputs, _MARKS), dtype=torch.float64, device=device)
@@ -123,29 +126,24 @@ class Honesty:
     drift: float = 0.0
 
 
-def mlwe_honesty(
-    pool: NDArray[np.float32], found: Survey, parameters: Parameters, reciprocal: int
-) -> Honesty:
+def mlwe_honesty(pool: NDArray[np.float32], found: Survey, parameters: Parameters) -> Honesty:
     """The distribution under the module-LWE cipher, in units of the worker modulus.
 
     Up: rounding u to p, uniform, 1/12, and the error's variance times (p/q)^2, for each input,
     times U. Down: the dropped bits and the owner's own rounding, 4^delta/12 together, for each
     output, times v; two outputs' are uncorrelated unless their rows of M are parallel.
 
-    Means: the reciprocal of q/p is 2^-39 off at most, so u is rounded `tilt` off on average, and so
-    is the owner's mask; rounding half up is off by half of a result's grid.
-
-    reciprocal  round(2^38 * p/q), what both roundings multiply by
+    Means: rounding from q to p averages to zero but for 2^-27 (`epilogue.py`), for u and for the
+    owner's mask; rounding half up is off by half of a result's grid.
     """
     p_over_q = parameters.worker_modulus / parameters.modulus
     up = 1 / 12 + p_over_q**2 * ERROR_BITS / 4
     down = 4.0**parameters.dropped_bits / 12
     projected = found.projected.cpu().numpy()
     variance = up * np.sum(projected**2, axis=1) + down * _correlated_squares(pool, found.marks)
-    tilt = (parameters.modulus - 1) / 2 * (reciprocal / 2.0**38 - p_over_q)
     grid = _lowest_bits(found.marks)
     half = np.where(grid < 1 << parameters.dropped_bits, grid, 0) / 2
-    mean = tilt * projected.sum(axis=1) + pool.astype(np.float64) @ (half - tilt)
+    mean = pool.astype(np.float64) @ half
     return Honesty(mean, np.sqrt(variance))
 
 
@@ -232,7 +230,11 @@ class Judge:
         """int64[ROWS], the rows of the pool for one request."""
         with self._lock:
             words = self._draws.take(8 * POOL).view("<u8")
-        return np.argsort(words)[:ROWS]
+        order = np.argsort(words)
+        rows = order[:ROWS].copy()
+        words[...] = 0
+        order[...] = 0
+        return rows
 
     def require(
         self, rows: NDArray[np.int64], differences: Float64Array, worker: str,

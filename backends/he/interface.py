@@ -138,13 +138,20 @@ class OwnerCipher(ABC):
     ) -> Values:
         """float32[T, N] from the worker's answer, where x was.
 
-        A sealed value opens once, then is wiped.
+        A sealed value opens once, then all that it holds is wiped.
 
         worker  who answered: what is too little to see once is summed up for each
 
         Raises ValueError when the answer has the wrong number of bytes, UnguardedError when the
         matrix was not guarded, WrongAnswerError, with `sealed` still closed, when the answer is
         not the product.
+        """
+
+    @abstractmethod
+    def discard(self, sealed: Any) -> None:
+        """Overwrite a sealed value that no answer will be opened with; it opens nothing after.
+
+        Harmless for one that was opened.
         """
 
 

@@ -11,8 +11,8 @@ and from the worker's answer Y' = round(Y / 2^delta) for output row j:
     y = Y'_j * 2^delta - round((p/q) * (H_j*s mod q))  mod p, centred
     result = y / alpha_t * out_scale_j
 
-The meaning is defined by `reference.py`; a test holds the two bit for bit. The two roundings
-by p/q are (v*RECIPROCAL + 2^37) >> 38, which is exact except within 2^-7 of a tie.
+The meaning is defined by `reference.py`; a test holds the two bit for bit. How the two roundings
+by p/q are computed is said in `epilogue.py`; `docs/cipher.md` has the whole scheme, with proofs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from backends import jit
 from backends.he.check import Expected, IntegrityCheck
 from backends.he.entropy import Entropy, Keystream, OsEntropy
-from backends.he.epilogue import RECIPROCAL_SHIFT, open_row, seal_row
+from backends.he.epilogue import open_row, seal_row
+from backends.he.hedge import MessageHash
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -55,14 +56,10 @@ from backends.threads import run_split
 _D = RING_DEGREE
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
+_VALUES_EACH = 1 << 20
+"""Values whose norms are worth a thread: waking one takes as long as summing up half as many."""
 ERROR_BYTES = 5
 """Random bytes of one error, 40 fair bits."""
-
-
-def reciprocal(parameters: Parameters) -> int:
-    """round(2^38 * p/q), 32 bits: multiply by it and shift by 38 to divide by q/p."""
-    p, q = parameters.worker_modulus, parameters.modulus
-    return ((p << (RECIPROCAL_SHIFT + 1)) // q + 1) // 2
 
 
 # Reassociation lets LLVM sum in vectors; `rounded_up` makes the order of the sum immaterial, but
@@ -113,7 +110,7 @@ def _lay_masks(
 
 def _encrypt_groups(
     public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any,
-    planes: Any, recip: Any, z: Any, zs: Any, first: int, last: int,
+    planes: Any, z: Any, zs: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     limbs, tokens, inputs = planes.shape
     values, flat = x.reshape(-1), planes.reshape(-1)
@@ -134,14 +131,16 @@ def _encrypt_groups(
                 seal_row(
                     wide, (t - t0) * WIDE, values, t * inputs + k0, in_scale, k0, k1 - k0,
                     factor[t], noise, before + 4 * t * (k1 - k0),
-                    before + (4 * tokens + t) * (k1 - k0), recip, flat, tokens * inputs, limbs,
+                    before + (4 * tokens + t) * (k1 - k0), flat, tokens * inputs, limbs,
                 )  # fmt: skip
+    # A mask gives its secret away to whoever can solve linear equations.
+    buffer[:] = 0
+    wide[:] = 0
 
 
 def _decrypt_groups(
     hint: Any, secrets: Any, answer: Any, inverse: Any, out_scale: Any, out: Any,
-    dropped_bits: int, unused_bits: int, recip: Any, z: Any, zs: Any,
-    first: int, last: int,
+    dropped_bits: int, limbs: int, z: Any, zs: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     tokens, outputs = out.shape
     values, results = answer.reshape(-1), out.reshape(-1)
@@ -160,8 +159,10 @@ def _decrypt_groups(
             for t in range(t0, t1):
                 open_row(
                     wide, (t - t0) * WIDE, values, t * outputs + j0, inverse[t], out_scale, j0,
-                    j1 - j0, recip, dropped_bits, unused_bits, results,
+                    j1 - j0, dropped_bits, limbs, results,
                 )  # fmt: skip
+    buffer[:] = 0
+    wide[:] = 0
 
 
 @cache
@@ -183,6 +184,14 @@ class Sealed:
     inverse_alpha: NDArray[np.float64] = field(repr=False)
     expected: Expected | None = field(repr=False)
 
+    def wipe(self) -> None:
+        """Overwrite all of it."""
+        for secret in self.secrets:
+            secret.wipe()
+        self.inverse_alpha[...] = 0
+        if self.expected is not None:
+            self.expected.wipe()
+
 
 class RingOwner(OwnerCipher):
     """What every owner half of the module-LWE backend has, wherever it computes.
@@ -196,7 +205,6 @@ class RingOwner(OwnerCipher):
         self._parameters = parameters
         self._unverified = unverified
         self._entropy = entropy if entropy is not None else OsEntropy()
-        self._reciprocal = np.uint64(reciprocal(parameters))
         self._count_lock = threading.Lock()
         self.blocks = 0
         self.secrets_drawn = 0
@@ -240,6 +248,7 @@ class MlweOwner(RingOwner):
         self._public = public
         self._encrypt, self._decrypt = _kernels(parameters.rank)
         self._checks: dict[str, IntegrityCheck] = {}
+        self._hash = MessageHash(self._entropy)
         self._local = threading.local()
 
     def _guarded(self) -> Collection[str]:
@@ -247,51 +256,82 @@ class MlweOwner(RingOwner):
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = IntegrityCheck(
-            matrix.name, weight, forward, self._entropy, self._parameters, int(self._reciprocal)
+            matrix.name, weight, forward, self._entropy, self._parameters
         )
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
         tokens, inputs = x.shape
         norms = np.empty(tokens)
-        run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain=64)
+        grain = max(1, _VALUES_EACH // inputs)
+        run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain)
         alpha, inverse = token_scales(norms, matrix, self._parameters)
-        secrets = self._fresh_secrets(-(-tokens // _D))
+        factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
+        tag = self._hash.tag(x, factor, matrix.in_scale)
+        sealed = Sealed(self._fresh_secrets(-(-tokens // _D), tag), inverse, None)
+        try:
+            planes = self._seal(x, matrix, sealed.secrets, factor, tag)
+            check = self._checks.get(matrix.name)
+            if check is not None:
+                sealed.expected = check.expect(x, matrix.in_scale, factor)
+        except BaseException:
+            sealed.wipe()
+            raise
+        finally:
+            for private in (norms, alpha, factor):
+                private[...] = 0
+        return Encrypted(planes.reshape(-1).view(np.uint8), sealed)
+
+    def _seal(
+        self, x: Float32Array, matrix: OwnerMatrix, secrets: list[BlockSecret],
+        factor: NDArray[np.float64], tag: bytes,
+    ) -> NDArray[np.int8]:  # fmt: skip
+        """int8[limbs, T, K], the digit planes of a request; errors are drawn here and wiped."""
+        tokens, inputs = x.shape
         sealing = np.stack([secret.seal().reshape(-1) for secret in secrets])
         self._count(blocks=len(sealing))
-        errors = Keystream(self._entropy.fresh_key())
+        errors = Keystream(self._entropy.fresh_key(tag))
         planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
-        factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
         public = self._public.rows(inputs).reshape(-1)
 
         def part(first: int, last: int) -> None:
             # Each thread expands the error bits of its own columns, at their place in the stream.
-            noise = self._scratch(ERROR_BYTES * tokens * inputs)
             begin, end = (
                 ERROR_BYTES * tokens * min(inputs, g * WIDE) for g in (first, last)
             )  # fmt: skip
-            errors.fill(noise[begin:end], begin)
-            self._encrypt(
-                public, sealing, x, matrix.in_scale, factor, noise, planes,
-                self._reciprocal, *inverse_tables(), first, last,
-            )  # fmt: skip
+            noise = self._scratch(ERROR_BYTES * tokens * inputs)
+            try:
+                errors.add(noise[begin:end], begin)
+                self._encrypt(
+                    public, sealing, x, matrix.in_scale, factor, noise, planes,
+                    *inverse_tables(), first, last,
+                )  # fmt: skip
+            finally:
+                noise[begin:end] = 0
 
-        run_split(part, -(-inputs // WIDE))
-        sealing[...] = 0
-        check = self._checks.get(matrix.name)
-        expected = None if check is None else check.expect(x, matrix.in_scale, factor)
-        return Encrypted(planes.reshape(-1).view(np.uint8), Sealed(secrets, inverse, expected))
+        try:
+            run_split(part, -(-inputs // WIDE))
+        finally:
+            errors.wipe()
+            sealing[...] = 0
+        return planes
 
-    def _fresh_secrets(self, count: int) -> list[BlockSecret]:
-        stream = Keystream(self._entropy.fresh_key())
+    def _fresh_secrets(self, count: int, tag: bytes) -> list[BlockSecret]:
+        stream = Keystream(self._entropy.fresh_key(tag))
         self._count(secrets_drawn=count)
-        return BlockSecret.draw(stream, count, self._parameters.rank, _D)
+        try:
+            return BlockSecret.draw(stream, count, self._parameters.rank, _D)
+        finally:
+            stream.wipe()
 
     def _scratch(self, size: int) -> NDArray[np.uint8]:
-        """This thread's buffer for error bits: fresh pages each time would cost more than AES."""
+        """This thread's buffer for error bits, all zero before and after use.
+
+        Fresh pages each time would cost more than AES.
+        """
         buffer: NDArray[np.uint8] | None = getattr(self._local, "noise", None)
         if buffer is None or buffer.size < size:
-            buffer = self._local.noise = np.empty(size, np.uint8)
+            buffer = self._local.noise = np.zeros(size, np.uint8)
         return buffer[:size]
 
     def decrypt(
@@ -313,18 +353,24 @@ class MlweOwner(RingOwner):
         with ExitStack() as stack:  # a failed check leaves the secrets sealed
             secrets = [stack.enter_context(secret.opened()) for secret in sealed.secrets]
             opening = np.stack([secret.reshape(-1) for secret in secrets])
-            run_split(
-                lambda a, b: self._decrypt(
-                    flat, opening, answer, inverse, out_scale, out,
-                    self._parameters.dropped_bits, 32 - 8 * self._parameters.limbs,
-                    self._reciprocal, *inverse_tables(), a, b,
-                ),
-                -(-outputs // WIDE),
-            )  # fmt: skip
-            opening[...] = 0
+            try:
+                run_split(
+                    lambda a, b: self._decrypt(
+                        flat, opening, answer, inverse, out_scale, out,
+                        self._parameters.dropped_bits, self._parameters.limbs,
+                        *inverse_tables(), a, b,
+                    ),
+                    -(-outputs // WIDE),
+                )  # fmt: skip
+            finally:
+                opening[...] = 0
             if sealed.expected is not None:
                 sealed.expected.require(out, sealed.inverse_alpha, matrix.out_scale, worker)
+        sealed.wipe()
         return out
+
+    def discard(self, sealed: Sealed) -> None:
+        sealed.wipe()
 
 
 def check_input(x: Values, matrix: OwnerMatrix) -> None:

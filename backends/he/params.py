@@ -15,8 +15,9 @@ from math import log2
 RING_DEGREE = 256
 """d: coefficients of a ring element, and the most tokens one encrypted block carries."""
 
-NTT_PRIME = 2_147_483_137
-"""q = 2^31 - 511: prime, and q = 1 mod 2d, so X^d + 1 splits into linear factors."""
+MODULUS_BITS = 28
+NTT_PRIME = 268_432_897
+"""q = 2^28 - 2559: prime, and q = 1 mod 2d, so X^d + 1 splits into linear factors."""
 
 ERROR_BITS = 40
 """The error is popcount(40 fair bits) - 20: centred binomial, variance 10, sigma 3.16."""
@@ -52,8 +53,8 @@ def max_log2_modulus(dimension: int) -> float:
 class Parameters:
     """One parameter set of the module-LWE cipher.
 
-    rank          r, 5..8; the LWE dimension is r * 256. The upper end is what a signed
-                  64-bit accumulator of r products of centred 31-bit residues can hold.
+    rank          r, 5..8; the LWE dimension is r * 256. Nothing in the arithmetic ends at 8
+                  (`ring.py` has the bound); no larger rank is tested.
     limbs         base-256 digits per ciphertext value; p = 2^(8*limbs).
     dropped_bits  delta: low bits the worker rounds away from each result.
     """
@@ -97,6 +98,11 @@ class Parameters:
     def worker_modulus(self) -> int:
         """p = 2^(8*limbs), the modulus the worker computes in."""
         return 1 << (8 * self.limbs)
+
+    @property
+    def rounding_bits(self) -> int:
+        """Bits that rounding from q to p drops: q/p is 2 to this, less 2559/p."""
+        return MODULUS_BITS - 8 * self.limbs
 
     @property
     def result_bits(self) -> int:

@@ -9,10 +9,10 @@ added to a result (rounding of u, LWE error, rounding of the message, dropped bi
 result can wrap: overflow is impossible, not improbable.
 
 Error. The rounding of u to p is uniform on +-1/2, independent of the message, so result j
-carries noise of variance ||M_j||^2 * v with v = 1/12 + (p/q)^2 * (10 + 1/12), plus
-2^(2*delta)/12 + 1/12 from the two roundings on the way down. For x in general position
-E[(M_j.x)^2] = ||x||^2 ||M_j||^2 / K. Their ratio, weighted by the output scales, is the
-predicted relative error ||y - y'||_F / ||y||_F against the same int8 weights.
+carries noise of variance ||M_j||^2 * v with v = 1/12 + (p/q)^2 * (10 + 1/12), plus 4^delta/12 from
+the two roundings on the way down (`docs/cipher.md` has the whole law). For x in general position
+E[(M_j.x)^2] = ||x||^2 ||M_j||^2 / K. Their ratio, weighted by the output scales, is the predicted
+relative error ||y - y'||_F / ||y||_F against the same int8 weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MatrixPlan:
     def margin(self, parameters: Parameters) -> float:
         """Bound on everything added to an exact result, in units of the worker modulus."""
         p_over_q = parameters.worker_modulus / parameters.modulus
-        per_input = 0.5 + 2.0**-8 + (ERROR_BOUND + 0.5) * p_over_q
+        per_input = 0.5 + 2.0**-24 + (ERROR_BOUND + 0.5) * p_over_q
         return self.max_l1 * per_input + 2.0**parameters.dropped_bits + 2.0
 
     def amplitude(self, parameters: Parameters) -> float:
@@ -70,7 +70,7 @@ class MatrixPlan:
         """Expected relative error of results against the same int8 weights, as a fraction."""
         p_over_q = parameters.worker_modulus / parameters.modulus
         up = 1 / 12 + p_over_q**2 * (ERROR_BITS / 4 + 1 / 12)
-        down = (4.0**parameters.dropped_bits + 1) / 12 * self.noise_gain
+        down = 4.0**parameters.dropped_bits / 12 * self.noise_gain
         return sqrt((up + down) * self.in_features) / self.amplitude(parameters)
 
 
@@ -115,7 +115,7 @@ def _norms(codes: NDArray[np.int8], device: torch.device) -> tuple[_Norms, _Norm
     columns = torch.zeros((2, width), dtype=torch.int64, device=device)
     block = max(1, _BLOCK_VALUES // width)
     for start in range(0, count, block):
-        part = torch.from_numpy(codes[start : start + block]).to(device).to(torch.int32)
+        part = torch.from_numpy(np.array(codes[start : start + block])).to(device).to(torch.int32)
         for kind, values in enumerate((part * part, part.abs())):
             rows[kind, start : start + block] = values.sum(dim=1, dtype=torch.int64)
             columns[kind] += values.sum(dim=0, dtype=torch.int64)

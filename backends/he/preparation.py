@@ -11,11 +11,10 @@ order, in the caller's thread.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,19 +25,26 @@ from numpy.typing import NDArray
 
 from backends.files import write_array, write_json
 from backends.he.interface import Float32Array
+from backends.he.manifest import (
+    NAME,
+    OWNER_TAG_BYTES,
+    GroupEntry,
+    GroupSpec,
+    Manifest,
+    PreparationError,
+    Wanted,
+    array_form,
+    read_group_record,
+    read_hint_record,
+)
 from backends.he.params import Parameters
 from backends.he.plan import MatrixPlan, plan_directions
-from backends.he.public import HintBuilder, PublicMatrix, public_seed
+from backends.he.public import HintBuilder, PublicMatrix
 from backends.he.quantise import quantise
 from backends.he.ring import tiles_of
-from backends.he.store import (
-    FORMAT,
-    GroupSpec,
-    PreparationError,
-    PreparedModel,
-    digest_of_groups,
-)
+from backends.he.store import PreparedModel, array_path, map_stored
 from backends.he.vector import LANES
+from backends.he.verification import Progress, Trust, open_trusted
 from backends.threads import Job, core_count, run_ahead
 
 _T = TypeVar("_T")
@@ -50,14 +56,10 @@ _WRITERS = 8  # threads that hash and write, on a machine with as many cores
 _AHEAD_BYTES = 1 << 30  # that may wait to be computed, and as much to be written
 
 
-class Progress(Protocol):
-    """What preparation tells of its advance: a label and work units done."""
-
-    def __call__(self, label: str, done: int) -> None: ...
-
-
 class BuildsHints(Protocol):
     """What `HintBuilder` does, wherever it does it."""
+
+    rank: int
 
     def build(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int32]: ...
 
@@ -101,6 +103,7 @@ def prepare(
     progress: Progress,
     owner_tag: bytes = b"",
     arithmetic: Arithmetic | None = None,
+    trust: Trust | None = None,
 ) -> PreparedModel:
     """Quantise the groups' weights and build their hints, keeping what a former run finished.
 
@@ -108,33 +111,58 @@ def prepare(
                  its own, or in several when `arithmetic` has several readers
     parameters   None prepares for the `clear` backend: no hints
     progress     called in this thread, when a part is on the disk
+    owner_tag    gives the owner a public matrix A, and hints, of its own; public
     arithmetic   where to compute; None is the CPU
+    trust        how what this process did not compute is trusted; None verifies it every time
 
-    Raises PreparationError when the disk has no room.
+    What this process computed from beginning to end is trusted as it is. When any of it lay there
+    already, finished or not, the whole is verified.
+
+    Raises PreparationError when the disk has no room or refuses, or when what lies there is
+    damaged, wrong, or prepared otherwise than asked for.
     """
-    if (directory / "manifest.json").exists():
-        return PreparedModel.open(directory)
-    _check_room(directory, groups, parameters)
-    arithmetic = arithmetic or Arithmetic()
-    entries = _quantise_all(directory, groups, load_weight, progress, arithmetic)
-    model_digest = digest_of_groups(entries)
-    if parameters is not None:
-        seed = public_seed(model_digest, parameters, owner_tag)
+    if len(owner_tag) > OWNER_TAG_BYTES:
+        raise PreparationError(f"an owner tag has at most {OWNER_TAG_BYTES} bytes")
+    trust = trust or Trust()
+    wanted = Wanted(tuple(groups), parameters, owner_tag)
+    if not (directory / NAME).exists():
+        try:
+            _check_room(directory, groups, parameters)
+            arithmetic = arithmetic or Arithmetic()
+            alone = _make(directory, wanted, load_weight, progress, arithmetic)
+        except OSError as error:
+            raise PreparationError(
+                f"preparing in {directory} failed: {error}; mend that and run it again"
+            ) from error
+        if alone and not trust.anew:
+            model = PreparedModel.open(directory)
+            trust.keep(model)
+            return model
+    return open_trusted(directory, wanted, trust)
+
+
+def _make(
+    directory: Path,
+    wanted: Wanted,
+    load_weight: Callable[[str], torch.Tensor],
+    progress: Progress,
+    arithmetic: Arithmetic,
+) -> bool:
+    """Write every file that is missing, and the manifest; whether nothing was there before."""
+    groups, parameters = wanted.groups, wanted.parameters
+    entries, alone = _quantise_all(directory, groups, load_weight, progress, arithmetic)
+    seed = Manifest(parameters, wanted.owner_tag, tuple(entries)).seed
+    if seed is not None and parameters is not None:
         builder = arithmetic.hints(PublicMatrix(seed, parameters.rank))
-        with closing(_build_hints(directory, groups, builder, seed)) as hints:
-            for index, direction, sha256 in hints:
-                entries[index][f"{direction}_sha256"] = sha256
+        with closing(_build_hints(directory, entries, builder, seed)) as hints:
+            for index, direction, sha256, found in hints:
+                entry = entries[index]
+                entries[index] = replace(entry, sha256=entry.sha256 | {direction: sha256})
+                alone &= not found
                 group = groups[index]
                 progress(f"hint {group.name} {direction}", group.in_features * group.total_out)
-    manifest = {
-        "format": FORMAT,
-        "model_digest": model_digest.hex(),
-        "owner_tag": owner_tag.hex(),
-        "parameters": asdict(parameters) if parameters else None,
-        "groups": entries,
-    }
-    write_json(directory / "manifest.json", manifest)
-    return PreparedModel.open(directory, verify=False)
+    Manifest(parameters, wanted.owner_tag, tuple(entries)).write(directory)
+    return alone
 
 
 def _write_behind(jobs: Iterator[Job[_T]]) -> closing[Generator[_T, None, None]]:
@@ -149,7 +177,7 @@ def _check_room(
     directory: Path, groups: Sequence[GroupSpec], parameters: Parameters | None
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    done = sum(file.stat().st_size for file in directory.rglob("*.npy"))
+    done = sum(file.stat().st_size for file in directory.rglob("*.npy") if file.is_file())
     needed = disk_bytes(groups, parameters) - done
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -165,8 +193,11 @@ def _quantise_all(
     load_weight: Callable[[str], torch.Tensor],
     progress: Progress,
     arithmetic: Arithmetic,
-) -> list[dict[str, Any]]:
-    """The manifest entries of all groups, from their files where a former run left them."""
+) -> tuple[list[GroupEntry], bool]:
+    """The manifest entries of all groups, from their files where a former run left them.
+
+    Also whether there were none.
+    """
     entries = {index: _finished_group(directory, index, g) for index, g in enumerate(groups)}
     missing = [index for index, entry in entries.items() if entry is None]
 
@@ -176,7 +207,7 @@ def _quantise_all(
             size = 4 * group.in_features * group.total_out
             yield Job(size, partial(_load_group, group, load_weight))
 
-    def writing() -> Iterator[Job[dict[str, Any]]]:
+    def writing() -> Iterator[Job[GroupEntry]]:
         with _read_ahead(reading(), arithmetic.readers) as weights:
             for index, parts in zip(missing, weights, strict=True):
                 group = groups[index]
@@ -190,19 +221,24 @@ def _quantise_all(
         for index, group in enumerate(groups):
             found.append(entries[index] or next(written))
             progress(f"quantise {group.name}", group.in_features * group.total_out)
-    return found
+    return found, len(missing) == len(groups)
 
 
-def _spec_record(group: GroupSpec) -> Any:
-    return json.loads(json.dumps(asdict(group)))
+def _record_path(directory: Path, index: int) -> Path:
+    return directory / "owner" / f"g{index:04d}.json"
 
 
-def _finished_group(directory: Path, index: int, group: GroupSpec) -> dict[str, Any] | None:
-    record = directory / "owner" / f"g{index:04d}.json"
-    if not record.exists():
+def _finished_group(directory: Path, index: int, group: GroupSpec) -> GroupEntry | None:
+    """What a former run recorded of a group, if its files have the right shape too."""
+    entry = read_group_record(_record_path(directory, index))
+    if entry is None or entry.spec != group:
         return None
-    entry: dict[str, Any] = json.loads(record.read_text())
-    return entry if entry["spec"] == _spec_record(group) else None
+    try:
+        for kind in entry.sha256:
+            map_stored(directory, index, entry, kind, 0)
+    except PreparationError:
+        return None
+    return entry
 
 
 def _load_group(group: GroupSpec, load_weight: Callable[[str], torch.Tensor]) -> list[torch.Tensor]:
@@ -242,34 +278,35 @@ def _write_group(
     codes: NDArray[np.int8],
     scales: Float32Array,
     plans: tuple[MatrixPlan, MatrixPlan],
-) -> dict[str, Any]:
+) -> GroupEntry:
     """Write a group's arrays, then the record that it is finished; returns its entry."""
-    weight_path = directory / "worker" / f"g{index:04d}.weight.npy"
-    scale_path = directory / "owner" / f"g{index:04d}.scale.npy"
-    entry = {
-        "spec": _spec_record(group),
-        "weight_sha256": write_array(weight_path, codes.shape, np.int8, lambda: [codes]),
-        "scale_sha256": write_array(scale_path, scales.shape, np.float32, lambda: [scales]),
-        "forward_plan": asdict(plans[0]),
-        "backward_plan": asdict(plans[1]),
-    }
-    write_json(directory / "owner" / f"g{index:04d}.json", entry)
+    digests = {}
+    arrays: dict[str, NDArray[Any]] = {"weight": codes, "scale": scales}
+    for kind, array in arrays.items():
+        dtype, shape = array_form(group, kind, 0)
+        digests[kind] = write_array(array_path(directory, index, kind), shape, dtype, [array])
+    entry = GroupEntry(group, *plans, digests)
+    write_json(_record_path(directory, index), entry.record(0))
     return entry
 
 
 def _build_hints(
-    directory: Path, groups: Sequence[GroupSpec], builder: BuildsHints, seed: bytes
-) -> Generator[tuple[int, str, str], None, None]:
-    """(group, direction, SHA-256) of every hint, those of a former run included."""
-    order = _hint_order(groups)
-    finished = {hint: _finished_hint(directory, *hint, seed) for hint in order}
+    directory: Path, entries: Sequence[GroupEntry], builder: BuildsHints, seed: bytes
+) -> Generator[tuple[int, str, str, bool], None, None]:
+    """(group, direction, SHA-256, whether a former run made it) of every hint."""
+    order = _hint_order([entry.spec for entry in entries])
+    finished = {
+        hint: _finished_hint(directory, entries[hint[0]], *hint, builder.rank, seed)
+        for hint in order
+    }
     missing = [hint for hint in order if finished[hint] is None]
+    quantised = list(entries)  # the caller adds hints to its own
 
     def reading() -> Iterator[Job[NDArray[np.int8]]]:
         for index, _ in missing:
-            path = directory / "worker" / f"g{index:04d}.weight.npy"
-            group = groups[index]
-            yield Job(group.in_features * group.total_out, partial(np.load, path))
+            entry = quantised[index]
+            stored = map_stored(directory, index, entry, "weight", 0)
+            yield Job(stored.values.nbytes, partial(np.array, stored.values))
 
     def writing() -> Iterator[Job[str]]:
         with _read_ahead(reading()) as weights:
@@ -280,7 +317,8 @@ def _build_hints(
 
     with _write_behind(writing()) as written:
         for hint in order:
-            yield *hint, finished[hint] or next(written)
+            left = finished[hint]
+            yield *hint, left or next(written), left is not None
 
 
 def _hint_order(groups: Sequence[GroupSpec]) -> list[tuple[int, str]]:
@@ -296,14 +334,18 @@ def _hint_order(groups: Sequence[GroupSpec]) -> list[tuple[int, str]]:
     ]
 
 
-def _finished_hint(directory: Path, index: int, direction: str, seed: bytes) -> str | None:
-    """The SHA-256 of a hint that a former run finished."""
-    path = directory / "owner" / f"g{index:04d}.{direction}.npy"
-    record = path.with_suffix(".json")
-    if not (record.exists() and path.exists()):
+def _finished_hint(
+    directory: Path, entry: GroupEntry, index: int, direction: str, rank: int, seed: bytes
+) -> str | None:
+    """The SHA-256 of a hint that a former run finished, if its file has the right shape too."""
+    record = read_hint_record(array_path(directory, index, direction).with_suffix(".json"))
+    if record is None or record[0] != seed.hex():
         return None
-    found = json.loads(record.read_text())
-    return found["sha256"] if found["seed"] == seed.hex() else None
+    try:
+        map_stored(directory, index, replace(entry, sha256={direction: record[1]}), direction, rank)
+    except PreparationError:
+        return None
+    return record[1]
 
 
 def _hint_slabs(
@@ -322,8 +364,8 @@ def _write_hint(
     directory: Path, index: int, direction: str, slabs: list[NDArray[np.int32]], seed: bytes
 ) -> str:
     """Write a hint, then the record that it is finished; returns its SHA-256."""
-    path = directory / "owner" / f"g{index:04d}.{direction}.npy"
+    path = array_path(directory, index, direction)
     shape = (sum(map(len, slabs)), *slabs[0].shape[1:])
-    sha256 = write_array(path, shape, np.int32, lambda: slabs)
+    sha256 = write_array(path, shape, np.int32, slabs)
     write_json(path.with_suffix(".json"), {"seed": seed.hex(), "sha256": sha256})
     return sha256

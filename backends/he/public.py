@@ -5,9 +5,10 @@ tile by tile, so that A for fewer inputs is a prefix of A for more. The seed is 
 model digest (and, if the owner wishes, to a tag of its own), and the owner always derives A
 itself: it is never taken from a worker.
 
-Tile t is int32[rank, 256, 16]: the words of AES-256-CTR(key=seed, counter block starting with
-t) taken in that order as 31-bit integers; the rare word >= q is replaced by the next unused
-word of the same stream past the tile. Values are then centred to [-q/2, q/2].
+Tile t is int32[rank, 256, 16]: the little-endian 32-bit words of AES-256-CTR(key=seed, counter
+block starting with t), their lower 28 bits taken in that order; a word >= q (2559 of 2^28 are: one
+in every fifth tile of rank 5) is replaced by the next unused word of the same stream past the tile.
+Values are then centred to [-q/2, q/2].
 
 A hint's rows are integer combinations of A's rows, and the NTT is linear, so a hint is one
 exact integer product of A's NTT values and Wq, reduced mod q.
@@ -26,13 +27,13 @@ from numpy.typing import NDArray
 from backends import jit
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.matmul.interface import Digits, Kernel
-from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.params import MODULUS_BITS, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.ring import centre, tiles_of
 from backends.he.vector import LANES
 from backends.threads import run_split
 
 _Q = NTT_PRIME
-_SEED_TEXT = b"public matrix A of the module-LWE cipher for private fine-tuning, v1"
+_SEED_TEXT = b"public matrix A of the module-LWE cipher for private fine-tuning, v2"
 
 
 def public_seed(model_digest: bytes, parameters: Parameters, owner_tag: bytes = b"") -> bytes:
@@ -94,7 +95,7 @@ def expand_tile(seed: bytes, tile: int, rank: int) -> NDArray[np.int32]:
 
 def _words(stream: Any, count: int) -> NDArray[np.uint32]:
     raw = np.frombuffer(stream.update(bytes(4 * count)), "<u4")
-    return raw & np.uint32(0x7FFFFFFF)
+    return raw & np.uint32((1 << MODULUS_BITS) - 1)
 
 
 @jit.kernel
@@ -161,31 +162,3 @@ class HintBuilder:
             run_split(lambda a, b: _rows_inputs_innermost(tiles, values, a, b), self._slots)
             self._digits = self._kernel.digits_of(values)
         return self._digits
-
-
-def hint_matches(
-    weight: NDArray[np.int8],
-    forward: bool,
-    hint: NDArray[np.int32],
-    public: PublicMatrix,
-    challenge: NDArray[np.int64],
-) -> bool:
-    """Check a hint exactly mod q against the weights with one random combination of its rows.
-
-    challenge  int64[outputs], uniform in [0, q) and chosen after the hint was fixed. A wrong
-               hint passes with probability 1/q (Freivalds 1977).
-    """
-    matrix = weight if forward else weight.T
-    outputs, inputs = matrix.shape
-    combined = np.zeros(inputs, object)
-    left = np.zeros(hint.shape[1] * RING_DEGREE, object)
-    rows = hint.transpose(0, 3, 1, 2).reshape(-1, hint.shape[1] * RING_DEGREE)
-    for j in range(outputs):
-        factor = int(challenge[j])
-        combined += matrix[j].astype(object) * factor
-        left += rows[j].astype(object) * factor
-    a_rows = public.rows(inputs).transpose(0, 3, 1, 2).reshape(-1, left.size)[:inputs]
-    right = np.zeros(left.size, object)
-    for k in range(inputs):
-        right += a_rows[k].astype(object) * (int(combined[k]) % _Q)
-    return bool(np.all((left - right) % _Q == 0))

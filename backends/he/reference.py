@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.entropy import Entropy, Keystream, OsEntropy
-from backends.he.epilogue import RECIPROCAL_SHIFT
+from backends.he.epilogue import FOLD, FOLD_SHIFT
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -31,7 +31,6 @@ from backends.he.mlwe_owner import (
     WIDE,
     answer_values,
     check_input,
-    reciprocal,
     token_scales,
 )
 from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
@@ -62,7 +61,7 @@ def inverse_evaluation_matrix() -> NDArray[np.int64]:
 
 
 def matmul_mod(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    """a @ b mod q for residues below 2^31, reduced after every product."""
+    """a @ b mod q for residues below 2^28, reduced after every product."""
     out = np.zeros((a.shape[0], b.shape[1]), np.int64)
     for k in range(a.shape[1]):
         out = (out + a[:, k : k + 1] * b[k : k + 1, :] % _Q) % _Q
@@ -91,9 +90,14 @@ class _Sealed:
     inverse_alpha: NDArray[np.float64] = field(repr=False)
     sent: NDArray[np.uint8] = field(repr=False)
 
+    def wipe(self) -> None:
+        for secret in self.secrets:
+            secret[...] = 0
+        self.inverse_alpha[...] = 0
+
 
 class ReferenceOwner(OwnerCipher):
-    """Owner half, slow and readable."""
+    """Owner half, slow and readable. Its keys take no tag of the message: for tests only."""
 
     def __init__(
         self, parameters: Parameters, public: PublicMatrix, entropy: Entropy | None = None,
@@ -145,8 +149,8 @@ class ReferenceOwner(OwnerCipher):
         return matmul_mod(self._interpolate, slots.T)
 
     def _round_to_p(self, u: NDArray[np.int64]) -> NDArray[np.int64]:
-        recip = reciprocal(self._parameters)
-        return (u * recip + (1 << (RECIPROCAL_SHIFT - 1))) >> RECIPROCAL_SHIFT
+        bits = self._parameters.rounding_bits
+        return (u + (u * FOLD >> FOLD_SHIFT) + (1 << (bits - 1))) >> bits
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
@@ -193,6 +197,9 @@ class ReferenceOwner(OwnerCipher):
             scaled = y.astype(np.float64) * sealed.inverse_alpha[part, None]
             out[part] = (scaled * matrix.out_scale.astype(np.float64)).astype(np.float32)
         return out
+
+    def discard(self, sealed: Any) -> None:
+        sealed.wipe()
 
 
 class ReferenceWorker(WorkerCipher):

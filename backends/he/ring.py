@@ -7,14 +7,18 @@ With the rows innermost every butterfly is one 16-lane vector operation.
 One mask tile costs, per row: rank*256 products accumulated lazily in 64 bits, 256 Montgomery
 reductions, and 8*128 butterflies. The slow definition of the same is in `reference.py`.
 
-Bounds, for q < 2^31 and rank <= 8:
-  * |sum of rank products of centred residues| < 8 * (q/2)^2 < 2^63;
-  * Montgomery: acc and t*q agree in their low halves, and |acc >> 32| < q, |t*q >> 32| <= q/2.
-    Their difference is within +-1.5 q and need not even fit 64 bits, so each high half is made
-    canonical by a conditional add of its own, and so is their difference;
+Bounds, for q < 2^28 and rank <= 8:
+  * |sum of rank products of centred residues| <= 8 * (q/2)^2 < 2^57;
+  * Montgomery: acc and t*q agree in their low halves, |acc >> 32| <= rank*q/64 <= q/8, and
+    |t*q >> 32| <= q/2. The difference of the high halves is within +-q (up to rank 31), so one
+    conditional add makes it canonical;
   * Shoup: x*w - floor(x*w'/2^32)*q < 2q for every 32-bit x, so one conditional subtract does.
 The conditional add and subtract are unsigned minima, hence free of branches and of
 secret-dependent timing.
+
+Sixteen multiples of q fit 32 bits, so butterflies could be lazy: of the eight conditional subtracts
+of two stages on four rows, three would do (rows below 2q, differences made positive by 2q and 4q).
+Not done: every stage would have a bound of its own.
 """
 
 from __future__ import annotations
@@ -138,6 +142,7 @@ def _transform_secret(secret: Any, zeta: Any, zeta_shoup: Any, factor: int, out:
             s = np.int64(secret[row, j])
             values[j] = np.uint32(s + (s >> np.int64(63)) * -_Q)
         _forward_ntt(values, zeta, zeta_shoup, factor, out[row])
+    values[:] = 0  # the last row's transform
 
 
 def inverse_tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

@@ -31,11 +31,20 @@ class _Use(Enum):
 
 def ternary(stream: Keystream, count: int) -> NDArray[np.int8]:
     """`count` exactly uniform values of {-1, 0, 1}: bytes below 255 modulo 3, others rejected."""
-    kept = np.empty(0, np.uint8)
-    while len(kept) < count:
+    out = np.empty(count, np.int8)
+    done = 0
+    while done < count:
         drawn = stream.take(count + 64)
-        kept = np.concatenate([kept, drawn[drawn < 255]])
-    return (kept[:count] % 3).astype(np.int8) - np.int8(1)
+        kept = drawn[drawn < 255]
+        used = kept[: count - done]
+        used %= 3
+        out[done : done + len(used)] = used
+        done += len(used)
+        # What a secret was made from is as good as the secret.
+        drawn[...] = 0
+        kept[...] = 0
+    out -= 1
+    return out
 
 
 class UseOnce(ABC):
@@ -93,9 +102,10 @@ class BlockSecret(UseOnce):
     def draw(cls, stream: Keystream, count: int, rank: int, degree: int) -> list[BlockSecret]:
         """`count` independent secrets from one fresh keystream."""
         drawn = ternary(stream, count * rank * degree).reshape(count, rank, degree)
-        secrets = [cls(secret) for secret in drawn]
-        drawn[...] = 0
-        return secrets
+        try:
+            return [cls(secret) for secret in drawn]
+        finally:
+            drawn[...] = 0
 
     def seal(self) -> NDArray[np.int32]:
         """The NTT-domain secret, to encrypt the block's only message.

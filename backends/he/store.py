@@ -7,15 +7,14 @@
     DIR/owner/g0003.backward.npy    the hint Wq^T*A
 
 Everything here is public: it depends on the model, the parameters and a public seed.
-`preparation.py` makes it.
+`preparation.py` makes it; `verification.py` decides whether one that lies there is to be trusted.
+Until it is, no array leaves `PreparedModel`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,44 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.files import array_digest
+from backends.files import map_array
 from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
-from backends.he.params import Parameters
-from backends.he.plan import MatrixPlan
-from backends.he.public import PublicMatrix, public_seed
-from backends.threads import core_count
+from backends.he.manifest import (
+    KINDS,
+    GroupEntry,
+    Manifest,
+    PreparationError,
+    Wanted,
+    array_form,
+    read_manifest,
+)
+from backends.he.public import PublicMatrix
 from protocol.catalogue import Catalogue, MatrixShape
-
-FORMAT = 1
-
-
-class PreparationError(RuntimeError):
-    """A prepared model cannot be made or used; the text says what to do."""
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """Linear modules fed the same tensor, so that one ciphertext serves them all.
-
-    members       module names in the order their outputs are concatenated
-    out_features  outputs of each member
-    """
-
-    name: str
-    members: tuple[str, ...]
-    in_features: int
-    out_features: tuple[int, ...]
-
-    @property
-    def total_out(self) -> int:
-        """N: outputs of all members together."""
-        return sum(self.out_features)
-
-
-def digest_of_groups(entries: Sequence[dict[str, Any]]) -> bytes:
-    """32 bytes that name the quantised weights, from the groups' manifest entries."""
-    facts = [[e["spec"], e["weight_sha256"], e["scale_sha256"]] for e in entries]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 def shapes_of(matrices: Sequence[OwnerMatrix], cipher: OwnerCipher) -> tuple[MatrixShape, ...]:
@@ -73,97 +47,115 @@ def shapes_of(matrices: Sequence[OwnerMatrix], cipher: OwnerCipher) -> tuple[Mat
     )
 
 
-class PreparedModel:
-    """A finished prepared model; arrays are memory-mapped and read-only."""
+def array_path(directory: Path, index: int, kind: str) -> Path:
+    """Where an array of group `index` is."""
+    return directory / KINDS[kind] / f"g{index:04d}.{kind}.npy"
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+
+@dataclass(frozen=True)
+class Stored:
+    """An array as it lies on the disk: mapped, of the right shape, its contents unexamined.
+
+    sha256  what the manifest says of its elements
+    """
+
+    path: Path
+    group: int
+    kind: str
+    values: NDArray[Any]
+    sha256: str
+
+    def fail(self, what: str) -> PreparationError:
+        """The error that says what is wrong with it."""
+        return PreparationError(
+            f"{self.path} {what}; delete {self.path.parent.parent} and prepare anew"
+        )
+
+
+def map_stored(directory: Path, index: int, entry: GroupEntry, kind: str, rank: int) -> Stored:
+    """Map an array. Raises PreparationError when its file is not one of the right shape."""
+    path = array_path(directory, index, kind)
+    dtype, shape = array_form(entry.spec, kind, rank)
+    try:
+        values = map_array(path, shape, dtype)
+    except OSError as error:
+        why = error.strerror or error
+        raise PreparationError(
+            f"{path} cannot be read: {why}; mend that, or delete {directory} and prepare anew"
+        ) from error
+    except ValueError as error:
+        raise PreparationError(
+            f"{path} is damaged: {error}; delete {directory} and prepare anew"
+        ) from error
+    return Stored(path, index, kind, values, entry.sha256[kind])
+
+
+class PreparedModel:
+    """A finished prepared model; arrays are memory-mapped, once, and read-only.
+
+    stored          every array, group by group, for whoever examines them
+    trusted         whether arrays may be used; set by who verified or made them
+    verification_s  what verifying it took, in this process; 0 when it was not necessary
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, stored: list[list[Stored]]) -> None:
         self.directory = directory
-        self._manifest = manifest
-        self.groups = [
-            GroupSpec(
-                e["spec"]["name"],
-                tuple(e["spec"]["members"]),
-                e["spec"]["in_features"],
-                tuple(e["spec"]["out_features"]),
-            )
-            for e in manifest["groups"]
-        ]
-        stored = manifest["parameters"]
-        self.parameters = Parameters(**stored) if stored else None
-        self.model_digest = digest_of_groups(manifest["groups"])
+        self.manifest = manifest
+        self.groups = [entry.spec for entry in manifest.groups]
+        self.parameters = manifest.parameters
+        self.model_digest = manifest.model_digest
+        self.setup_digest = manifest.setup_digest
+        self.stored = stored
+        self.trusted = False
+        self.verification_s = 0.0
         self._owner_matrices: list[OwnerMatrix] = []
 
     @classmethod
-    def open(cls, directory: Path, verify: bool = True) -> PreparedModel:
-        """Open a prepared model and check every file against the manifest's SHA-256.
+    def open(cls, directory: Path) -> PreparedModel:
+        """Read the manifest and map every array; of their contents nothing is read yet.
 
-        Raises PreparationError when there is none, or when a file is missing or damaged.
+        Raises PreparationError when there is none, or anything is of another shape or missing.
         """
-        try:
-            manifest = json.loads((directory / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        manifest = read_manifest(directory)
+        stored = [
+            [map_stored(directory, i, entry, kind, manifest.rank) for kind in manifest.kinds]
+            for i, entry in enumerate(manifest.groups)
+        ]
+        return cls(directory, manifest, stored)
+
+    def require(self, wanted: Wanted) -> None:
+        """Raise PreparationError, with the differences, unless the model is what is wanted."""
+        differences = self.manifest.differences(wanted)
+        if differences:
             raise PreparationError(
-                f"{directory} holds no finished preparation; run it again"
-            ) from error
-        if manifest.get("format") != FORMAT:
-            raise PreparationError(f"{directory} has another format; delete it and prepare anew")
-        model = cls(directory, manifest)
-        if model.model_digest.hex() != manifest["model_digest"]:
-            raise PreparationError(
-                f"{directory}: the model digest in the manifest is not that of its groups; delete "
-                "the directory and prepare anew"
+                f"{self.directory} was prepared otherwise than asked for: "
+                f"{'; '.join(differences)}. Ask for what is there, choose another --cache, or "
+                "delete it to prepare anew"
             )
-        if verify:
-            model.verify()
-        return model
 
-    def verify(self) -> None:
-        """Raise PreparationError unless every array has the digest the manifest states."""
-
-        def check(job: tuple[Path, str]) -> None:
-            path, expected = job
-            try:
-                actual = array_digest(np.load(path, mmap_mode="r"))
-            except (OSError, ValueError) as error:
-                raise PreparationError(f"{path} cannot be read: {error}") from error
-            if actual != expected:
-                raise PreparationError(
-                    f"{path} is damaged (its SHA-256 differs); delete {self.directory} and "
-                    "prepare anew"
-                )
-
-        jobs = []
-        for index, entry in enumerate(self._manifest["groups"]):
-            for role, kind in self._files():
-                jobs.append((self._path(role, index, kind), entry[f"{kind}_sha256"]))
-        with ThreadPoolExecutor(core_count()) as pool:
-            list(pool.map(check, jobs))
-
-    def _files(self) -> list[tuple[str, str]]:
-        hints = [("owner", "forward"), ("owner", "backward")] if self.parameters else []
-        return [("worker", "weight"), ("owner", "scale"), *hints]
-
-    def _path(self, role: str, index: int, kind: str) -> Path:
-        return self.directory / role / f"g{index:04d}.{kind}.npy"
-
-    def _array(self, role: str, index: int, kind: str) -> NDArray[Any]:
-        return np.load(self._path(role, index, kind), mmap_mode="r")
+    def _array(self, index: int, kind: str) -> NDArray[Any]:
+        if not self.trusted:
+            raise PreparationError(
+                f"{self.directory} has not been verified; open it with verification.open_trusted"
+            )
+        return next(s.values for s in self.stored[index] if s.kind == kind)
 
     def public_matrix(self) -> PublicMatrix:
         """A of this model, derived from its seed. Raises PreparationError for `clear`."""
-        if self.parameters is None:
+        seed = self.manifest.seed
+        if seed is None:
             raise PreparationError(f"{self.directory} was prepared for the clear backend only")
-        tag = bytes.fromhex(self._manifest["owner_tag"])
-        # Derived here, not read from the manifest: the owner takes nobody's word for A.
-        seed = public_seed(self.model_digest, self.parameters, tag)
-        return PublicMatrix(seed, self.parameters.rank)
+        return PublicMatrix(seed, self.manifest.rank)
 
     def worker_weights(self) -> list[NDArray[np.int8]]:
-        """int8[N, K] of each group."""
-        return [self._array("worker", i, "weight") for i in range(len(self.groups))]
+        """int8[N, K] of each group. Raises PreparationError for a model that is not trusted."""
+        return [self._array(i, "weight") for i in range(len(self.groups))]
 
     def owner_matrices(self) -> list[OwnerMatrix]:
-        """Forward and backward matrix of each group, in the catalogue's order."""
+        """Forward and backward matrix of each group, in the catalogue's order.
+
+        Raises PreparationError for a model that is not trusted.
+        """
         if not self._owner_matrices:
             self._owner_matrices = self._load_owner_matrices()
         return self._owner_matrices
@@ -176,23 +168,16 @@ class PreparedModel:
 
     def _load_owner_matrices(self) -> list[OwnerMatrix]:
         matrices = []
-        for index, group in enumerate(self.groups):
-            entry = self._manifest["groups"][index]
-            scale: Float32Array = np.array(self._array("owner", index, "scale"))
-            ones = np.ones(group.in_features, np.float32)
-            for direction, in_scale, out_scale in (
-                ("forward", ones, scale),
-                ("backward", scale, ones),
+        for index, entry in enumerate(self.manifest.groups):
+            scale: Float32Array = np.array(self._array(index, "scale"))
+            ones = np.ones(entry.spec.in_features, np.float32)
+            for direction, in_scale, out_scale, plan in (
+                ("forward", ones, scale, entry.forward_plan),
+                ("backward", scale, ones, entry.backward_plan),
             ):
-                matrices.append(
-                    OwnerMatrix(
-                        f"{group.name} {direction}",
-                        in_scale,
-                        out_scale,
-                        MatrixPlan(**entry[f"{direction}_plan"]),
-                        self._array("owner", index, direction) if self.parameters else None,
-                    )
-                )
+                hint = self._array(index, direction) if self.parameters else None
+                name = f"{entry.spec.name} {direction}"
+                matrices.append(OwnerMatrix(name, in_scale, out_scale, plan, hint))
         return matrices
 
     def catalogue(self, cipher: OwnerCipher) -> Catalogue:

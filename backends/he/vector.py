@@ -173,11 +173,8 @@ def slot_product(rank: int) -> Callable[..., None]:
                 s8 = e.broadcast(s, _V8)
                 even = builder.add(even, builder.mul(e.low_signed(row), s8))
                 odd = builder.add(odd, builder.mul(builder.ashr(row, _SPLAT_32), s8))
-            multiples = [_multiple_of_q(e, half) for half in (even, odd)]
-            # Both high halves are within +-q; their difference need not be, nor fit 32 bits.
-            sums, taken = (
-                e.add_q_if_negative(e.join_high(*halves)) for halves in ((even, odd), multiples)
-            )
+            sums = e.join_high(even, odd)
+            taken = e.join_high(_multiple_of_q(e, even), _multiple_of_q(e, odd))
             e.store(e.add_q_if_negative(builder.sub(sums, taken)), result, lane0)
             return context.get_dummy_value()
 

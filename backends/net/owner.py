@@ -27,6 +27,7 @@ from protocol.events import (
     CloseWanted,
     Decrypt,
     Deliver,
+    Discard,
     Dropped,
     Effect,
     Encrypt,
@@ -117,6 +118,8 @@ class OwnerClient:
         self._pending: dict[int, Future[Values]] = {}
         self._closed = threading.Event()
         self._failure: str | None = None
+        # What may still open an answer, by its id; None once all are wiped.
+        self._held: dict[int, _Held] | None = {}
         self.waited_s = 0.0
         """Seconds lanes have spent blocked in `linear`, summed over lanes."""
 
@@ -168,21 +171,43 @@ class OwnerClient:
             self._loop.post(CloseWanted())
             self._closed.wait(timeout_s)
         self._loop.stop()
+        self._wipe_held()
 
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
             payload = carried(encrypted.payload)
             audited = None if self._audit is None else self._audit.keep(payload)
-            return payload, _Held(encrypted.sealed, audited)
+            return payload, self._hold(_Held(encrypted.sealed, audited))
         assert isinstance(task, Decrypt)
         assert isinstance(task.sealed, _Held)
         matrix, held = self._matrices[task.matrix], task.sealed
         if self._audit is not None and held.audited is not None:
             self._audit.require(task.matrix, task.tokens, held.audited, task.payload)
         result = self._cipher.decrypt(held.sealed, task.payload, matrix, task.worker)
+        self._let_go(held)
         self._ledger.accepted(task.worker)
         return result
+
+    def _hold(self, held: _Held) -> _Held:
+        with self._lock:
+            if self._held is not None:
+                self._held[id(held)] = held
+                return held
+        self._cipher.discard(held.sealed)  # the machine is gone, and will not ask for it
+        return held
+
+    def _let_go(self, held: _Held) -> None:
+        with self._lock:
+            if self._held is not None:
+                self._held.pop(id(held), None)
+
+    def _wipe_held(self) -> None:
+        """What the machine has not said goodbye to, when it can say nothing any more."""
+        with self._lock:
+            left, self._held = self._held, None
+        for held in (left or {}).values():
+            self._cipher.discard(held.sealed)
 
     def _report(self, effect: Effect) -> None:
         match effect:
@@ -193,6 +218,10 @@ class OwnerClient:
                 waiting = self._pending.pop(call, None)
                 if waiting is not None:
                     waiting.set_exception(RemoteLinearError(reason))
+            case Discard(_, held):
+                assert isinstance(held, _Held)
+                self._let_go(held)
+                self._cipher.discard(held.sealed)
             case Retired(peer, reason):
                 # On the disk before a lane hears of it.
                 self._ledger.retire(peer, reason)
@@ -207,6 +236,7 @@ class OwnerClient:
 
     def _crashed(self, error: BaseException) -> None:
         self._fail_all(f"the owner's protocol machine stopped: {type(error).__name__}: {error}")
+        self._wipe_held()
 
     def _fail_all(self, reason: str) -> None:
         with self._lock:

@@ -3,6 +3,9 @@
     DIR/step-000040/adapter.safetensors     the adapter's parameters
     DIR/step-000040/optimizer.safetensors   AdamW's moments
     DIR/step-000040/state.json              step, losses, the run's configuration, who computed
+    DIR/data.key                            32 random bytes: the configuration holds a tag of the
+                                            private data, which nobody can try data against
+                                            without them
 
 The learning rate and the data order are pure functions of the step, so the step restores them.
 Cipher randomness is never saved: a resumed run starts a new incarnation.
@@ -14,7 +17,9 @@ one is kept for each worker; the others are set aside as `distrusted-...`.
 
 from __future__ import annotations
 
+import hmac
 import json
+import os
 import re
 import shutil
 from collections.abc import Collection
@@ -26,10 +31,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backends.files import replacing_directory, write_json
+from backends.files import replacing_directory, write_json, write_secret
 
 _NAME = re.compile(r"step-(\d{6})")
 _KEPT = 2
+_KEY_FILE = "data.key"
+_KEY_BYTES = 32
 
 
 class ResumeError(ValueError):
@@ -43,6 +50,25 @@ class Progress:
     step: int
     losses: list[float]
     served: frozenset[str] = frozenset()
+
+
+def data_tag(directory: Path, sequences: torch.Tensor) -> str:
+    """HMAC-SHA256 of int64[n, S] under the directory's key, in hex digits.
+
+    The key is drawn when there is none. Raises ResumeError when there are checkpoints without it.
+    """
+    path = directory / _KEY_FILE
+    if not path.exists():
+        if _found(directory):
+            raise ResumeError(
+                f"{path} is missing, so nobody can tell whether the checkpoints beside it are of "
+                "this data; put it back, use another --out, or start over with --fresh"
+            )
+        write_secret(path, os.urandom(_KEY_BYTES))
+    key = path.read_bytes()
+    if len(key) != _KEY_BYTES:
+        raise ResumeError(f"{path} is no key of this program; start over with --fresh")
+    return hmac.digest(key, sequences.contiguous().numpy().tobytes(), "sha256").hex()
 
 
 def save(

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from backends.he.interface import Values
-from backends.he.store import GroupSpec
+from backends.he.manifest import GroupSpec
 
 LinearFunction: TypeAlias = Callable[[int, Values], Values]
 """(matrix index, float32[T, K]) -> float32[T, N]; blocks until the product is there. Arrays, or

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from backends.he.store import GroupSpec
+from backends.he.manifest import GroupSpec
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
 from backends.nn.sources import WeightSource
 

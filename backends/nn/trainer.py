@@ -7,7 +7,6 @@ of arrival, so the number of lanes changes the speed and not one bit of the resu
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import signal
@@ -136,9 +135,10 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        data = hashlib.sha256(sequences.contiguous().numpy().tobytes()).hexdigest()
-        self._run = asdict(config) | (identity or {}) | {"data": data}
+        self._run = asdict(config) | (identity or {})
         self.progress = Progress(0, [])
+        if checkpoints is not None:
+            self._run["data"] = checkpoint.data_tag(checkpoints, sequences)
         self._restore()
 
     def train(

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from backends.he.cuda.hints import cuda_arithmetic
+from backends.he.manifest import GroupSpec
 from backends.he.preparation import prepare
-from backends.he.store import GroupSpec
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.task import Figures, Task
 

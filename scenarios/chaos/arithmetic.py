@@ -15,8 +15,9 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from protocol.catalogue import Catalogue
 from protocol.events import MultiplyCiphertext
-from scenarios.chaos.checks import Secrets, require
+from scenarios.chaos.checks import require
 from scenarios.chaos.model import Subject
+from scenarios.chaos.secrecy import Secrets
 
 _MLWE_ERROR_MOST = 2e-4
 """Of a delivered value, relative to its bound by Cauchy-Schwarz. The cipher errs by a few 1e-5."""
@@ -29,9 +30,9 @@ class WatchedEntropy(SeededEntropy):
         super().__init__(seed)
         self._secrets = secrets
 
-    def fresh_key(self) -> bytes:
-        key = super().fresh_key()
-        self._secrets.key_drawn(key)
+    def fresh_key(self, tag: bytes = b"") -> bytearray:
+        key = super().fresh_key(tag)
+        self._secrets.key_drawn(bytes(key))
         return key
 
 

@@ -216,35 +216,6 @@ class Wire:
             self._counts[key] = self._counts.get(key, np.zeros(256, np.int64)) + counts
 
 
-class Secrets:
-    """Every secret an owner draws, over all its incarnations: one use each."""
-
-    def __init__(self) -> None:
-        self._keys: set[bytes] = set()
-        self._blocks: dict[str, str] = {}
-        self._opened: set[int] = set()
-        self._sealed: list[object] = []
-
-    def key_drawn(self, key: bytes) -> None:
-        """A key of a random stream."""
-        require(key not in self._keys, "a key of randomness was drawn twice")
-        self._keys.add(key)
-
-    def encrypted(self, payload: bytes, sealed: Any) -> None:
-        """A request was made under the block secrets of a sealed handle."""
-        self._sealed.append(sealed)  # kept alive, so that no other object takes its id
-        name = digest(payload)
-        for secret in getattr(sealed, "secrets", ()):
-            block = digest(secret._ntt.tobytes())
-            first = self._blocks.setdefault(block, name)
-            require(first == name, "a block secret sealed two messages")
-
-    def opened(self, sealed: object) -> None:
-        """An answer was decrypted with a sealed handle."""
-        require(id(sealed) not in self._opened, "a sealed handle was opened twice")
-        self._opened.add(id(sealed))
-
-
 LieKey: TypeAlias = tuple[bytes, int, str]
 """(session, request, digest of the wrong product)."""
 

@@ -23,9 +23,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig
 
+from backends.he.manifest import GroupSpec
 from backends.he.params import preset
 from backends.he.preparation import prepare
-from backends.he.store import GroupSpec, PreparedModel
+from backends.he.store import PreparedModel
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
 from backends.nn.skeleton import build_skeleton

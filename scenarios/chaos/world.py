@@ -25,6 +25,7 @@ from protocol.events import (
     CloseWanted,
     Decrypt,
     Deliver,
+    Discard,
     Effect,
     Encrypt,
     Event,
@@ -40,10 +41,11 @@ from protocol.events import (
 )
 from protocol.owner import Owner
 from scenarios.chaos.arithmetic import Arithmetic
-from scenarios.chaos.checks import LieKey, OwnerWatch, Secrets, Violation, Wire, require
+from scenarios.chaos.checks import LieKey, OwnerWatch, Violation, Wire, require
 from scenarios.chaos.log import EventLog
 from scenarios.chaos.model import TOKENS, Subject, as_bytes, distance, sequences
 from scenarios.chaos.options import Options, stream
+from scenarios.chaos.secrecy import Secrets
 from scenarios.chaos.worker import WorkerHost
 from sim.driver import Actor, TaskEnd
 from sim.faults import FaultyWire, Moment, after
@@ -129,6 +131,7 @@ class World:
             self._owner_is_down()
         self.trained_s = float(self.env.now)
         self._end_in_order()
+        self._secrets.none_is_left()
         if self._arithmetic.encrypted:
             self._seen.bytes_are_uniform()
 
@@ -244,6 +247,7 @@ class World:
     def _owner_is_down(self) -> None:
         # The dead process must not be heard of again: no timer, no task.
         self._owner.reborn(self._machine)
+        self._secrets.owner_died()
         self._up = False
         if self.options.plan.torn_checkpoint:
             aside = self._directory / f".step-{self._step + 1:06d}.1.tmp"
@@ -320,6 +324,9 @@ class World:
             case FailCall(call, reason):
                 _, _, answer = self._pending.pop(call)
                 answer(CallFailed(reason))
+            case Discard(_, sealed):
+                self._cipher.discard(sealed)
+                self._secrets.discarded(sealed)
             case Closed():
                 require(not self._closed, "the owner closed twice")
                 self._closed = True

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from backends.he.cuda import hints
 from backends.he.cuda.device import Gpu, GpuError, require_memory
 from backends.he.cuda.hints import CudaHintBuilder, cuda_arithmetic, preparation_needs
+from backends.he.manifest import GroupSpec
 from backends.he.params import RING_DEGREE, preset
 from backends.he.plan import MatrixPlan, plan_directions
 from backends.he.preparation import prepare
 from backends.he.public import HintBuilder, PublicMatrix
 from backends.he.quantise import quantise
-from backends.he.store import GroupSpec
 
 STANDARD = preset("standard")
 PUBLIC = PublicMatrix(bytes(range(32)), STANDARD.rank)

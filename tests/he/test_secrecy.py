@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from backends.he.entropy import Keystream, OsEntropy, SeededEntropy
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.params import (
+    NTT_PRIME,
     PRESETS,
     InsecureParametersError,
     Parameters,
     max_log2_modulus,
     preset,
 )
-from backends.he.public import PublicMatrix, expand_tile, hint_matches, public_seed
+from backends.he.public import PublicMatrix, expand_tile, public_seed
 from backends.he.secret import BlockSecret, SecretReuseError, ternary
 from backends.he.vector import LANES
 from tests.he.conftest import Case, make_case
@@ -123,7 +124,7 @@ def test_entropy_says_whether_it_is_simulated() -> None:
     """OS keys never repeat; seeded ones are marked."""
     assert not OsEntropy().simulated
     assert SeededEntropy(1).simulated
-    assert len({OsEntropy().fresh_key() for _ in range(100)}) == 100
+    assert len({bytes(OsEntropy().fresh_key()) for _ in range(100)}) == 100
     assert SeededEntropy(1).fresh_key() == SeededEntropy(1).fresh_key()
 
 
@@ -151,7 +152,7 @@ def test_public_matrix_is_a_function_of_its_seed() -> None:
         public_seed(bytes(32), parameters, b"mine"),
     }
     assert len(others | {seed}) == 4
-    assert abs(np.mean(tall / 2147483137)) < 0.002, "centred residues are uniform around zero"
+    assert abs(np.mean(tall / NTT_PRIME)) < 0.002, "centred residues are uniform around zero"
 
 
 def test_a_slow_lane_does_not_shrink_the_public_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,16 +175,3 @@ def test_a_slow_lane_does_not_shrink_the_public_matrix(monkeypatch: pytest.Monke
     wide_is_done.set()
     narrow.join()
     assert len(public._tiles) == 9
-
-
-@pytest.mark.parametrize("forward", [True, False])
-def test_hints_are_checked_exactly(forward: bool) -> None:
-    """A single wrong residue is found."""
-    case = make_case(30, 20, forward)
-    hint = case.matrix.hint
-    assert hint is not None
-    challenge = np.random.default_rng().integers(0, 2147483137, 20)
-    assert hint_matches(case.weight, forward, hint, case.public, challenge)
-    wrong = hint.copy()
-    wrong[0, 2, 100, 3] += 1
-    assert not hint_matches(case.weight, forward, wrong, case.public, challenge)

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from backends.he.clear import ClearOwner
 from backends.he.entropy import SeededEntropy
 from backends.he.interface import OwnerCipher, Payload
+from backends.he.manifest import GroupSpec
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.preparation import prepare
 from backends.he.reference import ReferenceOwner
-from backends.he.store import GroupSpec, PreparedModel
+from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.audit import Audit
 from backends.net.inprocess import in_process

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -76,11 +80,11 @@ def test_interrupt_and_resume_is_one_uninterrupted_run(
 
 
 def test_checkpoints_hold_no_randomness_and_no_pickle(llama: Tiny, tmp_path: Path) -> None:
-    """Three files, two of them safetensors; at most two checkpoints are kept."""
+    """Three files, two of them safetensors; at most two checkpoints are kept, and a key."""
     run(llama, "clear", directory=tmp_path, stop_after=1)
     run(llama, "clear", directory=tmp_path, stop_after=2)
     run(llama, "clear", directory=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.key", "step-000002", "step-000004"]
     names = sorted(p.name for p in (tmp_path / "step-000004").iterdir())
     assert names == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -97,7 +101,8 @@ def test_a_half_written_checkpoint_is_never_seen(
     monkeypatch.setattr(checkpoint, "write_json", crash)
     with pytest.raises(OSError, match="disk full"):
         run(llama, "clear", directory=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000", "step-000001"]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["data.key", "step-000000", "step-000001"]
 
 
 def test_resuming_with_other_settings_is_refused(llama: Tiny, tmp_path: Path) -> None:
@@ -110,6 +115,38 @@ def test_resuming_with_other_settings_is_refused(llama: Tiny, tmp_path: Path) ->
         Trainer(model, DATA, other, checkpoints=tmp_path)
     with pytest.raises(ResumeError, match=r"data.*--fresh"):
         Trainer(model, tokens(10, 12, seed=1), CONFIG, checkpoints=tmp_path)
+
+
+def test_a_checkpoint_tells_nobody_whether_it_is_of_some_data(llama: Tiny, tmp_path: Path) -> None:
+    """Two runs on the same data leave different tags, and each can be checked with its key only."""
+    tags = []
+    for name in ("one", "two"):
+        run(llama, "clear", directory=tmp_path / name, stop_after=1)
+        state = json.loads((tmp_path / name / "step-000001" / "state.json").read_text())
+        tags.append(state["run"]["data"])
+        key = tmp_path / name / "data.key"
+        plain = DATA.numpy().tobytes()
+        assert tags[-1] == hmac.new(key.read_bytes(), plain, "sha256").hexdigest()
+        assert hashlib.sha256(plain).hexdigest() not in json.dumps(state)
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        assert stat.S_IMODE((tmp_path / name / "step-000001").stat().st_mode) == 0o700
+    assert tags[0] != tags[1]
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "is missing"), (b"short", "no key")])
+def test_a_checkpoint_without_its_key_is_refused(
+    llama: Tiny, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    """What is missing, and what can be done; nothing is overwritten."""
+    run(llama, "clear", directory=tmp_path, stop_after=1)
+    key = tmp_path / "data.key"
+    key.unlink()
+    if content is not None:
+        key.write_bytes(content)
+    with pytest.raises(ResumeError, match=f"data.key.*{message}.*--fresh"):
+        run(llama, "clear", directory=tmp_path)
+    assert key.exists() == (content is not None)
+    assert (tmp_path / "step-000001").exists()
 
 
 @pytest.mark.parametrize("backend", ["clear", "mlwe"])

@@ -21,6 +21,7 @@ from protocol.events import (
     Closed,
     CloseWanted,
     Deliver,
+    Discard,
     Dropped,
     Effect,
     Encrypt,
@@ -69,6 +70,8 @@ class Life:
     timeouts: Counter[int] = field(default_factory=Counter)
     refusals: Counter[int] = field(default_factory=Counter)
     excused: set[int] = field(default_factory=set)
+    sealed: dict[int, object] = field(default_factory=dict)
+    discarded: Counter[int] = field(default_factory=Counter)
     retired: set[str] = field(default_factory=set)
     aborted: bool = False
     closing: bool = False
@@ -138,6 +141,10 @@ class World:
                 life.failed[call] += 1
                 assert reason
                 assert self._may_fail(call)
+            case Discard(call, sealed):
+                life.discarded[call] += 1
+                assert sealed is life.sealed[call]
+                assert not self.working_on(call), "secrets were wiped that a task works with"
             case Retired(peer, reason):
                 assert reason
                 assert peer != self.names[-1], "an honest worker was retired"
@@ -182,6 +189,10 @@ class World:
         """Calls that wait for an answer."""
         owner, asked = self.life.owner, self.life.asked
         return [call for call in asked if owner.call_state(call) is CallState.IN_FLIGHT]
+
+    def working_on(self, call: int) -> bool:
+        """Whether a task of the owner's has the secrets of a call in its hands."""
+        return any(where == OWNER and task == call for where, task, _ in self.tasks)
 
     def timers_due(self) -> set[str]:
         """The timers that must run: one per wait, and after an abort only for goodbyes."""
@@ -234,7 +245,11 @@ class World:
     def end_task(self, index: int) -> None:
         """A task ends well; one that opens an answer may find it wrong."""
         where, task, work = self.tasks.pop(index)
-        self._report(where, toys.compute(task, work))
+        end = toys.compute(task, work)
+        if isinstance(work, Encrypt) and isinstance(end, TaskDone):
+            assert isinstance(end.result, tuple)
+            self.life.sealed[task] = end.result[1]
+        self._report(where, end)
 
     def fail_task(self, index: int) -> None:
         """A task raises."""
@@ -350,6 +365,13 @@ class World:
         assert all(count == 1 for count in ended.values())
         for call in life.asked:
             assert (life.owner.call_state(call) is CallState.DONE) == (ended[call] == 1)
+        # Secrets are in use until their call ends; then they are wiped, by whoever has them.
+        assert all(count == 1 for count in life.discarded.values())
+        gone = {call for call in life.sealed if ended[call] and not self.working_on(call)}
+        assert gone == {
+            call for call in life.sealed if life.delivered[call] or life.discarded[call]
+        }
+        assert not [call for call in life.delivered if life.discarded[call]]
         # Every sending of a call, to whichever worker and however often, is the same bytes.
         assert all(len(frames) == 1 for frames in life.frames.values())
         assert set(self.timers) == self.timers_due()

@@ -9,6 +9,7 @@ from protocol.events import (
     CancelTimer,
     Decrypt,
     Deliver,
+    Discard,
     Dropped,
     FailCall,
     FrameArrived,
@@ -229,9 +230,11 @@ def test_a_failed_task_fails_only_its_call() -> None:
     for call in (1, 2, 3):
         desk.do(LinearWanted(call, 0, 1, (call,)))
     assert desk.do(TaskFailed(1, "non-finite input")) == [FailCall(1, "non-finite input")]
-    desk.do(TaskDone(2, encrypt((2,), serial=2)))
+    made = encrypt((2,), serial=2)
+    desk.do(TaskDone(2, made))
     desk.product(2)
-    assert desk.do(TaskFailed(2, "failed check")) == [FailCall(2, "failed check")]
+    effects = desk.do(TaskFailed(2, "failed check"))
+    assert effects == [FailCall(2, "failed check"), Discard(2, made[1])]
     assert requests(desk.do(TaskDone(3, encrypt((3,), serial=3)))) == [("w1", 3)]
 
 

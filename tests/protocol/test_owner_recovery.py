@@ -9,6 +9,7 @@ import pytest
 from protocol.events import (
     Abort,
     CancelTimer,
+    Discard,
     Effect,
     Event,
     FailCall,
@@ -84,7 +85,8 @@ def test_losing_the_last_worker_aborts(how: str) -> None:
     assert all_of(effects, FailCall) == [FailCall(1, reason), FailCall(2, reason)]
     assert {timer.timer for timer in all_of(effects, CancelTimer)} == {"call:1", "session:w1"}
     assert desk.do(LinearWanted(3, 0, 1, (1,))) == [FailCall(3, reason)]
-    assert desk.do(TaskDone(2, encrypt((1,), serial=2))) == []
+    made = encrypt((1,), serial=2)
+    assert desk.do(TaskDone(2, made)) == [Discard(2, made[1])]
 
 
 def test_an_answer_of_a_worker_that_was_given_up_is_dropped() -> None:

@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+_OURS = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def run(*args: str, cwd: Path = ROOT, code: int = 0) -> str:
     """Output of `python -m ...`; checks the exit status."""
     result = subprocess.run(
         [sys.executable, "-m", *args], cwd=cwd, capture_output=True, text=True, timeout=280,
-        env=_ENVIRONMENT,
+        env=os.environ | _OURS,
     )  # fmt: skip
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -30,7 +30,7 @@ def interrupt(*args: str, seen: str) -> str:
     """
     process = subprocess.Popen(
         [sys.executable, "-m", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=_ENVIRONMENT,
+        text=True, env=os.environ | _OURS,
         # A shell that put this test run in the background has made it deaf to Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip

@@ -26,13 +26,13 @@ from protocol.events import (
 from protocol.messages import Bye, Hello, Multiply, Product, Refuse, Welcome, decode, encode
 from scenarios.chaos.checks import (
     OwnerWatch,
-    Secrets,
     Violation,
     Wire,
     WorkerWatch,
     digest,
     read,
 )
+from scenarios.chaos.secrecy import Secrets
 from scenarios.chaos.worker import refusal
 
 SESSION, OLD = b"s" * 16, b"o" * 16
@@ -155,14 +155,26 @@ def test_bytes_that_are_not_uniform(masked: bool) -> None:
         watched.bytes_are_uniform()
 
 
+class Block:
+    """A block secret as the checks see it."""
+
+    def __init__(self) -> None:
+        self._ntt = np.arange(4)
+
+
+class Handle:
+    """A sealed handle as the checks see it."""
+
+    def __init__(self) -> None:
+        self.secrets = [Block()]
+
+    def wipe(self) -> None:
+        """As a driver does."""
+        self.secrets[0]._ntt[...] = 0
+
+
 def test_secrets_are_used_once() -> None:
     """Keys, block secrets and sealed handles."""
-
-    class Block:
-        _ntt = np.arange(4)
-
-    class Handle:
-        secrets = (Block(),)
 
     secrets = Secrets()
     secrets.key_drawn(b"k")
@@ -170,11 +182,27 @@ def test_secrets_are_used_once() -> None:
         secrets.key_drawn(b"k")
     handle = Handle()
     secrets.encrypted(b"one", handle)
+    secrets.encrypted(b"one", kept := Handle())
     with pytest.raises(Violation, match="sealed two messages"):
         secrets.encrypted(b"two", Handle())
-    secrets.opened(handle)
+    with pytest.raises(Violation, match="readable after its end"):
+        secrets.opened(handle)
     with pytest.raises(Violation, match="opened twice"):
         secrets.opened(handle)
+    kept.wipe()
+    secrets.discarded(kept)
+    with pytest.raises(Violation, match="given up twice"):
+        secrets.discarded(kept)
+
+
+def test_an_orphaned_secret_is_noticed() -> None:
+    """One that was neither opened nor wiped when the owner closes; a crash takes them with it."""
+    secrets = Secrets()
+    secrets.encrypted(b"one", Handle())
+    with pytest.raises(Violation, match="1 orphaned secrets"):
+        secrets.none_is_left()
+    secrets.owner_died()
+    secrets.none_is_left()
 
 
 class Watched:

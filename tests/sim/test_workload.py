@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
+from backends.he.manifest import GroupSpec
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.params import preset
 from backends.he.preparation import prepare
-from backends.he.store import GroupSpec
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton

@@ -40,6 +40,12 @@ class Expected:
         """Queue the comparison of centred results float32[T, N], and their scaling in place."""
         return self.check.compare(self, y, inverse, out_scale)
 
+    def wipe(self) -> None:
+        """Overwrite which rows these were, and what they gave."""
+        self.rows[...] = 0
+        self.on_device.zero_()
+        self.values.zero_()
+
 
 class DeviceCheck:
     """The owner's secret check of one matrix, on the device.
@@ -49,14 +55,14 @@ class DeviceCheck:
 
     def __init__(
         self, gpu: Gpu, kernels: Kernels, name: str, weight: NDArray[np.int8], forward: bool,
-        entropy: Entropy, parameters: Parameters, reciprocal: int,
+        entropy: Entropy, parameters: Parameters,
     ) -> None:  # fmt: skip
         self._gpu, self._kernels = gpu, kernels
         pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         self._pool = torch.from_numpy(pool).to(gpu.device)
         found = survey(self._pool, weight, forward, entropy)
         self._projected = found.projected.float()
-        self.judge = Judge(name, mlwe_honesty(pool, found, parameters, reciprocal), entropy)
+        self.judge = Judge(name, mlwe_honesty(pool, found, parameters), entropy)
         self._ratio = parameters.worker_modulus / parameters.modulus
 
     def expect(self, x: torch.Tensor, in_scale: torch.Tensor, factor: torch.Tensor) -> Expected:

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.cuda.device import Gpu
+from backends.he.manifest import GroupSpec
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.plan import plan_bytes
 from backends.he.preparation import HINT_SLAB, Arithmetic
 from backends.he.public import PublicMatrix
 from backends.he.quantise import quantise_bytes
 from backends.he.ring import tiles_of
-from backends.he.store import GroupSpec
 from backends.he.vector import LANES
 
 LIMBS_OF_A = 4  # signed base-256 digits of a residue
@@ -129,8 +129,7 @@ class CudaHintBuilder:
 
 def _recombined(products: torch.Tensor) -> torch.Tensor:
     """int32[4, r*256, n] -> int32[n/16, r*256, 16]: the sum of 256^l * products, centred mod q."""
-    # The top limb is reduced first: its product alone may need 55 bits.
-    total = products[3].to(torch.int64).bitwise_left_shift_(24).remainder_(NTT_PRIME)
+    total = products[3].to(torch.int64).bitwise_left_shift_(24)  # sums stay below 2^56
     for limb in range(LIMBS_OF_A - 1):
         total.add_(products[limb], alpha=1 << (8 * limb))
     half = NTT_PRIME // 2

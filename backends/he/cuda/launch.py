@@ -26,6 +26,7 @@ import torch
 
 from backends.he.cuda.device import Gpu, GpuError
 from backends.he.cuda.driver import Driver, Launch
+from backends.he.epilogue import FOLD
 from backends.he.params import NTT_PRIME, RING_DEGREE
 from backends.he.ring import EVALUATION_EXPONENTS, PSI
 
@@ -54,13 +55,14 @@ class Signature:
 
 
 def _tables() -> str:
-    """The modulus, the factor of secrets, and both twiddle tables as C++ text."""
+    """The modulus, the factors of roundings and of secrets, and both twiddle tables as C++ text."""
     # Slot i evaluates at PSI^(2*rev(i) + 1); twiddle i is PSI^rev(i).
     zeta = [pow(PSI, (e - 1) // 2, _Q) for e in EVALUATION_EXPONENTS]
     factor = (1 << 32) * pow(_D, -1, _Q) % _Q
     lines = [
         f"const u32 Q = {_Q}u;",
         f"const u32 Q_INVERSE = {pow(_Q, -1, 1 << 32)}u;",
+        f"const u32 FOLD = {FOLD}u;",
         f"const u32 SECRET_FACTOR = {factor}u;",
         f"const u32 SECRET_FACTOR_SHOUP = {(factor << 32) // _Q}u;",
     ]

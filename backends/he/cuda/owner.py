@@ -3,7 +3,9 @@
 Given the same secrets and errors, requests and results are those of the CPU owner bit for bit;
 only the stream that secrets and errors are drawn from differs (ChaCha20, see `kernels/owner.cu`).
 Keys come from the operating system; they and the secrets they expand to are in device memory and
-in the driver's launch queue while in use, so the GPU belongs to the owner.
+in the driver's launch queue while in use, so the GPU belongs to the owner. They carry no tag of
+the message, which is on the device: where the operating system's generator repeats, only session,
+count and clock of `OsEntropy` keep two requests apart.
 
 Everything is queued on torch's current stream, which must be the same for a request and its
 answer. The host waits once in `encrypt` (are the inputs finite?), for a flag with the next kernels
@@ -47,9 +49,14 @@ _BLOCKS_PER_MULTIPROCESSOR = 8
 """Thread blocks to have before they take several secrets each: enough to even out the ends."""
 
 
-def key_words(key: bytes) -> tuple[int, int, int, int]:
-    """32 bytes of key as four little-endian 64-bit words, as the kernels take them."""
-    return _KEY_WORDS.unpack(key)
+def key_words(key: bytearray) -> tuple[int, int, int, int]:
+    """32 bytes of key as four little-endian 64-bit words, as the kernels take them.
+
+    The bytes are overwritten; Python's numbers and the launch queue's cannot be.
+    """
+    words = _KEY_WORDS.unpack(key)
+    key[:] = bytes(len(key))
+    return words
 
 
 class RequestSecrets(UseOnce):
@@ -61,9 +68,9 @@ class RequestSecrets(UseOnce):
 
     @classmethod
     def draw(
-        cls, compiled: Kernels, key: bytes, blocks: int, rank: int, gpu: Gpu
+        cls, compiled: Kernels, key: bytearray, blocks: int, rank: int, gpu: Gpu
     ) -> RequestSecrets:
-        """`blocks` independent secrets from one fresh key of 32 bytes."""
+        """`blocks` independent secrets from one fresh key of 32 bytes, which is overwritten."""
         words = torch.empty((blocks, rank, RING_DEGREE), dtype=torch.int32, device=gpu.device)
         compiled.launch("draw_secrets", (blocks, rank), words, *key_words(key))
         return cls(words)
@@ -99,6 +106,13 @@ class Sealed:
     expected: Expected | None = field(repr=False)
     on_host: bool  # the values came as an array, and go as one
 
+    def wipe(self) -> None:
+        """Queue the overwriting of all of it, behind the kernels that read it."""
+        self.secrets.wipe()
+        self.inverse_alpha.zero_()
+        if self.expected is not None:
+            self.expected.wipe()
+
 
 class CudaOwner(RingOwner):
     """Owner half of the module-LWE backend on a GPU.
@@ -118,7 +132,6 @@ class CudaOwner(RingOwner):
         super().__init__(parameters, entropy, unverified)
         self._gpu = gpu
         self._wire = not local
-        self._multiplier = int(self._reciprocal)
         self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
         self._residents = Residents(gpu, public, hint_bytes)
         self._flags = Flags(gpu)
@@ -130,7 +143,7 @@ class CudaOwner(RingOwner):
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = DeviceCheck(
             self._gpu, self._kernels, matrix.name, weight, forward, self._entropy,
-            self._parameters, self._multiplier,
+            self._parameters,
         )  # fmt: skip
 
     def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
@@ -158,18 +171,19 @@ class CudaOwner(RingOwner):
             grid, each = self._grid(blocks, tiles)
             self._kernels.launch(
                 "encrypt", grid, rows, words, values, in_scale, scales.factor, planes,
-                tokens, inputs, tiles, each, self._multiplier,
-                *key_words(self._entropy.fresh_key()),
+                tokens, inputs, tiles, each, *key_words(self._entropy.fresh_key()),
             )  # fmt: skip
             check = self._checks.get(matrix.name)
             expected = None if check is None else check.expect(values, in_scale, scales.factor)
+            scales.factor.zero_()  # queued behind what reads it
+        sealed = Sealed(secrets, scales.inverse, expected, on_host)
         if scales.bad.read():
-            secrets.wipe()
+            sealed.wipe()
             self._count(secrets_drawn=-blocks)  # nothing is sent under them
             token_scales(scales.norms.cpu().numpy(), matrix, parameters)
             raise AssertionError("a norm is not finite")
+        scales.norms.zero_()
         self._count(blocks=blocks)
-        sealed = Sealed(secrets, scales.inverse, expected, on_host)
         raw = planes.view(-1).view(torch.uint8)
         return Encrypted(_to_host(raw, self._gpu) if self._wire else raw, sealed)
 
@@ -192,11 +206,15 @@ class CudaOwner(RingOwner):
                 ones = torch.ones_like(inverse), torch.ones_like(out_scale)
                 self._open(words, answer, *ones, matrix, out)
                 sealed.expected.compare(out, inverse, out_scale).require(worker)
+        sealed.wipe()
         if not sealed.on_host:
             return out
         return (
             _to_host(out.view(-1).view(torch.uint8), self._gpu).view(np.float32).reshape(out.shape)
         )
+
+    def discard(self, sealed: Sealed) -> None:
+        sealed.wipe()
 
     def _open(
         self, words: torch.Tensor, answer: torch.Tensor, inverse: torch.Tensor,
@@ -210,7 +228,6 @@ class CudaOwner(RingOwner):
             self._kernels.launch(
                 "decrypt", grid, slab, words, answer, inverse, out_scale, out,
                 tokens, outputs, first_row, tiles, each, self._parameters.dropped_bits,
-                self._multiplier,
             )  # fmt: skip
 
     def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:

@@ -1,6 +1,6 @@
-// Arithmetic mod q = 2^31 - 511 in registers; `backends/he/ring.py` states the bounds.
+// Arithmetic mod q = 2^28 - 2559 in registers; `backends/he/ring.py` states the bounds.
 //
-// Q, Q_INVERSE, SECRET_FACTOR and the tables FORWARD and INVERSE, pairs (w, floor(w*2^32/q)) of
+// Q, Q_INVERSE, FOLD, SECRET_FACTOR and the tables FORWARD and INVERSE, pairs (w, floor(w*2^32/q)) of
 // twiddles in bit-reversed order, are written by `launch.py`.
 
 // x mod q for x in [0, 2q), and for x in (-q, 0) kept as x + 2^32: no branch, no secret timing.
@@ -12,12 +12,12 @@ DEVICE u32 times_constant(u32 x, u32 w, u32 w_shoup) {
   return reduced(x * w - high_product(x, w_shoup) * Q);
 }
 
-// acc * 2^-32 mod q in [0, q), for |acc >> 32| < q (Montgomery). The high halves are made positive
-// one by one: their difference need not fit 32 bits.
+// acc * 2^-32 mod q in [0, q), for |acc >> 32| < q/2 (Montgomery): the difference of the high halves
+// is within +-q.
 DEVICE u32 montgomery(i64 acc) {
   const i32 factor = static_cast<i32>(static_cast<u32>(acc) * Q_INVERSE);
-  const u32 taken = made_positive(static_cast<u32>(high_product(factor, static_cast<i32>(Q))));
-  return made_positive(made_positive(static_cast<u32>(acc >> 32)) - taken);
+  const i32 taken = high_product(factor, static_cast<i32>(Q));
+  return made_positive(static_cast<u32>(static_cast<i32>(acc >> 32) - taken));
 }
 
 // Gentleman-Sande: (a + b, (a - b)*w) mod q.

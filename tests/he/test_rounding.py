@@ -1,0 +1,77 @@
+"""Rounding from q to p: exact but at two residues, in lanes and in what is left over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numba import njit
+from numpy.typing import NDArray
+
+from backends.he.epilogue import open_row, rounded, seal_row
+from backends.he.mlwe_owner import ERROR_BYTES
+from backends.he.params import NTT_PRIME as Q
+from backends.he.params import Parameters
+
+MISSED: dict[int, list[int]] = {2: [], 3: [111_086_533, 215_984_109]}
+"""By limbs: the residues at which rounding gives one less, next to a tie."""
+
+
+def least_rounding_to(b: NDArray[np.int64], p: int) -> NDArray[np.int64]:
+    """The least u with round(u * p/q) = b: u*p/q > b - 1/2, and there are no ties, q being odd."""
+    return (2 * b - 1) * Q // (2 * p) + 1
+
+
+@njit
+def _round_all(u: Any, bits: int, out: Any) -> None:
+    for i in range(len(u)):
+        out[i] = rounded(u[i], bits)
+
+
+def all_rounded(u: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
+    out = np.empty(len(u), np.uint32)
+    _round_all(u.astype(np.uint32), bits, out)
+    return out.astype(np.int64)
+
+
+@pytest.mark.parametrize("limbs", [2, 3])
+def test_rounding_is_exact_but_at_two_residues(limbs: int) -> None:
+    """At both sides of every step, and it is monotone: so everywhere."""
+    parameters = Parameters("test", rank=5, limbs=limbs, dropped_bits=8 * limbs - 16 or 4)
+    p, bits = parameters.worker_modulus, parameters.rounding_bits
+    b = np.arange(1, p + 1)
+    first = least_rounding_to(b, p)
+    at, before = all_rounded(first, bits), all_rounded(first - 1, bits)
+    assert np.array_equal(before, b - 1)
+    missed = first[at != b]
+    assert missed.tolist() == MISSED[limbs]
+    assert np.all(at[at != b] == b[at != b] - 1)
+    assert np.all((2 * missed * p % (2 * Q) - Q) < 2 * Q * 2.0**-24), "a tie is not far"
+    assert all_rounded(first[:1] * 0, bits) == 0
+    assert all_rounded(first[:1] * 0 + Q - 1, bits) == p
+
+
+@pytest.mark.parametrize("limbs", [2, 3])
+def test_kernels_round_so_in_every_lane(limbs: int) -> None:
+    """Sealing and opening at the edges of steps, 16 at a time and those left over."""
+    parameters = Parameters("test", rank=5, limbs=limbs, dropped_bits=8 * limbs - 16 or 4)
+    p, bits = parameters.worker_modulus, parameters.rounding_bits
+    rng = np.random.default_rng(limbs)
+    first = least_rounding_to(rng.integers(1, p + 1, 300), p)
+    u = np.concatenate([first, first - 1, [0, 1, Q - 1, Q // 2, Q // 2 + 1], MISSED[limbs]])
+    u = rng.permutation(u).astype(np.int64)
+    size = len(u)
+    assert size % 16, "some are left over"
+    expected = (u + (u * (2**48 * 2559 // Q) >> 48) + (1 << (bits - 1))) >> bits
+    mask, ones, zeros = u.astype(np.uint32), np.ones(size, np.float32), np.zeros(size, np.float32)
+    noise = np.zeros(ERROR_BYTES * size, np.uint8)
+    noise[: 4 * size] = 0b11111  # 4 bytes of 5 bits: an error of zero
+    planes = np.empty(limbs * size, np.int8)
+    seal_row(mask, 0, zeros, 0, ones, 0, size, 1.0, noise, 0, 4 * size, planes, size, limbs)
+    digits = planes.reshape(limbs, size).astype(np.int64)
+    assert np.array_equal(sum(256**n * digits[n] for n in range(limbs)) % p, expected % p)
+    out, answer = np.empty(size, np.float32), np.zeros(size, np.uint16)
+    dropped = parameters.dropped_bits
+    open_row(mask, 0, answer, 0, 1.0, ones, 0, size, dropped, limbs, out)
+    assert np.array_equal(out, ((p // 2 - expected) % p - p // 2))
