@@ -34,6 +34,16 @@ class FrameArrived:
 
 
 @dataclass(frozen=True)
+class Disconnected:
+    """The connection to a peer has ended, with all that was on its way; a new one can be opened.
+
+    The next Send to the peer tries to. For owners: a worker's peers are connections.
+    """
+
+    peer: str
+
+
+@dataclass(frozen=True)
 class PeerLost:
     """The transport to `peer` is gone for good."""
 
@@ -91,7 +101,7 @@ class CloseWanted:
 
 
 Event: TypeAlias = (
-    Start | FrameArrived | PeerLost | TimerFired | TaskDone | TaskFailed | AnswerRejected
+    Start | FrameArrived | Disconnected | PeerLost | TimerFired | TaskDone | TaskFailed | AnswerRejected
     | LinearWanted | CloseWanted
 )  # fmt: skip
 

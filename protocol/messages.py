@@ -120,6 +120,7 @@ class Welcome:
     def __post_init__(self) -> None:
         _check_session(self.session)
         _check_unsigned(self.max_tokens, 32, "max_tokens")
+        _require(self.max_tokens >= 1, "a worker takes at least one token")
         for digest in (self.parameters_digest, self.model_digest):
             _require(len(digest) == DIGEST_BYTES, f"a digest has {DIGEST_BYTES} bytes")
 
