@@ -142,7 +142,9 @@ def measure(case: Case, parameters: Parameters, samples: int, seed: int = 1) -> 
     with tqdm(total=samples, desc=case.name, unit="results", leave=False, delay=1) as bar:
         while tally.tokens * case.outputs < samples:
             start = int(rng.integers(len(data) - case.tokens))
-            x = (data[start : start + case.tokens] * rng.uniform(0.5, 2)).astype(np.float32)
+            # Other messages every time, as their roundings are part of the law.
+            channels = rng.uniform(0.5, 2, case.inputs).astype(np.float32)
+            x = data[start : start + case.tokens] * channels
             sent = owner.encrypt(x, matrix)
             answer = worker.multiply(sent.payload, case.tokens, loaded)
             # Results are integers, which float32 holds exactly, in units of their own.

@@ -38,6 +38,7 @@ def pages() -> dict[Path, Sequence[Callable[[], str]]]:
     """The pages with figures, and what each shows."""
     return {
         ROOT / "README.md": (quickstart, layer, llama, simulated),
+        ROOT / "docs" / "cipher.md": (noise,),
         ROOT / "docs" / "simulation.md": (fidelity, speed, studies, chaos, planted),
     }
 
@@ -222,6 +223,31 @@ def simulated() -> str:
 {p["median_seeds"]:.0f} seeds |
 
 GPU figures in it come from data sheets and assumptions; it says so wherever it shows them.
+{origin(f)}"""
+
+
+def noise() -> str:
+    """The error of a result against its law."""
+    f = load("noise")
+    rows = []
+    for c in f["cases"]:
+        cells = [c["case"], f"{c['samples']:,}", f"{c['deviation']:.1f}"]
+        cells += [f"{c['variance']['measured']:.5f} ± {c['variance']['standard_error']:.5f}"]
+        fourth = c["fourth_moment"]
+        cells += [f"{fourth['measured']:.4f} ({fourth['predicted']:.4f})"]
+        for sigma in (3, 4, 5):
+            beyond = c[f"beyond_{sigma}_sigma"]
+            cells.append(f"{beyond['measured']:,} ({beyond['predicted']:,.2f})")
+        rows.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(rows)
+    return f"""| matrix | results | sigma | variance / sigma², ± standard error | fourth moment \
+(predicted) | beyond 3 sigma (predicted) | 4 sigma | 5 sigma |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{table}
+
+Of all figures (mean, variance, fourth moment, counts beyond 1 to 5 sigma, and the mean of every \
+output) the farthest from the law is {f["largest_score"]:.1f} standard errors away.
+
 {origin(f)}"""
 
 

@@ -32,6 +32,7 @@ from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import pack, read_texts
+from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import SafetensorsSource, human_bytes
@@ -79,19 +80,10 @@ def private_text(tokenizer: Any, held_out: int) -> Private:
     return Private(packed(parts[False], 0), packed(parts[True], 1)[:held_out], len(files))
 
 
-def complete(model: torch.nn.Module, tokenizer: Any) -> str:
+def completion(model: torch.nn.Module, tokenizer: Any) -> str:
     """Greedy completion of PROMPT."""
-    model.eval()
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with torch.no_grad():
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=COMPLETION_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(out[0, ids.shape[1] :]))
+    return str(tokenizer.decode(complete(model, ids, COMPLETION_TOKENS, tokenizer.eos_token_id)))
 
 
 class Quickstart:
@@ -149,7 +141,7 @@ class Quickstart:
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = evaluate(model, self.text.held_out, 4)
-            self.figures["completion_after"] = complete(model, self.tokenizer)
+            self.figures["completion_after"] = completion(model, self.tokenizer)
         trainer.require_untainted()
         if trace is not None:
             trace.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
@@ -179,7 +171,7 @@ class Quickstart:
         skeleton = build_skeleton(self.config, self.source)
         localise(skeleton, self.prepared)
         self.figures["base_loss"] = evaluate(skeleton.model, self.text.held_out, 4)
-        self.figures["completion_before"] = complete(skeleton.model, self.tokenizer)
+        self.figures["completion_before"] = completion(skeleton.model, self.tokenizer)
         model = self._lora(skeleton.model)
         trainer = self._trainer(model, "clear")
         losses = train_with_bar(trainer, "clear (to compare)")

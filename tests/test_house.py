@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,17 @@ def test_pages_show_the_recorded_figures() -> None:
     for path in generate_figures.pages():
         page = path.read_text(encoding="utf-8")
         assert generate_figures.renewed(path, page) == page, path.name
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_promises_name_tests_that_exist(page: str) -> None:
+    """Where a page says which test holds a line, that test is there."""
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", text)
+    assert named or page not in ("security.md", "cipher.md")
+    for file, test in named:
+        assert (ROOT / file).is_file(), f"{page} names {file}"
+        assert not test or f"def {test}(" in (ROOT / file).read_text(), f"{page} names {test}"
 
 
 def test_private_values_are_not_logged() -> None:

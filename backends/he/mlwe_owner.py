@@ -34,7 +34,7 @@ from backends import jit
 from backends.he.check import Expected, IntegrityCheck
 from backends.he.entropy import Entropy, Keystream, OsEntropy
 from backends.he.epilogue import open_row, seal_row
-from backends.he.hedge import MessageHash
+from backends.he.hedge import MessageHash, hash_rows
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -56,8 +56,8 @@ from backends.threads import run_split
 _D = RING_DEGREE
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
-_VALUES_EACH = 1 << 20
-"""Values whose norms are worth a thread: waking one takes as long as summing up half as many."""
+_VALUES_AT_ONCE = 1 << 16
+"""Inputs that are summed up and then hashed while they are still in a core's cache."""
 ERROR_BYTES = 5
 """Random bytes of one error, 40 fair bits."""
 
@@ -261,14 +261,11 @@ class MlweOwner(RingOwner):
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
-        tokens, inputs = x.shape
-        norms = np.empty(tokens)
-        grain = max(1, _VALUES_EACH // inputs)
-        run_split(lambda a, b: _token_norms(x, matrix.in_scale, norms, a, b), tokens, grain)
+        norms, sums = self._norms_and_sums(x, matrix)
         alpha, inverse = token_scales(norms, matrix, self._parameters)
         factor = alpha * (self._parameters.modulus / self._parameters.worker_modulus)
-        tag = self._hash.tag(x, factor, matrix.in_scale)
-        sealed = Sealed(self._fresh_secrets(-(-tokens // _D), tag), inverse, None)
+        tag = self._hash.tag(sums, factor, matrix.in_scale)
+        sealed = Sealed(self._fresh_secrets(-(-len(x) // _D), tag), inverse, None)
         try:
             planes = self._seal(x, matrix, sealed.secrets, factor, tag)
             check = self._checks.get(matrix.name)
@@ -282,17 +279,36 @@ class MlweOwner(RingOwner):
                 private[...] = 0
         return Encrypted(planes.reshape(-1).view(np.uint8), sealed)
 
+    def _norms_and_sums(
+        self, x: Float32Array, matrix: OwnerMatrix
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint64]]:
+        """float64[T] norms of x * in_scale, and uint64[T, 2] that tell this x from others."""
+        tokens, inputs = x.shape
+        norms, sums = np.empty(tokens), np.zeros((tokens, 2), np.uint64)
+        words, key = x.view(np.uint32), self._hash.key(inputs)
+        step = max(1, _VALUES_AT_ONCE // inputs)
+
+        def part(first: int, last: int) -> None:
+            for a in range(first, last, step):
+                b = min(last, a + step)
+                _token_norms(x, matrix.in_scale, norms, a, b)
+                if key is not None:
+                    hash_rows(words, key, sums, a, b)
+
+        run_split(part, tokens, grain=64)
+        return norms, sums
+
     def _seal(
         self, x: Float32Array, matrix: OwnerMatrix, secrets: list[BlockSecret],
         factor: NDArray[np.float64], tag: bytes,
     ) -> NDArray[np.int8]:  # fmt: skip
         """int8[limbs, T, K], the digit planes of a request; errors are drawn here and wiped."""
         tokens, inputs = x.shape
+        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
+        public = self._public.rows(inputs).reshape(-1)
         sealing = np.stack([secret.seal().reshape(-1) for secret in secrets])
         self._count(blocks=len(sealing))
         errors = Keystream(self._entropy.fresh_key(tag))
-        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
-        public = self._public.rows(inputs).reshape(-1)
 
         def part(first: int, last: int) -> None:
             # Each thread expands the error bits of its own columns, at their place in the stream.

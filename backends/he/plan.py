@@ -87,9 +87,15 @@ def plan_directions(
 
     device  where to sum; the sums are exact, so the plans are the same everywhere
     """
-    rows, columns = _norms(codes, device)
-    inputs = codes.shape[1]
-    backward = _plan(columns, np.ones(inputs, np.float32), len(codes))
+    return plans_from(*_norms(codes, device), scales)
+
+
+def plans_from(
+    rows: Norms, columns: Norms, scales: NDArray[np.float32]
+) -> tuple[MatrixPlan, MatrixPlan]:
+    """The same from the norms of Wq's rows and columns, whoever summed them."""
+    outputs, inputs = len(rows.squares), len(columns.squares)
+    backward = _plan(columns, np.ones(inputs, np.float32), outputs)
     return _plan(rows, scales, inputs), backward
 
 
@@ -101,28 +107,28 @@ def plan_bytes(columns: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Norms:
+class Norms:
     """Of every row of a matrix: int64[rows] sums of squares and of absolute values."""
 
     squares: NDArray[np.int64]
     absolutes: NDArray[np.int64]
 
 
-def _norms(codes: NDArray[np.int8], device: torch.device) -> tuple[_Norms, _Norms]:
+def _norms(codes: NDArray[np.int8], device: torch.device) -> tuple[Norms, Norms]:
     """Of the rows of int8[N, K], and of its columns."""
     count, width = codes.shape
     rows = torch.empty((2, count), dtype=torch.int64, device=device)
     columns = torch.zeros((2, width), dtype=torch.int64, device=device)
     block = max(1, _BLOCK_VALUES // width)
     for start in range(0, count, block):
-        part = torch.from_numpy(np.array(codes[start : start + block])).to(device).to(torch.int32)
+        part = torch.from_numpy(codes[start : start + block]).to(device).to(torch.int32)
         for kind, values in enumerate((part * part, part.abs())):
             rows[kind, start : start + block] = values.sum(dim=1, dtype=torch.int64)
             columns[kind] += values.sum(dim=0, dtype=torch.int64)
-    return _Norms(*rows.cpu().numpy()), _Norms(*columns.cpu().numpy())
+    return Norms(*rows.cpu().numpy()), Norms(*columns.cpu().numpy())
 
 
-def _plan(norms: _Norms, out_scale: NDArray[np.float32], inputs: int) -> MatrixPlan:
+def _plan(norms: Norms, out_scale: NDArray[np.float32], inputs: int) -> MatrixPlan:
     squared_scale = out_scale.astype(np.float64) ** 2
     weighted = 0.0
     # In blocks of a fixed size: another order of a floating sum would be another plan.

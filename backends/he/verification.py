@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 from backends import jit
 from backends.he.manifest import PreparationError, Wanted
 from backends.he.params import NTT_PRIME
-from backends.he.plan import plan_directions
+from backends.he.plan import Norms, plans_from
 from backends.he.public import expand_tile
 from backends.he.ring import centre, tiles_of
 from backends.he.store import PreparedModel, Stored
@@ -185,6 +185,22 @@ def _combine_codes(codes: Any, down: Any, across: Any, columns: Any, rows: Any) 
         rows[j] = total
 
 
+@jit.kernel
+def _sum_norms(codes: Any, rows: Any, columns: Any) -> None:
+    """Squares and absolute values of int8[n, K]: rows = int64[2, n], columns += int64[2, K]."""
+    for j in range(codes.shape[0]):
+        square = np.int64(0)
+        absolute = np.int64(0)
+        for k in range(codes.shape[1]):
+            code = np.int32(codes[j, k])
+            square += code * code
+            absolute += abs(code)
+            columns[0, k] += code * code
+            columns[1, k] += abs(code)
+        rows[0, j] = square
+        rows[1, j] = absolute
+
+
 def draw_challenge(count: int) -> NDArray[np.int32]:
     """Centred int32[count], uniform mod q, from the operating system's entropy."""
     found = np.empty(0, np.uint32)
@@ -264,12 +280,15 @@ def _verify_weights(
     columns = np.zeros(codes.shape[1], np.int64)
     rows = np.zeros(len(codes), np.int64)
 
+    row_norms = np.zeros((2, len(codes)), np.int64)
+    column_norms = np.zeros((2, codes.shape[1]), np.int64)
     least = 0
 
     def visit(start: int, slab: NDArray[np.int8]) -> None:
         nonlocal least
         least = min(least, int(slab.min()))
         part = slice(start, start + len(slab))
+        _sum_norms(slab, row_norms[:, part], column_norms)
         _combine_codes(slab, challenges[0][part], challenges[1], columns, rows[part])
 
     _digested(weight, visit)
@@ -279,7 +298,7 @@ def _verify_weights(
     if not (np.isfinite(scale.values).all() and (scale.values > 0).all()):
         raise scale.fail("holds a scale that is not finite and positive")
     entry = model.manifest.groups[weight.group]
-    plans = plan_directions(codes, scale.values)
+    plans = plans_from(Norms(*row_norms), Norms(*column_norms), scale.values)
     for direction, right, stated in zip(
         ("forward", "backward"), plans, (entry.forward_plan, entry.backward_plan), strict=True
     ):

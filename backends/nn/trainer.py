@@ -73,22 +73,34 @@ class TrainingInterrupted(Exception):
     """The user asked to stop; the work so far is in a checkpoint if one was asked for."""
 
 
-def token_losses(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the B*(S-1) predicted tokens of int64[B, S]."""
+def token_losses(
+    model: nn.Module, tokens: torch.Tensor, counted: int | None = None
+) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the B*(S-1) predicted tokens of int64[B, S].
+
+    counted  only the first so many sequences; the others are computed, for a worker to see
+    """
     tokens = tokens.to(next(model.parameters()).device)
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    logits = model(input_ids=tokens, use_cache=False).logits[:counted, :-1]
+    tokens = tokens[:counted]
     return functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
     )
 
 
 def evaluate(model: nn.Module, sequences: torch.Tensor, micro_batch: int) -> float:
-    """Mean loss in nats per predicted token over int64[n, S]."""
+    """Mean loss in nats per predicted token over int64[n, S].
+
+    The last micro-batch is as long as the others, whatever n: a worker learns n/micro_batch,
+    rounded up.
+    """
     model.eval()
     total = 0.0
     with torch.no_grad():
         for part in torch.split(sequences, micro_batch):
-            total += token_losses(model, part).item()
+            missing = micro_batch - len(part)
+            whole = torch.cat([part, part[-1:].expand(missing, -1)]) if missing else part
+            total += token_losses(model, whole, counted=len(part)).item()
     return total / (sequences.shape[0] * (sequences.shape[1] - 1))
 
 

@@ -7,8 +7,8 @@ resumes; clocks that jump. The real trainer trains on the real protocol through 
 simulated time. Checked from outside, by code that shares nothing with the protocol:
 
   safety    every step applied once and in order; with `clear` every bit of every step's weights as
-            without faults; no secret used twice; nothing private on the wire; no stale, foreign or
-            wrong answer accepted; a worker found lying never asked again
+            without faults; no secret used twice or left in memory; nothing private on the wire; no
+            stale, foreign or wrong answer accepted; a worker found lying never asked again
   liveness  within a stated bound after the last fault, training has ended, every honest worker
             serves again and the sessions close
 

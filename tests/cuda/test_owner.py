@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,40 @@ def test_a_round_trip_is_within_the_bound(
     worst = plan.margin(parameters) / plan.amplitude(parameters) * norms * (1 + 1e-5)
     bound = worst[:, None] * case.matrix.out_scale + 1e-6 * np.abs(expected) + 1e-44
     assert np.all(np.abs(y - expected) <= bound)
+
+
+def held(thing: Any) -> list[Any]:
+    """Every array and tensor of a sealed value, but for the check of its matrix, which lives on."""
+    if isinstance(thing, np.ndarray | torch.Tensor):
+        return [thing]
+    parts = [] if isinstance(thing, Enum) else getattr(thing, "__dict__", {}).items()
+    return [found for name, part in parts if name != "check" for found in held(part)]
+
+
+@pytest.mark.parametrize("fate", ["opened", "discarded", "caught"])
+def test_nothing_of_a_request_is_left(gpu: Gpu, fate: str) -> None:
+    """Secrets, scales, sums and rows are overwritten, on the device as on the host; keys too."""
+    case = make_case(48, 40)
+    owner = owner_of(case, gpu)
+    keys: list[bytearray] = []
+    fresh = owner._entropy.fresh_key
+    owner._entropy.fresh_key = lambda tag=b"": keys.append(fresh(tag)) or keys[-1]  # type: ignore[func-returns-value, method-assign]
+    owner.guard(case.matrix, case.weight, case.forward)
+    drawn = len(keys)
+    sent = owner.encrypt(values(300, 48), case.matrix)
+    assert len(keys) == drawn + 2
+    assert not any(any(key) for key in keys[drawn:])
+    found = held(sent.sealed)
+    assert len(found) == 5
+    if fate == "opened":
+        owner.decrypt(sent.sealed, answer_to(case, sent.payload, 300), case.matrix)
+    elif fate == "caught":
+        with pytest.raises(WrongAnswerError):
+            owner.decrypt(sent.sealed, bytes(2 * 300 * 40), case.matrix)
+        assert all(part.any() for part in found)
+    if fate != "opened":
+        owner.discard(sent.sealed)
+    assert not any(part.any() for part in found)
 
 
 @pytest.mark.parametrize("local", [True, False])

@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from backends.he.epilogue import FOLD
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
-from backends.he.params import preset
+from backends.he.params import NTT_PRIME, PRESETS, RING_DEGREE, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, expand_tile, public_seed
-from backends.he.ring import secret_to_ntt
+from backends.he.ring import PSI, secret_to_ntt
 from docs import generate_vectors
 from docs.generate_vectors import FILE, ListedKeys, large_case, sha256
 
@@ -313,3 +314,36 @@ def test_requests_by_the_fast_code(stated: dict[str, Any]) -> None:
     answer = worker.multiply(sent.payload, len(x), worker.load(weight, True))
     assert sha256(answer) == stated["answer_sha256"]
     assert sha256(owner.decrypt(sent.sealed, answer, matrix)) == stated["result_sha256"]
+
+
+def test_the_documents_constants_are_the_codes() -> None:
+    """Every number of its parameters, and what it says follows from them."""
+    table = dict(re.findall(r"^\| (\S+) \|.*\| ([^|]*) \|$", TEXT, re.MULTILINE))
+    q, p, ratio = NTT_PRIME, STANDARD.worker_modulus, STANDARD.worker_modulus / NTT_PRIME
+    stated = {"d": RING_DEGREE, "q": q, "L": STANDARD.limbs, "p": p, "delta": 8}
+    assert {name: int(table[name]) for name in stated} == stated
+    assert table["psi"] == str(PSI) == str(pow(5, (q - 1) // 512, q))
+    assert table["r"].split(", ") == [str(each.rank) for each in PRESETS.values()]
+    assert table["n"].split(", ") == [str(each.dimension) for each in PRESETS.values()]
+    assert STANDARD.dropped_bits == stated["delta"]
+    assert all(q % n for n in range(2, math.isqrt(q) + 1)), "q is prime"
+    assert q == 2**28 - 2559
+    assert q % 512 == 1
+    assert f"{FOLD} = floor(2^48 2559/q)" in TEXT
+    assert f"floor({FOLD} u / 2^48)" in TEXT
+    assert 2**48 * 2559 // q == FOLD
+    assert "one in 104,899" in TEXT
+    assert round(2**28 / 2559) == 104_899
+    up = 1 / 12 + ratio**2 * (10 + 1 / 12)
+    assert f"{up:.4f}" == "0.1227"
+    assert "0.1227" in TEXT
+    shares = (1 / 12 / up, ratio**2 * 10 / up, ratio**2 / 12 / up)
+    assert [round(100 * share, 1) for share in shares] == [67.9, 31.8, 0.3]
+
+
+@pytest.mark.parametrize(("inputs", "share"), [(8192, 0.05), (128_256, 0.77)])
+def test_the_share_of_the_range_that_is_held_back(inputs: int, share: float) -> None:
+    """With normal weights of deviation 36."""
+    weight = np.rint(np.random.default_rng(0).normal(0, 36, (64, inputs))).clip(-127, 127)
+    plan = plan_matrix(weight.astype(np.int8), np.ones(64, np.float32))
+    assert plan.margin(STANDARD) / (STANDARD.worker_modulus / 2) == pytest.approx(share, abs=0.02)

@@ -349,7 +349,7 @@ def test_no_kernel_sees_what_has_another_shape(
     def never(*arguments: object) -> None:
         raise AssertionError
 
-    for name in ("_combine_tiles", "_combine_codes", "plan_directions", "expand_tile"):
+    for name in ("_combine_tiles", "_combine_codes", "_sum_norms", "expand_tile"):
         monkeypatch.setattr(verification, name, never)
     hint = np.load(model / FILES[2])
     np.save(model / FILES[2], hint[:-1])

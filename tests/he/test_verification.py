@@ -123,6 +123,20 @@ def test_sums_are_exact_at_their_bounds(signs: tuple[int, int]) -> None:
     assert set(rows) == {127 * 33 * HALF}
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70), (513, 40)])
+def test_norms_are_the_planners(shape: tuple[int, int]) -> None:
+    """Summed slab by slab, against wide integers."""
+    codes = np.random.default_rng(1).integers(-127, 128, shape).astype(np.int8)
+    codes[0] = -127
+    rows, columns = np.zeros((2, shape[0]), np.int64), np.zeros((2, shape[1]), np.int64)
+    for start in range(0, shape[0], 100):
+        part = slice(start, start + 100)
+        verification._sum_norms(codes[part], rows[:, part], columns)
+    for kind, values in enumerate((codes.astype(object) ** 2, abs(codes.astype(object)))):
+        assert list(rows[kind]) == list(values.sum(axis=1))
+        assert list(columns[kind]) == list(values.sum(axis=0))
+
+
 def test_products_with_the_public_matrix() -> None:
     """Vectors of several lengths, against plain integers."""
     rng, seed = np.random.default_rng(3), bytes(range(32))

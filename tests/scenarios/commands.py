@@ -23,6 +23,13 @@ def run(*args: str, cwd: Path = ROOT, code: int = 0) -> str:
     return result.stdout + result.stderr
 
 
+def readable_by_others(*places: Path) -> list[str]:
+    """Files and directories, these and all below, that not only their owner may open."""
+    every = [path for place in places for path in (place, *place.rglob("*"))]
+    assert len(every) > len(places)
+    return [str(path) for path in every if path.stat().st_mode & 0o077]
+
+
 def interrupt(*args: str, seen: str) -> str:
     """Output of `python -m ...`, which gets Ctrl-C once it has written `seen`.
 

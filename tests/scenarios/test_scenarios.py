@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.scenarios.commands import ROOT, interrupt, run
+from tests.scenarios.commands import ROOT, interrupt, readable_by_others, run
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
 
@@ -26,11 +26,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "scenarios.quickstart",
         "scenarios.llama1b",
+        "scenarios.prepare",
         "scenarios.make_tiny_llama",
         "benchmarks.he_linear",
         "benchmarks.integrity",
         "benchmarks.sim_speed",
         "scenarios.whatif",
+        "scenarios.params",
     ],
 )
 def test_help_teaches(module: str) -> None:
@@ -41,14 +43,50 @@ def test_help_teaches(module: str) -> None:
 
 
 @pytest.mark.slow
+def test_prepare_makes_finds_verifies_and_refuses(tmp_path: Path) -> None:
+    """Made once and trusted; verified on request; a tag makes another; damage ends the run."""
+    figures = tmp_path / "f.json"
+    command = [
+        "scenarios.prepare", "--weights", str(TINY), "--cache", str(tmp_path / "cache"),
+        "--json", str(figures),
+    ]  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for more, said in (
+        ([], "preparing the public set-up"),
+        ([], "prepared model found"),
+        (["--verify"], "verifying weights, plans and hints"),
+        (["--owner-tag", "mine"], "preparing the public set-up"),
+    ):
+        assert said in run(*command, *more)
+        found.append(json.loads(figures.read_text()))
+    assert [bool(f["verify_s"]) for f in found] == [False, False, True, False]
+    assert found[0]["setup_digest"] == found[2]["setup_digest"] != found[3]["setup_digest"]
+    assert found[0]["model_digest"] == found[3]["model_digest"]
+    assert found[0]["directory"] != found[3]["directory"]
+    assert found[0]["hint_bytes"] > 20 * found[0]["weight_bytes"] > 0
+    assert found[0]["prepare_s"] > 0
+    hint = Path(found[0]["directory"]) / "owner" / "g0003.forward.npy"
+    hint.write_bytes(hint.read_bytes()[:-1])
+    text = run(*command, code=1)
+    assert "error: " in text
+    assert "g0003.forward.npy is damaged" in text
+    assert "Traceback" not in text
+    manifest = Path(found[3]["directory"]) / "manifest.json"
+    manifest.replace(Path(found[0]["directory"]) / "manifest.json")
+    assert "owner tag 'mine', not no owner tag" in run(*command, code=1).replace("\n", " ")
+
+
+@pytest.mark.slow
 def test_quickstart_reports_and_agrees_with_clear(tmp_path: Path, cache: Path) -> None:
     """Few steps: every figure of the report is there, and the files are."""
     out, figures = tmp_path / "out", tmp_path / "f.json"
     text = run(
         "scenarios.quickstart", "--steps", "6", "--held-out", "4", "--out", str(out),
-        "--cache", str(cache), "--json", str(figures),
+        "--cache", str(cache), "--json", str(figures), "--trace", str(out / "trace.json"),
     )  # fmt: skip
     assert "Private fine-tuning report" in text
+    assert not readable_by_others(out)
+    assert not figures.stat().st_mode & 0o077
     found: dict[str, Any] = json.loads(figures.read_text())
     for key in (
         "base_loss", "clear_loss", "private_loss", "steps", "tokens", "private_s", "clear_s",
@@ -77,6 +115,7 @@ def test_llama1b_on_a_small_checkpoint_resumes_after_ctrl_c(tmp_path: Path, cach
     assert "the same command goes on" in text
     saved = list((tmp_path / "out" / "checkpoints").glob("step-*"))
     assert len(saved) == 1
+    assert not readable_by_others(tmp_path / "out")
     text = run(*command, "401", code=1)
     assert "made with other settings (steps)" in text
     text = run(*command, "3", "--fresh", "--json", str(tmp_path / "f.json"))

@@ -1,0 +1,29 @@
+"""Greedy completion whose length does not depend on what is said.
+
+A worker counts the requests it gets. A completion that ends where the model ends it would tell it
+how long the model's answer was; here every completion takes the same passes, and what comes after
+the end is thrown away.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def complete(model: nn.Module, prompt: torch.Tensor, count: int, stop: int | None) -> list[int]:
+    """The most likely `count` tokens after int64[1, S], up to the first `stop`.
+
+    Always one pass over the prompt and count - 1 over a token each; both lengths are seen.
+    """
+    model.eval()
+    ids = prompt.to(next(model.parameters()).device)
+    found: list[int] = []
+    past = None
+    with torch.no_grad():
+        for _ in range(count):
+            out = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            ids = out.logits[:, -1:].argmax(-1)
+            found.append(int(ids))
+    return found[: found.index(stop)] if stop in found else found

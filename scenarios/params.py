@@ -1,0 +1,222 @@
+"""How secure are these parameters, how exact, and how many bytes? Seconds, and nothing is run.
+
+    python -m scenarios.params --preset standard --in 2048 --out 2048 --tokens 256
+    python -m scenarios.params --rank 6 --owners 1000 --blocks 2^24 --json params.json
+
+Costs the known lattice attacks on one encrypted block (primal uSVP; dual hybrid with guessing and
+FFT) and on many blocks that share the public matrix, each under the field's cost models: ADPS16
+(core-SVP), BDGL16, MATZOV. Figures of different models count different things. Twice: without
+counting the public rounding from q to p, which is the line that parameters are judged by, and with
+the rounding as the noise that it is to an attacker. `backends/he/estimate` has the sources.
+
+Then the guideline's line, why no result can wrap, the error to expect against the same int8
+weights, and the bytes on the wire. Parameters that are insecure are refused in one line that names
+the nearest secure choice, with exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, log2
+from typing import Any
+
+import torch
+
+from backends.he.estimate.lwe import cipher_lwe
+from backends.he.estimate.verdict import (
+    BLOCKS,
+    FLOOR_BITS,
+    estimates,
+    judged,
+    many_blocks_loss,
+    nearest_secure,
+    require_floor,
+    worst,
+)
+from backends.he.params import (
+    PRESETS,
+    InsecureParametersError,
+    Parameters,
+    max_log2_modulus,
+    preset,
+)
+from backends.he.plan import MatrixPlan, plan_matrix
+from backends.he.quantise import quantise
+from backends.nn.sources import human_bytes
+from scenarios import record
+from scenarios.cli import clean_exit, positive
+
+_SAMPLE_ROWS = 4096  # of the stand-in weight; its figures hardly change with more
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One frozen linear and what goes through it: K inputs, N outputs, tokens at a time."""
+
+    inputs: int
+    outputs: int
+    tokens: int
+
+    def plan(self) -> MatrixPlan:
+        """Of a stand-in weight: Gaussian, quantised as a model's would be."""
+        generator = torch.Generator().manual_seed(0)
+        rows = min(self.outputs, _SAMPLE_ROWS)
+        codes, scales = quantise(torch.randn((rows, self.inputs), generator=generator))
+        return plan_matrix(codes, scales)
+
+
+def security(parameters: Parameters, blocks: int) -> dict[str, Any]:
+    """Every attack's figures, the worst, and the guideline's line.
+
+    Raises InsecureParametersError when the worst is below the floor.
+    """
+    problem = judged(parameters)
+    found = estimates(problem, blocks)
+    require_floor(parameters, found)
+    rounded = cipher_lwe(parameters.dimension, parameters.modulus, parameters.worker_modulus)
+    return {
+        "blocks": blocks,
+        "floor_bits": FLOOR_BITS,
+        "worst": asdict(worst(found)),
+        "many_blocks_loss_bits": many_blocks_loss(problem, blocks),
+        "attacks": [asdict(e) for e in found],
+        "attacks_rounding_counted": [asdict(e) for e in estimates(rounded, blocks)],
+        "log2_modulus": log2(parameters.modulus),
+        "guideline_max_log2_modulus": max_log2_modulus(parameters.dimension),
+    }
+
+
+def exactness(parameters: Parameters, shape: Shape) -> dict[str, float]:
+    """What the planner says about a linear of that shape, as fractions.
+
+    Raises ValueError when it is too wide for the parameters.
+    """
+    plan = shape.plan()
+    return {
+        "predicted_error": plan.predicted_error(parameters),
+        "margin": plan.margin(parameters) / (parameters.worker_modulus / 2),
+    }
+
+
+def traffic(parameters: Parameters, shape: Shape) -> dict[str, int]:
+    """Wire bytes of values, without the few bytes of a message's header."""
+    up, down = parameters.up_bytes_per_value, parameters.down_bytes_per_value
+    block = min(shape.tokens, parameters.degree)
+    return {
+        "up_bytes_per_value": up,
+        "down_bytes_per_value": down,
+        "up_bytes_per_block": up * shape.inputs * block,
+        "down_bytes_per_block": down * shape.outputs * block,
+        "tokens_per_block": block,
+        "blocks_per_request": ceil(shape.tokens / parameters.degree),
+    }
+
+
+def table(plain: Sequence[dict[str, Any]], rounded: Sequence[dict[str, Any]]) -> str:
+    """The attacks' figures as text: bits, block size, dimension; without rounding, and with."""
+    head = f"{'':29}{'':17}{'':11}{'without rounding':>21}{'rounding counted':>22}"
+    lines = [head, f"{'attack':29}{'cost model':17}{'unit':11}" + 2 * "   bits block     dim"]
+    for one, other in zip(plain, rounded, strict=True):
+        figures = "".join(f"{e['bits']:7.1f}{e['block']:6}{e['dimension']:8}" for e in (one, other))
+        lines.append(f"{one['attack']:29}{one['model']:17}{one['unit']:11}{figures}")
+    return "\n".join(lines)
+
+
+def summary(parameters: Parameters, shape: Shape, f: dict[str, Any]) -> str:
+    """What a person reads."""
+    s, e, t = f["security"], f["exactness"], f["traffic"]
+    low = s["worst"]
+    choices = ", ".join(f"{name} {value}" for name, value in low["choices"].items())
+    return f"""
+{parameters.name}: module rank {parameters.rank}, n = {parameters.dimension}, \
+q = {parameters.modulus} (2^{s["log2_modulus"]:.2f}), p = {parameters.worker_modulus}; \
+secret uniform ternary, error centred binomial of variance 10
+
+{table(s["attacks"], s["attacks_rounding_counted"])}
+
+worst      {low["bits"]:.1f} core-SVP bits: {low["attack"]} ({choices}), rounding not counted; \
+the floor is {s["floor_bits"]:.0f}
+many       {s["blocks"]:,} blocks share A. One hypothesis tested on all of them costs \
+{s["many_blocks_loss_bits"]:.1f} bits less than on one.
+guideline  log2 q = {s["log2_modulus"]:.1f}, at most {s["guideline_max_log2_modulus"]:.1f} at this \
+n for 128 classical bits (ePrint 2024/463, table 5.2)
+no wrap    for no input at all: |result| stays within p/2 by Cauchy-Schwarz, of which \
+{e["margin"]:.2%} is kept for everything that noise can add
+error      {e["predicted_error"]:.2%} predicted against the same int8 weights \
+({shape.inputs} inputs; a Gaussian stand-in for the weight)
+bytes      {t["up_bytes_per_value"]} up and {t["down_bytes_per_value"]} down a value; a block of \
+{t["tokens_per_block"]} tokens {human_bytes(t["up_bytes_per_block"])} up, \
+{human_bytes(t["down_bytes_per_block"])} down; {shape.tokens} tokens are \
+{t["blocks_per_request"]} block(s)
+"""
+
+
+def refusal(error: InsecureParametersError, rank: int, blocks: int) -> str:
+    """The error and what to choose instead."""
+    near = nearest_secure(rank, blocks)
+    if near is None:
+        return f"error: {error}; no rank is secure"
+    choice = f"--preset {near.name}" if near.name in PRESETS else f"--rank {near.rank}"
+    return f"error: {error}; the nearest secure choice is {choice}"
+
+
+def count(text: str) -> int:
+    """A whole number from 1, also as a power: '2^30'."""
+    base, power, exponent = text.partition("^")
+    if not power:
+        return positive(text)
+    if positive(exponent) > 60 or positive(base) > 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large; at most 10^60")
+    return int(positive(base) ** positive(exponent))
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--preset", default="standard", choices=PRESETS, help="(standard)")
+    which.add_argument("--rank", type=positive, metavar="R", help="another module rank, 1 to 8")
+    add("--in", dest="inputs", type=positive, default=2048, metavar="K", help="inputs (2048)")
+    add("--out", dest="outputs", type=positive, metavar="N", help="outputs (as many as inputs)")
+    add("--tokens", type=positive, default=256, help="tokens of a request (256)")
+    add("--owners", type=count, default=1, help="owners who share the public matrix (1)")
+    add("--blocks", type=count, default=BLOCKS, help="blocks that each encrypts (2^30)")
+    record.add_json_option(parser)
+    args = parser.parse_args()
+    if args.owners * args.blocks < 2:
+        parser.error("--owners times --blocks is at least 2")
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    blocks = args.owners * args.blocks
+    shape = Shape(args.inputs, args.outputs or args.inputs, args.tokens)
+    with clean_exit(ValueError):
+        try:
+            if args.rank is None:
+                parameters = preset(args.preset)
+            else:
+                parameters = Parameters(f"rank {args.rank}", rank=args.rank)
+            figures = {
+                "parameters": asdict(parameters),
+                "shape": asdict(shape),
+                "security": security(parameters, blocks),
+                "exactness": exactness(parameters, shape),
+                "traffic": traffic(parameters, shape),
+            }
+        except InsecureParametersError as error:
+            rank = args.rank or PRESETS[args.preset].rank
+            sys.exit(refusal(error, rank, blocks))
+    print(summary(parameters, shape, figures))
+    record.write(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()
