@@ -199,6 +199,8 @@ class Owner:
         return Input.EXHAUSTED if used_up else Input.FORGOTTEN
 
     def _on_disconnected(self, peer: Peer) -> list[Effect]:
+        if self._aborted:
+            return []
         if peer.state is not State.READY:
             return self._step(peer, Input.DISCONNECTED)
         peer.dropped += 1
@@ -400,7 +402,9 @@ class Owner:
         hello = Hello(
             self._session, self._catalogue.parameters_digest, self._catalogue.model_digest
         )
-        return [*self._orphan(peer), *self._send_session(peer, hello)]
+        orphaned = self._orphan(peer)
+        others = self._pump() if orphaned else []
+        return [*orphaned, *self._send_session(peer, hello), *others]
 
     def _send_session(self, peer: Peer, message: Hello | Bye) -> list[Effect]:
         peer.attempts += 1
@@ -433,12 +437,12 @@ class Owner:
         if refuse.reason in _RETRIED and call.refusals < self._config.refusals_max:
             return self._retry(call)
         name = self._catalogue.matrices[call.matrix].name
-        text = f"it refused {name}: {REFUSAL_TEXT[refuse.reason]}"
+        text = f"refused {name}: {REFUSAL_TEXT[refuse.reason]}"
         if call.refusals >= self._config.refusals_max:
-            failed = self._fail(call, f"worker {peer.name!r}: {text}, tried {call.refusals} times")
+            failed = self._fail(call, f"worker {peer.name!r} {text}, tried {call.refusals} times")
             return [*failed, *self._pump()]
         # It agreed to the catalogue, and said itself how many tokens it takes: the fault is its.
-        peer.why_lost = text
+        peer.why_lost = f"it {text}"
         return self._step(peer, Input.CONTRADICTED)
 
     def _retry(self, call: Call) -> list[Effect]:
