@@ -111,27 +111,24 @@ class PreparedModel:
         self._owner_matrices: list[OwnerMatrix] = []
 
     @classmethod
-    def open(cls, directory: Path) -> PreparedModel:
+    def open(cls, directory: Path, wanted: Wanted | None = None) -> PreparedModel:
         """Read the manifest and map every array; of their contents nothing is read yet.
 
-        Raises PreparationError when there is none, or anything is of another shape or missing.
+        Raises PreparationError when there is none, when it is not what is wanted, or when anything
+        is of another shape or missing.
         """
         manifest = read_manifest(directory)
+        differences = manifest.differences(wanted) if wanted is not None else []
+        if differences:
+            raise PreparationError(
+                f"{directory} was prepared otherwise than asked for: {'; '.join(differences)}. "
+                "Ask for what is there, choose another --cache, or delete it to prepare anew"
+            )
         stored = [
             [map_stored(directory, i, entry, kind, manifest.rank) for kind in manifest.kinds]
             for i, entry in enumerate(manifest.groups)
         ]
         return cls(directory, manifest, stored)
-
-    def require(self, wanted: Wanted) -> None:
-        """Raise PreparationError, with the differences, unless the model is what is wanted."""
-        differences = self.manifest.differences(wanted)
-        if differences:
-            raise PreparationError(
-                f"{self.directory} was prepared otherwise than asked for: "
-                f"{'; '.join(differences)}. Ask for what is there, choose another --cache, or "
-                "delete it to prepare anew"
-            )
 
     def _array(self, index: int, kind: str) -> NDArray[Any]:
         if not self.trusted:

@@ -106,9 +106,7 @@ def open_trusted(directory: Path, wanted: Wanted | None, trust: Trust) -> Prepar
 
     Raises PreparationError when it is damaged, wrong or not what is wanted.
     """
-    model = PreparedModel.open(directory)
-    if wanted is not None:
-        model.require(wanted)
+    model = PreparedModel.open(directory, wanted)
     reason = trust.reason(model)
     if reason is None:
         check_digests(model)

@@ -35,6 +35,7 @@ from backends.net.owner import (
 from backends.net.worker import WorkerServer
 from protocol.messages import Multiply, Product, decode
 from protocol.owner_memory import OwnerConfig
+from protocol.owner_tables import State
 
 FAST = OwnerConfig(hello_timeout_s=0.2, request_timeout_s=0.2, attempts_max=4)
 
@@ -252,6 +253,15 @@ class Liar(MlweWorker):
         return np.roll(super().multiply(payload, tokens, matrix), 2)
 
 
+def greeted(client: OwnerClient, *workers: str) -> None:
+    """Wait until these are in service: who is asked first depends on it."""
+    machine: Any = client._loop._machine
+    deadline = time.monotonic() + 10
+    while any(machine.state(worker) is not State.READY for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def test_a_lying_worker_is_retired_and_its_work_done_elsewhere(model: PreparedModel) -> None:
     """The same ciphertext goes to the honest worker; nothing is encrypted anew."""
     owner = MlweOwner(preset("standard"), model.public_matrix())
@@ -259,6 +269,7 @@ def test_a_lying_worker_is_retired_and_its_work_done_elsewhere(model: PreparedMo
     ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
     ledger = WorkerLedger()
     with in_process(model, owner, ciphers, ledger=ledger) as (client, (liar, honest)):
+        greeted(client, "worker0", "worker1")
         for _ in range(3):
             x = np.ones((2, 24), np.float32)
             assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
@@ -279,6 +290,7 @@ def test_a_caught_liar_has_no_second_life(model: PreparedModel, tmp_path: Path) 
         model.guard(owner)
         ciphers = [first(preset("standard")), MlweWorker(preset("standard"))]
         with in_process(model, owner, ciphers, ledger=WorkerLedger(path)) as (client, servers):
+            greeted(client, *["worker0", "worker1"][first is not Liar :])
             assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
             heard = servers[0].meter.tasks
         assert heard == ({"MultiplyCiphertext": 1} if first is Liar else {})
@@ -295,7 +307,7 @@ def test_a_lie_that_cannot_be_written_down_ends_the_session(
     """Nothing goes on while a restart would trust the liar again."""
     owner = MlweOwner(preset("standard"), model.public_matrix())
     model.guard(owner)
-    ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
+    ciphers = [Liar(preset("standard"))]
     (tmp_path / "run").write_text("a file where the run's directory should be")
     ledger = WorkerLedger()
     ledger._path = tmp_path / "run" / "retired-workers.json"
@@ -325,6 +337,7 @@ def test_an_audit_finds_what_no_tolerance_could(model: PreparedModel) -> None:
         audit = Audit(MlweWorker(preset("standard")), model.worker_weights(), one_in)
         ledger = WorkerLedger()
         with in_process(model, owner, ciphers, audit=audit, ledger=ledger) as (client, _):
+            greeted(client, "worker0", "worker1")
             for matrix, width in ((0, 24), (1, 40)):
                 client.linear(matrix, np.ones((3, width), np.float32))
             assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
