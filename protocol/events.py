@@ -101,8 +101,8 @@ class CloseWanted:
 
 
 Event: TypeAlias = (
-    Start | FrameArrived | Disconnected | PeerLost | TimerFired | TaskDone | TaskFailed | AnswerRejected
-    | LinearWanted | CloseWanted
+    Start | FrameArrived | Disconnected | PeerLost | TimerFired | TaskDone | TaskFailed
+    | AnswerRejected | LinearWanted | CloseWanted
 )  # fmt: skip
 
 # --- tasks: what an effect can ask to compute ----------------------------------------------

@@ -10,10 +10,11 @@ input). What is absent is an error: a ProtocolError when a peer caused it, a Mis
 driver did.
 
 A connection that ends is not a worker that is gone: it is greeted again over the next one, and what
-was on its way goes out once more, the same bytes; so often in a row without an answer, and it counts
-as silence. A worker that falls silent, or refuses what it agreed to, is LOST; now and then one Hello more finds out whether it is
-back (REVIVING), as long as another one can serve. A worker whose answer was wrong is RETIRED for
-good; the driver keeps that, and names it to the machine of every later session.
+was on its way goes out once more, the same bytes; too often in a row without an answer, it counts
+as silence. A worker that falls silent, or refuses what it agreed to, is LOST; now and then one
+Hello more finds out whether it is back (REVIVING), as long as another one can serve. A worker whose
+answer was wrong is RETIRED for good; the driver keeps that, and names it to the machine of every
+later session.
 
 In sync with: owner.py (the actions), worker.py (the other side), docs/protocol.md (drawn from
 these tables).
