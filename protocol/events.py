@@ -45,9 +45,10 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class PeerLost:
-    """The transport to `peer` is gone for good."""
+    """The transport to `peer` is gone for good; `reason` is for a person."""
 
     peer: str
+    reason: str = "connection lost"
 
 
 @dataclass(frozen=True)

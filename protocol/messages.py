@@ -39,6 +39,9 @@ _REFUSE = struct.Struct("<QH")
 _DIGESTS = struct.Struct("<32s32s")
 _WELCOME = struct.Struct("<32s32sI")
 
+OVERHEAD_BYTES = HEADER_BYTES + max(s.size for s in (_MULTIPLY, _PRODUCT, _WELCOME, _DIGESTS))
+"""Bytes that no frame exceeds by more than its payload."""
+
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Payload: TypeAlias = Any
 """Ciphertext: `Bytes`, or memory on a device, opaque but for len() and nbytes, which are equal."""

@@ -148,8 +148,11 @@ class Owner:
                     return [Dropped(name, str(error))]
             case Disconnected(name):
                 return self._on_disconnected(self._peer(name))
-            case PeerLost(name):
-                return self._step(self._peer(name), Input.LOST)
+            case PeerLost(name, reason):
+                peer = self._peer(name)
+                if peer.state is not State.RETIRED:
+                    peer.why_lost = reason
+                return self._step(peer, Input.LOST)
             case TimerFired(timer):
                 return self._on_timer(timer)
             case TaskDone(task, result):
@@ -474,8 +477,8 @@ class Owner:
     def _lose(self, peer: Peer, kind: Input, message: Message | None) -> list[Effect]:
         if isinstance(message, Refuse):
             peer.why_lost = REFUSAL_TEXT[message.reason]
-        elif kind is not Input.CONTRADICTED:
-            peer.why_lost = "connection lost" if kind is Input.LOST else "no answer"
+        elif kind is Input.EXHAUSTED or kind is Input.TIMEOUT:
+            peer.why_lost = "no answer"
         again = SetTimer(f"session:{peer.name}", self._config.revive_s)
         return self._without(peer, again)
 
