@@ -41,7 +41,13 @@ from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import add_preparation_options, prepared_for
 from scenarios.real_trace import RealTrace
-from scenarios.session import open_ledger, private_session, train_with_bar
+from scenarios.session import (
+    Workers,
+    add_worker_options,
+    open_ledger,
+    private_session,
+    train_with_bar,
+)
 
 BASE = Path(__file__).parent / "assets" / "tiny-llama"
 SEQUENCE = 256
@@ -120,7 +126,8 @@ class Quickstart:
 
     def private(self) -> list[float]:
         """Fine-tune through the worker on ciphertexts; saves the adapter."""
-        ledger = open_ledger(self.out)
+        workers = Workers.of(self.args)
+        ledger = open_ledger(self.out, workers)
         skeleton = build_skeleton(self.config, self.source)
         parameters = preset(self.args.preset)
         self.prepared, self.figures["prepare_s"] = prepared_for(
@@ -134,7 +141,7 @@ class Quickstart:
         )  # fmt: skip
         trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
         with private_session(
-            skeleton, self.prepared, self.args.lanes, trace, ledger=ledger
+            skeleton, self.prepared, self.args.lanes, trace, ledger=ledger, workers=workers
         ) as session:
             before, done_before = session.usage(), trainer.progress.step
             losses = train_with_bar(trainer, "private (encrypted)", trace=trace)
@@ -259,6 +266,7 @@ def main() -> None:
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--trace", type=Path, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
+    add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()

@@ -139,6 +139,7 @@ class OwnerClient:
 
     def deliver(self, worker: str, frame: Frame | bytearray) -> None:
         """Hand over a frame that arrived from `worker`."""
+        self._loop.meter.bytes_received += len(frame)
         self._loop.post(FrameArrived(worker, frame))
 
     def disconnected(self, worker: str) -> None:
