@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.messages import DIGEST_BYTES
+from protocol.messages import DIGEST_BYTES, OVERHEAD_BYTES
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Catalogue:
         for digest in (self.model_digest, self.parameters_digest):
             if len(digest) != DIGEST_BYTES:
                 raise ValueError(f"a digest has {DIGEST_BYTES} bytes, got {len(digest)}")
+
+    def largest_frame(self, tokens: int) -> int:
+        """Bytes that no frame of either side exceeds, requests having at most so many tokens."""
+        most = max(max(m.up_bytes_per_token, m.down_bytes_per_token) for m in self.matrices)
+        return OVERHEAD_BYTES + most * tokens
 
     def up_bytes(self, matrix: int, tokens: int) -> int:
         """Payload bytes of a request."""

@@ -34,10 +34,21 @@ class FrameArrived:
 
 
 @dataclass(frozen=True)
-class PeerLost:
-    """The transport to `peer` is gone for good."""
+class Disconnected:
+    """The connection to a peer has ended, with all that was on its way; a new one can be opened.
+
+    The next Send to the peer tries to. For owners: a worker's peers are connections.
+    """
 
     peer: str
+
+
+@dataclass(frozen=True)
+class PeerLost:
+    """The transport to `peer` is gone for good; `reason` is for a person."""
+
+    peer: str
+    reason: str = "connection lost"
 
 
 @dataclass(frozen=True)
@@ -91,8 +102,8 @@ class CloseWanted:
 
 
 Event: TypeAlias = (
-    Start | FrameArrived | PeerLost | TimerFired | TaskDone | TaskFailed | AnswerRejected
-    | LinearWanted | CloseWanted
+    Start | FrameArrived | Disconnected | PeerLost | TimerFired | TaskDone | TaskFailed
+    | AnswerRejected | LinearWanted | CloseWanted
 )  # fmt: skip
 
 # --- tasks: what an effect can ask to compute ----------------------------------------------

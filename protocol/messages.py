@@ -39,6 +39,9 @@ _REFUSE = struct.Struct("<QH")
 _DIGESTS = struct.Struct("<32s32s")
 _WELCOME = struct.Struct("<32s32sI")
 
+OVERHEAD_BYTES = HEADER_BYTES + max(s.size for s in (_MULTIPLY, _PRODUCT, _WELCOME, _DIGESTS))
+"""Bytes that no frame exceeds by more than its payload."""
+
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Payload: TypeAlias = Any
 """Ciphertext: `Bytes`, or memory on a device, opaque but for len() and nbytes, which are equal."""
@@ -120,6 +123,7 @@ class Welcome:
     def __post_init__(self) -> None:
         _check_session(self.session)
         _check_unsigned(self.max_tokens, 32, "max_tokens")
+        _require(self.max_tokens >= 1, "a worker takes at least one token")
         for digest in (self.parameters_digest, self.model_digest):
             _require(len(digest) == DIGEST_BYTES, f"a digest has {DIGEST_BYTES} bytes")
 
@@ -223,6 +227,17 @@ def encode(message: Message) -> Frame:
     if on_host:
         return b"".join((header, fixed, payload))
     return LocalFrame(header + fixed, payload)
+
+
+def announced_bytes(header: Bytes) -> int:
+    """Bytes of the body that a header of HEADER_BYTES announces; not yet believed in any way.
+
+    Raises ProtocolError when it is no header of this protocol.
+    """
+    magic, _, _, _, _, size = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ProtocolError("not a frame of this protocol")
+    return int(size)
 
 
 def decode(frame: Bytes | LocalFrame) -> Message:

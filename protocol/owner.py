@@ -28,6 +28,7 @@ from protocol.events import (
     Decrypt,
     Deliver,
     Discard,
+    Disconnected,
     Dropped,
     Effect,
     Encrypt,
@@ -145,8 +146,13 @@ class Owner:
                     return self._on_message(self._peer(name), decode(frame))
                 except ProtocolError as error:
                     return [Dropped(name, str(error))]
-            case PeerLost(name):
-                return self._step(self._peer(name), Input.LOST)
+            case Disconnected(name):
+                return self._on_disconnected(self._peer(name))
+            case PeerLost(name, reason):
+                peer = self._peer(name)
+                if peer.state is not State.RETIRED:
+                    peer.why_lost = reason
+                return self._step(peer, Input.LOST)
             case TimerFired(timer):
                 return self._on_timer(timer)
             case TaskDone(task, result):
@@ -194,6 +200,15 @@ class Owner:
             return Input.REFUSED_CALL
         used_up = peer.forgot >= self._config.attempts_max
         return Input.EXHAUSTED if used_up else Input.FORGOTTEN
+
+    def _on_disconnected(self, peer: Peer) -> list[Effect]:
+        if self._aborted:
+            return []
+        if peer.state is not State.READY:
+            return self._step(peer, Input.DISCONNECTED)
+        peer.dropped += 1
+        used_up = peer.dropped > self._config.attempts_max
+        return self._step(peer, Input.EXHAUSTED if used_up else Input.DISCONNECTED)
 
     def _on_timer(self, timer: str) -> list[Effect]:
         kind, _, name = timer.partition(":")
@@ -390,7 +405,9 @@ class Owner:
         hello = Hello(
             self._session, self._catalogue.parameters_digest, self._catalogue.model_digest
         )
-        return [*self._orphan(peer), *self._send_session(peer, hello)]
+        orphaned = self._orphan(peer)
+        others = self._pump() if orphaned else []
+        return [*orphaned, *self._send_session(peer, hello), *others]
 
     def _send_session(self, peer: Peer, message: Hello | Bye) -> list[Effect]:
         peer.attempts += 1
@@ -410,7 +427,7 @@ class Owner:
         if len(product.payload) != self._catalogue.down_bytes(call.matrix, call.tokens):
             raise ProtocolError("an answer of the wrong size")
         self._move(call, CallInput.ANSWERED)
-        peer.forgot = 0
+        peer.forgot = peer.dropped = 0
         work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload, peer.name)
         return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work), *self._pump()]
 
@@ -423,8 +440,13 @@ class Owner:
         if refuse.reason in _RETRIED and call.refusals < self._config.refusals_max:
             return self._retry(call)
         name = self._catalogue.matrices[call.matrix].name
-        text = REFUSAL_TEXT[refuse.reason]
-        return [*self._fail(call, f"worker {peer.name!r} refused {name}: {text}"), *self._pump()]
+        text = f"refused {name}: {REFUSAL_TEXT[refuse.reason]}"
+        if call.refusals >= self._config.refusals_max:
+            failed = self._fail(call, f"worker {peer.name!r} {text}, tried {call.refusals} times")
+            return [*failed, *self._pump()]
+        # It agreed to the catalogue, and said itself how many tokens it takes: the fault is its.
+        peer.why_lost = f"it {text}"
+        return self._step(peer, Input.CONTRADICTED)
 
     def _retry(self, call: Call) -> list[Effect]:
         """Another worker at once, or the same one a little later. Either way it is alive."""
@@ -455,8 +477,8 @@ class Owner:
     def _lose(self, peer: Peer, kind: Input, message: Message | None) -> list[Effect]:
         if isinstance(message, Refuse):
             peer.why_lost = REFUSAL_TEXT[message.reason]
-        else:
-            peer.why_lost = "connection lost" if kind is Input.LOST else "no answer"
+        elif kind is Input.EXHAUSTED or kind is Input.TIMEOUT:
+            peer.why_lost = "no answer"
         again = SetTimer(f"session:{peer.name}", self._config.revive_s)
         return self._without(peer, again)
 

@@ -53,7 +53,10 @@ class OwnerConfig:
 
 @dataclass
 class Peer:
-    """A worker, and the session with it. `forgot`: how often it has lost the session in a row."""
+    """A worker, and the session with it.
+
+    forgot, dropped  how often it has lost the session, and the connection, without an answer since
+    """
 
     name: str
     state: State = State.NEW
@@ -61,6 +64,7 @@ class Peer:
     max_tokens: int = 0
     why_lost: str = ""
     forgot: int = 0
+    dropped: int = 0
 
 
 @dataclass

@@ -9,9 +9,12 @@ SESSIONS has one row per (state of a worker's session, input), CALLS one per (st
 input). What is absent is an error: a ProtocolError when a peer caused it, a MisuseError when the
 driver did.
 
-A worker that falls silent or refuses is LOST; now and then one Hello more finds out whether it is
-back (REVIVING), as long as another one can serve. A worker whose answer was wrong is RETIRED for
-good; the driver keeps that, and names it to the machine of every later session.
+A connection that ends is not a worker that is gone: it is greeted again over the next one, and what
+was on its way goes out once more, the same bytes; too often in a row without an answer, it counts
+as silence. A worker that falls silent, or refuses what it agreed to, is LOST; now and then one
+Hello more finds out whether it is back (REVIVING), as long as another one can serve. A worker whose
+answer was wrong is RETIRED for good; the driver keeps that, and names it to the machine of every
+later session.
 
 In sync with: owner.py (the actions), worker.py (the other side), docs/protocol.md (drawn from
 these tables).
@@ -48,6 +51,8 @@ class Input(Enum):
     WRONG_ANSWER = "answer found wrong"
     TIMEOUT = "time-out"
     EXHAUSTED = "attempts used up"
+    CONTRADICTED = "Refuse of what was agreed"
+    DISCONNECTED = "connection lost"
     LOST = "peer lost"
     CLOSE = "close wanted"
 
@@ -67,6 +72,7 @@ def _ignored(state: State, *inputs: Input) -> dict[tuple[State, Input], tuple[St
 # (state, input) -> (next state, action).
 SESSIONS: dict[tuple[State, Input], tuple[State, str]] = {
     (State.NEW, Input.START): (State.GREETING, "greet"),
+    **_ignored(State.NEW, Input.DISCONNECTED),
     (State.NEW, Input.LOST): (State.LOST, "lose"),
     (State.NEW, Input.CLOSE): (State.CLOSED, "closed"),
     (State.GREETING, Input.WELCOME): (State.READY, "ready"),
@@ -77,11 +83,16 @@ SESSIONS: dict[tuple[State, Input], tuple[State, str]] = {
     (State.GREETING, Input.LOST): (State.LOST, "lose"),
     (State.GREETING, Input.CLOSE): (State.CLOSING, "bye"),
     # Answers to requests sent before the worker forgot us, and repeats of its forgetting.
-    **_ignored(State.GREETING, Input.PRODUCT, Input.REFUSED_CALL, Input.FORGOTTEN),
+    # A Hello that was lost with its connection is sent again by its timer.
+    **_ignored(
+        State.GREETING, Input.PRODUCT, Input.REFUSED_CALL, Input.FORGOTTEN, Input.DISCONNECTED
+    ),
     (State.READY, Input.PRODUCT): (State.READY, "accept"),
     (State.READY, Input.REFUSED_CALL): (State.READY, "refused"),
     (State.READY, Input.FORGOTTEN): (State.GREETING, "greet"),
     (State.READY, Input.WRONG_ANSWER): (State.RETIRED, "retire"),
+    (State.READY, Input.CONTRADICTED): (State.LOST, "lose"),
+    (State.READY, Input.DISCONNECTED): (State.GREETING, "greet"),
     (State.READY, Input.EXHAUSTED): (State.LOST, "lose"),
     (State.READY, Input.LOST): (State.LOST, "lose"),
     (State.READY, Input.CLOSE): (State.CLOSING, "bye"),
@@ -91,22 +102,26 @@ SESSIONS: dict[tuple[State, Input], tuple[State, str]] = {
     (State.CLOSING, Input.EXHAUSTED): (State.CLOSED, "closed"),
     (State.CLOSING, Input.LOST): (State.CLOSED, "closed"),
     **_ignored(State.CLOSING, *(kind for kind in FRAMES if kind is not Input.FAREWELL)),
-    **_ignored(State.CLOSED, *FRAMES, Input.LOST),
+    **_ignored(State.CLOSING, Input.DISCONNECTED),
+    **_ignored(State.CLOSED, *FRAMES, Input.LOST, Input.DISCONNECTED),
     (State.LOST, Input.TIMEOUT): (State.REVIVING, "greet"),
     (State.LOST, Input.WRONG_ANSWER): (State.RETIRED, "retire"),
     (State.LOST, Input.CLOSE): (State.CLOSED, "closed"),
     # A transport may fail before the driver starts the machine.
-    **_ignored(State.LOST, *FRAMES, Input.LOST, Input.START),
+    **_ignored(State.LOST, *FRAMES, Input.LOST, Input.DISCONNECTED, Input.START),
     (State.REVIVING, Input.WELCOME): (State.READY, "ready"),
     (State.REVIVING, Input.REFUSED_SESSION): (State.LOST, "lose"),
     (State.REVIVING, Input.WRONG_ANSWER): (State.RETIRED, "retire"),
     (State.REVIVING, Input.TIMEOUT): (State.LOST, "lose"),
     (State.REVIVING, Input.LOST): (State.LOST, "lose"),
     (State.REVIVING, Input.CLOSE): (State.CLOSING, "bye"),
-    **_ignored(State.REVIVING, Input.PRODUCT, Input.REFUSED_CALL, Input.FORGOTTEN),
+    **_ignored(
+        State.REVIVING, Input.PRODUCT, Input.REFUSED_CALL, Input.FORGOTTEN, Input.DISCONNECTED
+    ),
     (State.RETIRED, Input.CLOSE): (State.CLOSED, "closed"),
     # One that an earlier session retired is so from the start.
-    **_ignored(State.RETIRED, *FRAMES, Input.LOST, Input.WRONG_ANSWER, Input.START),
+    **_ignored(State.RETIRED, *FRAMES, Input.LOST, Input.DISCONNECTED),
+    **_ignored(State.RETIRED, Input.WRONG_ANSWER, Input.START),
 }
 
 

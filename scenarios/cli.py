@@ -17,6 +17,8 @@ from backends.he.matmul.choice import NAMES, VARIABLE, KernelError, chosen_kerne
 from backends.he.matmul.interface import Kernel
 from backends.ledger import LedgerError
 from backends.net.owner import RemoteLinearError
+from backends.net.remote import AddressError
+from backends.net.tls import CertificateError
 from backends.nn.checkpoint import ResumeError
 from backends.nn.data import DataError
 from backends.nn.sources import CheckpointError
@@ -47,7 +49,7 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     except (
         CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
         NonFiniteInputError, FloatingPointError, GpuError, KernelError, LedgerError, TaintedError,
-        *mendable,
+        CertificateError, AddressError, *mendable,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
 

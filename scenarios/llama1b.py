@@ -62,6 +62,8 @@ from scenarios.real_trace import RealTrace
 from scenarios.session import (
     PrivateSession,
     Usage,
+    Workers,
+    add_worker_options,
     open_ledger,
     private_session,
     train_with_bar,
@@ -191,7 +193,8 @@ class Run:
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Prepare, train, report; returns the figures."""
         args = self.args
-        ledger = open_ledger(args.out, args.out / "checkpoints")
+        workers = Workers.of(args)
+        ledger = open_ledger(args.out, args.out / "checkpoints", workers)
         setup = set_up(args)
         prepared, prepare_s = prepared_for(
             setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
@@ -203,7 +206,7 @@ class Run:
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
         with private_session(
-            setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger
+            setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger, workers
         ) as session:
             self._train(trainer, session, peer, trace)
         trainer.require_untainted()
@@ -361,6 +364,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--trace", type=Path, metavar="FILE",
         help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
     add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)
+    add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
     simulated.add_options(parser)
@@ -376,6 +380,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--real-cpu or --real-gpu, not both")
     if args.kernel and not args.real_cpu:
         parser.error("--kernel is for --real-cpu")
+    if args.worker and not real:
+        parser.error("--worker is for --real-cpu and --real-gpu")
+    if args.tls and not args.worker:
+        parser.error("--tls is for the line to a --worker")
     if args.host_frames and not args.real_gpu:
         parser.error("--host-frames is for --real-gpu")
     return args

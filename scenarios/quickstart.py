@@ -41,7 +41,13 @@ from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import add_preparation_options, prepared_for
 from scenarios.real_trace import RealTrace
-from scenarios.session import open_ledger, private_session, train_with_bar
+from scenarios.session import (
+    Workers,
+    add_worker_options,
+    open_ledger,
+    private_session,
+    train_with_bar,
+)
 
 BASE = Path(__file__).parent / "assets" / "tiny-llama"
 SEQUENCE = 256
@@ -92,7 +98,8 @@ class Quickstart:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out: Path = args.out
-        self.ledger = open_ledger(self.out, self.out / "checkpoints-private")
+        self.workers = Workers.of(args)
+        self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
         self.tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
         self.config = AutoConfig.from_pretrained(BASE)
@@ -137,7 +144,12 @@ class Quickstart:
         )  # fmt: skip
         trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
         with private_session(
-            skeleton, self.prepared, self.args.lanes, trace, ledger=self.ledger
+            skeleton,
+            self.prepared,
+            self.args.lanes,
+            trace,
+            ledger=self.ledger,
+            workers=self.workers,
         ) as session:
             before, done_before = session.usage(), trainer.progress.step
             losses = train_with_bar(trainer, "private (encrypted)", trace=trace)
@@ -262,6 +274,7 @@ def main() -> None:
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--trace", type=Path, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
+    add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from backends.net.audit import Audit
 from backends.net.inprocess import in_process, worker_name
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
+from backends.net.remote import address_of, connected
+from backends.net.tls import Tls, require_loopback
 from backends.net.worker import WorkerServer
 from backends.nn.checkpoint import set_aside
 from backends.nn.skeleton import Skeleton
@@ -57,7 +60,44 @@ class Usage:
         )
 
 
-def open_ledger(out: Path, checkpoints: Path) -> WorkerLedger:
+@dataclass(frozen=True)
+class Workers:
+    """Who multiplies: workers at these addresses, over TLS; without any, one in this process."""
+
+    addresses: tuple[str, ...] = ()
+    tls: Tls | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Workers:
+        """What `add_worker_options` gave.
+
+        Raises AddressError, or CertificateError for certificates that cannot be used.
+        """
+        for text in args.worker:
+            host, _ = address_of(text)
+            if args.tls is None:
+                require_loopback(host)
+        return cls(tuple(args.worker), None if args.tls is None else Tls(args.tls))
+
+
+HERE = Workers()
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """`--worker` and `--tls`."""
+    parser.add_argument(
+        "--worker", action="append", default=[], metavar="HOST:PORT",
+        help="a worker on another machine, see `python -m scenarios.worker` (several times: the "
+        "work is shared, and one takes over for another); one in this process without",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tls", type=Path, metavar="DIR",
+        help="this side's ca.pem, cert.pem and key.pem, see `python -m scenarios.certs`; only "
+        "workers on this machine can do without",
+    )  # fmt: skip
+
+
+def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> WorkerLedger:
     """The ledger of the run in directory `out`. No checkpoint rests on who is in it, afterwards.
 
     Raises LedgerError when it is damaged, or when the worker of this process was caught there.
@@ -65,16 +105,18 @@ def open_ledger(out: Path, checkpoints: Path) -> WorkerLedger:
     ledger = WorkerLedger(out / "retired-workers.json")
     # Before anything is refused: whoever deletes the ledger's file must not go on from those.
     set_aside(checkpoints, ledger.retired)
-    ledger.require_one_of([worker_name(0)])
+    # Workers elsewhere are known by their keys, which they show when they are connected.
+    ledger.require_one_of([] if workers.addresses else [worker_name(0)])
     return ledger
 
 
 class PrivateSession:
-    """An owner connected to a worker in this process, with real encryption."""
+    """An owner connected to workers, with real encryption. server: the one in this process."""
 
     def __init__(
-        self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer, hardware: Hardware
-    ) -> None:
+        self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer | None,
+        hardware: Hardware,
+    ) -> None:  # fmt: skip
         self._cipher = cipher
         self._client = client
         self._server = server
@@ -86,7 +128,7 @@ class PrivateSession:
         spent = self._spent_s
         if self._hardware.gpu is None:
             spent["owner"] = self._client.meter.total_busy_s()
-            spent["worker"] = self._server.meter.total_busy_s()
+            spent["worker"] = self._server.meter.total_busy_s() if self._server else 0.0
         else:
             for name, seconds in self._hardware.gpu.clock.take().items():
                 spent[name] += seconds
@@ -96,7 +138,7 @@ class PrivateSession:
             spent["copy"],
             self._client.waited_s,
             self._client.meter.bytes_sent,
-            self._server.meter.bytes_sent,
+            self._client.meter.bytes_received,
             self._cipher.blocks,
         )
 
@@ -107,7 +149,7 @@ class PrivateSession:
 
 
 def make_ciphers(
-    prepared: PreparedModel, hardware: Hardware, hint_bytes: int | None
+    prepared: PreparedModel, hardware: Hardware, hint_bytes: int | None, workers: Workers
 ) -> tuple[OwnerCipher, WorkerCipher]:
     """The owner's and the worker's half, where `hardware` says."""
     parameters, public = prepared.parameters, prepared.public_matrix()
@@ -119,7 +161,7 @@ def make_ciphers(
     from backends.he.cuda.worker import CudaWorker
 
     gpu = hardware.gpu
-    local = not hardware.host_frames
+    local = not (hardware.host_frames or workers.addresses)
     owner = CudaOwner(parameters, public, gpu, local=local, hint_bytes=hint_bytes)
     return owner, CudaWorker(parameters, gpu)
 
@@ -133,24 +175,35 @@ def private_session(
     hardware: Hardware = CPU,
     hint_bytes: int | None = None,
     ledger: WorkerLedger | None = None,
+    workers: Workers = HERE,
 ) -> Iterator[PrivateSession]:
-    """Connects the skeleton's remote linears to an in-process worker under real encryption.
+    """Connects the skeleton's remote linears to workers under real encryption.
 
     ledger      who serves and who was caught, shared with the trainer
     trace       is told who did what when
     hint_bytes  on a GPU: memory that hints may take there (None: half of what is free)
     """
-    owner, worker = make_ciphers(prepared, hardware, hint_bytes)
+    owner, worker = make_ciphers(prepared, hardware, hint_bytes, workers)
     prepared.guard(owner)
     assert prepared.parameters is not None
     audit = Audit(MlweWorker(prepared.parameters), prepared.worker_weights())
     hooks = trace.hooks if trace else lambda side: Hooks()
-    with (
-        hardware.timed(),
-        in_process(
-            prepared, owner, [worker], lanes=lanes, hooks=hooks, audit=audit, ledger=ledger
-        ) as (client, (server,)),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(hardware.timed())
+        server: WorkerServer | None = None
+        if workers.addresses:
+            client = stack.enter_context(
+                connected(
+                    prepared, owner, workers.addresses, workers.tls, None, lanes, hooks("owner"),
+                    audit, ledger,
+                )
+            )  # fmt: skip
+        else:
+            client, (server,) = stack.enter_context(
+                in_process(
+                    prepared, owner, [worker], lanes=lanes, hooks=hooks, audit=audit, ledger=ledger
+                )
+            )
         session = PrivateSession(owner, client, server, hardware)
         session.warm_up(prepared)
         if ledger is not None:

@@ -77,7 +77,8 @@ class FaultPlan:
     latency_s       (least, most) one-way delay of a frame when all is well
     delay_s         (least, most) of a delayed frame, and of the second copy of a doubled one
     one_way         partitions that stop frames to the worker only
-    connections_lost  told to the owner alone (delta_s > 1/3), the worker alone (< -1/3), or both
+    connections_lost  told to the owner alone (delta_s > 1/3), the worker alone (< -1/3), or both;
+                      above 0.9 the owner hears that there will be no other
     crashes_s       times at which the owner's process dies
     crash_steps     steps after whose application, before any checkpoint, it dies
     restart_s       how long the owner is down
@@ -201,7 +202,7 @@ def draw_plan(rng: random.Random, workers: Sequence[str], steps: int) -> FaultPl
         one_way=draw.windows(0.2, 2),
         slow=draw.windows(0.3, 2, factor=rng.uniform(5.0, 60.0)),
         worker_crashes=draw.moments(0.5, 3),
-        connections_lost=draw.moments(0.3, 2, spread_s=1.0),
+        connections_lost=draw.moments(0.5, 4, spread_s=1.0),
         jumps=draw.moments(0.3, 3, spread_s=0.5),
         liars=tuple(liars),
         crashes_s=tuple(sorted(draw.time() for _ in range(draw.count(0.4, 2)))),

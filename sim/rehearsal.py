@@ -168,7 +168,7 @@ class Rehearsal:
                 self._cipher.guard(matrix, weight, forward)
                 self._matrices.append(matrix)
                 self._loaded.append(self._worker.load(weight, forward))
-        shapes = shapes_of(self._matrices, self._cipher)
+        shapes = shapes_of(skeleton.groups, parameters)
         catalogue = Catalogue(bytes(32), parameters.digest(), shapes)
         self._waiting: dict[int, Future[NDArray[np.float32]]] = {}
         self._marks: dict[int, list[float]] = {}

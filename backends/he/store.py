@@ -14,7 +14,7 @@ Until it is, no array leaves `PreparedModel`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,24 +29,44 @@ from backends.he.manifest import (
     KINDS,
     NAME,
     GroupEntry,
+    GroupSpec,
     Manifest,
     PreparationError,
     Wanted,
     array_form,
     read_manifest,
 )
+from backends.he.params import Parameters
 from backends.he.public import PublicMatrix
 from protocol.catalogue import Catalogue, MatrixShape
 
 
-def shapes_of(matrices: Sequence[OwnerMatrix], cipher: OwnerCipher) -> tuple[MatrixShape, ...]:
-    """What the catalogue says of matrices whose payloads `cipher` makes."""
-    return tuple(
-        MatrixShape(
-            m.name, m.in_features, m.out_features, cipher.up_bytes(m, 1), cipher.down_bytes(m, 1)
-        )
-        for m in matrices
-    )
+def shapes_of(
+    groups: Sequence[GroupSpec], parameters: Parameters | None
+) -> tuple[MatrixShape, ...]:
+    """Two matrices a group, forward and backward, and what a value of theirs takes on the wire."""
+    up, down = _CLEAR_BYTES, _CLEAR_BYTES
+    if parameters is not None:
+        up, down = parameters.up_bytes_per_value, parameters.down_bytes_per_value
+    shapes = []
+    for group in groups:
+        sizes = group.in_features, group.total_out
+        for direction, (inputs, outputs) in (("forward", sizes), ("backward", sizes[::-1])):
+            name = f"{group.name} {direction}"
+            shapes.append(MatrixShape(name, inputs, outputs, up * inputs, down * outputs))
+    return tuple(shapes)
+
+
+def catalogue_of(manifest: Manifest) -> Catalogue:
+    """What owner and worker agree on in the handshake."""
+    parameters = manifest.parameters
+    digest = parameters.digest() if parameters else hashlib.sha256(b"clear").digest()
+    specs = [entry.spec for entry in manifest.groups]
+    return Catalogue(manifest.model_digest, digest, shapes_of(specs, parameters))
+
+
+_CLEAR_BYTES = 4  # the `clear` backend sends float32
+_SLAB_BYTES = 1 << 20  # hashed, then looked at while the cache has it
 
 
 def array_path(directory: Path, index: int, kind: str) -> Path:
@@ -66,6 +86,21 @@ class Stored:
     kind: str
     values: NDArray[Any]
     sha256: str
+
+    def read(self, visit: Callable[[int, NDArray[Any]], None] | None = None) -> None:
+        """Read the array from one end to the other; every slab is seen by `visit(start, slab)`.
+
+        Raises PreparationError when its digest is not the manifest's.
+        """
+        digest = hashlib.sha256()
+        step = max(1, _SLAB_BYTES // max(1, self.values[0].nbytes))
+        for start in range(0, len(self.values), step):
+            slab = self.values[start : start + step]
+            digest.update(slab.reshape(-1).view(np.uint8).data)
+            if visit is not None:
+                visit(start, slab)
+        if digest.hexdigest() != self.sha256:
+            raise self.fail("is damaged (its SHA-256 differs)")
 
     def fail(self, what: str) -> PreparationError:
         """The error that says what is wrong with it."""
@@ -185,8 +220,33 @@ class PreparedModel:
                 matrices.append(OwnerMatrix(name, in_scale, out_scale, plan, hint))
         return matrices
 
-    def catalogue(self, cipher: OwnerCipher) -> Catalogue:
+    def catalogue(self) -> Catalogue:
         """What owner and worker agree on in the handshake."""
-        shapes = shapes_of(self.owner_matrices(), cipher)
-        digest = self.parameters.digest() if self.parameters else hashlib.sha256(b"clear").digest()
-        return Catalogue(self.model_digest, digest, shapes)
+        return catalogue_of(self.manifest)
+
+
+class WorkerPart:
+    """What a worker needs of a prepared model: manifest.json, and the weights under worker/.
+
+    Its weights are those the manifest names; whether they are any good is the owner's to know.
+    """
+
+    def __init__(self, manifest: Manifest, weights: list[NDArray[np.int8]]) -> None:
+        self.parameters = manifest.parameters
+        self.groups = [entry.spec for entry in manifest.groups]
+        self.weights = weights
+        self.catalogue = catalogue_of(manifest)
+
+    @classmethod
+    def open(cls, directory: Path) -> WorkerPart:
+        """Map the weights and compare them with their digests; nothing of an owner is looked at.
+
+        Raises PreparationError when a file is missing, damaged or of another shape.
+        """
+        manifest = read_manifest(directory)
+        weights = []
+        for index, entry in enumerate(manifest.groups):
+            stored = map_stored(directory, index, entry, "weight", manifest.rank)
+            stored.read()
+            weights.append(stored.values)
+        return cls(manifest, weights)

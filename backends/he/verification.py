@@ -28,7 +28,6 @@ the same ones; compare it with one you trust, or prepare the model yourself.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +53,6 @@ from backends.he.verdict import Verdicts
 from backends.threads import Job, core_count, run_ahead, run_split
 
 _Q = NTT_PRIME
-_SLAB_BYTES = 1 << 20  # hashed, then multiplied while the cache has it
 _FORECAST = 1e-9  # relative: sums of floats may be taken in another order on another processor
 
 
@@ -126,7 +124,7 @@ def check_digests(model: PreparedModel) -> None:
 
     def jobs() -> Iterator[Job[None]]:
         for stored in (stored for group in model.stored for stored in group):
-            yield Job(stored.values.nbytes, partial(_digested, stored))
+            yield Job(stored.values.nbytes, stored.read)
 
     _each(jobs(), lambda found: None)
 
@@ -136,23 +134,6 @@ def _each(jobs: Iterator[Job[Any]], take: Callable[[Any], None]) -> None:
     with closing(run_ahead(jobs, core_count(), 1 << 62)) as results:
         for result in results:
             take(result)
-
-
-def _digested(stored: Stored, visit: Callable[[int, NDArray[Any]], None] | None = None) -> None:
-    """Read an array from one end to the other; every slab is seen by `visit(start, slab)`.
-
-    Raises PreparationError when its digest is not the manifest's.
-    """
-    values = stored.values
-    digest = hashlib.sha256()
-    step = max(1, _SLAB_BYTES // max(1, values[0].nbytes))
-    for start in range(0, len(values), step):
-        slab = np.array(values[start : start + step])  # what is hashed is what is looked at
-        digest.update(slab.reshape(-1).view(np.uint8).data)
-        if visit is not None:
-            visit(start, slab)
-    if digest.hexdigest() != stored.sha256:
-        raise stored.fail("is damaged (its SHA-256 differs)")
 
 
 @jit.kernel
@@ -289,8 +270,8 @@ def _verify_weights(
         _sum_norms(slab, row_norms[:, part], column_norms)
         _combine_codes(slab, challenges[0][part], challenges[1], columns, rows[part])
 
-    _digested(weight, visit)
-    _digested(scale)
+    weight.read(visit)
+    scale.read()
     if least < -127:
         raise weight.fail("holds -128, which no quantised weight is")
     if not (np.isfinite(scale.values).all() and (scale.values > 0).all()):
@@ -325,7 +306,7 @@ def _verify_values(claim: _Claim) -> list[Stored]:
         tiles = slab.reshape(len(slab), slots, LANES)
         _combine_tiles(tiles, factors[start : start + len(slab)], low, high)
 
-    _digested(hint, visit)
+    hint.read(visit)
     if max(-least, most) > _Q // 2:
         raise hint.fail("holds a value that is not centred mod q")
     last = len(claim.challenge) - LANES * (len(hint.values) - 1)

@@ -40,7 +40,7 @@ def in_process(
 
     `hooks` makes those of "owner" and each worker.
     """
-    catalogue = prepared.catalogue(owner_cipher)
+    catalogue = prepared.catalogue()
     servers: dict[str, WorkerServer] = {}
     client = OwnerClient(
         catalogue,

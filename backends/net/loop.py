@@ -53,6 +53,7 @@ class Meter:
     tasks: dict[str, int] = field(default_factory=dict)
     frames_sent: int = 0
     bytes_sent: int = 0
+    bytes_received: int = 0
     dropped: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 

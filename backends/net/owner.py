@@ -29,6 +29,7 @@ from protocol.events import (
     Decrypt,
     Deliver,
     Discard,
+    Disconnected,
     Dropped,
     Effect,
     Encrypt,
@@ -71,6 +72,7 @@ class OwnerClient:
     """Blocking remote linears over the owner's machine. Safe to call from several lanes.
 
     transmit      sends (worker name, frame)
+    identity_of   what a worker is called in the ledger: what it has proved to be, not where it is
     workers_here  all workers are in this process: then, and only then, a cipher may have a weakness
     audit         what recomputes a request now and then; None never does
     ledger        who serves and who was caught: told of every answer, and those caught in earlier
@@ -88,6 +90,7 @@ class OwnerClient:
         threads: int = 1,
         hooks: Hooks | None = None,
         workers_here: bool = False,
+        identity_of: Callable[[str], str] = lambda worker: worker,
         audit: Audit | None = None,
         ledger: WorkerLedger | None = None,
     ) -> None:
@@ -107,6 +110,7 @@ class OwnerClient:
         self._cipher = cipher
         self._audit = audit
         self._ledger = ledger or WorkerLedger()
+        self._identity_of = identity_of
         # A new incarnation at every start: nothing random survives a crash or a resume.
         session = os.urandom(SESSION_BYTES)
         machine = Owner(session, catalogue, workers, config, retired=self._ledger.retired)
@@ -134,13 +138,19 @@ class OwnerClient:
         self._loop.start()
         self._loop.post(Start())
 
-    def deliver(self, worker: str, frame: Frame) -> None:
+    def deliver(self, worker: str, frame: Frame | bytearray) -> None:
         """Hand over a frame that arrived from `worker`."""
+        self._loop.meter.bytes_received += len(frame)
         self._loop.post(FrameArrived(worker, frame))
 
-    def lost(self, worker: str) -> None:
-        """The transport to `worker` is gone."""
-        self._loop.post(PeerLost(worker))
+    def disconnected(self, worker: str) -> None:
+        """The connection to `worker` has ended; the next frame to it finds another."""
+        self._loop.post(Disconnected(worker))
+
+    def lost(self, worker: str, reason: str) -> None:
+        """The transport to `worker` is gone for good."""
+        log.error("worker %s cannot be had: %s", worker, reason)
+        self._loop.post(PeerLost(worker, reason))
 
     def linear(self, matrix: int, x: Values) -> Values:
         """float32[T, N] = x[T, K] times matrix `matrix`, computed under encryption.
@@ -199,13 +209,13 @@ class OwnerClient:
             self._audit.require(task.matrix, task.tokens, held.audited, task.payload)
         result = self._cipher.decrypt(held.sealed, task.payload, matrix, task.worker)
         self._let_go(held)
-        self._ledger.accepted(task.worker)
+        self._ledger.accepted(self._identity_of(task.worker))
         return result
 
     def _caught(self, worker: str, found: str) -> None:
         """On the disk before anybody hears of it, and whatever has become of the call meanwhile."""
         try:
-            self._ledger.retire(worker, found)
+            self._ledger.retire(self._identity_of(worker), found)
         except OSError as error:
             self._fail_all(
                 f"worker {worker!r} gave a wrong answer, and that cannot be written down "

@@ -15,7 +15,7 @@ from backends.he.interface import WorkerCipher, carried
 from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
-from protocol.events import Dropped, Effect, FrameArrived, MultiplyCiphertext, Task
+from protocol.events import Dropped, Effect, FrameArrived, MultiplyCiphertext, PeerLost, Task
 from protocol.messages import Frame, Payload
 from protocol.worker import Worker, WorkerConfig
 
@@ -72,9 +72,13 @@ class WorkerServer:
         """Begin to serve."""
         self._loop.start()
 
-    def deliver(self, peer: str, frame: Frame) -> None:
+    def deliver(self, peer: str, frame: Frame | bytearray) -> None:
         """Hand over a frame that arrived from `peer`."""
         self._loop.post(FrameArrived(peer, frame))
+
+    def lost(self, peer: str) -> None:
+        """The connection of `peer` has ended."""
+        self._loop.post(PeerLost(peer))
 
     def stop(self) -> None:
         """Stop serving."""

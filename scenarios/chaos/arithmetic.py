@@ -49,7 +49,7 @@ class Arithmetic:
         self._seed = seed
         self._secrets = secrets
         self.matrices: list[OwnerMatrix] = self._prepared.owner_matrices()
-        self.catalogue: Catalogue = self._prepared.catalogue(self.owner_cipher(0))
+        self.catalogue: Catalogue = self._prepared.catalogue()
         parameters = self._prepared.parameters
         self._worker: WorkerCipher = ClearWorker() if parameters is None else MlweWorker(parameters)
         self._operands = [

@@ -93,7 +93,7 @@ def stream(seed: int, purpose: str) -> random.Random:
 def draw_options(seed: int) -> Options:
     """Everything of a run, from its seed."""
     rng = stream(seed, "options")
-    workers, steps = rng.choice((2, 2, 3)), rng.randint(3, 5)
+    workers, steps = rng.choice((1, 2, 2, 3)), rng.randint(3, 5)
     plan = draw_plan(stream(seed, "faults"), [f"worker{i}" for i in range(workers)], steps)
     seal_s, multiply_s = rng.uniform(0.0001, 0.002), rng.uniform(0.0002, 0.004)
     trip_s = 2 * plan.latency_s[1] + multiply_s

@@ -26,6 +26,7 @@ from protocol.events import (
     Decrypt,
     Deliver,
     Discard,
+    Disconnected,
     Effect,
     Encrypt,
     Event,
@@ -373,7 +374,8 @@ class World:
     def _disconnect(self, moment: Moment) -> None:
         self._happened("connection lost", moment.worker)
         if moment.delta_s > -1 / 3 and self._up:
-            self._owner.post(PeerLost(moment.worker))
+            given_up = moment.delta_s > 0.9  # the transport will not try again
+            self._owner.post((PeerLost if given_up else Disconnected)(moment.worker))
         if moment.delta_s < 1 / 3:
             self._workers[moment.worker].actor.post(PeerLost(OWNER))
 

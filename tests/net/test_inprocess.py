@@ -65,7 +65,7 @@ class Wire:
         assert model.parameters is not None
         self.cipher = MlweOwner(model.parameters, model.public_matrix())
         model.guard(self.cipher)
-        catalogue = model.catalogue(self.cipher)
+        catalogue = model.catalogue()
         self.up: list[bytes] = []
         self.down: list[bytes] = []
         self.drop_products = 0
@@ -170,9 +170,7 @@ def test_simulated_randomness_is_refused(model: PreparedModel) -> None:
     """There is no switch for it."""
     cipher = MlweOwner(preset("standard"), model.public_matrix(), SeededEntropy(1))
     with pytest.raises(SimulatedRandomnessError, match="OsEntropy"):
-        OwnerClient(
-            model.catalogue(cipher), model.owner_matrices(), cipher, ["w"], lambda p, f: None
-        )
+        OwnerClient(model.catalogue(), model.owner_matrices(), cipher, ["w"], lambda p, f: None)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +197,7 @@ def test_a_cipher_that_protects_too_little_never_leaves_the_process(
 ) -> None:
     """Whatever words it was made with; and one matrix of many without its check is enough."""
     made = cipher(model)
-    facts = model.catalogue(made), model.owner_matrices(), made, ["w"], lambda p, f: None
+    facts = model.catalogue(), model.owner_matrices(), made, ["w"], lambda p, f: None
     with pytest.raises(UnsafeCipherError, match=why):
         OwnerClient(*facts)  # type: ignore[arg-type]
     matrices, weight = model.owner_matrices(), model.worker_weights()[0]
@@ -213,7 +211,7 @@ def test_a_guarded_cipher_may_serve_workers_elsewhere(model: PreparedModel) -> N
     """The one kind that may."""
     made = MlweOwner(preset("standard"), model.public_matrix())
     model.guard(made)
-    OwnerClient(model.catalogue(made), model.owner_matrices(), made, ["w"], lambda p, f: None)
+    OwnerClient(model.catalogue(), model.owner_matrices(), made, ["w"], lambda p, f: None)
 
 
 def test_a_worker_of_another_model_is_refused_with_a_reason(
@@ -223,7 +221,7 @@ def test_a_worker_of_another_model_is_refused_with_a_reason(
     other = make(tmp_path, seed=1)
     wire = Wire(model)
     wire.server = WorkerServer(
-        other.catalogue(wire.cipher), other.worker_weights(), MlweWorker(preset("standard")),
+        other.catalogue(), other.worker_weights(), MlweWorker(preset("standard")),
         wire._down,
     )  # fmt: skip
     with wire, pytest.raises(RemoteLinearError, match=r"holds another model.*--weights"):
@@ -240,7 +238,7 @@ def test_a_lying_worker_ends_the_call_with_its_name_and_the_layer(model: Prepare
         honest(peer, frame[:-40] + bytes(40) if answer else frame)
 
     wire.server = WorkerServer(
-        model.catalogue(wire.cipher), model.worker_weights(), MlweWorker(preset("standard")), lie
+        model.catalogue(), model.worker_weights(), MlweWorker(preset("standard")), lie
     )
     with wire, pytest.raises(RemoteLinearError, match=r"layer forward.*broken or lying"):
         wire.client.linear(0, np.ones((1, 24), np.float32))

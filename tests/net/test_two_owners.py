@@ -40,7 +40,7 @@ def test_requests_of_two_owners_share_launches(tmp_path_factory: Any) -> None:
     cipher = Busy(parameters)
     clients: dict[str, OwnerClient] = {}
     owners = {name: MlweOwner(parameters, prepared.public_matrix()) for name in ("ann", "ben")}
-    catalogue = prepared.catalogue(owners["ann"])
+    catalogue = prepared.catalogue()
     server = WorkerServer(
         catalogue, weights, cipher, threads=8,
         reply=lambda peer, frame: clients[peer].deliver("worker", frame),

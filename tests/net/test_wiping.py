@@ -120,7 +120,7 @@ def crash(wire: Secretive) -> None:
     wire.go.clear()
     lanes += wire.lanes(1)
     wire.until(lambda: len(wire.sealed) == 2)
-    wire.client.lost("nobody")
+    wire.client.lost("nobody", "gone")
     for lane in lanes:
         lane.join()
     wire.go.set()

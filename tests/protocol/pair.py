@@ -22,6 +22,7 @@ from protocol.events import (
     CloseWanted,
     Deliver,
     Discard,
+    Disconnected,
     Dropped,
     Effect,
     Encrypt,
@@ -324,7 +325,13 @@ class World:
         self.tasks = [task for task in self.tasks if task[0] != name]
 
     def disconnect(self, name: str) -> None:
-        """Both sides see the connection break."""
+        """A connection breaks; what was on it is gone. The next frame finds another."""
+        self.wire = [frame for frame in self.wire if name not in frame[:2]]
+        self.owner_does(Disconnected(name))
+        self.worker_does(name, PeerLost(OWNER))
+
+    def give_up(self, name: str) -> None:
+        """The transport will open no other connection."""
         self.owner_does(PeerLost(name))
         self.worker_does(name, PeerLost(OWNER))
 

@@ -41,7 +41,7 @@ u32s, u64s = st.integers(0, U32), st.integers(0, U64)
 payloads = st.binary(max_size=64)
 any_message: st.SearchStrategy[Message] = st.one_of(
     st.builds(Hello, sessions, digests, digests),
-    st.builds(Welcome, sessions, digests, digests, u32s),
+    st.builds(Welcome, sessions, digests, digests, st.integers(1, U32)),
     st.builds(Multiply, sessions, u64s, u32s, u32s, payloads),
     st.builds(Product, sessions, u64s, payloads),
     st.builds(Refuse, sessions, u64s, st.sampled_from(Reason)),
@@ -220,6 +220,7 @@ def test_a_payload_is_a_read_only_view(message: Multiply | Product) -> None:
         lambda: Hello(ID[:-1], DIGEST, DIGEST),
         lambda: Hello(ID, DIGEST + b"d", DIGEST),
         lambda: Hello(ID, DIGEST, b""),
+        lambda: Welcome(ID, DIGEST, DIGEST, 0),
         lambda: Welcome(ID, DIGEST, DIGEST, -1),
         lambda: Welcome(ID, DIGEST, DIGEST, U32 + 1),
         lambda: Welcome(ID, DIGEST[1:], DIGEST, 1),
@@ -234,7 +235,7 @@ def test_a_payload_is_a_read_only_view(message: Multiply | Product) -> None:
 )
 def test_constructors_validate(build: Callable[[], Message]) -> None:
     """What could not be encoded cannot be built."""
-    with pytest.raises(ValueError, match=r"must fit|has"):
+    with pytest.raises(ValueError, match=r"must fit|has|at least one"):
         build()
 
 

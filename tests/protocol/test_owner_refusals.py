@@ -195,15 +195,43 @@ def test_refusals_are_no_silence() -> None:
         desk.fire("call:1")
 
 
-@pytest.mark.parametrize(
-    "reason", [Reason.UNKNOWN_MATRIX, Reason.WRONG_SIZE, Reason.TOO_MANY_TOKENS]
-)
-def test_a_final_refusal_fails_its_call_only(reason: Reason) -> None:
-    """The text names worker and layer; the freed place in the window is used at once."""
-    desk = OwnerDesk(config=OwnerConfig(window=1)).open()
-    desk.ask(1)
-    desk.ask(2)
+AGREED = [
+    reason for reason in Reason if reason not in (Reason.BUSY, Reason.FAILED, Reason.NO_SESSION)
+]
+
+
+@pytest.mark.parametrize("reason", AGREED)
+def test_a_worker_that_refuses_what_it_agreed_to_is_given_up_not_the_call(reason: Reason) -> None:
+    """It has the catalogue of the handshake: whatever it says now, the next one gets the bytes."""
+    desk = OwnerDesk(TWO, OwnerConfig(window=1)).open()
+    sent = one(desk.ask(1), Send)
     effects = desk.refuse(reason)
-    assert "'w1' refused layer.up" in one(effects, FailCall).reason
+    assert desk.owner.state("w1") is State.LOST
     assert CancelTimer("call:1") in effects
-    assert requests(effects) == [("w1", 2)]
+    assert one(effects, Send) == Send("w2", sent.frame)
+    assert not all_of(effects, FailCall)
+
+
+@pytest.mark.parametrize("reason", AGREED)
+def test_the_last_worker_that_refuses_what_it_agreed_to_ends_the_session(reason: Reason) -> None:
+    """The text names worker, layer and what it said."""
+    desk = OwnerDesk().open()
+    desk.ask(1)
+    reason_told = one(desk.refuse(reason), Abort).reason
+    assert "'w1': it refused layer.up: " in reason_told
+
+
+def test_workers_that_contradict_themselves_in_turn_do_not_keep_a_call_for_ever() -> None:
+    """Revived, agreeing and refusing again: after so many refusals the call fails."""
+    desk = OwnerDesk(TWO, OwnerConfig(refusals_max=4)).open()
+    desk.ask(1)
+    holder, failed = "w1", []
+    for _ in range(10):
+        effects = desk.refuse(Reason.WRONG_SIZE, 1, holder)
+        failed = all_of(effects, FailCall)
+        if failed:
+            break
+        desk.fire(f"session:{holder}")
+        desk.welcome(holder)
+        holder = "w2" if holder == "w1" else "w1"
+    assert "tried 4 times" in failed[0].reason

@@ -151,11 +151,16 @@ class Pair(RuleBasedStateMachine):
         """A worker sees its connection break, the owner does not."""
         self.world.worker_does(self.name(pick), PeerLost(OWNER))
 
+    @rule(pick=picks)
+    def disconnect(self, pick: int) -> None:
+        """A connection breaks."""
+        self.world.disconnect(self.name(pick))
+
     @rule(pick=picks, at=st.integers(0, 8))
-    def disconnect(self, pick: int, at: int) -> None:
-        """Rarely, both sides see a connection break."""
+    def give_up(self, pick: int, at: int) -> None:
+        """Rarely, one breaks for good."""
         if at == 5:
-            self.world.disconnect(self.name(pick))
+            self.world.give_up(self.name(pick))
 
     # --- time -------------------------------------------------------------------------------------
 

@@ -158,11 +158,19 @@ def forgotten(desk: OwnerDesk) -> list[Effect]:
     return desk.refuse(Reason.NO_SESSION)
 
 
+def contradicted(desk: OwnerDesk) -> list[Effect]:
+    """The worker refuses what it agreed to."""
+    desk.ask()
+    return desk.refuse(Reason.WRONG_SIZE)
+
+
 OWNER_EVENTS: dict[Input, Callable[[OwnerDesk], list[Effect]]] = {
     Input.START: lambda desk: desk.do(Start()),
     Input.WELCOME: lambda desk: desk.welcome(),
     Input.PRODUCT: lambda desk: desk.product(),
     Input.REFUSED_CALL: lambda desk: desk.refuse(Reason.WRONG_SIZE),
+    Input.CONTRADICTED: contradicted,
+    Input.DISCONNECTED: lambda desk: desk.disconnect(),
     Input.REFUSED_SESSION: lambda desk: desk.refuse(Reason.OTHER_MODEL, 0),
     Input.FORGOTTEN: forgotten,
     Input.FAREWELL: lambda desk: desk.hear(Farewell(SESSION)),

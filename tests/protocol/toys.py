@@ -16,6 +16,7 @@ from protocol.events import (
     AnswerRejected,
     CloseWanted,
     Decrypt,
+    Disconnected,
     Dropped,
     Effect,
     Encrypt,
@@ -216,6 +217,10 @@ class OwnerDesk:
     def lose(self, peer: str = "w1") -> list[Effect]:
         """The transport to a worker is gone."""
         return self.do(PeerLost(peer))
+
+    def disconnect(self, peer: str = "w1") -> list[Effect]:
+        """The connection to a worker has ended."""
+        return self.do(Disconnected(peer))
 
     def fire(self, timer: str) -> list[Effect]:
         """A timer runs out."""

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from backends.he.manifest import GroupSpec
-from backends.he.mlwe_owner import MlweOwner
 from backends.he.params import preset
 from backends.he.preparation import prepare
 from backends.nn.adapters import add_lora, trainable
@@ -157,9 +156,8 @@ def test_matrices_are_those_of_a_prepared_model(tmp_path: Path) -> None:
         preset("conservative"),
         lambda label, done: None,
     )
-    cipher = MlweOwner(preset("conservative"), prepared.public_matrix())
     workload = trace_step(config, 8, preset="conservative")
-    assert workload.matrices == prepared.catalogue(cipher).matrices
+    assert workload.matrices == prepared.catalogue().matrices
 
 
 def test_the_1b_is_what_the_design_counts() -> None:

@@ -1,0 +1,207 @@
+"""The worker's side of the line: it accepts links from owners, within limits, and names each.
+
+A peer is one link; its name is never used twice. Its name begins with the owner's identity, so
+what a log says of a peer can be told of an owner.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from backends.net.link import Link
+from backends.net.tls import (
+    FULL,
+    HANDSHAKE_S,
+    OWNER_WRITES,
+    TAKEN,
+    Tls,
+    identity_of,
+    read_preface,
+    require_loopback,
+    tune,
+)
+from protocol.messages import Frame
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """links of one owner and of all; connections whose handshake is under way or half a link."""
+
+    links_each: int = 4
+    links: int = 64
+    opening: int = 32
+
+
+@dataclass
+class _Half:
+    """A connection whose other half has not come yet."""
+
+    connection: Any
+    direction: int
+    since: float
+
+
+class Listener:
+    """Accepts links and carries frames to and from peers.
+
+    tls        this side's certificates; None listens in plain text, on loopback only
+    frame_max  bytes of the largest frame that is taken
+    on_frame   is told (peer, frame), on a thread of that peer
+    on_lost    is told that a peer is gone; its name does not come again
+
+    Raises OSError when the address cannot be had, CertificateError for plain text elsewhere.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        tls: Tls | None,
+        frame_max: int,
+        on_frame: Callable[[str, bytearray], None],
+        on_lost: Callable[[str], None],
+        limits: Limits | None = None,
+    ) -> None:
+        if tls is None:
+            require_loopback(host)
+        self._context = None if tls is None else tls.context(server=True)
+        self._frame_max, self._on_frame, self._on_lost = frame_max, on_frame, on_lost
+        self._limits = limits or Limits()
+        self._socket = socket.create_server((host, port), backlog=self._limits.opening)
+        self.port: int = self._socket.getsockname()[1]
+        self._lock = threading.Lock()
+        self._links: dict[str, Link] = {}
+        self._halves: dict[tuple[str, bytes], _Half] = {}
+        self._numbers = itertools.count(1)
+        self._opening = threading.Semaphore(self._limits.opening)
+        self._pool = ThreadPoolExecutor(self._limits.opening, thread_name_prefix="handshake")
+        self._thread = threading.Thread(target=self._accept, name="listener", daemon=True)
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._thread.start()
+
+    def send(self, peer: str, frame: Frame) -> None:
+        """Queue a frame for a peer; one that is gone gets nothing. Never blocks."""
+        with self._lock:
+            link = self._links.get(peer)
+        if link is not None:
+            link.send(frame)
+
+    def close(self) -> None:
+        """Accept nothing more, and end all links."""
+        with self._lock:
+            self._closed = True
+            links, halves = list(self._links.values()), list(self._halves.values())
+            self._halves.clear()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._socket.close()
+        for half in halves:
+            half.connection.close()
+        for link in links:
+            link.close("the worker closes")
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(0.1)  # out of descriptors: do not spin
+                continue
+            if not self._opening.acquire(blocking=False):
+                connection.close()
+                continue
+            try:
+                self._pool.submit(self._welcome, connection)
+            except RuntimeError:  # closing
+                connection.close()
+
+    def _welcome(self, raw: socket.socket) -> None:
+        connection: Any = raw
+        try:
+            tune(raw)
+            raw.settimeout(HANDSHAKE_S)
+            owner = "plain"
+            if self._context is not None:
+                connection = self._context.wrap_socket(raw, server_side=True)
+                owner = identity_of(connection)
+            direction, number = read_preface(connection)
+            if not self._pair(owner, number, direction, connection):
+                connection.sendall(FULL)
+                connection.close()
+        except (OSError, ssl.SSLError, ValueError) as error:
+            # A reason of a library may quote what a stranger sent; its type is enough.
+            log.info("a connection was turned away: %s", type(error).__name__)
+            connection.close()
+        finally:
+            self._opening.release()
+
+    def _pair(self, owner: str, number: bytes, direction: int, connection: Any) -> bool:
+        """Keep a connection, or make a link with its other half; False where there is no room."""
+        now = time.monotonic()
+        with self._lock:
+            stale = [k for k, half in self._halves.items() if now - half.since > HANDSHAKE_S]
+            dropped = [self._halves.pop(key).connection for key in stale]
+            half = self._halves.pop((owner, number), None)
+            refused = self._closed or (half is not None and half.direction == direction)
+            if half is None and not refused:
+                refused = len(self._halves) >= self._limits.opening or self._full(owner)
+                if not refused:
+                    self._halves[owner, number] = _Half(connection, direction, now)
+            link = None if half is None or refused else self._link(owner, half, connection)
+        for other in dropped:
+            other.close()
+        if refused:
+            if half is not None:
+                half.connection.close()
+            return False
+        connection.sendall(TAKEN)
+        for one in (connection, None if half is None else half.connection):
+            if one is not None and link is not None:
+                one.settimeout(None)
+        if link is not None:
+            link.start()
+        return True
+
+    def _full(self, owner: str) -> bool:
+        """Whether an owner, or all together, have as many links as they may. Under the lock."""
+        each = Counter(name.partition("#")[0] for name in self._links)
+        each.update(key[0] for key in self._halves)
+        return each[owner] >= self._limits.links_each or each.total() >= self._limits.links
+
+    def _link(self, owner: str, half: _Half, connection: Any) -> Link:
+        """Under the lock."""
+        name = f"{owner}#{next(self._numbers)}"
+        pair = (half.connection, connection)
+        incoming, outgoing = pair if half.direction == OWNER_WRITES else pair[::-1]
+
+        def end(why: str) -> None:
+            with self._lock:
+                self._links.pop(name, None)
+            log.info("link %s ended: %s", name, why)
+            self._on_lost(name)
+
+        link = Link(
+            f"link{name[-8:]}", incoming, outgoing, self._frame_max,
+            lambda frame: self._on_frame(name, frame), end,
+        )  # fmt: skip
+        self._links[name] = link
+        return link

@@ -1,0 +1,229 @@
+"""Owners and workers over real TLS connections: answers, cut lines, liars known by their key."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from backends.he.interface import Payload
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.params import preset
+from backends.he.store import PreparedModel, WorkerPart
+from backends.ledger import WorkerLedger
+from backends.net.owner import OwnerClient, RemoteLinearError
+from backends.net.remote import AddressError, address_of, connected
+from backends.net.serving import Service, serving
+from backends.net.tls import CertificateError, Tls
+from protocol.owner_memory import OwnerConfig
+from scenarios.certs import Authority
+from tests.net.test_inprocess import expected, make
+
+PATIENT = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, attempts_max=5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    return make(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An owner's certificate, and those of three workers."""
+    place, authority = tmp_path_factory.mktemp("certs"), Authority()
+    authority.issue(place / "owner")
+    for name in ("w0", "w1", "w2"):
+        authority.issue(place / name, ["localhost"])
+    return place
+
+
+class Slow(MlweWorker):
+    """Multiplies when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(preset("standard"))
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
+        self.asked.set()
+        assert self.go.wait(10)
+        return super().multiply(payload, tokens, matrix)
+
+
+class Liar(MlweWorker):
+    """Another product of the right size."""
+
+    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
+        return np.roll(super().multiply(payload, tokens, matrix), 2)
+
+
+@contextmanager
+def line(
+    model: PreparedModel, certs: Path, *workers: tuple[str, MlweWorker],
+    ledger: WorkerLedger | None = None, config: OwnerConfig = PATIENT, lanes: int = 2,
+) -> Iterator[tuple[OwnerClient, list[Service], MlweOwner]]:  # fmt: skip
+    """An owner and workers (certificate, cipher), each with the worker's part alone."""
+    with ExitStack() as stack:
+        part = WorkerPart.open(model.directory)
+        services = [
+            stack.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / name)))
+            for name, cipher in workers
+        ]
+        owner = MlweOwner(preset("standard"), model.public_matrix())
+        model.guard(owner)
+        addresses = [f"localhost:{service.port}" for service in services]
+        client = stack.enter_context(
+            connected(model, owner, addresses, Tls(certs / "owner"), config, lanes, ledger=ledger)
+        )
+        yield client, services, owner
+
+
+def right(model: PreparedModel, client: OwnerClient, rows: int = 3) -> bool:
+    x = np.random.default_rng(rows).standard_normal((rows, 24)).astype(np.float32)
+    return bool(np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2))
+
+
+def test_products_over_the_line(model: PreparedModel, certs: Path) -> None:
+    """Forward and backward, several lanes; the worker opened no file of an owner's."""
+    with line(model, certs, ("w0", MlweWorker(preset("standard")))) as (client, (service,), owner):
+        results: list[bool] = []
+        lanes = [
+            threading.Thread(target=lambda n=n: results.append(right(model, client, n)))  # type: ignore[misc]
+            for n in range(1, 9)
+        ]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+        assert results == [True] * 8
+        assert client.linear(1, np.ones((2, 40), np.float32)).shape == (2, 24)
+        assert service.server.meter.tasks == {"MultiplyCiphertext": 9}
+        assert owner.blocks == owner.secrets_drawn == 9
+
+
+def test_a_worker_needs_no_file_of_the_owners(model: PreparedModel, tmp_path: Path) -> None:
+    """manifest.json and worker/ are enough."""
+    (tmp_path / "worker").mkdir()
+    for file in (model.directory / "worker").iterdir():
+        (tmp_path / "worker" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "manifest.json").write_bytes((model.directory / "manifest.json").read_bytes())
+    part = WorkerPart.open(tmp_path)
+    assert part.catalogue == model.catalogue()
+    assert np.array_equal(part.weights[0], model.worker_weights()[0])
+
+
+def test_a_cut_line_is_survived_by_the_only_worker(model: PreparedModel, certs: Path) -> None:
+    """In mid-request: the same bytes go out over the next connection, nothing is encrypted anew."""
+    slow = Slow()
+    with line(model, certs, ("w0", slow)) as (client, (service,), owner):
+        done: list[bool] = []
+        lane = threading.Thread(target=lambda: done.append(right(model, client)))
+        lane.start()
+        assert slow.asked.wait(10)
+        for link in list(service.listener._links.values()):
+            link.close("cut")
+        slow.go.set()
+        lane.join(20)
+        assert done == [True]
+        assert owner.blocks == owner.secrets_drawn == 1
+        assert right(model, client)
+
+
+def test_a_restarted_worker_is_found_again(model: PreparedModel, certs: Path) -> None:
+    """At the same address, with an empty memory."""
+    part, cipher = WorkerPart.open(model.directory), MlweWorker(preset("standard"))
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    with ExitStack() as stack:
+        first = ExitStack()
+        service = first.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / "w0")))
+        client = stack.enter_context(
+            connected(model, owner, [f"localhost:{service.port}"], Tls(certs / "owner"), PATIENT)
+        )
+        assert right(model, client)
+        first.close()
+        stack.enter_context(serving(part, cipher, "127.0.0.1", service.port, Tls(certs / "w0")))
+        assert right(model, client)
+
+
+def test_a_liar_is_known_by_its_key(model: PreparedModel, certs: Path, tmp_path: Path) -> None:
+    """At another address, in another session: refused before a request reaches it."""
+    path = tmp_path / "retired-workers.json"
+    ledger = WorkerLedger(path)
+    with (
+        line(model, certs, ("w0", Liar(preset("standard"))), ledger=ledger) as (client, _, _),
+        pytest.raises(RemoteLinearError, match="not the product"),
+    ):
+        right(model, client)
+    (identity,) = ledger.retired
+    assert len(identity) == 64
+    honest = ("w0", MlweWorker(preset("standard"))), ("w1", MlweWorker(preset("standard")))
+    ledger = WorkerLedger(path)
+    with line(model, certs, *honest, ledger=ledger) as (client, services, _):
+        assert all(right(model, client, n) for n in range(1, 5))
+        assert services[0].server.meter.tasks == {}
+        assert ledger.served != {identity}
+
+
+def test_an_unbelievable_worker_ends_the_run_with_the_reason(
+    model: PreparedModel, certs: Path, tmp_path: Path
+) -> None:
+    """What, where and what to do, instead of a time-out."""
+    Authority().issue(tmp_path / "stranger", ["localhost"])
+    (tmp_path / "stranger" / "ca.pem").write_bytes((certs / "owner" / "ca.pem").read_bytes())
+    with (
+        _stranger(model, certs, tmp_path / "stranger") as client,
+        pytest.raises(RemoteLinearError, match=r"localhost.*is not believed.*ca\.pem"),
+    ):
+        right(model, client)
+
+
+@contextmanager
+def _stranger(model: PreparedModel, certs: Path, stranger: Path) -> Iterator[OwnerClient]:
+    part, cipher = WorkerPart.open(model.directory), MlweWorker(preset("standard"))
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    with (
+        serving(part, cipher, "127.0.0.1", 0, Tls(stranger)) as service,
+        connected(
+            model, owner, [f"localhost:{service.port}"], Tls(certs / "owner"), PATIENT
+        ) as client,
+    ):
+        yield client
+
+
+def test_a_closed_session_answers_at_once(model: PreparedModel, certs: Path) -> None:
+    """Asking after the end is an error, not a wait for ever."""
+    with line(model, certs, ("w0", MlweWorker(preset("standard")))) as (client, _, _):
+        assert right(model, client)
+    with pytest.raises(RemoteLinearError, match="closed"):
+        right(model, client)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "gpu", "gpu:", ":7", "gpu:0", "gpu:65536", "gpu:x", "::1:7", "gpu:٣"]
+)
+def test_what_is_no_address(text: str) -> None:
+    """The text says what one looks like."""
+    with pytest.raises(AddressError, match=r"gpu\.example:7443"):
+        address_of(text)
+    assert address_of("[::1]:7") == ("::1", 7)
+
+
+@pytest.mark.parametrize("host", ["gpu.example", "10.0.0.1"])
+def test_a_worker_elsewhere_needs_tls(model: PreparedModel, host: str) -> None:
+    """Said before anything is dialled."""
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    with (
+        pytest.raises(CertificateError, match="needs TLS"),
+        connected(model, owner, [f"{host}:1"], None),
+    ):
+        pass
