@@ -35,6 +35,9 @@ from protocol.messages import Frame
 
 log = logging.getLogger(__name__)
 
+_HEARING_S = 1.0
+_UNREAD_BYTES = 4096
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -141,7 +144,10 @@ class Listener:
             raw.settimeout(HANDSHAKE_S)
             owner = "plain"
             if self._context is not None:
-                connection = self._context.wrap_socket(raw, server_side=True)
+                connection = self._context.wrap_socket(
+                    raw, server_side=True, do_handshake_on_connect=False
+                )
+                connection.do_handshake()
                 owner = identity_of(connection)
             direction, number = read_preface(connection)
             if not self._pair(owner, number, direction, connection):
@@ -150,6 +156,7 @@ class Listener:
         except (OSError, ssl.SSLError, ValueError) as error:
             # A reason of a library may quote what a stranger sent; its type is enough.
             log.info("a connection was turned away: %s", type(error).__name__)
+            _let_it_hear(connection)
             connection.close()
         finally:
             self._opening.release()
@@ -205,3 +212,18 @@ class Listener:
         )  # fmt: skip
         self._links[name] = link
         return link
+
+
+def _let_it_hear(connection: socket.socket) -> None:
+    """Wait until the other side has read why it is turned away, or for a second.
+
+    Closing a socket with bytes that nobody has read resets the connection, and the alert that says
+    what is wrong with a certificate would be lost with it.
+    """
+    with suppress(OSError, ValueError):
+        connection.settimeout(_HEARING_S)
+        socket.socket.shutdown(connection, socket.SHUT_WR)
+        unread = bytearray(_UNREAD_BYTES)
+        until = time.monotonic() + _HEARING_S
+        while time.monotonic() < until and socket.socket.recv_into(connection, unread):
+            pass
