@@ -20,6 +20,7 @@ import importlib.util
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,8 @@ Loss curves: {f["plot"]}
 """
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -277,7 +279,11 @@ def main() -> None:
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     with clean_exit():
         use_kernel(args.kernel)
         figures = Quickstart(args).run()

@@ -30,6 +30,7 @@ class Line:
     """Listens on `port` and passes every connection on to `target`, until it is closed.
 
     reader  makes, for each connection, what is shown the bytes from the owner before they pass
+    passed  bytes so far, both ways
     """
 
     def __init__(self, target: int, reader: Callable[[], Reader] | None = None) -> None:
@@ -37,6 +38,7 @@ class Line:
         self._reader = reader or (lambda: lambda data: None)
         self._socket = socket.create_server((HOST, 0))
         self.port: int = self._socket.getsockname()[1]
+        self.passed = 0
         self._lock = threading.Lock()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._flowing, self._refusing, self._closed = threading.Event(), False, False
@@ -110,6 +112,7 @@ class Line:
                     if pair not in self._pairs:
                         break  # dropped meanwhile: it never passed
                     read(data)
+                    self.passed += len(data)
                 end.sendall(data)
         with self._lock:
             self._pairs.discard(pair)
