@@ -19,7 +19,7 @@ from backends.ledger import LedgerError
 from backends.net.owner import RemoteLinearError
 from backends.net.remote import AddressError
 from backends.net.tls import CertificateError
-from backends.nn.checkpoint import ResumeError
+from backends.nn.checkpoint import ResumeError, SaveError
 from backends.nn.data import DataError
 from backends.nn.sources import CheckpointError
 from backends.nn.trainer import TaintedError, TrainingInterrupted
@@ -47,9 +47,9 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     except torch.OutOfMemoryError:
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
     except (
-        CheckpointError, DataError, PreparationError, ResumeError, RemoteLinearError,
-        NonFiniteInputError, FloatingPointError, GpuError, KernelError, LedgerError, TaintedError,
-        CertificateError, AddressError, *mendable,
+        CheckpointError, DataError, PreparationError, ResumeError, SaveError,
+        RemoteLinearError, NonFiniteInputError, FloatingPointError, GpuError, KernelError,
+        LedgerError, TaintedError, CertificateError, AddressError, *mendable,
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
 

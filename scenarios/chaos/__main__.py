@@ -23,6 +23,13 @@ cores. A violation prints its seed, the commit and the drawn options; the exit s
 
 The last one checks the checks: it plants known defects (tests/planted/) in a copy of this source
 tree, one at a time, and tells how many seeds each took to be found. Expected: all of them.
+
+None of this is real but the arithmetic. For processes that are really killed, over a line that is
+really cut, say --processes (without a number; it has options of its own):
+
+    python -m scenarios.chaos --processes --kills 200 --json kills.json
+    python -m scenarios.chaos --processes --quickstart --json quickstart.json
+    python -m scenarios.chaos --processes --help
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +66,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--seed", type=int, metavar="S", help="run one seed in this process")
     what.add_argument("--planted", action="store_true", help="look for every planted defect")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="first of the seeds")
-    parser.add_argument("--processes", type=int, metavar="P", help="default: one a core")
+    parser.add_argument(
+        "--processes", type=int, metavar="P",
+        help="run seeds on so many cores (all); without a number, see above",
+    )  # fmt: skip
     parser.add_argument("--stop-at-first", action="store_true", help="end at the first violation")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="with --planted: these defects only"
@@ -168,8 +179,24 @@ def single(options: argparse.Namespace) -> int:
     return int(bool(result.violation))
 
 
+def for_crashes(arguments: Sequence[str]) -> list[str] | None:
+    """The rest of a command line that has `--processes` without a number; None for any other."""
+    places = [n for n, argument in enumerate(arguments) if argument == "--processes"]
+    for n in places:
+        if not arguments[n + 1 : n + 2] or arguments[n + 1].startswith("-"):
+            return [*arguments[:n], *arguments[n + 1 :]]
+    return None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
+    rest = for_crashes(sys.argv[1:] if arguments is None else arguments)
+    if rest is not None:
+        # Only here: it shares nothing with what is simulated.
+        from scenarios.crashes.__main__ import main as crash
+
+        crash(rest)
+        return
     options = parse(arguments)
     # A polite request to end is taken like Ctrl-C: processes and scratch files are cleared away.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

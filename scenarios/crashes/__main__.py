@@ -28,6 +28,7 @@ ends the run with one line that names the seed and where the logs are, and with 
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record.write(options.json, figures)
     if found is not None:
         sys.exit(f"FOUND at seed {options.seed}: {found}; logs in {place}")
+    shutil.rmtree(place)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@ See `python -m scenarios.chaos --processes --help`, and `verdict.py` for what is
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from scenarios.crashes import plan
+from scenarios.crashes.disk import DamageError
 from scenarios.crashes.plan import Fault
 from scenarios.crashes.training import Bench, Failure, Training, adapters_by_step
 from scenarios.crashes.verdict import Reference, Verdict, judge
@@ -45,7 +45,7 @@ class Campaign:
         self.trainings: Counter[str] = Counter()
         self.left_behind = 0
         self.lives = 0
-        self._seed, self._place = seed, place
+        self._seed, self.place = seed, place
         logs = place / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self._bench = Bench(starter, place / "model", certificates, logs, steps, owner)
@@ -56,8 +56,12 @@ class Campaign:
         """Processes killed so far."""
         return self.killed.total()
 
-    def prepare(self) -> None:
-        """The public set-up, and what undisturbed trainings come to."""
+    def bench_of(self, owner: tuple[str, ...]) -> Bench:
+        """The same bench for another owner's command."""
+        return replace(self._bench, owner=owner)
+
+    def prepare(self, undisturbed: Sequence[str] = UNDISTURBED) -> None:
+        """The public set-up, and what undisturbed trainings, over these lines, come to."""
         log = self._bench.logs / "prepare.log"
         child = self._bench.starter.start(
             "scenarios.crashes.owner", ["--model", str(self._bench.model), "--prepare"], log
@@ -65,11 +69,9 @@ class Campaign:
         if wait(child, _PREPARING_S) != 0:
             raise Failure(f"no model could be prepared: {log.read_text()[-300:]}")
         adapters, losses, counts = [], [], set()
-        for number, transport in enumerate(UNDISTURBED):
-            place = self._place / f"undisturbed-{number}-{transport}"
-            by_step, history, books = adapters_by_step(
-                self._bench, place, transport, self.wire
-            )
+        for number, transport in enumerate(undisturbed):
+            place = self.place / f"undisturbed-{number}-{transport}"
+            by_step, history, books = adapters_by_step(self._bench, place, transport, self.wire)
             adapters.append(by_step)
             losses.append(history)
             counts |= {len(book.life.requests) for book in books if book.life is not None}
@@ -99,7 +101,7 @@ class Campaign:
     ) -> Fault:  # fmt: skip
         """One training to its end; returns the fault that is due next."""
         assert self.reference is not None
-        with Training(self._bench, self._place / name, transport, self.wire) as training:
+        with Training(self._bench, self.place / name, transport, self.wire) as training:
             while self.kills < kills and self._inflict(training, fault):
                 bar.update(self.kills - bar.n)
                 fault = next(faults)
@@ -108,9 +110,7 @@ class Campaign:
         self.trainings[transport] += 1
         self.lives += len(training.books)
         self.left_behind += training.left_behind()
-        verdict = judge(
-            name, training.books, training.losses(), training.accused(), self.reference
-        )
+        verdict = judge(name, training.books, training.losses(), training.accused(), self.reference)
         self.verdict.add(verdict)
         bar.set_postfix(trainings=self.trainings.total(), found=len(self.verdict.found))
         if verdict.clean:
@@ -165,16 +165,12 @@ class Campaign:
             "requests_read": self.wire.seen,
             "requests_per_step": reference.requests_per_step,
             "unfinished_directories_left": self.left_behind,
-            "undisturbed_trainings": len(UNDISTURBED),
+            "undisturbed_trainings": reference.trainings,
             "undisturbed_distance": float(reference.noise[-1]),
             "last_step_moves": float(reference.one_step[-1]),
-            "distances_in_undisturbed_distances": [round(d, 3) for d in sorted(distances)],
+            "distances_in_undisturbed_distances": [round(float(d), 3) for d in sorted(distances)],
             "loss_noise": reference.loss_noise,
         }
-
-    def clear_away(self) -> None:
-        """Delete everything; nothing was found."""
-        shutil.rmtree(self._place)
 
 
 def run(
@@ -182,23 +178,17 @@ def run(
     owner: tuple[str, ...] = ("scenarios.crashes.owner",), steps: int = STEPS,
 ) -> tuple[dict[str, Any], str | None]:  # fmt: skip
     """A whole campaign: its figures, and one line about what was found, if anything."""
-    with ExitStack() as stack:
-        campaign = Campaign(starter, certificates, place, seed, owner, steps)
-        begun = time.perf_counter()
-        campaign.prepare()
-        prepared = time.perf_counter()
-        why = None
-        try:
-            stack.callback(lambda: None)
-            campaign.run(kills)
-        except Failure as failure:
-            why = str(failure)
-        figures = campaign.figures()
-        figures["seconds"] = round(time.perf_counter() - prepared, 1)
-        figures["seconds_undisturbed"] = round(prepared - begun, 1)
-        if why is not None:
-            figures["found"] = [why, *figures["found"]]
-        if figures["found"]:
-            return figures, figures["found"][0]
-        campaign.clear_away()
-        return figures, None
+    campaign = Campaign(starter, certificates, place, seed, owner, steps)
+    begun = time.perf_counter()
+    campaign.prepare()
+    prepared = time.perf_counter()
+    why = []
+    try:
+        campaign.run(kills)
+    except (Failure, DamageError) as failure:
+        why = [str(failure)]
+    figures = campaign.figures()
+    figures["seconds"] = round(time.perf_counter() - prepared, 1)
+    figures["seconds_undisturbed"] = round(prepared - begun, 1)
+    found = figures["found"] = why + figures["found"]
+    return figures, found[0] if found else None

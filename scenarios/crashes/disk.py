@@ -1,4 +1,4 @@
-"""What lies in a run's directory, seen from outside: which checkpoints are complete, and their bits.
+"""What lies in a run's directory, seen from outside: complete checkpoints, and their bits.
 
 A reading of its own of what the project's documents promise: a checkpoint is the directory
 `step-NNNNNN`, which appears whole or not at all, with an adapter and the loss of every step.

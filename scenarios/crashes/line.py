@@ -99,7 +99,9 @@ class Line:
                 self._pairs.add((near, far))
             read = self._reader()
             for way in ((near, far, read), (far, near, lambda data: None)):
-                threading.Thread(target=self._pass_on, args=((near, far), *way), daemon=True).start()
+                threading.Thread(
+                    target=self._pass_on, args=((near, far), *way), daemon=True
+                ).start()
 
     def _pass_on(
         self, pair: tuple[socket.socket, socket.socket], start: socket.socket,

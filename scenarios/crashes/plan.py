@@ -69,7 +69,7 @@ def moments(seed: int, count: int) -> list[float]:
 
 
 def digest(seed: int, count: int) -> str:
-    """16 hex digits of the first faults and transports of a seed: the same plan, the same digits."""
+    """16 hex digits of the first faults and transports of a seed: the plan, told in short."""
     drawn = [astuple(fault) for fault in itertools.islice(faults(seed), count)]
     ways = list(itertools.islice(transports(seed), count))
     return hashlib.sha256(repr((drawn, ways)).encode()).hexdigest()[:16]

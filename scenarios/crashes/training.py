@@ -201,6 +201,10 @@ class Training:
         assert self._owner is not None
         book.ended = self._owner.poll() == 0
 
+    def kept(self) -> int:
+        """The last step of which a complete checkpoint is there."""
+        return disk.newest(self._checkpoints)
+
     def losses(self) -> list[float]:
         """Of all steps, as the newest checkpoint has them."""
         return disk.losses_of(disk.kept(self._checkpoints)[disk.newest(self._checkpoints)])
@@ -248,7 +252,7 @@ def adapters_by_step(
     copies.mkdir(parents=True)
 
     def look(checkpoints: Path) -> None:
-        for step, found in disk.kept(checkpoints).items():
+        for found in disk.kept(checkpoints).values():
             target = copies / found.name
             if not target.exists():
                 disk.save_copy(found, target)

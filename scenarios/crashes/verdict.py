@@ -51,9 +51,7 @@ class Reference:
         self.steps = len(adapters[0]) - 1
         self.requests_per_step = requests_per_step
         self._middle = np.mean(adapters, axis=0)
-        apart = [
-            np.linalg.norm(a - b, axis=1) for a, b in itertools.combinations(adapters, 2)
-        ]
+        apart = [np.linalg.norm(a - b, axis=1) for a, b in itertools.combinations(adapters, 2)]
         self.noise: NDArray[np.float64] = np.max(apart, axis=0)
         """[steps + 1]: the largest distance of two undisturbed adapters after each step."""
         moved = np.linalg.norm(np.diff(self._middle, axis=0), axis=1)
@@ -61,7 +59,7 @@ class Reference:
         """[steps + 1]: how far each step moves the adapter."""
         self._losses = np.mean(losses, axis=0)
         self.loss_noise = float(np.ptp(np.asarray(losses), axis=0).max())
-        self._all = list(adapters)
+        self.trainings = len(adapters)
 
     def distance(self, step: int, adapter: NDArray[np.float64]) -> float:
         """From the middle of the undisturbed ones after that step."""

@@ -46,10 +46,7 @@ class Life:
 
 
 class Wire:
-    """Reads plain text on its way from owners to workers; safe to call from several threads.
-
-    widths  inputs of each matrix by its number, as far as known: the width of a ciphertext
-    """
+    """Reads plain text on its way from owners to workers; safe to call from several threads."""
 
     def __init__(self) -> None:
         self.lives: list[Life] = []
@@ -125,7 +122,8 @@ def _sample(payload: bytes, tokens: int) -> NDArray[np.int64]:
     """int64[t, k] in 0 .. 2^24: the first tokens' first numbers of int8[3, T, K] digit planes."""
     planes = np.frombuffer(payload, np.int8).reshape(_LIMBS, tokens, -1)
     part = planes[:, :_TOKENS_SEEN, :_COLUMNS_SEEN].astype(np.int64)
-    return sum(part[i] << (8 * i) for i in range(_LIMBS)) % (1 << 24)
+    value: NDArray[np.int64] = part[0] + (part[1] << 8) + (part[2] << 16)
+    return np.mod(value, 1 << 24)
 
 
 def _near(a: NDArray[np.int64], b: NDArray[np.int64]) -> bool:
