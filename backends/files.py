@@ -203,6 +203,19 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory, if it is there. To whoever looks for its name it is whole, or gone.
+
+    A crash leaves the rest of it to `end_replacing`.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside)
+
+
 def end_replacing(directory: Path) -> None:
     """Clear up in `directory` after a crash within `replacing` or `replacing_directory`.
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
+from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.nn.adapters import add_lora, save_adapter
@@ -220,7 +220,7 @@ class Quickstart:
 
     def _drop_checkpoints(self) -> None:
         for name in ("private", "clear"):
-            shutil.rmtree(self.out / f"checkpoints-{name}", ignore_errors=True)
+            remove_directory(self.out / f"checkpoints-{name}")
 
 
 def summary(f: dict[str, Any]) -> str:

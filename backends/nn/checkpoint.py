@@ -21,7 +21,6 @@ import hmac
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch import nn
 from backends.files import (
     end_replacing,
     read_bounded,
+    remove_directory,
     replacing_directory,
     sync_directory,
     write_json,
@@ -131,7 +131,7 @@ def _drop_old(directory: Path, served: frozenset[str]) -> None:
         before = [path for path in found if worker not in rests_on[path]]
         kept |= set(before[-1:])
     for old in set(found) - kept:
-        shutil.rmtree(old)
+        remove_directory(old)
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_what_a_crash_left_unfinished_is_cleared_away(llama: Tiny, tmp_path: Pat
     assert after[:2] == losses
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [".notes.tmp", "data.key", "step-000002", "step-000004"]
+
+
+def test_a_half_deleted_checkpoint_is_never_seen(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while an old one is dropped leaves nothing that a resumed run stumbles over."""
+    _, losses = run(llama, "clear", directory=tmp_path, stop_after=2)
+
+    def crash(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, "clear", directory=tmp_path)
+    monkeypatch.undo()
+    _, after = run(llama, "clear", directory=tmp_path)
+    assert after[:2] == losses
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["data.key", "step-000002", "step-000004"]
 
 
 def test_resuming_with_other_settings_is_refused(llama: Tiny, tmp_path: Path) -> None:
