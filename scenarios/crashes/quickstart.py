@@ -28,7 +28,7 @@ FACTOR = 2.0
 """So far may the disturbed run be from the undisturbed ones, in distances of those."""
 _BASE = ROOT / "scenarios" / "assets" / "tiny-llama"
 _POLL_S = 0.05
-_STUCK_S = 300.0
+_STUCK_S = 600.0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from scenarios.crashes.wire import Life, Wire
 from scenarios.crashes.zygote import Child, Starter, kill, wait
 
 KILLED = -9
-STUCK_S = 90.0
+STUCK_S = 300.0
 """A training in which nothing is kept for so long, with every process up, will never end."""
 _POLL_S = 0.0005
 _LIMIT_BYTES = (16_000, 44_000)
@@ -142,7 +142,7 @@ class Training:
             time.sleep(min(left, 0.02))
         return self.running()
 
-    def wait_for_saving(self, timeout_s: float = 10.0) -> bool:
+    def wait_for_saving(self, timeout_s: float = 60.0) -> bool:
         """Wait until a checkpoint is begun; whether one was."""
         before, until = disk.being_written(self._checkpoints), time.monotonic() + timeout_s
         while not disk.being_written(self._checkpoints) - before:
@@ -180,7 +180,7 @@ class Training:
             return False
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.prlimit(self._owner.pid, resource.RLIMIT_FSIZE, (limit, hard))
-        status = wait(self._owner, 30.0)
+        status = wait(self._owner, 120.0)
         if status == 0:
             self.running()
             return False
