@@ -24,7 +24,9 @@ from scenarios.crashes.zygote import Starter, wait
 
 STEPS = 24
 UNDISTURBED = ("plain", "tls", "plain", "tls")
-_PREPARING_S = 300.0
+_PREPARING_S = 600.0
+_FAULTS_EACH = (6, 14)
+"""Faults that a training should see: with less or more, those to come are due sooner or later."""
 
 
 class Campaign:
@@ -104,12 +106,17 @@ class Campaign:
     ) -> Fault:  # fmt: skip
         """One training to its end; returns the fault that is due next."""
         assert self.reference is not None
+        count = 0
         with Training(self._bench, self.place / name, transport, self.wire) as training:
             while self.kills < kills and self._inflict(training, fault):
                 bar.update(self.kills - bar.n)
-                fault = next(faults)
+                fault, count = next(faults), count + 1
+                if count > _FAULTS_EACH[1]:  # it does not get on: the machine is slower now
+                    self.undisturbed_s *= 1.1
             while training.wait(0.1):
                 pass
+        if count < _FAULTS_EACH[0]:  # it was done too soon: the machine is faster now
+            self.undisturbed_s *= 0.7
         self.trainings[transport] += 1
         self.lives += len(training.books)
         self.left_behind += training.left_behind()
