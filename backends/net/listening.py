@@ -46,6 +46,8 @@ class Limits:
     links_each: int = 4
     links: int = 64
     opening: int = 32
+    unsent_bytes: int = 8 << 20
+    unhandled_bytes: int = 32 << 20
 
 
 @dataclass
