@@ -15,7 +15,18 @@ from backends.he.interface import WorkerCipher, carried
 from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
-from protocol.events import Dropped, Effect, FrameArrived, MultiplyCiphertext, PeerLost, Task
+from protocol.events import (
+    Dropped,
+    Effect,
+    Event,
+    FrameArrived,
+    MultiplyCiphertext,
+    PeerLost,
+    RunTask,
+    Task,
+    TaskDone,
+    TaskFailed,
+)
 from protocol.messages import Frame, Payload
 from protocol.worker import Worker, WorkerConfig
 
@@ -60,8 +71,10 @@ class WorkerServer:
             threads = 1 if cipher.launches == 1 else _WAITING * cipher.launches
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config), self._compute, reply, self._report,
-            self._crashed, threads, hooks.observe, hooks.on_task,
+            self._crashed, threads, self._observe, hooks.on_task,
         )  # fmt: skip
+        self._observed = hooks.observe
+        self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
 
     @property
     def meter(self) -> Meter:
@@ -72,7 +85,7 @@ class WorkerServer:
         """Begin to serve."""
         self._loop.start()
 
-    def deliver(self, peer: str, frame: Frame | bytearray) -> None:
+    def deliver(self, peer: str, frame: Frame | memoryview) -> None:
         """Hand over a frame that arrived from `peer`."""
         self._loop.post(FrameArrived(peer, frame))
 
@@ -83,6 +96,23 @@ class WorkerServer:
     def stop(self) -> None:
         """Stop serving."""
         self._loop.stop()
+
+    def _observe(self, event: Event, effects: Sequence[Effect]) -> None:
+        """Work of a peer that is gone is given up: it must not be done before that of others.
+
+        Nor may a peer that comes again and again, under new names, leave work behind without bound.
+        """
+        match event:
+            case FrameArrived(peer):
+                for effect in effects:
+                    if isinstance(effect, RunTask):
+                        self._in_work[effect.task] = peer
+            case TaskDone(task) | TaskFailed(task):
+                self._in_work.pop(task, None)
+            case PeerLost(peer):
+                for task in [task for task, whose in self._in_work.items() if whose == peer]:
+                    self._loop.cancel(task)
+        self._observed(event, effects)
 
     def _compute(self, task: Task) -> object:
         assert isinstance(task, MultiplyCiphertext)
