@@ -122,7 +122,7 @@ class Link:
         if size > self._frame_max:
             raise ProtocolError(f"a frame of {size} bytes; at most {self._frame_max} can be right")
         # Not a bytearray, which would be filled with zeros, and so take its memory, at once.
-        frame = memoryview(np.empty(size, np.uint8))
+        frame = np.empty(size, np.uint8).data
         frame[:HEADER_BYTES] = header
         self._fill(frame, HEADER_BYTES)
         if self._ended.is_set():  # what its socket still holds of a link that was given up

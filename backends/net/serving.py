@@ -19,7 +19,6 @@ from backends.net.worker import WorkerServer
 from protocol.events import Effect, Event, FrameArrived
 from protocol.worker import WorkerConfig
 
-
 _COST_BYTES = 512
 """Of a frame that waits, beyond its length."""
 

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> Verdict:
     if not args.only:
         throw_at_machines(args.seed, args.inputs - live, verdict)
         verdict.figures["in_process_seconds"] = round(time.monotonic() - start, 1)
-        print(f"in process: {verdict.inputs.total():,} inputs, {dict(verdict.found) or 'no finding'}")
+        print(
+            f"in process: {verdict.inputs.total():,} inputs, {dict(verdict.found) or 'no finding'}"
+        )
     with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
         attack_lines(
             Path(directory), live, args.seed, verdict, Bounds(), patience_s=12.0, only=args.only
@@ -79,7 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{line:5} {name:24} {spent}")
     for what in verdict.told:
         print(f"FOUND {what}")
-    print(", ".join(f"{figures[k]:,} {k}" for k in ("inputs", "crashes", "hangs", "memory_over_bound")))
+    print(
+        ", ".join(
+            f"{figures[k]:,} {k}" for k in ("inputs", "crashes", "hangs", "memory_over_bound")
+        )
+    )
     record.write(args.json, figures)
     sys.exit(0 if verdict.clean else 1)
 

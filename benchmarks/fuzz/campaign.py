@@ -67,7 +67,9 @@ def _judge(
         verdict.crash(f"the worker's log has a stack trace: {child.log()[-600:]}")
     grown, allowed = child.peak - child.before, bounds.growth_bytes(frame_max)
     if grown > allowed:
-        verdict.memory(f"the worker grew by {grown} bytes; at most {allowed} follow from its limits")
+        verdict.memory(
+            f"the worker grew by {grown} bytes; at most {allowed} follow from its limits"
+        )
     if not good.answers:
         verdict.hang("the good owner was never answered")
     return {

@@ -171,6 +171,7 @@ class Frames:
 
     def _spliced(self) -> bytes:
         first, second = self.legal(), self.legal()
-        return first[: self._rng.randrange(len(first) + 1)] + second[
-            self._rng.randrange(len(second) + 1) :
-        ]
+        return (
+            first[: self._rng.randrange(len(first) + 1)]
+            + second[self._rng.randrange(len(second) + 1) :]
+        )

@@ -168,7 +168,9 @@ class Child:
 class Owner:
     """A good owner; each use counts, and what takes too long or is wrong is a hang."""
 
-    def __init__(self, scene: Scene, port: int, tls: bool, verdict: Verdict, bounds: Bounds) -> None:
+    def __init__(
+        self, scene: Scene, port: int, tls: bool, verdict: Verdict, bounds: Bounds
+    ) -> None:
         self._scene, self._tls, self._verdict, self._bounds = scene, tls, verdict, bounds
         self._address = f"localhost:{port}" if tls else f"127.0.0.1:{port}"
         self.answers: list[float] = []

@@ -263,7 +263,9 @@ class OwnerStage:
 
     def _compute(self, task: int, work: object) -> Event:
         if isinstance(work, Encrypt):
-            payload = _expand(task.to_bytes(8, "little"), CATALOGUE.up_bytes(work.matrix, work.tokens))
+            payload = _expand(
+                task.to_bytes(8, "little"), CATALOGUE.up_bytes(work.matrix, work.tokens)
+            )
             return TaskDone(task, (payload, payload))
         assert isinstance(work, Decrypt)
         request = MultiplyCiphertext(work.matrix, work.tokens, work.sealed)

@@ -244,7 +244,9 @@ def test_the_narrowest_limits_still_serve(model: PreparedModel) -> None:
     owner = MlweOwner(preset("standard"), model.public_matrix())
     model.guard(owner)
     with (
-        serving(part, MlweWorker(preset("standard")), "127.0.0.1", 0, None, None, limits) as service,
+        serving(
+            part, MlweWorker(preset("standard")), "127.0.0.1", 0, None, None, limits
+        ) as service,
         connected(model, owner, [f"127.0.0.1:{service.port}"], None) as client,
     ):
         for rows in range(1, 9):
