@@ -10,13 +10,15 @@ connections that hardly speak; certificates that are missing, foreign, expired, 
 Beside all that one owner trains on, and another connects anew all the time.
 
 Counted, and expected to be 0:
-  crashes            a process ended, a machine raised, the decoder raised anything but ProtocolError
-                     or took what no encoder makes, or a stack trace is in the worker's log
+  crashes            a process ended, a machine raised, the decoder raised anything but
+                     ProtocolError or took what no encoder makes, or a stack trace is in the
+                     worker's log
   hangs              a good owner did not get its right answer within the bound (10 s, connecting
                      included)
-  memory_over_bound  the worker grew by more than follows from its limits; the file has both figures
+  memory_over_bound  the worker grew by more than follows from its limits; both figures are in the
+                     file
 
-    python -m benchmarks.fuzz --inputs 20000 --only halves oversize   some attacks on the live worker
+    python -m benchmarks.fuzz --inputs 20000 --only halves oversize     some attacks, live only
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="S", help="what they are drawn from (0)")
     add("--only", nargs="+", default=[], metavar="ATTACK",
         choices=sorted({attack.__name__ for _, _, attack in PLAN}),
-        help="only these, on the live worker, with a share of the inputs as large as usual")  # fmt: skip
+        help="only these, on the live worker, each with its usual share of the inputs")  # fmt: skip
     record.add_json_option(parser)
     return parser.parse_args(arguments)
 

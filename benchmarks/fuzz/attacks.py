@@ -124,6 +124,12 @@ def drain(incoming: Any, wait_s: float = 0.0) -> None:
             pass
 
 
+def finish(incoming: Any, outgoing: Any) -> None:
+    """Say no more, and wait until all that was said has been taken: then the worker ends it too."""
+    socket.socket.shutdown(outgoing, socket.SHUT_WR)
+    drain(incoming, 5 * _WAIT_S)
+
+
 def reset(connection: Any) -> None:
     """Close with a reset, so that the other side's next word fails."""
     with suppress(OSError):
@@ -146,7 +152,7 @@ def frames_in_any_order(target: Target, rng: random.Random, count: int) -> None:
         for _ in range(1 + (rng.random() < 0.1)):
             with quietly(), target.link(rng.choice(EVIL)) as (incoming, outgoing):
                 outgoing.sendall(batch)
-                drain(incoming)
+                finish(incoming, outgoing)
 
 
 def broken_frames(target: Target, rng: random.Random, count: int) -> None:
@@ -157,6 +163,7 @@ def broken_frames(target: Target, rng: random.Random, count: int) -> None:
         target.count("broken frames", 1)
         with quietly(), target.link() as (incoming, outgoing):
             outgoing.sendall(frame)
+            finish(incoming, outgoing)
 
 
 def cut_at_every_point(target: Target, rng: random.Random, count: int) -> None:
@@ -172,6 +179,7 @@ def cut_at_every_point(target: Target, rng: random.Random, count: int) -> None:
             target.count("frames cut", 1)
             with quietly(), target.link() as (incoming, outgoing):
                 outgoing.sendall(hello(target, frames.sessions[0]) + frame[:point])
+                finish(incoming, outgoing)
 
 
 def flood_of_frames(target: Target, rng: random.Random, count: int) -> None:
@@ -185,6 +193,7 @@ def flood_of_frames(target: Target, rng: random.Random, count: int) -> None:
             for _ in range(0, share, size):
                 outgoing.sendall(burst)
                 drain(incoming)
+            finish(incoming, outgoing)
 
     links = [name for name in EVIL for _ in range(4)]
     share = -(-count // len(links))
@@ -229,7 +238,7 @@ def sessions_dropped(target: Target, rng: random.Random, count: int) -> None:
 
 def answers_cut(target: Target, rng: random.Random, count: int) -> None:
     """Greetings in a stream, while the way back has been reset: none may leave a session behind."""
-    each, sent = 200, 0
+    each, sent = 20, 0
     while sent < count:
         size = min(each, count - sent)
         sent += size
@@ -335,6 +344,7 @@ def halves(target: Target, rng: random.Random, count: int) -> None:
                 made.append(target.shaken(name))
                 made[-1].sendall(preface(direction, number))
                 if turn and index % 4 == 3:
+                    time.sleep(0.002 * rng.random())
                     reset(made.pop())  # before the worker can say that it is taken
                 else:
                     made[-1].recv(1)
@@ -365,8 +375,7 @@ def _stranger(target: Target, kind: str) -> ssl.SSLContext:
     certs = target.certs
     assert certs is not None
     if kind == "none":
-        context = ssl.create_default_context(cafile=str(certs / "good" / "ca.pem"))
-        return context
+        return ssl.create_default_context(cafile=str(certs / "good" / "ca.pem"))
     context = Tls(certs / ("good" if kind == "old TLS" else kind)).context(server=False)
     if kind == "old TLS":
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2

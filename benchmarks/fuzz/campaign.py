@@ -61,7 +61,8 @@ def attack_worker(
 
 
 def _judge(
-    child: Child, good: Owner, verdict: Verdict, bounds: Bounds, frame_max: int, spent: dict[str, Any]
+    child: Child, good: Owner, verdict: Verdict, bounds: Bounds, frame_max: int,
+    spent: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     if "Traceback" in child.log() or "cannot go on" in child.log():
         verdict.crash(f"the worker's log has a stack trace: {child.log()[-600:]}")

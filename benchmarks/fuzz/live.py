@@ -49,13 +49,14 @@ class Bounds:
 
     answer_s    seconds within which an owner whose link is open has its answer
     newcomer_s  the same for one who connects first, turned away or not
+    growth      bytes, where not those that follow from the worker's limits
     """
 
     answer_s: float = 10.0
     newcomer_s: float = 10.0
+    growth: int | None = None
 
-    @staticmethod
-    def growth_bytes(frame_max: int) -> int:
+    def growth_bytes(self, frame_max: int) -> int:
         """By how much the worker may grow over what it took before the attack.
 
         For each link that the owners here may have: a frame that arrives, `max_in_flight` in work,
@@ -63,6 +64,8 @@ class Bounds:
         1 MiB for each handshake under way, frames that wait to be handled, and 64 MiB of slack for
         allocators that keep what was freed.
         """
+        if self.growth is not None:
+            return self.growth
         limits, in_flight = Limits(), WorkerConfig().max_in_flight
         links = min(limits.links, limits.links_each * (len(EVIL) + 2))
         unsent = max(limits.unsent_bytes, 2 * frame_max)

@@ -64,10 +64,10 @@ SLOW_S = 5.0
 """One event may take a machine so long on a loaded machine; more is a hang."""
 GROWTH_BYTES = 64 << 20
 """This process may grow by so much over all inputs: machines are replaced, nothing is kept."""
-_LIFE = 500
+_LIFE = 1500
 """Inputs that one machine sees before the next one takes its place."""
-_LIMITS = WorkerConfig(max_tokens=64, max_in_flight=4, max_peers=6)
-_HOSTILE_PEERS = 9
+_LIMITS = WorkerConfig(max_tokens=64, max_in_flight=2, max_peers=6)
+_HOSTILE_PEERS = 7
 
 
 def product_of(work: MultiplyCiphertext) -> bytes:
@@ -130,6 +130,7 @@ class WorkerStage:
         self._rng, self._verdict = rng, verdict
         self.worker = Worker(CATALOGUE, _LIMITS)
         self._running: dict[int, MultiplyCiphertext] = {}
+        self._whose: dict[int, str] = {}
         self._request = 0
         self.handle(FrameArrived("good", encode(Hello(GOOD, b"p" * 32, b"m" * 32))))
 
@@ -139,15 +140,20 @@ class WorkerStage:
         for effect in effects:
             match effect:
                 case RunTask(task, MultiplyCiphertext() as work):
-                    self._running[task] = work
+                    assert isinstance(event, FrameArrived)
+                    self._running[task], self._whose[task] = work, event.peer
+                    self._count(event.peer)
                 case Send(peer, _) | Dropped(peer, _):
                     if isinstance(event, FrameArrived) and peer != event.peer:
                         self._verdict.crash(f"a frame of {event.peer} reached {peer}")
                 case _:
                     self._verdict.crash(f"a worker asked for {type(effect).__name__}")
-        if len(self._running) > (_HOSTILE_PEERS + 1) * _LIMITS.max_in_flight:
-            self._verdict.memory(f"{len(self._running)} products in work")
         return effects
+
+    def _count(self, peer: str) -> None:
+        count = sum(self._whose[task] == peer for task in self._running)
+        if count > _LIMITS.max_in_flight:
+            self._verdict.memory(f"{count} products of {peer} in work")
 
     def throw(self, kind: str, frame: bytes) -> None:
         """One hostile frame, and now and then something else that happens."""
@@ -157,7 +163,7 @@ class WorkerStage:
             chance = self._rng.random()
             if chance < 0.02:
                 self.handle(PeerLost(peer))
-            if chance < 0.2 and self._running:
+            if chance < 0.1 and self._running:
                 self._end(self._rng.choice(list(self._running)))
 
     def _end(self, task: int) -> list[Effect]:

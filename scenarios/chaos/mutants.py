@@ -33,7 +33,7 @@ from scenarios.chaos.mutation import Mutant, all_mutants, sample
 from scenarios.chaos.planted import ROOT, PatchError, chaos_finds, copy_tree
 
 TESTS = "tests/protocol"
-_LAST = "test_pair.py"
+_LAST = ("test_pair.py", "test_purity.py")
 _LEFT_OUT = f"{TESTS}/test_tables.py::test_the_page_shows_these_tables"
 _SAVE_EVERY_S = 20.0
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -53,12 +53,7 @@ class Bench:
         self.tree, self._chaos_seeds = directory, chaos_seeds
         directory.mkdir()
         copy_tree(directory)
-        files = sorted(path.name for path in (directory / TESTS).glob("test_*.py"))
-        files.sort(key=lambda name: name == _LAST)
-        self._arguments = [
-            "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "-rfE",
-            "--deselect", _LEFT_OUT, *(f"{TESTS}/{name}" for name in files),
-        ]  # fmt: skip
+        self._files = sorted(path.name for path in (directory / TESTS).glob("test_*.py"))
         self._nursery = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "scenarios.chaos.nursery"], cwd=directory,
             env=os.environ | {"PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1"},
@@ -71,11 +66,21 @@ class Bench:
         self._nursery.kill()
         self._nursery.wait()
 
-    def test(self) -> dict[str, Any]:
-        """The protocol's tests on the tree as it is."""
+    def test(self, changed: str = "") -> dict[str, Any]:
+        """The protocol's tests on the tree as it is; first those of the changed module."""
         assert self._nursery.stdin is not None
         assert self._nursery.stdout is not None
-        order = {"arguments": self._arguments, "timeout_s": self.timeout_s}
+        near = Path(changed).stem.partition("_")[0] or "nothing"
+
+        def distance(name: str) -> tuple[bool, bool, bool]:
+            return name in _LAST, near not in name, "table" in changed and "table" not in name
+
+        files = sorted(self._files, key=distance)
+        arguments = [
+            "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "-rfE",
+            "--deselect", _LEFT_OUT, *(f"{TESTS}/{name}" for name in files),
+        ]  # fmt: skip
+        order = {"arguments": arguments, "timeout_s": self.timeout_s}
         self._nursery.stdin.write(json.dumps(order) + "\n")
         self._nursery.stdin.flush()
         answer: dict[str, Any] = json.loads(self._nursery.stdout.readline())
@@ -87,12 +92,12 @@ class Bench:
         text = (ROOT / mutant.file).read_bytes()
         path.write_bytes(mutant.apply(text))
         try:
-            return self._judge()
+            return self._judge(mutant.file)
         finally:
             path.write_bytes(text)
 
-    def _judge(self) -> tuple[str, str]:
-        run = self.test()
+    def _judge(self, changed: str) -> tuple[str, str]:
+        run = self.test(changed)
         if run["status"]:
             named = _FAILED.search(run["told"])
             words = "took too long" if run["status"] == -1 else f"status {run['status']}"

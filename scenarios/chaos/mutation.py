@@ -6,6 +6,9 @@
     boolean    a condition the other way round, `and` to `or`, True to False
     statement  deleted
 
+Not changed: words for a person, types, and the defaults of a configuration, which are choices of
+ours and no promise: tests of what they lead to set their own.
+
 A mutator of our own, for the tables: they are where the protocol is, and a cell that mutmut or
 cosmic-ray can change is one literal, while half of ours come from `_ignored(...)` and `**`. Here a
 cell is changed by a line that comes after the table, whatever made it. The rest is a page of `ast`.
@@ -179,8 +182,9 @@ class _Finder(ast.NodeVisitor):
         """Types are not run."""
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        """Only what is assigned."""
-        if node.value is not None:
+        """Only what is assigned, and no default of a configuration."""
+        chosen = self._scope[-1:] and self._scope[-1].endswith("Config")
+        if node.value is not None and not chosen:
             self.visit(node.value)
 
     def visit_Assert(self, node: ast.Assert) -> None:
