@@ -70,10 +70,10 @@ class Bench:
         """The protocol's tests on the tree as it is; first those of the changed module."""
         assert self._nursery.stdin is not None
         assert self._nursery.stdout is not None
-        near = Path(changed).stem.partition("_")[0] or "nothing"
+        near = "page" if "table" in changed else Path(changed).stem.partition("_")[0] or "nothing"
 
-        def distance(name: str) -> tuple[bool, bool, bool]:
-            return name in _LAST, near not in name, "table" in changed and "table" not in name
+        def distance(name: str) -> tuple[bool, bool]:
+            return name in _LAST, near not in name
 
         files = sorted(self._files, key=distance)
         arguments = [
@@ -211,7 +211,7 @@ def hunt(
         known = earlier.get((mutant.file, mutant.where, mutant.line, mutant.before, mutant.after))
         if mutant.key in EQUIVALENT:
             rows[mutant] = _row(mutant, "equivalent", EQUIVALENT[mutant.key], 0.0)
-        elif known is not None and known["outcome"] != "equivalent":
+        elif known is not None and known["outcome"] == "killed":
             rows[mutant] = known
     left = [mutant for mutant in chosen if mutant not in rows]
     start = saved = time.monotonic()
