@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from benchmarks.fuzz.inputs import Frames, stream
-from benchmarks.fuzz.verdict import Verdict, rss_bytes
+from benchmarks.fuzz.verdict import Verdict, memory_bytes
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.errors import ProtocolError
 from protocol.events import (
@@ -392,10 +392,10 @@ def throw_at_machines(seed: int, count: int, verdict: Verdict) -> None:
              (throw_at_owner, count // 4))  # fmt: skip
     for throw, share in parts:
         throw(seed, min(share, 1000), Verdict())  # caches fill, and code is loaded
-    before = rss_bytes()
+    before = memory_bytes()
     for throw, share in parts:
         throw(seed, share, verdict)
-    grown = rss_bytes() - before
+    grown = memory_bytes() - before
     verdict.figures["in_process_growth_bytes"] = grown
     if grown > GROWTH_BYTES:
         verdict.memory(f"this process grew by {grown} bytes over {count} inputs")
