@@ -306,7 +306,7 @@ class Prices:
             ) from None
 
 
-GPU_HOUR = {"h200": 3.5, "a100": 1.8, "l4": 0.7, "rtx4090": 0.4}
+GPU_HOUR = {"h200": 3.5, "h100": 2.5, "a100": 1.8, "l4": 0.7, "rtx4090": 0.4}
 """Typical rents in $/h; assumptions, not quotes."""
 
 

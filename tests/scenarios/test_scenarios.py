@@ -28,6 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scenarios.llama1b",
         "scenarios.prepare",
         "scenarios.make_tiny_llama",
+        "benchmarks.gpu_fidelity",
         "benchmarks.he_linear",
         "benchmarks.integrity",
         "benchmarks.sim_speed",
