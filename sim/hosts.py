@@ -135,7 +135,8 @@ class WorkerHost:
         self.sent_bytes = 0
         self._world = world
         self.device = Device(world.env, self.name, world.config.worker, processor, servers=1)
-        machine = Worker(world.catalogue, WorkerConfig(max_tokens=1 << 20, max_in_flight=1 << 16))
+        unlimited = WorkerConfig(1 << 20, 1 << 16, max_bytes=1 << 60, max_bytes_all=1 << 60)
+        machine = Worker(world.catalogue, unlimited)
         self._actor = Actor(world.env, self.name, machine, self._transmit, self._perform)
         self._asked = ("", 0)
 

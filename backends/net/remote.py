@@ -6,6 +6,7 @@ caught workers it is known by its public key, so that another address gives it n
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,9 @@ def connected(
 
     Raises AddressError, or CertificateError for a worker elsewhere without TLS.
     """
-    addresses = {text: address_of(text) for text in workers}
+    # Owners that name the same workers begin with different ones.
+    turn = secrets.randbelow(max(1, len(workers)))
+    addresses = {text: address_of(text) for text in (*workers[turn:], *workers[:turn])}
     if tls is None:
         for host, _ in addresses.values():
             require_loopback(host)
