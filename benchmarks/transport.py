@@ -1,6 +1,7 @@
 """How fast do frames travel between two processes, and what do they cost?
 
-    python -m benchmarks.transport --json FILE        a minute
+    python -m benchmarks.transport --json FILE              a minute
+    python -m benchmarks.transport --llama1b --json FILE    a training step, ten minutes on 2 cores
 
 Two processes of this machine, joined by loopback: an owner sends requests of the size of a
 2048x2048 layer over 256 tokens, eight under way at once, and a worker answers each with as many
@@ -25,6 +26,7 @@ from typing import Any
 from backends.net.dialling import Dialler
 from backends.net.listening import Listener
 from backends.net.tls import Tls
+from benchmarks import two_processes
 from protocol.messages import Multiply, Product, decode, encode
 from scenarios import record
 from scenarios.certs import Authority
@@ -124,8 +126,16 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--seconds", type=positive, default=5, help="of each measurement (5)")
     parser.add_argument("--rounds", type=positive, default=3, help="medians over these (3)")
+    parser.add_argument("--llama1b", action="store_true", help="a training step of the 1B's shape")
     record.add_json_option(parser)
     args = parser.parse_args()
+    if args.llama1b:
+        with clean_exit():
+            figures = two_processes.measure(two_processes.Size())
+        for name in ("step_ratio", "owner_cpu_ratio", "owner_rss_ratio"):
+            print(f"{name:16s} {figures[name]:.2f}")
+        record.write(args.json, figures)
+        return
     with clean_exit():
         figures = run(args.seconds, args.rounds)
     for prefix, name in (("", "mutual TLS 1.3"), ("plain_", "plain TCP")):

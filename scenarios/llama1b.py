@@ -34,6 +34,7 @@ import json
 import shutil
 import sys
 import sysconfig
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -54,7 +55,7 @@ from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import WeightSource, human_bytes
 from backends.nn.trainer import TrainConfig, Trainer
 from scenarios import record, simulated
-from scenarios.clear_peer import DTYPES, ClearPeer, clear_times_ms
+from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.hardware import Hardware, check_memory, chosen
 from scenarios.preparation import add_model_options, base_source, prepared_for
@@ -172,12 +173,16 @@ def clear_peer(args: argparse.Namespace) -> None:
             sys.exit(0)
 
     def on_step(step: int, loss: float) -> None:
-        print(json.dumps({"seconds": trainer.step_seconds[-1], "loss": loss}), flush=True)
+        nonlocal used_s
+        before_s, used_s = used_s, time.process_time()
+        told = {"seconds": trainer.step_seconds[-1], "loss": loss, "cpu_s": used_s - before_s}
+        print(json.dumps(told), flush=True)
         if step < setup.training.steps:
             wait()
 
     print(json.dumps({"ready": True}), flush=True)
     wait()
+    used_s = time.process_time()
     trainer.train(on_step)
 
 
@@ -187,7 +192,8 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.usages: list[Usage] = []
-        self.clear: list[tuple[float, float]] = []
+        self.cpu_s: list[float] = []
+        self.clear: list[ClearStep] = []
         self.clear_facts: dict[str, Any] = {}
 
     def run(self, argv: list[str]) -> dict[str, Any]:
@@ -247,13 +253,14 @@ class Run:
         peer: ClearPeer | None,
         trace: RealTrace | None,
     ) -> None:
-        last = session.usage()
+        last, used_s = session.usage(), time.process_time()
 
         def on_step(step: int, loss: float) -> None:
-            nonlocal last
-            now = session.usage()
+            nonlocal last, used_s
+            now, now_s = session.usage(), time.process_time()
             self.usages.append(now.since(last))
-            last = now
+            self.cpu_s.append(now_s - used_s)
+            last, used_s = now, now_s
             if peer is not None:
                 self.clear.append(peer.step())
 
@@ -281,6 +288,7 @@ class Run:
                 "private_step_s": step_s,
                 "private_steps_s": trainer.step_seconds,
                 "tokens_per_s": tokens / step_s,
+                "cpu_s": median(self.cpu_s),
                 "owner_s": median(u.owner_s for u in self.usages),
                 "worker_s": median(u.worker_s for u in self.usages),
                 "copied_s": median(u.copied_s for u in self.usages),
@@ -290,9 +298,10 @@ class Run:
                 "blocks_per_step": median(u.blocks for u in self.usages),
             }
         if self.clear:
-            figures["clear_step_s"] = median(seconds for seconds, _ in self.clear)
-            figures["clear_steps_s"] = [seconds for seconds, _ in self.clear]
-            figures["clear_losses"] = [loss for _, loss in self.clear]
+            figures["clear_step_s"] = median(step.seconds for step in self.clear)
+            figures["clear_steps_s"] = [step.seconds for step in self.clear]
+            figures["clear_losses"] = [step.loss for step in self.clear]
+            figures["clear_cpu_s"] = median(step.cpu_s for step in self.clear)
             figures |= self.clear_facts
             pairs = zip(trainer.step_seconds, figures["clear_steps_s"], strict=False)
             figures["private_over_clear"] = median(ours / theirs for ours, theirs in pairs)
