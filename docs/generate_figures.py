@@ -393,28 +393,24 @@ def gpu_fidelity() -> str:
     rows.append(["**step**", own["real_s"], own["simulated_s"], other["simulated_s"]])
     table = "\n".join(f"| {word} | {' | '.join(f'{x:.3f}' for x in xs)} |" for word, *xs in rows)
     known = own["simulated_parts_s"]["cipher"] + own["simulated_parts_s"]["products"]
-    best = known + real["layers"]
+    left = (known + real["layers"]) / (own["real_s"] - real["rest"]) - 1
     cipher = other["simulated_parts_s"]["cipher"] / real["cipher"] - 1
     return f"""### A GPU, simulated against real
 
 One step of the 1B with {own["tokens"]:,} tokens in one lane, owner and worker on one H100, in \
-seconds: measured, on the profile measured in the same run (`h100`), and on the H200's data sheet \
-and assumptions (`h200`: the same multiprocessors, faster memory).
+seconds: measured, on a profile measured on such a machine an hour later (`h100`), and on the \
+H200's data sheet and assumptions (`h200`: the same multiprocessors, faster memory).
 
 | part | measured | simulated, `h100` | simulated, `h200` |
 | --- | --- | --- | --- |
 {table}
 | error | | **{own["error"]:+.1%}** | **{other["error"]:+.1%}** |
 
-Neither is good. `h100` is too slow for one reason: it gives each of {own["local_launches"]:,.0f} \
-launches of the owner's layers {1e6 * own["local_launch_s"]:.0f} us, and the measured step leaves \
-at most {1e6 * own["local_launch_s_at_most"]:.0f}. Its figure is the mean of 100 launches of one \
-kernel, the very first among them; the benchmark has since left that one out, and has not run \
-again. With the layers as measured, the rest of the profile gives {best:.3f} s \
-({best / own["real_s"] - 1:+.0%}): what is missing then is hand-over between threads and a device \
-without work, which the simulator does not know on a GPU. `h200` is too quick for that same \
-reason, and because by its assumptions the owner's cipher takes {-cipher:.0%} less than it did on \
-the H100. So what data sheets say of an owner on a GPU is too good. In the studies below the owner \
+Neither is good, and for one reason: hand-over between threads, and a device without work, which \
+the simulator does not know on a GPU. They are the rest of the waiting, {real["rest"]:.3f} s of \
+the measured step; without it the `h100` figures would be {left:+.0%} off, with the layers as measured. `h200` is quicker still, because by its assumptions the owner's \
+cipher takes {-cipher:.0%} less than it did on the H100. \
+So what data sheets say of an owner on a GPU is too good. In the studies below the owner \
 is a CPU behind a network, and the GPU a small part of the time.
 
 {origin(f)}"""
