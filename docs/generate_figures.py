@@ -408,10 +408,11 @@ H200's data sheet and assumptions (`h200`: the same multiprocessors, faster memo
 
 Neither is good, and for one reason: hand-over between threads, and a device without work, which \
 the simulator does not know on a GPU. They are the rest of the waiting, {real["rest"]:.3f} s of \
-the measured step; without it the `h100` figures would be {left:+.0%} off, with the layers as measured. `h200` is quicker still, because by its assumptions the owner's \
-cipher takes {-cipher:.0%} less than it did on the H100. \
-So what data sheets say of an owner on a GPU is too good. In the studies below the owner \
-is a CPU behind a network, and the GPU a small part of the time.
+the measured step; without it the `h100` figures would be {left:+.0%} off, with the layers as \
+measured. `h200` is quicker still, because by its assumptions the owner's cipher takes \
+{-cipher:.0%} less than it did on the H100. So what data sheets say of an owner on a GPU is too \
+good. In the studies below the owner is a CPU behind a network, and the GPU a small part of the \
+time.
 
 {origin(f)}"""
 
