@@ -26,13 +26,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from backends.errors import UserError
 from backends.files import replacing_directory
 from scenarios.cli import clean_exit
 
 _DAYS = 365
 
 
-class OutError(ValueError):
+class OutError(UserError):
     """There is something already where the certificates would go."""
 
 
@@ -131,7 +132,7 @@ def main() -> None:
     )  # fmt: skip
     args = parser.parse_args()
     hosts = args.worker or ["localhost", "127.0.0.1"]
-    with clean_exit(OutError):
+    with clean_exit():
         for side in ("owner", "worker"):
             if (args.out / side).exists():
                 raise OutError(f"{args.out / side} is there already; choose another --out")

@@ -34,7 +34,7 @@ from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import human_bytes
+from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import add_model_options, base_source, prepared_for

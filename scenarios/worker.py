@@ -24,20 +24,21 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from backends.errors import UserError
 from backends.he.interface import WorkerCipher
 from backends.he.manifest import PreparationError
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
 from backends.he.store import WorkerPart
+from backends.net.addresses import address_of
 from backends.net.serving import serving
 from backends.net.tls import Tls
-from backends.nn.sources import human_bytes
+from backends.units import human_bytes
 from protocol.worker import WorkerConfig
 from scenarios.cli import add_kernel_option, clean_exit, positive, use_kernel
-from scenarios.session import address_of
 
 
-class ListenError(ValueError):
+class ListenError(UserError):
     """The worker cannot listen where it was told to."""
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    with clean_exit(ListenError):
+    with clean_exit():
         if args.backend == "cpu":
             use_kernel(args.kernel)
         run(args)

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from backends.errors import UserError
 from backends.files import read_bounded, write_json
 from backends.he.matmul.interface import MAX_INPUTS
 from backends.he.params import RING_DEGREE, Parameters
@@ -47,7 +48,7 @@ _LONGEST_NAME = 2000  # characters; a group's name has those of its members
 _T = TypeVar("_T")
 
 
-class PreparationError(RuntimeError):
+class PreparationError(UserError, RuntimeError):
     """A prepared model cannot be made or used; the text says what to do."""
 
 

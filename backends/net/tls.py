@@ -25,6 +25,8 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from backends.errors import UserError
+
 HANDSHAKE_S = 10.0
 """Seconds for TLS and the preface together: who is slower is turned away."""
 _KEEPALIVE_S = 30
@@ -39,7 +41,7 @@ TAKEN, FULL = b"\x01", b"\x00"
 """What the listening side answers to a preface."""
 
 
-class CertificateError(ValueError):
+class CertificateError(UserError, ValueError):
     """Certificates are missing, unusable or not believed; the text says which and what to do."""
 
 

@@ -18,8 +18,9 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
 from backends.ledger import WorkerLedger
+from backends.net.addresses import AddressError, address_of
 from backends.net.owner import OwnerClient, RemoteLinearError
-from backends.net.remote import AddressError, address_of, connected
+from backends.net.remote import connected
 from backends.net.serving import Service, serving
 from backends.net.tls import CertificateError, Tls
 from protocol.owner_memory import OwnerConfig
