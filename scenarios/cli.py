@@ -63,8 +63,8 @@ def add_kernel_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def use_kernel(name: str | None) -> Kernel:
-    """Choose this process's kernel, and that of those it starts, and say which one it is.
+def choose_kernel(name: str | None) -> Kernel:
+    """Choose this process's kernel, and that of those it starts.
 
     Raises KernelError when this processor cannot run it.
     """
@@ -72,7 +72,12 @@ def use_kernel(name: str | None) -> Kernel:
 
     if name is not None:
         os.environ[VARIABLE] = name
-    kernel = chosen_kernel()
+    return chosen_kernel()
+
+
+def use_kernel(name: str | None) -> Kernel:
+    """`choose_kernel`, and say which one it is."""
+    kernel = choose_kernel(name)
     print(f"kernel: {kernel.name}{kernel.warning and f' (slow: {kernel.warning})'}")
     return kernel
 
