@@ -78,7 +78,10 @@ class Workers:
             host, _ = address_of(text)
             if args.tls is None:
                 require_loopback(host)
-        return cls(tuple(args.worker), None if args.tls is None else Tls(args.tls))
+        tls = None if args.tls is None else Tls(args.tls)
+        if tls is not None:
+            tls.require_current()
+        return cls(tuple(args.worker), tls)
 
 
 HERE = Workers()

@@ -33,6 +33,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
@@ -52,6 +53,8 @@ from backends.net.tls import Tls, require_loopback
 from protocol.worker import WorkerConfig
 from scenarios.cli import add_kernel_option, choose_kernel, clean_exit, positive
 from scenarios.worker_log import FORMATS, EventLog, capture_logging
+
+_SOON_DAYS = 14
 
 
 class ListenError(UserError):
@@ -78,6 +81,13 @@ def cipher_of(args: argparse.Namespace, parameters: Parameters) -> tuple[WorkerC
 
     gpu = find_gpu()
     return CudaWorker(parameters, gpu), gpu.name
+
+
+def warn_of_expiry(directory: Path, end: datetime) -> None:
+    """While there is time to make new ones."""
+    left = (end - datetime.now(timezone.utc)).days
+    if left < _SOON_DAYS:
+        logging.warning("the certificate in %s ends in %d days, on %s", directory, left, end.date())
 
 
 class State:
@@ -144,6 +154,8 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
     tls = None if args.tls is None else Tls(args.tls)
     if tls is None:
         require_loopback(host)
+    else:
+        warn_of_expiry(args.tls, tls.require_current())
     state, counts = State(log), Counts()
     with status_pages(args.metrics, counts, state) as pages:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
