@@ -29,6 +29,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from backends.he.params import preset
+from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
@@ -194,7 +195,7 @@ def main() -> None:
     add_cache_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
-    with clean_exit():
+    with clean_exit(RemoteLinearError):
         kernel = use_kernel(None)
     patience_s = 30 * args.minutes
     with real_cases(args.cache) as cases, Calibration(patience_s) as calibration:

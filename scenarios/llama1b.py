@@ -48,12 +48,14 @@ from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
 from backends.nn.local import localise
 from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import WeightSource, human_bytes
+from backends.nn.sources import WeightSource
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
@@ -401,7 +403,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     argv = sys.argv[1:]
     args = parse(argv)
-    with clean_exit(*simulated.MENDABLE):
+    with clean_exit(RemoteLinearError, *simulated.MENDABLE):
         if not (args.real_cpu or args.real_gpu):
             figures = simulated.run(args)
             simulated.print_report(figures)

@@ -23,18 +23,23 @@ Expected for the 1B shape on two cores with AVX2: 4.1 GB on disk, made in under 
 in under 15 seconds. Afterwards:
 
     python -m scenarios.llama1b --real-cpu --weights DIR_OR_HUB_ID --data DIR_OR_FILE
+
+A worker on another machine needs a part of it, manifest.json and the folder worker/ (1 GB for the
+1B); the end of the output says how to copy that. The owner needs all of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 from typing import Any
 
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import human_bytes
+from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import add_model_options, base_source, prepared_for
@@ -86,6 +91,21 @@ def print_report(f: dict[str, Any]) -> None:
     print(f"hints                  {human_bytes(f['hint_bytes']):>10}  for owners")
     print(f"model digest           {f['model_digest']}")
     print(f"in                     {f['directory']}")
+    print(worker_text(Path(f["directory"])))
+
+
+def worker_text(directory: Path) -> str:
+    """How to bring a worker its part of the model in this directory."""
+    name = shlex.quote(directory.name)
+    parts = f"{name}/manifest.json {name}/worker"
+    return f"""
+The worker's part, for another machine (in place of gpu.example):
+    cd {shlex.quote(str(directory.parent))}
+    tar -c {parts} | ssh gpu.example tar -x
+or, where it should go on after an interruption:
+    rsync -aR --partial {parts} gpu.example:
+and there:
+    python -m scenarios.worker --model {name} --listen 0.0.0.0:7443 --tls certs/worker"""
 
 
 def main() -> None:

@@ -30,13 +30,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
+from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import pack, read_texts
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import SafetensorsSource, human_bytes
+from backends.nn.sources import SafetensorsSource
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
+from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import add_preparation_options, prepared_for
@@ -278,7 +280,7 @@ def main() -> None:
     add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
-    with clean_exit():
+    with clean_exit(RemoteLinearError):
         use_kernel(args.kernel)
         figures = Quickstart(args).run()
     record.write(args.json, figures)

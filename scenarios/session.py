@@ -16,11 +16,12 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.addresses import address_of
 from backends.net.audit import Audit
 from backends.net.inprocess import in_process, worker_name
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
-from backends.net.remote import address_of, connected
+from backends.net.remote import connected
 from backends.net.tls import Tls, require_loopback
 from backends.net.worker import WorkerServer
 from backends.nn.checkpoint import set_aside
@@ -77,7 +78,10 @@ class Workers:
             host, _ = address_of(text)
             if args.tls is None:
                 require_loopback(host)
-        return cls(tuple(args.worker), None if args.tls is None else Tls(args.tls))
+        tls = None if args.tls is None else Tls(args.tls)
+        if tls is not None:
+            tls.require_current()
+        return cls(tuple(args.worker), tls)
 
 
 HERE = Workers()

@@ -28,6 +28,7 @@ class _Line:
     opening: bool = False
     waiting: list[Frame] = field(default_factory=list)
     failures: int = 0
+    warned: str = ""
     next_try: float = 0.0
 
 
@@ -96,7 +97,10 @@ class Dialler:
             return
         except OSError as error:
             self._failed(line)
-            log.info("no link to worker %s: %s", worker, error)
+            # Once for each reason: whoever waits wants to know what for.
+            if line.warned != str(error):
+                line.warned = str(error)
+                log.warning("no link to worker %s: %s", worker, error)
             self._on_disconnected(worker)
             return
         if not self._on_identity(worker, identity):
@@ -110,7 +114,7 @@ class Dialler:
             lambda frame: self._on_frame(worker, frame), lambda why: self._ended(worker, line, why),
         )  # fmt: skip
         with self._lock:
-            line.link, line.opening, line.failures = link, False, 0
+            line.link, line.opening, line.failures, line.warned = link, False, 0, ""
             waiting, line.waiting = line.waiting, []
         link.start()
         for frame in waiting:

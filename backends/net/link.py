@@ -44,7 +44,7 @@ class Link:
         self._incoming, self._outgoing = incoming, outgoing
         self._frame_max = frame_max
         self._on_frame, self._on_end = on_frame, on_end
-        self._queue: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._queue: queue.Queue[Frame | None] = queue.Queue()
         self._ending = threading.Lock()
         self._ended = False
         self._threads = [
@@ -63,6 +63,11 @@ class Link:
             self.close("the other side does not read")
             return
         self._queue.put(frame)
+
+    @property
+    def idle(self) -> bool:
+        """Whether every frame that was queued has been handed to the system."""
+        return not self._queue.unfinished_tasks
 
     def close(self, why: str) -> None:
         """End the link. Frames that wait are lost. Harmless the second time."""
@@ -121,6 +126,7 @@ class Link:
                 if isinstance(frame, LocalFrame):
                     raise TypeError("a payload on a device cannot leave the process")
                 self._outgoing.sendall(frame)
+                self._queue.task_done()
         except OSError as error:
             self.close(f"connection lost ({type(error).__name__})")
         finally:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from backends.he.interface import OwnerCipher
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.addresses import address_of
 from backends.net.audit import Audit
 from backends.net.dialling import Dialler
 from backends.net.loop import Hooks
@@ -23,22 +24,6 @@ from protocol.owner_memory import OwnerConfig
 
 MAX_TOKENS = 4096
 """Tokens of one request: what an owner will take an answer to."""
-
-
-class AddressError(ValueError):
-    """A worker's address cannot be understood; the text says what it looks like."""
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """(host, port) of "host:port"; an IPv6 address is in brackets. Raises AddressError."""
-    host, _, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise AddressError(f"{text!r} is no worker's address; it looks like gpu.example:7443")
-    return host, int(port)
 
 
 class _Identities:

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from backends.errors import UserError
 from backends.files import (
     read_bounded,
     replacing_directory,
@@ -47,7 +48,7 @@ _KEY_FILE = "data.key"
 _KEY_BYTES = 32
 
 
-class ResumeError(ValueError):
+class ResumeError(UserError, ValueError):
     """A checkpoint cannot be resumed by this run; the text says what differs."""
 
 
