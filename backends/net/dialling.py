@@ -50,7 +50,7 @@ class Dialler:
         workers: Mapping[str, tuple[str, int]],
         tls: Tls | None,
         frame_max: int,
-        on_frame: Callable[[str, bytearray], None],
+        on_frame: Callable[[str, memoryview], None],
         on_disconnected: Callable[[str], None],
         on_lost: Callable[[str, str], None],
         on_identity: Callable[[str, str], bool] = lambda worker, identity: True,

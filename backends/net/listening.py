@@ -49,11 +49,22 @@ _LOOK_S = 0.005
 
 @dataclass(frozen=True)
 class Limits:
-    """links of one owner and of all; connections whose handshake is under way or half a link."""
+    """What a worker takes before it turns somebody away, or waits.
+
+    links_each, links  of one owner, of all
+    opening            connections whose handshake is under way, the oldest of which makes room for
+                       a new one; and as many halves of links
+    unsent_bytes       of answers that an owner has not read yet (or two frames, where that is
+                       more): beyond that nothing is read of its link
+    unhandled_bytes    of frames of all links that have been read and wait to be handled: beyond
+                       that nothing is read
+    """
 
     links_each: int = 4
     links: int = 64
     opening: int = 32
+    unsent_bytes: int = 8 << 20
+    unhandled_bytes: int = 32 << 20
 
 
 @dataclass
@@ -65,14 +76,29 @@ class _Half:
     since: float
 
 
+@dataclass(eq=False)
+class _Opening:
+    """A connection whose handshake is under way."""
+
+    connection: socket.socket
+    evicted: bool = False
+
+    def evict(self) -> None:
+        """End it, whatever its thread waits for."""
+        self.evicted = True  # first: a thread that has just put another object here looks at it
+        with suppress(OSError):
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+
+
 class Listener:
     """Accepts links and carries frames to and from peers.
 
     tls        this side's certificates; None listens in plain text, on loopback only
     frame_max  bytes of the largest frame that is taken
     on_frame   is told (peer, frame), on a thread of that peer
-    on_lost    is told that a peer is gone; its name does not come again
+    on_lost    is told that a peer is gone; its name does not come again, nor a frame of it
     tell       is told of links that open, end or are refused, on any thread
+    flooded    whether frames that were handed over wait in such numbers that no more are read
 
     Raises OSError when the address cannot be had, CertificateError for plain text elsewhere.
     """
@@ -83,23 +109,26 @@ class Listener:
         port: int,
         tls: Tls | None,
         frame_max: int,
-        on_frame: Callable[[str, bytearray], None],
+        on_frame: Callable[[str, memoryview], None],
         on_lost: Callable[[str], None],
         limits: Limits | None = None,
         tell: Callable[[LineEvent], None] = lambda event: None,
+        flooded: Callable[[], bool] = lambda: False,
     ) -> None:
         if tls is None:
             require_loopback(host)
         self._context = None if tls is None else tls.context(server=True)
         self._frame_max, self._on_frame, self._on_lost = frame_max, on_frame, on_lost
         self._limits, self._tell = limits or Limits(), tell
+        self._flooded = flooded
+        self._unsent_max = max(self._limits.unsent_bytes, 2 * frame_max)
         self._socket = socket.create_server((host, port), backlog=self._limits.opening)
         self.port: int = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._links: dict[str, Link] = {}
         self._halves: dict[tuple[str, bytes], _Half] = {}
         self._numbers = itertools.count(1)
-        self._opening = threading.Semaphore(self._limits.opening)
+        self._opening: dict[_Opening, None] = {}  # oldest first
         self._pool = ThreadPoolExecutor(self._limits.opening, thread_name_prefix="handshake")
         self._thread = threading.Thread(target=self._accept, name="listener", daemon=True)
         self._closed = False
@@ -156,28 +185,43 @@ class Listener:
                     return
                 time.sleep(0.1)  # out of descriptors: do not spin
                 continue
-            if not self._opening.acquire(blocking=False):
-                connection.close()
+            opening = _Opening(connection)
+            with self._lock:
+                # Who is slow makes room: strangers who say nothing must not keep others out.
+                slowest = next(iter(self._opening)) if self._no_room() else None
+                if slowest is not None:
+                    del self._opening[slowest]
+                self._opening[opening] = None
+            if slowest is not None:
+                slowest.evict()
                 self._tell(LineEvent(REFUSED, "", CROWDED))
-                continue
             try:
-                self._pool.submit(self._welcome, connection)
+                self._pool.submit(self._welcome, opening)
             except RuntimeError:  # closing
                 connection.close()
 
-    def _welcome(self, raw: socket.socket) -> None:
-        connection: Any = raw
+    def _no_room(self) -> bool:
+        return len(self._opening) >= self._limits.opening
+
+    def _welcome(self, opening: _Opening) -> None:
+        connection: Any = opening.connection
+        until = time.monotonic() + HANDSHAKE_S
         try:
-            tune(raw)
-            raw.settimeout(HANDSHAKE_S)
+            tune(connection)
+            connection.settimeout(HANDSHAKE_S)
             owner = "plain"
             if self._context is not None:
-                connection = self._context.wrap_socket(
-                    raw, server_side=True, do_handshake_on_connect=False
+                connection = opening.connection = self._context.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
                 )
+                if opening.evicted:
+                    raise ConnectionError("made room")
                 connection.do_handshake()
                 owner = identity_of(connection)
-            direction, number = read_preface(connection)
+            direction, number = read_preface(connection, until)
+            with self._lock:  # from here on it is not evicted
+                self._opening.pop(opening, None)
+            connection.settimeout(HANDSHAKE_S)
             refused = self._pair(owner, number, direction, connection)
             if refused:
                 self._tell(LineEvent(REFUSED, owner, refused))
@@ -189,7 +233,8 @@ class Listener:
             _let_it_hear(connection)
             connection.close()
         finally:
-            self._opening.release()
+            with self._lock:
+                self._opening.pop(opening, None)
 
     def _pair(self, owner: str, number: bytes, direction: int, connection: Any) -> str:
         """Keep a connection, or make a link with its other half; why not, if not."""
@@ -212,10 +257,19 @@ class Listener:
             if half is not None:
                 half.connection.close()
             return refused
-        connection.sendall(TAKEN)
-        for one in (connection, None if half is None else half.connection):
-            if one is not None and link is not None:
-                one.settimeout(None)
+        try:
+            connection.sendall(TAKEN)
+            if half is not None:
+                connection.settimeout(None)
+                half.connection.settimeout(None)
+        except OSError:
+            # Whom it was for is gone: what was kept for it must not be.
+            with self._lock:
+                self._halves.pop((owner, number), None)
+            if link is not None:
+                link.close("the other side left as it began")
+                link.start()  # and ends: its threads let go of all
+            raise
         if link is not None:
             self._tell(LineEvent(OPENED, owner))
             link.start()
@@ -244,6 +298,7 @@ class Listener:
         link = Link(
             f"link{name[-8:]}", incoming, outgoing, self._frame_max,
             lambda frame: self._on_frame(name, frame), end,
+            lambda unsent: unsent > self._unsent_max or self._flooded(),
         )  # fmt: skip
         self._links[name] = link
         return link

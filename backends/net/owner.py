@@ -138,7 +138,7 @@ class OwnerClient:
         self._loop.start()
         self._loop.post(Start())
 
-    def deliver(self, worker: str, frame: Frame | bytearray) -> None:
+    def deliver(self, worker: str, frame: Frame | memoryview) -> None:
         """Hand over a frame that arrived from `worker`."""
         self._loop.meter.bytes_received += len(frame)
         self._loop.post(FrameArrived(worker, frame))

@@ -5,10 +5,11 @@ The worker's end imports nothing that could hold a secret; the owner's is in `re
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends.he.interface import WorkerCipher
 from backends.he.store import WorkerPart
@@ -17,7 +18,11 @@ from backends.net.listening import Limits, Listener
 from backends.net.loop import Hooks
 from backends.net.tls import Tls
 from backends.net.worker import WorkerServer
+from protocol.events import Effect, Event, FrameArrived
 from protocol.worker import WorkerConfig
+
+_COST_BYTES = 512
+"""Of a frame that waits, beyond its length."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,28 @@ class Service:
         self.listener.refuse()
         answered = self.server.finish(seconds)
         return self.listener.flush(max(0.0, until - time.monotonic())) and answered
+
+
+class _Backlog:
+    """Bytes of frames that have been read and wait to be handled, of all links together."""
+
+    def __init__(self, most: int, hooks: Hooks) -> None:
+        self._most, self._hooks = most, hooks
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self._bytes += size
+
+    def full(self) -> bool:
+        return self._bytes > self._most
+
+    def observe(self, event: Event, effects: Sequence[Effect]) -> None:
+        """An event has been handled."""
+        if isinstance(event, FrameArrived):
+            self.add(-len(event.frame) - _COST_BYTES)
+        self._hooks.observe(event, effects)
 
 
 @contextmanager
@@ -67,30 +94,26 @@ def serving(
 
     Raises OSError when the address cannot be had.
     """
-    config = config or WorkerConfig()
+    config, limits, hooks = config or WorkerConfig(), limits or Limits(), hooks or Hooks()
+    backlog = _Backlog(limits.unhandled_bytes, hooks)
     server: WorkerServer
 
     def on_line(event: LineEvent) -> None:
         server.counts.on_line(event)
         tell(event)
 
+    def deliver(peer: str, frame: memoryview) -> None:
+        backlog.add(len(frame) + _COST_BYTES)
+        server.deliver(peer, frame)
+
     listener = Listener(
-        host, port, tls, part.catalogue.largest_frame(config.max_tokens),
-        lambda peer, frame: server.deliver(peer, frame), lambda peer: server.lost(peer), limits,
-        on_line,
+        host, port, tls, part.catalogue.largest_frame(config.max_tokens), deliver,
+        lambda peer: server.lost(peer), limits, on_line, backlog.full,
     )  # fmt: skip
     server = WorkerServer(
-        part.catalogue,
-        part.weights,
-        cipher,
-        listener.send,
-        config,
-        threads,
-        hooks,
-        counts,
-        tell,
-        on_crash,
-    )
+        part.catalogue, part.weights, cipher, listener.send, config, threads,
+        replace(hooks, observe=backlog.observe), counts, tell, on_crash,
+    )  # fmt: skip
     server.start()
     listener.start()
     try:

@@ -18,6 +18,7 @@ import secrets
 import socket
 import ssl
 import struct
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -157,13 +158,19 @@ def preface(direction: int, number: bytes) -> bytes:
     return _PREFACE.pack(_PREFACE_MAGIC, _PREFACE_VERSION, direction, 0, number)
 
 
-def read_preface(connection: Any) -> tuple[int, bytes]:
+def read_preface(connection: Any, until: float) -> tuple[int, bytes]:
     """(direction, link's number) of a connection that was just opened.
+
+    until  by when it must have come, of `time.monotonic`
 
     Raises OSError when it is no preface, or does not come.
     """
     raw = b""
     while len(raw) < _PREFACE.size:
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("no preface in time")
+        connection.settimeout(left_s)
         more = connection.recv(_PREFACE.size - len(raw))
         if not more:
             raise ConnectionError("closed before its preface")

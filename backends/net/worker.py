@@ -26,8 +26,11 @@ from protocol.events import (
     FrameArrived,
     MultiplyCiphertext,
     PeerLost,
+    RunTask,
     Send,
     Task,
+    TaskDone,
+    TaskFailed,
 )
 from protocol.messages import (
     Frame,
@@ -99,6 +102,7 @@ class WorkerServer:
             "worker", Worker(catalogue, config), self._compute, reply, self._report,
             self._crashed, threads, self._observe, self._hooks.on_task,
         )  # fmt: skip
+        self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
 
     @property
     def meter(self) -> Meter:
@@ -109,7 +113,7 @@ class WorkerServer:
         """Begin to serve."""
         self._loop.start()
 
-    def deliver(self, peer: str, frame: Frame | bytearray) -> None:
+    def deliver(self, peer: str, frame: Frame | memoryview) -> None:
         """Hand over a frame that arrived from `peer`."""
         if not (self._draining.is_set() and self._put_off(peer, frame)):
             self._loop.post(FrameArrived(peer, frame))
@@ -131,7 +135,7 @@ class WorkerServer:
         """Stop serving."""
         self._loop.stop()
 
-    def _put_off(self, peer: str, frame: Frame | bytearray) -> bool:
+    def _put_off(self, peer: str, frame: Frame | memoryview) -> bool:
         """Answer a request with BUSY; False for anything else, which the machine may have."""
         try:
             message = decode(frame)
@@ -155,7 +159,24 @@ class WorkerServer:
                 self._finished.set()  # whatever was sent before this has been handed over
             elif not self._finished.is_set():
                 self._loop.post(PeerLost(_NOBODY))
+        self._give_up_work(event, effects)
         self._hooks.observe(event, effects)
+
+    def _give_up_work(self, event: Event, effects: Sequence[Effect]) -> None:
+        """Work of a peer that is gone is given up: it must not be done before that of others.
+
+        Nor may a peer that comes again and again, under new names, leave work behind without bound.
+        """
+        match event:
+            case FrameArrived(peer):
+                for effect in effects:
+                    if isinstance(effect, RunTask):
+                        self._in_work[effect.task] = peer
+            case TaskDone(task) | TaskFailed(task):
+                self._in_work.pop(task, None)
+            case PeerLost(peer):
+                for task in [task for task, whose in self._in_work.items() if whose == peer]:
+                    self._loop.cancel(task)
 
     def _notice_refusal(self, event: Event, effect: Send) -> None:
         message = small_message(effect.frame)
