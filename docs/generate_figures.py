@@ -37,7 +37,7 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
         ROOT / "docs" / "cipher.md": {FIGURES: (noise,)},
         ROOT / "docs" / "design.md": {GPU_FIGURES: (gpu_table, gpu_step, gpu_owner)},
         ROOT / "docs" / "simulation.md": {
-            FIGURES: (fidelity, gpu_fidelity, speed, studies, chaos, planted)
+            FIGURES: (fidelity, gpu_fidelity, speed, studies, chaos, crashes, planted)
         },
     }
 
@@ -521,6 +521,30 @@ def chaos() -> str:
 {c["seeds"]:,} trainings, **{c["violations"]} violations**, {c["elapsed_s"] / 60:.1f} minutes. \
 Faults injected: {faults}.
 {origin(c)}"""
+
+
+def crashes() -> str:
+    """Real processes, really killed."""
+    k, q = load("chaos-processes"), load("chaos-quickstart")
+    killed = ", ".join(f"{kind} {count}" for kind, count in sorted(k["killed"].items()))
+    farthest = k["distances_in_undisturbed_distances"][-1]
+    happened = ", ".join(d["what"] for d in q["disturbances"])
+    return f"""### Processes that die
+
+{k["kills"]} kills ({killed}), {sum(k["cuts"].values())} cuts of the line and {k["disk_full"]} full \
+disks in {sum(k["trainings"].values())} trainings of {k["steps_each"]} steps, \
+{k["seconds"] / k["kills"]:.1f} s a kill: **{k["lost_steps"]} steps lost, {k["doubled_steps"]} done \
+twice, {k["reused_secrets"]} secrets used twice** in {k["requests_read"]:,} requests read. The \
+adapters end at most {farthest:.1f} times as far from the middle of undisturbed ones as two of those \
+are from each other, where one step moves an adapter \
+{k["last_step_moves"] / k["undisturbed_distance"]:.0f} times as far. On a machine that others used too.
+{origin(k)}
+The quickstart, {q["steps"]} steps, its worker in another process over TLS. Undisturbed, two runs \
+end {q["adapter_distance_undisturbed"]:.1%} of their way apart, with held-out losses \
+{" and ".join(f"{loss:.4f}" for loss in q["held_out_loss_undisturbed"])}; one disturbed by \
+{happened} ends {q["adapter_distance_disturbed"]:.1%} from them (**{q["ratio"]:.2f} times**), with \
+{q["held_out_loss_disturbed"]:.4f}.
+{origin(q)}"""
 
 
 def planted() -> str:

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import sysconfig
 import time
@@ -44,6 +43,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PretrainedConfig
 
+from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
@@ -414,7 +414,7 @@ def main() -> None:
             return
         use_kernel(args.kernel)
         if args.fresh and not args.compare_clear:
-            shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
+            remove_directory(args.out / "checkpoints")
         figures = Run(args).run(argv)
     print_report(figures)
     record.write(args.json, figures)

@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
+from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.net.owner import RemoteLinearError
@@ -221,7 +222,7 @@ class Quickstart:
 
     def _drop_checkpoints(self) -> None:
         for name in ("private", "clear"):
-            shutil.rmtree(self.out / f"checkpoints-{name}", ignore_errors=True)
+            remove_directory(self.out / f"checkpoints-{name}")
 
 
 def summary(f: dict[str, Any]) -> str:
@@ -260,7 +261,8 @@ Loss curves: {f["plot"]}
 """
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -279,7 +281,11 @@ def main() -> None:
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     with clean_exit(RemoteLinearError):
         use_kernel(args.kernel)
         figures = Quickstart(args).run()
