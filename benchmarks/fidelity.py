@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
 from backends.nn.trainer import TrainConfig, Trainer
+from benchmarks.steps import Steps
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
 from scenarios.preparation import add_cache_option, prepared_for
@@ -66,35 +66,6 @@ def models() -> dict[str, tuple[PretrainedConfig, WeightSource]]:
         "quickstart": (AutoConfig.from_pretrained(BASE), SafetensorsSource(BASE)),
         "1b-width": (stack, RandomSource(0)),
     }
-
-
-class Steps:
-    """A real training that takes one step when it is told to."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
-        self._done.acquire()
-
-    def _train(self) -> None:
-        try:
-            self._trainer.train(self._stepped)
-        finally:
-            self._done.release()
-
-    def _stepped(self, step: int, loss: float) -> None:
-        self._done.release()
-        self._go.acquire()
-
-    def take(self) -> float:
-        """Seconds of one more step."""
-        self._go.release()
-        self._done.acquire()
-        if not self._thread.is_alive():
-            raise RuntimeError("the real training ended early; see the messages above")
-        return self._trainer.step_seconds[-1]
 
 
 @dataclass

@@ -1,0 +1,95 @@
+"""The owner's process of `python -m benchmarks.fidelity --network`: real steps over a real line.
+
+Trains the model of `network_model` through a worker elsewhere, session after session with other
+numbers of lanes, and prints one JSON object a line: {"cell": {...}} when a session is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from backends.he.params import preset
+from backends.machine import busy_elsewhere_s
+from backends.net.tls import Tls
+from backends.nn.adapters import add_lora
+from backends.nn.skeleton import build_skeleton
+from backends.nn.sources import RandomSource
+from backends.nn.trainer import TrainConfig, Trainer
+from benchmarks.steps import Steps
+from scenarios.cli import clean_exit, use_kernel
+from scenarios.preparation import add_cache_option, prepared_for
+from scenarios.session import Workers, private_session
+
+RANK = 16
+TOKENS = 256
+STEPS = (3, 12)
+"""Steps of a session that count, at least and at most, after one that does not."""
+SESSION_S = 25.0
+
+
+def network_model() -> LlamaConfig:
+    """Two layers, half as wide as the Llama-3.2-1B: about 21 MB a step and lane."""
+    return LlamaConfig(
+        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2,
+        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=4096,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+
+
+def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
+    """Steps of one session: seconds each took, what was sent, what else the machine did."""
+    config, source = network_model(), RandomSource(0)
+    skeleton = build_skeleton(config, source)
+    prepared, _ = prepared_for(skeleton, config, source, preset("standard"), args.cache)
+    model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
+    workers = Workers((args.worker,), Tls(args.tls))
+    text = torch.randint(config.vocab_size, (64, TOKENS), generator=torch.Generator().manual_seed(0))
+    training = TrainConfig(steps=1_000_000, batch=lanes, micro_batch=1, learning_rate=1e-4)
+    with private_session(skeleton, prepared, lanes, workers=workers) as opened:
+        trainer = Trainer(model, text, training, lanes, forget_lane=skeleton.remote.forget_lane)
+        steps = Steps(trainer)
+        steps.take()
+        rows: list[dict[str, float]] = []
+        start = time.perf_counter()
+        while len(rows) < STEPS[0] or (
+            len(rows) < STEPS[1] and time.perf_counter() - start < SESSION_S
+        ):
+            before, elsewhere = opened.usage(), busy_elsewhere_s()
+            cpu = time.process_time()
+            seconds = steps.take()
+            used = opened.usage().since(before)
+            rows.append(
+                {
+                    "seconds": seconds,
+                    "elsewhere": busy_elsewhere_s() - elsewhere,
+                    "cpu": time.process_time() - cpu,
+                    "owner_s": used.owner_s,
+                    "bytes_up": used.bytes_up,
+                    "bytes_down": used.bytes_down,
+                }
+            )
+    return {"lanes": lanes, "steps": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worker", required=True, metavar="HOST:PORT")
+    parser.add_argument("--tls", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 4])
+    add_cache_option(parser)
+    args = parser.parse_args()
+    with clean_exit():
+        use_kernel(None)
+        for lanes in args.lanes:
+            print(json.dumps({"cell": session(args, lanes)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
