@@ -39,7 +39,8 @@ from sim.hosts import (
     WorldError,
     wire_bytes,
 )
-from sim.network import Link, Network, Stream, star
+from sim.network import Link, Network, star
+from sim.stream import Stream, Tcp
 from sim.trace import Recorder, Span
 from sim.workload import Workload
 
@@ -62,6 +63,8 @@ class WorldConfig:
     stagger    start owners at drawn moments of their first step instead of all at once
     streams    one connection from each side to each of the others, on which frames follow each
                other; else every frame is a flow of its own, and they share the line
+    tcp        what TCP makes of such a connection (of frames that are flows of their own, its
+               overhead only); None: bytes and nothing else
     record     keep spans: of all owners, or of the first `record_owners`
     """
 
@@ -82,6 +85,7 @@ class WorldConfig:
     stagger: bool = True
     protocol: OwnerConfig = field(default_factory=OwnerConfig)
     streams: bool = True
+    tcp: Tcp | None = field(default_factory=Tcp)
     record: bool = True
     record_owners: int | None = None
 
@@ -177,14 +181,50 @@ class World:
             event = self.env.event()
             event.callbacks.append(lambda _: arrived())
             event.succeed()
-        elif self.config.streams:
-            stream = self._streams.get((source, target))
-            if stream is None:
-                stream = self._streams[source, target] = Stream(self.network, source, target)
-            stream.send(size, arrived)
         else:
-            self.network.send(source, target, size, arrived)
+            self._transmit(source, target, size, self._carried(source, target, size, arrived))
         return size
+
+    def _transmit(self, source: str, target: str, size: int, arrived: Callable[[], None]) -> None:
+        tcp = self.config.tcp
+        if not self.config.streams:
+            size = size if tcp is None else round(size * tcp.overhead)
+            self.network.send(source, target, size, arrived)
+            return
+        stream = self._streams.get((source, target))
+        if stream is None:
+            stream = Stream(self.env, self.network, source, target, tcp)
+            self._streams[source, target] = stream
+        stream.send(size, arrived)
+
+    def _carried(
+        self, source: str, target: str, size: int, arrived: Callable[[], None]
+    ) -> Callable[[], None]:
+        """What the network is to call: `arrived` comes when both sides' cores are done, too.
+
+        They encrypt, copy and decrypt while the frame is on its way, as far as they keep up.
+        """
+        costs = [
+            (host.processor, size / profile.rates["wire"], min(1.0, profile.cores))
+            for host, profile in (self._host(source), self._host(target))
+            if "wire" in profile.rates
+        ]
+        left = 1 + len(costs)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                arrived()
+
+        for processor, seconds, demand in costs:
+            processor.run(seconds, demand, done)
+        return done
+
+    def _host(self, name: str) -> tuple[OwnerHost | WorkerHost, DeviceProfile]:
+        if name in self.owners:
+            return self.owners[name], self.config.owner
+        return self.workers[name], self.config.worker
 
     def span(self, track: str, name: str, start_s: float, lane: str, call: int, kind: str) -> None:
         """Record what ends now."""
