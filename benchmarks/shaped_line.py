@@ -55,15 +55,19 @@ class ShapedLine:
     """A line that is up.
 
     namespaces  names of its two ends, at ADDRESSES
+    pid         of the forwarder
     dropped, busy_s  known once it is down: packets lost, and processor seconds of the forwarder
     """
 
     namespaces: tuple[str, str]
+    pid: int = 0
     dropped: int = 0
     busy_s: float = 0.0
     _processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def start(self, end: int, command: Sequence[str], core: int | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, end: int, command: Sequence[str], core: int | None = None
+    ) -> subprocess.Popen[str]:
         """Start a command at an end (0 or 1), on one core of this process's if it is said which.
 
         It reads and writes text through pipes, and is killed when the line goes down.
@@ -114,6 +118,7 @@ def shaped_line(shape: Shape, congestion: str = "cubic") -> Iterator[ShapedLine]
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         stack.callback(_finish, line, forwarder)
+        line.pid = forwarder.pid
         assert forwarder.stdout is not None
         assert forwarder.stderr is not None
         if forwarder.stdout.readline().strip() != "ready":

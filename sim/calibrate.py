@@ -37,6 +37,7 @@ from backends.threads import core_count
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
 from sim.rehearsal import PassTimes, Rehearsal, rehearsal
+from sim.wire import wire_rate
 from sim.workload import (
     Local,
     Workload,
@@ -45,7 +46,6 @@ from sim.workload import (
     multiply_work,
     trace_step,
 )
-from sim.wire import wire_rate
 
 T = TypeVar("T")
 

@@ -137,6 +137,14 @@ class Network:
         self._routes.clear()
         self._relink(a, b)
 
+    def set_direction(self, source: str, target: str, link: Link) -> None:
+        """Replace one direction of a link: one that carries less down than up, or more.
+
+        Routes, and round trips, still go by the link that the graph has.
+        """
+        self._directions(source, target)[0].link = link
+        self._relink(source, target)
+
     def cut(self, a: str, b: str) -> None:
         """Stop a link in both directions: what is or comes on it waits until it is healed.
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
@@ -55,6 +55,7 @@ class WorldConfig:
 
     lanes      micro-batches of an owner's step, all in flight
     access     each owner's own link to the internet
+    down_bps   what that link carries to the owner, in bits/s; None: as much as the other way
     site       the link of the workers' site
     graph      a topology of one's own, with hosts owner0.. and worker0..; else a star
     placement  which worker holds which matrix; without one every worker holds all, and each
@@ -75,6 +76,7 @@ class WorldConfig:
     owners: int = 1
     workers: int = 1
     access: Link = LOOPBACK
+    down_bps: float | None = None
     site: Link = LOOPBACK
     graph: nx.Graph | None = None
     placement: Placement | None = None
@@ -97,6 +99,8 @@ class WorldConfig:
             raise ValueError(f"warmup is at least 0, got {self.warmup}")
         if self.in_process and (self.owners, self.workers) != (1, 1):
             raise ValueError("in one process there is one owner and one worker")
+        if self.down_bps is not None and self.graph is not None:
+            raise ValueError("down_bps is of the star; a graph of one's own has its own links")
 
 
 @dataclass
@@ -150,6 +154,10 @@ class World:
             config.site,
         )
         self.network = Network(self.env, graph, random.Random(f"network {config.seed}"))
+        if config.down_bps is not None:
+            down = replace(config.access, bandwidth_bps=config.down_bps)
+            for i in range(config.owners):
+                self.network.set_direction("internet", f"owner{i}", down)
         self._streams: dict[tuple[str, str], Stream] = {}
         processor = Processor(self.env, config.owner.cores) if config.in_process else None
         self.workers = {
