@@ -59,10 +59,12 @@ from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
+from scenarios.estimate import Shape
 from scenarios.hardware import Hardware, check_memory, chosen
 from scenarios.preparation import add_model_options, base_source, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
+    Live,
     PrivateSession,
     Usage,
     Workers,
@@ -197,6 +199,7 @@ class Run:
         self.cpu_s: list[float] = []
         self.clear: list[ClearStep] = []
         self.clear_facts: dict[str, Any] = {}
+        self.estimate_facts: dict[str, Any] = {}
 
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Prepare, train, report; returns the figures."""
@@ -216,6 +219,7 @@ class Run:
         with private_session(
             setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger, workers
         ) as session:
+            self._estimate(setup, trainer, session)
             self._train(trainer, session, peer, trace)
         trainer.require_untainted()
         if trace is not None:
@@ -248,6 +252,15 @@ class Run:
         tokens = args.tokens * args.lanes
         return check_memory(gpu, setup.config, prepared, tokens, model, args.compare_clear)
 
+    def _estimate(self, setup: Setup, trainer: Trainer, session: PrivateSession) -> None:
+        args = self.args
+        shape = Shape(
+            setup.config, args.tokens, args.sequence, args.lanes, args.rank, args.preset,
+            args.lm_head == "remote",
+        )  # fmt: skip
+        left = setup.training.steps - trainer.progress.step
+        self.estimate_facts = session.say_estimate(shape, left)
+
     def _train(
         self,
         trainer: Trainer,
@@ -266,7 +279,9 @@ class Run:
             if peer is not None:
                 self.clear.append(peer.step())
 
-        train_with_bar(trainer, "private (encrypted)", on_step, trace)
+        tokens = trainer.config.batch * self.args.sequence
+        live = Live(session, tokens, self.args.lanes)
+        train_with_bar(trainer, "private (encrypted)", on_step, trace, live)
 
     def _figures(self, setup: Setup, trainer: Trainer, prepare_s: float) -> dict[str, Any]:
         args = self.args
@@ -283,7 +298,7 @@ class Run:
             "losses": trainer.progress.losses,
             "peak_rss_mb": record.peak_rss_mb(),
             "peak_device_mb": setup.hardware.peak_device_mb(),
-        }
+        } | self.estimate_facts
         if self.usages:
             step_s = median(trainer.step_seconds)
             figures |= {

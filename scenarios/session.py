@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -27,7 +28,10 @@ from backends.net.worker import WorkerServer
 from backends.nn.checkpoint import set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer
+from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.hardware import CPU, Hardware
+from scenarios.line import LineWatch, waits_for, watched
+from scenarios.probe import LineProbe, Prober
 from scenarios.real_trace import RealTrace
 
 
@@ -115,16 +119,25 @@ def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> Worker
 
 
 class PrivateSession:
-    """An owner connected to workers, with real encryption. server: the one in this process."""
+    """An owner connected to workers, with real encryption.
+
+    server   the worker in this process
+    workers  how many there are elsewhere
+    watch    of the line to them
+    """
 
     def __init__(
         self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer | None,
-        hardware: Hardware,
+        hardware: Hardware, workers: int = 0, watch: LineWatch | None = None,
     ) -> None:  # fmt: skip
         self._cipher = cipher
         self._client = client
         self._server = server
         self._hardware = hardware
+        self._workers = workers
+        self.watch = watch or LineWatch()
+        self.probed: LineProbe | None = None
+        self.estimate: Estimate | None = None
         self._spent_s = {"owner": 0.0, "worker": 0.0, "copy": 0.0}
 
     def usage(self) -> Usage:
@@ -148,8 +161,34 @@ class PrivateSession:
 
     def warm_up(self, prepared: PreparedModel) -> None:
         """One product, so that compiling the kernels is not taken for a slow first step."""
-        ones = torch.ones(1, prepared.groups[0].in_features, device=self._hardware.device)
-        self._client.linear(0, ones.numpy() if ones.device.type == "cpu" else ones)
+        self._ones(0, 1, prepared.groups[0].in_features)
+
+    def _ones(self, matrix: int, tokens: int, inputs: int) -> None:
+        ones = torch.ones(tokens, inputs, device=self._hardware.device)
+        self._client.linear(matrix, ones.numpy() if ones.device.type == "cpu" else ones)
+
+    def probe(self, prepared: PreparedModel) -> None:
+        """Look at the line to the workers elsewhere, for a few seconds and MB at most."""
+        shapes = prepared.catalogue().matrices
+        self.probed = Prober(
+            shapes, lambda m, tokens: self._ones(m, tokens, shapes[m].in_features),
+            lambda: self.watch.away_s, lambda: self.usage().owner_s,
+        ).run()  # fmt: skip
+
+    def say_estimate(self, shape: Shape, steps: int) -> dict[str, Any]:
+        """Print what so many steps will take over this line; the figures, or none.
+
+        None for workers in this process, where there is no line, and where no step is left.
+        """
+        if self.probed is None or steps < 1:
+            return {}
+        try:
+            self.estimate = estimate(shape, self.probed, self._hardware, self._workers, steps)
+        except (ValueError, RuntimeError) as error:
+            print(f"no estimate of this run: {error}")
+            return {}
+        print("\n".join(self.estimate.lines()))
+        return {"estimate": self.estimate.figures()}
 
 
 def make_ciphers(
@@ -195,11 +234,12 @@ def private_session(
     with ExitStack() as stack:
         stack.enter_context(hardware.timed())
         server: WorkerServer | None = None
+        watch = LineWatch()
         if workers.addresses:
             client = stack.enter_context(
                 connected(
-                    prepared, owner, workers.addresses, workers.tls, None, lanes, hooks("owner"),
-                    audit, ledger,
+                    prepared, owner, workers.addresses, workers.tls, None, lanes,
+                    watched(hooks("owner"), watch), audit, ledger,
                 )
             )  # fmt: skip
         else:
@@ -208,12 +248,40 @@ def private_session(
                     prepared, owner, [worker], lanes=lanes, hooks=hooks, audit=audit, ledger=ledger
                 )
             )
-        session = PrivateSession(owner, client, server, hardware)
+        session = PrivateSession(owner, client, server, hardware, len(workers.addresses), watch)
         session.warm_up(prepared)
+        if workers.addresses:
+            session.probe(prepared)
         if ledger is not None:
-            ledger.start_over()  # nothing rests on that product
+            ledger.start_over()  # nothing rests on those products
         with skeleton.remote.connected(client.linear):
             yield session
+
+
+class Live:
+    """What a progress bar says of the step before: tokens a second, the line, what it waits for.
+
+    tokens  of a step
+    """
+
+    def __init__(self, session: PrivateSession, tokens: int, lanes: int) -> None:
+        self._session, self._tokens, self._lanes = session, tokens, lanes
+        self._last = session.usage(), session.watch.away_s
+
+    def step_ended(self, seconds: float) -> dict[str, str]:
+        """Names and values for the bar. seconds: of the step that has just ended."""
+        session, (before, away_s) = self._session, self._last
+        self._last = session.usage(), session.watch.away_s
+        found = {"tok/s": f"{self._tokens / seconds:.3g}"}
+        if session.probed is None:
+            return found
+        used, away_s = self._last[0].since(before), self._last[1] - away_s
+        worker_s = session.estimate.worker_s if session.estimate else 0.0
+        return found | {
+            "up": f"{used.bytes_up / seconds / 1e6:.3g} MB/s",
+            "down": f"{used.bytes_down / seconds / 1e6:.3g} MB/s",
+            "waits for": waits_for(seconds, self._lanes, away_s, worker_s),
+        }
 
 
 def train_with_bar(
@@ -221,8 +289,12 @@ def train_with_bar(
     label: str,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
     trace: RealTrace | None = None,
+    live: Live | None = None,
 ) -> list[float]:
-    """Train under a live progress bar; returns the losses of all steps."""
+    """Train under a live progress bar; returns the losses of all steps.
+
+    live  says beside the loss how fast it goes, and what it waits for
+    """
     with tqdm(
         total=trainer.config.steps,
         initial=trainer.progress.step,
@@ -232,7 +304,8 @@ def train_with_bar(
     ) as bar:
 
         def on_step(step: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            seen = {} if live is None else live.step_ended(trainer.step_seconds[-1])
+            bar.set_postfix({"loss": f"{loss:.3f}", **seen}, refresh=False)
             bar.update(step - bar.n)
             if trace is not None:
                 trace.step_ended(trainer.step_seconds[-1])

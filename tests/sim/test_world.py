@@ -75,7 +75,7 @@ LINKS = st.builds(Link, st.sampled_from([1e5, 1e6, 1e8, 1e10]), st.sampled_from(
 def config(load: Workload, **changes: object) -> WorldConfig:
     """A quiet world of one owner and one worker, with patience for the slowest line."""
     patient = OwnerConfig(request_timeout_s=1e4, timeout_s_max=1e5)
-    base = WorldConfig(load, OWNER, WORKER, steps=2, protocol=patient)
+    base = WorldConfig(load, OWNER, WORKER, steps=2, protocol=patient, tcp=None)
     return replace(base, **changes)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,150 @@
+"""A short look at the line to a worker, through the product's own link, before the first step.
+
+A few products of ones, of growing size, are timed from the sending of the request to the arrival of
+the answer. A request's time is a round trip, its bytes up and down, and the worker's arithmetic;
+products of a wide input, of a wide output and of neither tell those apart. The worker sees nothing
+that a training step would not show it, and does nothing for the probe that it would not do for one.
+
+A new TCP connection is slow at first. What the first, small products open, the last ones use; on a
+line that is both long and fast some of it is left, and the rates come out too low.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.catalogue import MatrixShape
+
+TOKENS = (16, 64, 256)
+BYTES_MAX = 16_000_000
+SECONDS_MAX = 4.0
+_PINGS = 3
+_FASTEST = 1e-12
+"""Seconds a byte, or a multiply-add, that is not to be told from nothing."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One product: bytes and multiply-adds (of the clear product), and seconds it was away."""
+
+    up: int
+    down: int
+    products: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LineProbe:
+    """What was found.
+
+    rtt_s             a round trip, with what a worker needs for the smallest request
+    up_b_s, down_b_s  bytes of frames a second
+    products_per_s    multiply-adds of the clear product that the worker does in a second
+    owner_s           what the owner's cipher took for the `asked` products (matrix, tokens)
+    bytes, seconds    that the probe took
+    """
+
+    rtt_s: float
+    up_b_s: float
+    down_b_s: float
+    products_per_s: float
+    owner_s: float
+    asked: tuple[tuple[int, int], ...]
+    bytes: int
+    seconds: float
+
+
+def telling(shapes: Sequence[MatrixShape]) -> list[int]:
+    """Matrices whose times differ for different reasons: indices, the smallest first."""
+
+    def ratio(index: int) -> float:
+        return shapes[index].in_features / shapes[index].out_features
+
+    def share(index: int) -> float:
+        inputs, outputs = shapes[index].in_features, shapes[index].out_features
+        return inputs * outputs / (inputs + outputs)
+
+    every = range(len(shapes))
+    chosen = (min(every, key=share), max(every, key=ratio), min(every, key=ratio))
+    return list(dict.fromkeys(chosen))
+
+
+def solved(samples: Sequence[Sample], rtt_s: float) -> tuple[float, float, float]:
+    """Seconds (a byte up, a byte down, a multiply-add), none negative, that explain the samples."""
+    rows = np.array([[s.up, s.down, s.products] for s in samples], dtype=np.float64)
+    wanted = np.array([max(0.0, s.seconds - rtt_s) for s in samples])
+    best: tuple[float, NDArray[np.float64]] = (float("inf"), np.zeros(3))
+    for size in (1, 2, 3):
+        for columns in itertools.combinations(range(3), size):
+            part = list(columns)
+            found, *_ = np.linalg.lstsq(rows[:, part], wanted, rcond=None)
+            if (found < 0).any():
+                continue
+            error = float(np.square(rows[:, part] @ found - wanted).sum())
+            if error < best[0] * (1 - 1e-6):
+                values = np.zeros(3)
+                values[part] = found
+                best = error, values
+    up, down, product = (max(_FASTEST, float(value)) for value in best[1])
+    return up, down, max(1e-16, product)
+
+
+class Prober:
+    """Asks for products and times them.
+
+    shapes  of the catalogue
+    ask     computes one: (matrix, tokens)
+    away    seconds that requests have been under way so far
+    busy    seconds that the owner's cipher has computed so far
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[MatrixShape],
+        ask: Callable[[int, int], object],
+        away: Callable[[], float],
+        busy: Callable[[], float],
+    ) -> None:
+        self._shapes, self._ask, self._away, self._busy = shapes, ask, away, busy
+        self._asked: list[tuple[int, int]] = []
+        self._bytes = 0
+
+    def run(self) -> LineProbe:
+        """Probe; takes up to about `SECONDS_MAX`. Raises what `ask` raises."""
+        start, busy = time.perf_counter(), self._busy()
+        chosen = telling(self._shapes)
+        rtt_s = min(self._time(chosen[0], 1).seconds for _ in range(_PINGS))
+        samples: list[Sample] = []
+        for tokens in TOKENS:
+            before = time.perf_counter()
+            # Twice: the first opens the connection's window for the second.
+            for _ in range(2):
+                samples = [self._time(matrix, tokens) for matrix in chosen]
+            now = time.perf_counter()
+            grown = TOKENS[1] // TOKENS[0]
+            size = 2 * grown * sum(sample.up + sample.down for sample in samples)
+            if now - start + grown * (now - before) > SECONDS_MAX or (
+                self._bytes + size > BYTES_MAX
+            ):
+                break
+        up, down, product = solved(samples, rtt_s)
+        return LineProbe(
+            rtt_s, 1 / up, 1 / down, 1 / product, self._busy() - busy, tuple(self._asked),
+            self._bytes, time.perf_counter() - start,
+        )  # fmt: skip
+
+    def _time(self, matrix: int, tokens: int) -> Sample:
+        shape, before = self._shapes[matrix], self._away()
+        self._ask(matrix, tokens)
+        seconds = self._away() - before
+        up, down = shape.up_bytes_per_token * tokens, shape.down_bytes_per_token * tokens
+        self._asked.append((matrix, tokens))
+        self._bytes += up + down
+        products = float(tokens) * shape.in_features * shape.out_features
+        return Sample(up, down, products, seconds)
