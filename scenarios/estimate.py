@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
-from backends.nn.sources import human_bytes
 from backends.threads import core_count
+from backends.units import human_bytes
 from scenarios.hardware import Hardware
 from scenarios.probe import LineProbe
 

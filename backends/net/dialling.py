@@ -43,6 +43,7 @@ class Dialler:
     on_lost          is told (worker, why) that there will be none: it is not believed
     on_identity      is told (worker, identity) whenever a link has been opened, before a frame
                      is sent on it; returns whether it may be used
+    flooded          whether frames that were handed over wait in such numbers that no more are read
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class Dialler:
         on_disconnected: Callable[[str], None],
         on_lost: Callable[[str, str], None],
         on_identity: Callable[[str, str], bool] = lambda worker, identity: True,
+        flooded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._lines = {name: _Line(host, port) for name, (host, port) in workers.items()}
         self._tls, self._frame_max = tls, frame_max
         self._on_frame, self._on_disconnected = on_frame, on_disconnected
-        self._on_lost, self._on_identity = on_lost, on_identity
+        self._on_lost, self._on_identity, self._flooded = on_lost, on_identity, flooded
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -112,6 +114,7 @@ class Dialler:
         link = Link(
             f"link-{worker}", incoming, outgoing, self._frame_max,
             lambda frame: self._on_frame(worker, frame), lambda why: self._ended(worker, line, why),
+            lambda unsent: self._flooded(),
         )  # fmt: skip
         with self._lock:
             line.link, line.opening, line.failures, line.warned = link, False, 0, ""

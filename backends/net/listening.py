@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from backends.net.backlog import UNHANDLED_BYTES
 from backends.net.counts import (
     CROWDED,
     ENDED,
@@ -64,7 +65,7 @@ class Limits:
     links: int = 64
     opening: int = 32
     unsent_bytes: int = 8 << 20
-    unhandled_bytes: int = 32 << 20
+    unhandled_bytes: int = UNHANDLED_BYTES
 
 
 @dataclass

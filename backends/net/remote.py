@@ -10,12 +10,14 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from backends.he.interface import OwnerCipher
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.addresses import address_of
 from backends.net.audit import Audit
+from backends.net.backlog import UNHANDLED_BYTES, Backlog
 from backends.net.dialling import Dialler
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
@@ -73,16 +75,23 @@ def connected(
     ledger = ledger or WorkerLedger()
     identities = _Identities(ledger)
     catalogue = prepared.catalogue()
+    hooks = hooks or Hooks()
+    backlog = Backlog(UNHANDLED_BYTES, hooks)
     client: OwnerClient
+
+    def deliver(worker: str, frame: memoryview) -> None:
+        backlog.arrived(frame)
+        client.deliver(worker, frame)
+
     dialler = Dialler(
-        addresses, tls, catalogue.largest_frame(MAX_TOKENS),
-        lambda worker, frame: client.deliver(worker, frame),
+        addresses, tls, catalogue.largest_frame(MAX_TOKENS), deliver,
         lambda worker: client.disconnected(worker),
-        lambda worker, why: client.lost(worker, why), identities.believe,
+        lambda worker, why: client.lost(worker, why), identities.believe, backlog.full,
     )  # fmt: skip
     client = OwnerClient(
         catalogue, prepared.owner_matrices(), owner_cipher, list(addresses), dialler.send,
-        config, lanes, hooks, identity_of=identities.of, audit=audit, ledger=ledger,
+        config, lanes, replace(hooks, observe=backlog.observe),
+        identity_of=identities.of, audit=audit, ledger=ledger,
     )  # fmt: skip
     client.start()
     try:

@@ -5,24 +5,20 @@ The worker's end imports nothing that could hold a secret; the owner's is in `re
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from backends.he.interface import WorkerCipher
 from backends.he.store import WorkerPart
+from backends.net.backlog import Backlog
 from backends.net.counts import Counts, LineEvent
 from backends.net.listening import Limits, Listener
 from backends.net.loop import Hooks
 from backends.net.tls import Tls
 from backends.net.worker import WorkerServer
-from protocol.events import Effect, Event, FrameArrived
 from protocol.worker import WorkerConfig
-
-_COST_BYTES = 512
-"""Of a frame that waits, beyond its length."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +42,6 @@ class Service:
         self.listener.refuse()
         answered = self.server.finish(seconds)
         return self.listener.flush(max(0.0, until - time.monotonic())) and answered
-
-
-class _Backlog:
-    """Bytes of frames that have been read and wait to be handled, of all links together."""
-
-    def __init__(self, most: int, hooks: Hooks) -> None:
-        self._most, self._hooks = most, hooks
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def add(self, size: int) -> None:
-        with self._lock:
-            self._bytes += size
-
-    def full(self) -> bool:
-        return self._bytes > self._most
-
-    def observe(self, event: Event, effects: Sequence[Effect]) -> None:
-        """An event has been handled."""
-        if isinstance(event, FrameArrived):
-            self.add(-len(event.frame) - _COST_BYTES)
-        self._hooks.observe(event, effects)
 
 
 @contextmanager
@@ -95,7 +69,7 @@ def serving(
     Raises OSError when the address cannot be had.
     """
     config, limits, hooks = config or WorkerConfig(), limits or Limits(), hooks or Hooks()
-    backlog = _Backlog(limits.unhandled_bytes, hooks)
+    backlog = Backlog(limits.unhandled_bytes, hooks)
     server: WorkerServer
 
     def on_line(event: LineEvent) -> None:
@@ -103,7 +77,7 @@ def serving(
         tell(event)
 
     def deliver(peer: str, frame: memoryview) -> None:
-        backlog.add(len(frame) + _COST_BYTES)
+        backlog.arrived(frame)
         server.deliver(peer, frame)
 
     listener = Listener(

@@ -29,7 +29,7 @@ from backends.he.store import PreparedModel
 from backends.net.listening import Limits
 from backends.net.remote import connected
 from backends.net.tls import Tls
-from benchmarks.fuzz.verdict import Verdict, rss_bytes
+from benchmarks.fuzz.verdict import Verdict, memory_bytes
 from protocol.owner_memory import OwnerConfig
 from protocol.worker import WorkerConfig
 from scenarios.certs import Authority
@@ -52,8 +52,8 @@ class Bounds:
     growth      bytes, where not those that follow from the worker's limits
     """
 
-    answer_s: float = 10.0
-    newcomer_s: float = 10.0
+    answer_s: float = 30.0
+    newcomer_s: float = 30.0
     growth: int | None = None
 
     def growth_bytes(self, frame_max: int) -> int:
@@ -141,7 +141,7 @@ class Child:
 
     def start_watching(self) -> None:
         """Memory counts from here on."""
-        self.before = self.peak = rss_bytes(self._process.pid)
+        self.before = self.peak = memory_bytes(self._process.pid)
         self._thread.start()
 
     def log(self) -> str:
@@ -154,8 +154,8 @@ class Child:
 
     def _watch(self) -> None:
         while not self._over.wait(_SAMPLE_S):
-            with suppress(OSError, IndexError):
-                self.peak = max(self.peak, rss_bytes(self._process.pid))
+            with suppress(OSError):
+                self.peak = max(self.peak, memory_bytes(self._process.pid))
 
     def end(self) -> None:
         """Stop it."""

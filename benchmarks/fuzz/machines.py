@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from benchmarks.fuzz.inputs import Frames, stream
-from benchmarks.fuzz.verdict import Verdict, rss_bytes
+from benchmarks.fuzz.verdict import Verdict, memory_bytes
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.errors import ProtocolError
 from protocol.events import (
@@ -44,9 +44,12 @@ from protocol.events import (
 from protocol.messages import (
     HEADER_BYTES,
     Hello,
+    Message,
     Multiply,
     Product,
+    Reason,
     Refuse,
+    Welcome,
     announced_bytes,
     decode,
     encode,
@@ -65,7 +68,9 @@ SLOW_S = 5.0
 GROWTH_BYTES = 64 << 20
 """This process may grow by so much over all inputs: machines are replaced, nothing is kept."""
 _LIFE = 1500
-"""Inputs that one machine sees before the next one takes its place."""
+"""Inputs that a worker's machine sees before the next one takes its place."""
+_OWNER_LIFE = 300
+"""The same for an owner's: its hostile workers are soon retired."""
 _LIMITS = WorkerConfig(max_tokens=64, max_in_flight=2, max_peers=6)
 _HOSTILE_PEERS = 7
 
@@ -73,6 +78,12 @@ _HOSTILE_PEERS = 7
 def product_of(work: MultiplyCiphertext) -> bytes:
     """The right answer to a request."""
     return _expand(bytes(work.payload), CATALOGUE.down_bytes(work.matrix, work.tokens))
+
+
+def _raw(message: Message) -> bytes:
+    frame = encode(message)
+    assert isinstance(frame, bytes)
+    return frame
 
 
 def _expand(data: bytes, size: int) -> bytes:
@@ -155,15 +166,26 @@ class WorkerStage:
         if count > _LIMITS.max_in_flight:
             self._verdict.memory(f"{count} products of {peer} in work")
 
-    def throw(self, kind: str, frame: bytes) -> None:
+    def plausible(self) -> tuple[str, str, bytes]:
+        """(peer, kind, frame) that lets a hostile peer go on: all of it is right."""
+        rng = self._rng
+        peer = f"bad{rng.randrange(_HOSTILE_PEERS)}"
+        if rng.random() < 0.2:
+            return peer, "right Hello", _raw(Hello(OTHER, b"p" * 32, b"m" * 32))
+        matrix, tokens = rng.randrange(3), rng.randint(1, 4)
+        payload = rng.randbytes(CATALOGUE.up_bytes(matrix, tokens))
+        request = Multiply(OTHER, rng.randrange(20), matrix, tokens, payload)
+        return peer, "right Multiply", _raw(request)
+
+    def throw(self, kind: str, frame: bytes, peer: str = "") -> None:
         """One hostile frame, and now and then something else that happens."""
-        peer = f"bad{self._rng.randrange(_HOSTILE_PEERS)}"
+        peer = peer or f"bad{self._rng.randrange(_HOSTILE_PEERS)}"
         with watched(self._verdict, f"worker, {kind} {frame[:48].hex()}"):
             self.handle(FrameArrived(peer, frame))
             chance = self._rng.random()
-            if chance < 0.02:
+            if chance > 0.99:
                 self.handle(PeerLost(peer))
-            if chance < 0.1 and self._running:
+            if chance < 0.02 and self._running:
                 self._end(self._rng.choice(list(self._running)))
 
     def _end(self, task: int) -> list[Effect]:
@@ -193,14 +215,16 @@ class WorkerStage:
 def throw_at_worker(seed: int, count: int, verdict: Verdict) -> None:
     """Frames for the worker's machine; the good peer asks every few of them."""
     rng = stream(seed, "worker")
-    frames = Frames(rng, CATALOGUE, (GOOD, OTHER, bytes(16), b"x" * 16))
+    frames = Frames(rng, CATALOGUE, (*(OTHER,) * 6, GOOD, bytes(16)))
     stage = WorkerStage(rng, verdict)
     for index in range(count):
         if index % _LIFE == 0:
             stage = WorkerStage(rng, verdict)
-        kind, frame = frames.draw()
+        peer, (kind, frame) = "", frames.draw()
+        if rng.random() < 0.2:
+            peer, kind, frame = stage.plausible()
         verdict.inputs[f"worker's machine: {kind}"] += 1
-        stage.throw(kind, frame)
+        stage.throw(kind, frame, peer)
         if index % 25 == 24:
             stage.ask()
 
@@ -219,6 +243,7 @@ class OwnerStage:
         self.timers: dict[str, float] = {}
         self.wanted: dict[int, bytes] = {}
         frames.requests = [0, 1, 2, 3]
+        self._asked: dict[str, Multiply] = {}
         self._worker = Worker(CATALOGUE)
         # The honest worker comes last: what can go to a hostile one first, does.
         config = OwnerConfig(window=2, attempts_max=2, refusals_max=6)
@@ -236,9 +261,10 @@ class OwnerStage:
         match effect:
             case Send("honest", frame):
                 return self._honest(FrameArrived("owner", frame))
-            case Send(_, frame):
+            case Send(peer, frame):
                 message = decode(frame)
                 if isinstance(message, Multiply):
+                    self._asked[peer] = message
                     self._frames.requests = [0, message.request, message.request + 1]
             case SetTimer(timer, delay_s):
                 self.timers[timer] = self.now + delay_s
@@ -280,10 +306,10 @@ class OwnerStage:
             return AnswerRejected(task, "not the product")
         return TaskDone(task, right)
 
-    def throw(self, kind: str, frame: bytes) -> None:
+    def throw(self, kind: str, frame: bytes, peer: str = "") -> None:
         """One hostile frame, and now and then something else that happens."""
         rng = self._rng
-        peer = rng.choice(self.HOSTILE)
+        peer = peer or rng.choice(self.HOSTILE)
         with watched(self._verdict, f"owner, {kind} {frame[:48].hex()}"):
             self.handle(FrameArrived(peer, frame))
             chance = rng.random()
@@ -293,6 +319,23 @@ class OwnerStage:
                 self.handle(PeerLost(peer))
             elif chance < 0.1:
                 self.fire()
+
+    def plausible(self) -> tuple[str, str, bytes]:
+        """(worker, kind, frame) that lets a hostile worker go on: right, or nearly."""
+        rng = self._rng
+        peer = rng.choice(self.HOSTILE)
+        asked = self._asked.get(peer)
+        if asked is None or rng.random() < 0.4:
+            most = rng.choice((1, 2, 64))
+            return peer, "right Welcome", _raw(Welcome(GOOD, b"p" * 32, b"m" * 32, most))
+        if rng.random() < 0.4:
+            reason = rng.choice((Reason.BUSY, Reason.FAILED, Reason.NO_SESSION))
+            return peer, "refusal of what was asked", _raw(Refuse(GOOD, asked.request, reason))
+        work = MultiplyCiphertext(asked.matrix, asked.tokens, asked.payload)
+        product = bytearray(product_of(work))
+        if rng.random() < 0.3:
+            product[rng.randrange(len(product))] ^= 1 << rng.randrange(8)
+        return peer, "product, nearly right", _raw(Product(GOOD, asked.request, bytes(product)))
 
     def fire(self) -> None:
         """The next timer runs out."""
@@ -330,14 +373,16 @@ def throw_at_owner(seed: int, count: int, verdict: Verdict) -> None:
     frames = Frames(rng, CATALOGUE, (GOOD, GOOD, GOOD, OTHER))
     stage = OwnerStage(rng, frames, verdict)
     for index in range(count):
-        if index % _LIFE == 0:
+        if index % _OWNER_LIFE == 0:
             stage.finish()
             stage = OwnerStage(rng, frames, verdict)
         if index % 20 == 0:
             stage.ask()
-        kind, frame = frames.draw()
+        peer, (kind, frame) = "", frames.draw()
+        if rng.random() < 0.2:
+            peer, kind, frame = stage.plausible()
         verdict.inputs[f"owner's machine: {kind}"] += 1
-        stage.throw(kind, frame)
+        stage.throw(kind, frame, peer)
     stage.finish()
 
 
@@ -347,10 +392,10 @@ def throw_at_machines(seed: int, count: int, verdict: Verdict) -> None:
              (throw_at_owner, count // 4))  # fmt: skip
     for throw, share in parts:
         throw(seed, min(share, 1000), Verdict())  # caches fill, and code is loaded
-    before = rss_bytes()
+    before = memory_bytes()
     for throw, share in parts:
         throw(seed, share, verdict)
-    grown = rss_bytes() - before
+    grown = memory_bytes() - before
     verdict.figures["in_process_growth_bytes"] = grown
     if grown > GROWTH_BYTES:
         verdict.memory(f"this process grew by {grown} bytes over {count} inputs")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import resource
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_OWN = re.compile(r"^(?:RssAnon|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 TOLD = 10
 """Findings of one sort that are kept in words; all are counted."""
 
@@ -56,7 +57,10 @@ class Verdict:
         }
 
 
-def rss_bytes(pid: int | str = "self") -> int:
-    """Resident memory of a process now. Raises OSError when it has ended."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def memory_bytes(pid: int | str = "self") -> int:
+    """Memory that is a process's own, resident or swapped out; no files, which the system may drop.
+
+    Raises OSError when the process has ended.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * sum(int(number) for number in _OWN.findall(status))

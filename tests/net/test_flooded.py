@@ -22,12 +22,15 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
 from backends.net import listening
+from backends.net.backlog import Backlog
 from backends.net.link import Link
 from backends.net.listening import Limits, Listener
+from backends.net.loop import Hooks
 from backends.net.remote import connected
 from backends.net.serving import serving
 from backends.net.tls import OWNER_WRITES, WORKER_WRITES, dial, preface
 from backends.net.worker import WorkerServer
+from protocol.events import Event, FrameArrived, PeerLost
 from protocol.messages import Bye, Hello, Multiply, Product, decode, encode
 from tests.net.test_inprocess import expected, make
 from tests.net.test_line import Ends, frame, sides
@@ -235,6 +238,42 @@ def test_while_frames_pile_up_none_is_read() -> None:
         incoming.close()
         outgoing.close()
         listener.close()
+
+
+def test_an_owner_that_is_flooded_stops_reading_too() -> None:
+    """A hostile worker must not fill its memory either; and its own requests go out meanwhile."""
+    flooded = threading.Event()
+    flooded.set()
+    ends = Ends(None, None)
+    ends.dialler._flooded = flooded.is_set
+    try:
+        ends.dialler.send("w", frame(10))
+        peer, _ = ends.next(ends.at_worker)
+        ends.listener.send(peer, frame(20))
+        ends.dialler.send("w", frame(11))
+        ends.next(ends.at_worker)
+        time.sleep(0.1)
+        assert ends.at_owner.empty()
+        flooded.clear()
+        assert len(ends.next(ends.at_owner)[1]) == len(frame(20))
+    finally:
+        ends.close()
+
+
+def test_what_was_handled_does_not_count() -> None:
+    """Frame by frame; whoever else looks on still does."""
+    seen: list[Event] = []
+    backlog = Backlog(1000, Hooks(observe=lambda event, effects: seen.append(event)))
+    got = memoryview(bytearray(400))
+    for _ in range(100):
+        backlog.arrived(got)
+        assert not backlog.full()
+        backlog.arrived(got)
+        assert backlog.full()
+        for _ in range(2):
+            backlog.observe(FrameArrived("w", got), [])
+            backlog.observe(PeerLost("w"), [])
+    assert len(seen) == 400
 
 
 def test_the_narrowest_limits_still_serve(model: PreparedModel) -> None:
