@@ -52,6 +52,7 @@ def program(path: Path, text: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_page_works_as_it_is_written(tmp_path: Path) -> None:
     """Prepare, certificates, copy, serve, train, watch, a death, a new start, the end."""
     home, there, tools = (tmp_path / name for name in ("home", "there", "tools"))
@@ -74,7 +75,7 @@ def test_the_page_works_as_it_is_written(tmp_path: Path) -> None:
     }  # fmt: skip
     try:
         done = subprocess.run(
-            ["bash", "-c", "\n".join(script)], capture_output=True, text=True, timeout=280,
+            ["bash", "-c", "\n".join(script)], capture_output=True, text=True, timeout=590,
             env=environment,
         )  # fmt: skip
     finally:
@@ -86,7 +87,7 @@ def test_the_page_works_as_it_is_written(tmp_path: Path) -> None:
     assert (home / "runs" / "remote" / "adapter" / "adapter_model.safetensors").is_file()
     counted = re.search(r"^private_lora_worker_requests_total (\d+)$", said, re.MULTILINE)
     assert counted is not None, said
-    assert int(counted[1]) > 100
+    assert int(counted[1]) > 50
     assert "how=drained" in said
     assert {path.name for path in there.iterdir()} == {"worker.log", "worker.pid"}
     assert not (home / "certs" / "worker").exists()
