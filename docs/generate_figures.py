@@ -35,7 +35,10 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
             FIGURES: (quickstart, layer, llama, simulated),
         },
         ROOT / "docs" / "cipher.md": {FIGURES: (noise,)},
-        ROOT / "docs" / "design.md": {GPU_FIGURES: (gpu_table, gpu_step, gpu_owner)},
+        ROOT / "docs" / "design.md": {
+            GPU_FIGURES: (gpu_table, gpu_step, gpu_owner),
+            FIGURES: (transport,),
+        },
         ROOT / "docs" / "simulation.md": {
             FIGURES: (fidelity, gpu_fidelity, speed, studies, chaos, crashes, planted)
         },
@@ -70,6 +73,27 @@ def origin(figures: dict[str, Any]) -> str:
         f"*`{o['command'].split(' --json')[0]}` on {m['cores']} cores of {m['processor']}, torch "
         f"{m['torch']}, commit `{o['commit']}`, {o['date']}.*\n"
     )
+
+
+def transport() -> str:
+    """Our line beside gRPC's."""
+    f = load("transport")
+    rows = [
+        ("this project's, mutual TLS 1.3", ""),
+        (f"gRPC (grpcio {f['grpc_version']}), mutual TLS 1.3", "grpc_"),
+        ("this project's, plain text on loopback", "plain_"),
+    ]
+    lines = ["| frames of 1.5 MB up and 1.0 MB down | MB/s of payload | CPU seconds per GB |"]
+    lines.append("| --- | --- | --- |")
+    for name, prefix in rows:
+        speed, cost = f[f"{prefix}goodput_mb_s"], f[f"{prefix}cpu_s_per_gb"]
+        lines.append(f"| {name} | {speed:.0f} | {cost:.2f} |")
+    busy = (
+        f"Medians of {f['rounds']} rounds of {f['seconds']} s, in turn, CPU seconds of both sides "
+        f"together. The machine was loaded: other processes took {f['others_busy_cores']:.1f} of "
+        "its cores meanwhile, so the speeds are low; what a GB costs is what to compare."
+    )
+    return "\n".join([*lines, "", busy, "", origin(f)])
 
 
 KINDS = {"avx2": "AVX2 only", "avx512": "AVX-512 VNNI", "avxvnni": "AVX-VNNI"}

@@ -25,7 +25,8 @@ in under 15 seconds. Afterwards:
     python -m scenarios.llama1b --real-cpu --weights DIR_OR_HUB_ID --data DIR_OR_FILE
 
 A worker on another machine needs a part of it, manifest.json and the folder worker/ (1 GB for the
-1B); the end of the output says how to copy that. The owner needs all of it.
+1B); the end of the output says how to copy that, and --worker-part DIR puts it apart. The owner
+needs all of it.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from backends.he.manifest import PreparationError
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
-from backends.he.store import PreparedModel
+from backends.he.store import PreparedModel, copy_worker_part
 from backends.nn.skeleton import build_skeleton
 from backends.units import human_bytes
 from scenarios import record
@@ -49,11 +51,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare or open, verify if asked; returns the figures."""
     source, _, config = base_source(args)
     skeleton = build_skeleton(config, source, args.lm_head == "remote")
+    if args.worker_part is not None and args.worker_part.resolve().is_relative_to(args.cache):
+        raise PreparationError("--worker-part is a place of its own, outside the cache")
     prepared, seconds = prepared_for(
         skeleton, config, source, preset(args.preset), args.cache,
         owner_tag=args.owner_tag, anew=args.verify,
     )  # fmt: skip
     verify_s = prepared.verification_s
+    if args.worker_part is not None:
+        copy_worker_part(prepared.directory, args.worker_part)
     return {
         "weights": source.describe(),
         "kernel": chosen_kernel().name,
@@ -81,7 +87,7 @@ def sizes(prepared: PreparedModel) -> dict[str, int]:
     return {"weight_bytes": weights, "hint_bytes": hints, "total_bytes": total}
 
 
-def print_report(f: dict[str, Any]) -> None:
+def print_report(f: dict[str, Any], part: Path | None) -> None:
     """What a person wants to know of it."""
     print(f"\n{f['weights']}, {f['groups']} groups of linears, {f['hint_rows']:,} rows of hints")
     print(f"prepared or found in   {f['prepare_s']:8.1f} s")
@@ -91,16 +97,16 @@ def print_report(f: dict[str, Any]) -> None:
     print(f"hints                  {human_bytes(f['hint_bytes']):>10}  for owners")
     print(f"model digest           {f['model_digest']}")
     print(f"in                     {f['directory']}")
-    print(worker_text(Path(f["directory"])))
+    print(worker_text(part or Path(f["directory"])))
 
 
 def worker_text(directory: Path) -> str:
-    """How to bring a worker its part of the model in this directory."""
+    """How to bring a worker its part of the model, from this directory."""
     name = shlex.quote(directory.name)
     parts = f"{name}/manifest.json {name}/worker"
     return f"""
 The worker's part, for another machine (in place of gpu.example):
-    cd {shlex.quote(str(directory.parent))}
+    cd {shlex.quote(str(directory.resolve().parent))}
     tar -c {parts} | ssh gpu.example tar -x
 or, where it should go on after an interruption:
     rsync -aR --partial {parts} gpu.example:
@@ -119,13 +125,17 @@ def main() -> None:
     parser.add_argument(
         "--verify", action="store_true", help="verify plans and hints, whatever was found before"
     )
+    parser.add_argument(
+        "--worker-part", type=Path, metavar="DIR",
+        help="also put what a worker needs into DIR, for copying it to another machine",
+    )  # fmt: skip
     add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
     with clean_exit():
         use_kernel(args.kernel)
         figures = run(args)
-    print_report(figures)
+    print_report(figures, args.worker_part)
     record.write(args.json, figures)
 
 

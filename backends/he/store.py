@@ -14,6 +14,8 @@ Until it is, no array leaves `PreparedModel`.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.files import map_array, require_own
+from backends.files import map_array, replacing_directory, require_own
 from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
 from backends.he.manifest import (
@@ -228,6 +230,37 @@ class PreparedModel:
     def catalogue(self) -> Catalogue:
         """What owner and worker agree on in the handshake."""
         return catalogue_of(self.manifest)
+
+
+def copy_worker_part(directory: Path, out: Path) -> None:
+    """Put a worker's part of the prepared model in `directory` into `out`, for copying it away.
+
+    Weights are linked where the file system can, else copied. An `out` that has the manifest of
+    this very model is complete, and left alone.
+
+    Raises PreparationError when something else is there, or when it cannot be written.
+    """
+    manifest = (directory / NAME).read_bytes()
+    try:
+        if out.exists():
+            if not (out / NAME).is_file() or (out / NAME).read_bytes() != manifest:
+                raise PreparationError(f"{out} is there already, and is not this model's; choose "
+                                       "another name, or delete it")  # fmt: skip
+            return
+        with replacing_directory(out) as aside:
+            (aside / "worker").mkdir()
+            for file in sorted((directory / "worker").glob("g*.weight.npy")):
+                _link(file, aside / "worker" / file.name)
+            (aside / NAME).write_bytes(manifest)
+    except OSError as error:
+        raise PreparationError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(file, to)
 
 
 class WorkerPart:

@@ -310,6 +310,20 @@ def test_old_tls_is_refused(sides: dict[str, Path]) -> None:
         ends.close()
 
 
+def test_every_connection_is_a_handshake(sides: dict[str, Path]) -> None:
+    """The worker gives no ticket, so nothing of one connection opens another."""
+    ends = Ends(sides["ours/owner"], sides["ours/worker"])
+    try:
+        incoming, outgoing = raw_link(ends, Tls(sides["ours/owner"]))
+        for connection in (incoming, outgoing):
+            assert not connection.session_reused
+            assert connection.session is None or not connection.session.has_ticket
+            assert connection.version() == "TLSv1.3"
+        assert Tls(sides["ours/worker"]).context(server=True).num_tickets == 0
+    finally:
+        ends.close()
+
+
 @pytest.mark.parametrize("spoil", ["missing", "open", "passphrase", "garbage"])
 def test_unusable_certificates_are_explained(
     spoil: str, sides: dict[str, Path], tmp_path: Path

@@ -77,6 +77,7 @@ def test_a_worker_says_how_it_is_and_ends_well(
         assert 0 < numbers["busy_seconds_total"] < 60
         assert numbers["received_bytes_total"] > 6 * 3 * 24
         assert numbers["sent_bytes_total"] > 6 * 2 * 40
+        worker.wait_for("link-ended")
         worker.signal()
         assert worker.ended() == 0
     events = [event["event"] for event in worker.log]
