@@ -551,23 +551,25 @@ def crashes() -> str:
     """Real processes, really killed."""
     k, q = load("chaos-processes"), load("chaos-quickstart")
     killed = ", ".join(f"{kind} {count}" for kind, count in sorted(k["killed"].items()))
+    cuts, trainings = sum(k["cuts"].values()), sum(k["trainings"].values())
     farthest = k["distances_in_undisturbed_distances"][-1]
+    read = f"{k['requests_read']:,}"
+    one_step = k["last_step_moves"] / k["undisturbed_distance"]
     happened = ", ".join(d["what"] for d in q["disturbances"])
     return f"""### Processes that die
 
-{k["kills"]} kills ({killed}), {sum(k["cuts"].values())} cuts of the line and {k["disk_full"]} full \
-disks in {sum(k["trainings"].values())} trainings of {k["steps_each"]} steps, \
-{k["seconds"] / k["kills"]:.1f} s a kill: **{k["lost_steps"]} steps lost, {k["doubled_steps"]} done \
-twice, {k["reused_secrets"]} secrets used twice** in {k["requests_read"]:,} requests read. The \
-adapters end at most {farthest:.1f} times as far from the middle of undisturbed ones as two of those \
-are from each other, where one step moves an adapter \
-{k["last_step_moves"] / k["undisturbed_distance"]:.0f} times as far. On a machine that others used too.
+{k["kills"]} kills ({killed}), {cuts} cuts of the line and {k["disk_full"]} full disks in \
+{trainings} trainings of {k["steps_each"]} steps, {k["seconds"] / k["kills"]:.1f} s a kill on a \
+machine that others used too: **{k["lost_steps"]} steps lost, {k["doubled_steps"]} done twice, \
+{k["reused_secrets"]} secrets used twice** in {read} requests read. In units of the \
+largest distance of two undisturbed adapters, the disturbed ones end at most {farthest:.1f} from \
+the middle of those; one step moves an adapter by {one_step:.0f}.
 {origin(k)}
 The quickstart, {q["steps"]} steps, its worker in another process over TLS. Undisturbed, two runs \
 end {q["adapter_distance_undisturbed"]:.1%} of their way apart, with held-out losses \
 {" and ".join(f"{loss:.4f}" for loss in q["held_out_loss_undisturbed"])}; one disturbed by \
-{happened} ends {q["adapter_distance_disturbed"]:.1%} from them (**{q["ratio"]:.2f} times**), with \
-{q["held_out_loss_disturbed"]:.4f}.
+{happened} ends {q["adapter_distance_disturbed"]:.1%} from them (**{q["ratio"]:.2f} times** that), \
+with {q["held_out_loss_disturbed"]:.4f}.
 {origin(q)}"""
 
 

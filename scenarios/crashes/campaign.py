@@ -183,11 +183,14 @@ def run(
     campaign.prepare()
     prepared = time.perf_counter()
     why = []
+    interrupted = False
     try:
         campaign.run(kills)
     except (Failure, DamageError) as failure:
         why = [str(failure)]
-    figures = campaign.figures()
+    except KeyboardInterrupt:
+        interrupted = True  # what was judged until then counts
+    figures = campaign.figures() | {"interrupted": interrupted}
     figures["seconds"] = round(time.perf_counter() - prepared, 1)
     figures["seconds_undisturbed"] = round(prepared - begun, 1)
     found = figures["found"] = why + figures["found"]

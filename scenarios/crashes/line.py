@@ -7,6 +7,7 @@ when the line is healed. Bytes pass unchanged; with TLS they tell the line nothi
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
@@ -16,14 +17,16 @@ from contextlib import suppress
 HOST = "127.0.0.1"
 Reader = Callable[[bytes], None]
 _READ_BYTES = 1 << 16
+_PORTS = (16_000, 32_000)  # below those that Linux draws from
 _AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets
 
 
 def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.create_server((HOST, 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
+    """A port that nobody uses, and that no outgoing connection will be given meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with suppress(OSError), socket.create_server((HOST, port)):
+            return port
 
 
 class Line:

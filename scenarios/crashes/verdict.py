@@ -70,7 +70,7 @@ class Reference:
     def right(self, step: int, adapter: NDArray[np.float64]) -> bool:
         """Whether an adapter is that of so many steps."""
         bar = max(_NOISES * self.noise[step], _STEP_SHARE * self.one_step[step])
-        return self.distance(step, adapter) <= bar
+        return self.distance(step, adapter) <= float(bar)
 
     def place(self, adapter: NDArray[np.float64]) -> int:
         """The step whose undisturbed adapter is nearest."""

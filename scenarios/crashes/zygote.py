@@ -24,12 +24,14 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("scenarios.worker", "scenarios.crashes.owner")
 _POLL_S = 0.005
+_ENDING_S = 120.0
 _LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 
@@ -110,6 +112,7 @@ class Zygote:
 
     def __init__(self, log: Path, commands: Sequence[str] = COMMANDS) -> None:
         self._lock = threading.Lock()
+        self._asked = 0
         descriptor = os.open(log, _LOG_FLAGS, 0o600)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "scenarios.crashes.zygote", *commands], cwd=ROOT,
@@ -122,16 +125,16 @@ class Zygote:
         with self._lock:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            try:
-                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._asked += 1
+            numbered = json.dumps(request | {"number": self._asked}).encode() + b"\n"
+            with suppress(OSError):
+                self._process.stdin.write(numbered)
                 self._process.stdin.flush()
-                line = self._process.stdout.readline()
-            except OSError:
-                line = b""
-        if not line:
-            raise RuntimeError("the process that starts the others has ended; see zygote.log")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+                while line := self._process.stdout.readline():
+                    answer: dict[str, Any] = json.loads(line)
+                    if answer["number"] == self._asked:  # not one that an interrupt left unread
+                        return answer
+        raise RuntimeError("the process that starts the others has ended; see zygote.log")
 
     def start(self, module: str, arguments: Sequence[str], log: Path) -> Child:
         told = self.ask({"start": module, "arguments": list(arguments), "log": str(log)})
@@ -142,8 +145,12 @@ class Zygote:
 
     def __exit__(self, *error: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_ENDING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 def _become(request: dict[str, Any]) -> int:
@@ -195,6 +202,7 @@ def main() -> None:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             children.discard(pid)
             answer = {"status": os.waitstatus_to_exitcode(status) if pid else None}
+        answer["number"] = request["number"]
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
     for pid in children:

@@ -1,15 +1,13 @@
 """`scenarios.crashes.owner` with a defect, so that the harness can be seen to find it.
 
 Defects of the history come into effect where a run is resumed; those of the wire at once. Whoever
-starts it gives the name of one first: `FAULT --model ...`.
+starts it gives their names first: `FAULT,FAULT --model ...`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +20,17 @@ from protocol.messages import Multiply, decode, encode
 from scenarios.crashes import owner
 
 
-def _progress(change: Callable[[Progress], Progress]) -> None:
+def step_doubled() -> None:
+    """A resumed run applies the last step that was kept once more."""
     real = checkpoint.restore
 
     def restore(*args: Any) -> Progress | None:
         found = real(*args)
-        return found if found is None or not found.step else change(found)
+        if found is None or not found.step:
+            return found
+        return Progress(found.step - 1, found.losses[:-1], found.served)
 
     checkpoint.restore = restore
-
-
-def step_skipped() -> None:
-    """A resumed run believes to be a step further than it is."""
-    _progress(lambda p: Progress(p.step + 1, [*p.losses, p.losses[-1]], p.served))
-
-
-def step_doubled() -> None:
-    """A resumed run applies the last step that was kept once more."""
-    _progress(lambda p: Progress(p.step - 1, p.losses[:-1], p.served))
 
 
 def newest_forgotten() -> None:
@@ -78,18 +69,6 @@ def update_lost() -> None:
     checkpoint.save = saved
 
 
-def moments_lost() -> None:
-    """A resumed run begins with an optimiser that remembers nothing."""
-    real = checkpoint.restore
-
-    def restore(directory: Any, run: Any, parameters: Any, optimizer: Any, *more: Any) -> Any:
-        found = real(directory, run, parameters, optimizer, *more)
-        optimizer.state.clear()
-        return found
-
-    checkpoint.restore = restore
-
-
 def bytes_differ() -> None:
     """A request goes out twice under one number, with other bytes."""
     real = Dialler.send
@@ -105,11 +84,6 @@ def bytes_differ() -> None:
     Dialler.send = send  # type: ignore[method-assign]
 
 
-def one_secret() -> None:
-    """Every request is encrypted under the same key."""
-    OsEntropy.fresh_key = lambda self, tag=b"": bytearray(32)  # type: ignore[method-assign]
-
-
 def randomness_resumed() -> None:
     """Every life of the owner draws the keys of the one before it."""
     count = iter(range(1 << 40))
@@ -118,13 +92,7 @@ def randomness_resumed() -> None:
     )
 
 
-def session_resumed() -> None:
-    """Every life of the owner has the same session."""
-    real = os.urandom
-    os.urandom = lambda size: bytes(size) if size == 16 else real(size)
-
-
 def main() -> None:
-    name = sys.argv.pop(1)
-    globals()[name.replace("-", "_")]()
+    for name in sys.argv.pop(1).split(","):
+        globals()[name.replace("-", "_")]()
     owner.main()

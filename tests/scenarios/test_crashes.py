@@ -10,7 +10,6 @@ import itertools
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,41 +231,33 @@ def attacked(campaign: Campaign, fault: str) -> tuple[Verdict, Wire]:
 @pytest.mark.slow
 def test_an_honest_product_stands_a_few_kills(campaign: Campaign) -> None:
     """Nothing lost, nothing doubled, nothing used twice."""
-    campaign.run(4)
+    campaign.run(3)
     figures: dict[str, Any] = campaign.figures()
-    assert figures["kills"] == 4
+    assert figures["kills"] == 3
     assert figures["found"] == []
     assert figures["requests_read"] >= 2 * STEPS * figures["requests_per_step"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        ("step-skipped", SimpleNamespace(lost=1, doubled=0)),
-        ("newest-forgotten", SimpleNamespace(lost=1, doubled=0)),
-        ("update-lost", SimpleNamespace(lost=1, doubled=0)),
-        ("step-doubled", SimpleNamespace(lost=0, doubled=1)),
-    ],
+    ("fault", "lost", "doubled"),
+    [("newest-forgotten", 1, 0), ("update-lost", 1, 0), ("step-doubled", 0, 1)],
 )
 def test_a_real_history_with_a_defect_is_found(
-    campaign: Campaign, fault: str, expected: SimpleNamespace
+    campaign: Campaign, fault: str, lost: int, doubled: int
 ) -> None:
     """Each kind, in real processes."""
     found, wire = attacked(campaign, fault)
-    assert (found.lost_steps, found.doubled_steps) == (expected.lost, expected.doubled), found.found
+    assert (found.lost_steps, found.doubled_steps) == (lost, doubled), found.found
     assert wire.reused == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [("bytes-differ", "different bytes"), ("randomness-resumed", "share a secret")],
-)
-def test_a_real_wire_with_a_defect_is_found(campaign: Campaign, fault: str, said: str) -> None:
+def test_a_real_wire_with_defects_is_found(campaign: Campaign) -> None:
     """A request with other bytes, and a resumed life that draws the keys of the one before."""
-    found, wire = attacked(campaign, fault)
-    assert any(said in line for line in wire.reused)
+    found, wire = attacked(campaign, "bytes-differ,randomness-resumed")
+    for said in ("different bytes", "share a secret"):
+        assert any(said in line for line in wire.reused)
     assert found.clean
 
 
