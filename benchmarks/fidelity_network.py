@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -219,6 +220,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure every cell and compare. Raises NoLineError."""
     if len(os.sched_getaffinity(0)) < 2:
         raise NoLineError("two sides need two cores; this process may use one")
+    # So that the line is taken down then, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     cells = [
         Cell(Shape(rate, rtt), lanes)
         for rate in RATES_BPS

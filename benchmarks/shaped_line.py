@@ -5,14 +5,17 @@ needed) between two tun devices. It takes packets from one, lets them wait for t
 the delay, and gives them to the other; a packet that finds a full queue is dropped. Kernel TCP with
 ordinary segments runs over it, on Linux's usual settings, whatever this machine's are.
 
-Needs root, for the namespaces. They, and all that runs in them, are gone at the end.
+Needs root, for the namespaces. They, and all that runs in them, are gone at the end;
+where this process is killed, what runs dies with it, and the next line removes the namespaces.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,6 +33,7 @@ SETTINGS = {
 QUEUE_S = 0.05
 """The queue at each end of the line holds what it carries in a round trip, or in this time."""
 _SOURCE = Path(__file__).with_name("line_forwarder.c")
+_PREFIX = "pl-line"
 _COUNT = itertools.count()
 
 
@@ -76,9 +80,15 @@ class ShapedLine:
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.namespaces[end], *pinned, *command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            preexec_fn=_end_with_this_process,
         )  # fmt: skip
         self._processes.append(process)
         return process
+
+
+def _end_with_this_process() -> None:
+    """For a child: killed when its parent is, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _run(*words: str) -> None:
@@ -98,11 +108,20 @@ def require_line() -> None:
             raise NoLineError(f"a shaped line needs the command {tool!r}, which is not installed")
 
 
+def _remove_stale() -> None:
+    """Namespaces of a process that was killed before it could."""
+    for entry in Path("/run/netns").glob(f"{_PREFIX}-*"):
+        owner = entry.name.removeprefix(f"{_PREFIX}-").partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            subprocess.run(["ip", "netns", "del", entry.name], capture_output=True)
+
+
 @contextmanager
 def shaped_line(shape: Shape, congestion: str = "cubic") -> Iterator[ShapedLine]:
     """A line of that shape until the end of the `with`. Raises NoLineError."""
     require_line()
-    names = tuple(f"pl-line-{os.getpid()}-{next(_COUNT)}{end}" for end in "ab")
+    _remove_stale()
+    names = tuple(f"{_PREFIX}-{os.getpid()}-{next(_COUNT)}{end}" for end in "ab")
     line = ShapedLine((names[0], names[1]))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="line-")))
