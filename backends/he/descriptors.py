@@ -30,7 +30,7 @@ def require_descriptors(count: int, what: str = "") -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     except (ValueError, OSError) as error:
         raise PreparationError(
-            f"{what or f'a model of {count} arrays'}: that needs {needed} files open at once, and this "
-            f"process may have {soft} ({error}); raise it first, as with `ulimit -n {needed}`, "
+            f"{what or f'a model of {count} arrays'}: that needs {needed} files open at once, and "
+            f"this process may have {soft} ({error}); raise it first, as with `ulimit -n {needed}`, "
             "which may take an administrator"
         ) from error

@@ -139,7 +139,7 @@ def test_one_that_leaves_as_it_is_taken_leaves_nothing_behind(gone: str) -> None
     number = os.urandom(16)
     try:
         if gone == "second half":
-            assert listener._pair("plain", number, OWNER_WRITES, near)
+            assert not listener._pair("plain", number, OWNER_WRITES, near), "it is taken"
             near = other_near
         with pytest.raises(ConnectionResetError):
             listener._pair("plain", number, WORKER_WRITES, Gone(fileno=near.detach()))
