@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -100,14 +99,12 @@ def _clear(size: Size) -> dict[str, Any]:
 def _worker(model: Path, certs: Path) -> Iterator[str]:
     """A worker in a process of its own; where it is."""
     command = [sys.executable, "-m", "scenarios.worker", "--model", str(model)]
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    command += ["--listen", f"localhost:{port}", "--tls", str(certs / "worker")]
+    command += ["--listen", "localhost:0", "--tls", str(certs / "worker")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            if found := re.search(r"serving on (\S+:\d+)", line):
+            if found := re.search(r" listening address=(\S+:\d+)", line):
                 yield found[1]
                 return
         raise RuntimeError("the worker ended early; see its messages above")

@@ -216,8 +216,7 @@ def parsed() -> argparse.Namespace:
         help="a prepared model, or a worker's part of one")  # fmt: skip
     add("--listen", default="localhost:7443", metavar="HOST:PORT", help="where (localhost:7443)")
     add("--tls", type=Path, metavar="DIR", help="this side's ca.pem, cert.pem and key.pem")
-    add("--backend", choices=("cpu", "cuda"), default="cpu",
-        help="what multiplies (cpu); cuda has not been measured yet")  # fmt: skip
+    add("--backend", choices=("cpu", "cuda"), default="cpu", help="what multiplies (cpu)")
     add("--max-tokens", type=positive, default=4096, help="of one request (4096)")
     add("--links-per-owner", type=positive, default=4, metavar="N",
         help="links of one certificate; an owner's process opens one (4)")  # fmt: skip

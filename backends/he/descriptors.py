@@ -31,6 +31,7 @@ def require_descriptors(count: int, what: str = "") -> None:
     except (ValueError, OSError) as error:
         raise PreparationError(
             f"{what or f'a model of {count} arrays'}: that needs {needed} files open at once, and "
-            f"this process may have {soft} ({error}); raise it first, as with `ulimit -n {needed}`, "
+            f"this process may have {soft} ({error}); raise it first, as with "
+            f"`ulimit -n {needed}`, "
             "which may take an administrator"
         ) from error

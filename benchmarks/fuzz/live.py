@@ -134,7 +134,7 @@ class Child:
     def wait_until_it_listens(self) -> None:
         """Raises RuntimeError when it does not."""
         until = time.monotonic() + _READY_S
-        while f"serving on 127.0.0.1:{self.port}" not in self.log():
+        while f"listening address=127.0.0.1:{self.port}" not in self.log():
             if self._process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the worker does not start: {self.log()[-1000:]}")
             time.sleep(0.05)
