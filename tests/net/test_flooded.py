@@ -218,7 +218,7 @@ def test_while_frames_pile_up_none_is_read() -> None:
     lost: queue.Queue[str] = queue.Queue()
     listener = Listener(
         "127.0.0.1", 0, None, FRAME_MAX, lambda peer, one: got.put(bytes(one)), lost.put,
-        None, flooded.is_set,
+        flooded=flooded.is_set,
     )  # fmt: skip
     listener.start()
     incoming, outgoing, _ = dial("127.0.0.1", listener.port, None)

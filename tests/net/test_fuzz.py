@@ -24,6 +24,7 @@ from benchmarks.fuzz.inputs import Frames, stream
 from benchmarks.fuzz.live import Bounds, Scene
 from benchmarks.fuzz.verdict import Verdict
 from protocol.errors import ProtocolError
+from protocol.events import CancelTimer
 from protocol.messages import Bye, Message, Reason, decode
 from protocol.owner import Owner
 from protocol.worker import Worker
@@ -112,6 +113,7 @@ def test_a_worker_without_a_bound_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_owner_that_loses_a_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Because a hostile worker said something."""
+    monkeypatch.setattr(Owner, "_retry", lambda self, call: [CancelTimer(f"call:{call.id}")])
     monkeypatch.setattr(Owner, "_orphan", lambda self, peer: [])
     verdict = Verdict()
     machines.throw_at_owner(0, COUNT, verdict)
