@@ -32,7 +32,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -157,32 +157,34 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
     else:
         warn_of_expiry(args.tls, tls.require_current())
     state, counts = State(log), Counts()
-    with status_pages(args.metrics, counts, state) as pages:
+    with status_pages(args.metrics, counts, state) as pages, ExitStack() as stack:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
         part = WorkerPart.open(args.model)
         if part.parameters is None:
             raise PreparationError(f"{args.model} was prepared for the clear backend")
         cipher, multiplies = cipher_of(args, part.parameters)
         limits = Limits(min(args.links_per_owner, args.links), args.links)
-        require_descriptors(2 * limits.links + limits.opening)
+        require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
         state.listen_to_signals()
         try:
-            with serving(
-                part, cipher, host, port, tls, WorkerConfig(max_tokens=args.max_tokens), limits,
-                counts=counts, tell=log.on_line, on_crash=state.end.set,
-            ) as service:  # fmt: skip
-                state.service, state.serving = service, not state.end.is_set()
-                log.event(
-                    "listening", address=f"{host}:{service.port}",
-                    tls="mutual-1.3" if tls else "none, this machine only",
-                    model=part.catalogue.model_digest.hex(), multiplies=multiplies,
-                    groups=len(part.groups), weight_bytes=sum(w.nbytes for w in part.weights),
-                )  # fmt: skip
-                state.end.wait()
-                drain(service, args.drain_s, log)
+            service = stack.enter_context(
+                serving(
+                    part, cipher, host, port, tls, WorkerConfig(max_tokens=args.max_tokens),
+                    limits, counts=counts, tell=log.on_line, on_crash=state.end.set,
+                )
+            )  # fmt: skip
         except OSError as error:
             raise _cannot_listen("--listen", args.listen, error) from error
-        log.event("stopped", how="drained", unanswered=0)
+        state.service, state.serving = service, not state.end.is_set()
+        log.event(
+            "listening", address=f"{host}:{service.port}",
+            tls="mutual-1.3" if tls else "none, this machine only",
+            model=part.catalogue.model_digest.hex(), multiplies=multiplies,
+            groups=len(part.groups), weight_bytes=sum(w.nbytes for w in part.weights),
+        )  # fmt: skip
+        state.end.wait()
+        drain(service, args.drain_s, log)
+    log.event("stopped", how="drained", unanswered=0)
 
 
 def drain(service: Service, drain_s: float, log: EventLog) -> None:
