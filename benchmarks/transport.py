@@ -26,13 +26,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
-from backends.machine import busy_elsewhere_s
 from backends.net.dialling import Dialler
 from backends.net.listening import Listener
 from backends.net.tls import Tls
 from benchmarks import two_processes
 from protocol.messages import Bytes, Multiply, Product, decode, encode
-from scenarios import record
 from scenarios.certs import Authority
 from scenarios.cli import clean_exit, positive
 
@@ -139,6 +137,8 @@ def measure(kind: str, certs: Path, seconds: float) -> dict[str, float]:
 
 def others_s() -> float:
     """CPU seconds that neither this process nor a worker that has ended took of this machine."""
+    from backends.machine import busy_elsewhere_s  # only here, see main
+
     own = os.times()
     return busy_elsewhere_s() - own.children_user - own.children_system
 
@@ -165,6 +165,9 @@ def run(seconds: float, rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    # Only here: it loads torch, for which every worker's process would have to wait.
+    from scenarios import record
+
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.transport", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

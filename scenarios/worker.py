@@ -164,7 +164,7 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
             raise PreparationError(f"{args.model} was prepared for the clear backend")
         cipher, multiplies = cipher_of(args, part.parameters)
         limits = Limits(min(args.links_per_owner, args.links), args.links)
-        require_descriptors(2 * limits.links + limits.opening, f"{limits.links} links")
+        require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
         state.listen_to_signals()
         try:
             service = stack.enter_context(

@@ -16,10 +16,11 @@ def require_descriptors(count: int, what: str = "") -> None:
     Asked before hours of work as well as when they are mapped: a model that cannot be opened should
     not be prepared first.
 
-    what  they are for, in a message; the arrays of a model without
+    what  needs them, for a message ("a model of so many arrays needs")
 
     Raises PreparationError when the hard limit does not allow it.
     """
+    what = what or f"a model of {count} arrays needs"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/dev/fd")) + count + _SPARE
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -30,8 +31,6 @@ def require_descriptors(count: int, what: str = "") -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     except (ValueError, OSError) as error:
         raise PreparationError(
-            f"{what or f'a model of {count} arrays'}: that needs {needed} files open at once, and "
-            f"this process may have {soft} ({error}); raise it first, as with "
-            f"`ulimit -n {needed}`, "
-            "which may take an administrator"
+            f"{what} {needed} files open at once, and this process may have {soft} ({error}); "
+            f"raise it first, as with `ulimit -n {needed}`, which may take an administrator"
         ) from error
