@@ -45,6 +45,7 @@ class Campaign:
         self.trainings: Counter[str] = Counter()
         self.left_behind = 0
         self.lives = 0
+        self.undisturbed_s = 0.0
         self._seed, self.place = seed, place
         logs = place / "logs"
         logs.mkdir(parents=True, exist_ok=True)
@@ -70,8 +71,10 @@ class Campaign:
             raise Failure(f"no model could be prepared: {log.read_text()[-300:]}")
         adapters, losses, counts = [], [], set()
         for number, transport in enumerate(undisturbed):
-            place = self.place / f"undisturbed-{number}-{transport}"
+            place, start = self.place / f"undisturbed-{number}-{transport}", time.monotonic()
             by_step, history, books = adapters_by_step(self._bench, place, transport, self.wire)
+            # The first compiles what is not compiled yet.
+            self.undisturbed_s = time.monotonic() - start
             adapters.append(by_step)
             losses.append(history)
             counts |= {len(book.life.requests) for book in books if book.life is not None}
@@ -119,12 +122,12 @@ class Campaign:
 
     def _inflict(self, training: Training, fault: Fault) -> bool:
         """Do it when it is due; False when the training had ended before."""
-        if fault.kind == "owner saving":
-            if not training.wait_for_saving():
-                return False
-            time.sleep(fault.after_s)
-        elif not training.wait(fault.after_s):
+        if not training.wait(fault.after * self.undisturbed_s):
             return False
+        if fault.kind == "owner saving":
+            if not all(training.wait_for_saving() for _ in range(fault.saves)):
+                return False
+            time.sleep(fault.saving_s)
         match fault.kind:
             case "owner" | "owner saving":
                 done = training.kill_owner()
@@ -133,7 +136,7 @@ class Campaign:
                 done = training.kill_worker()
                 again = training.start_worker
             case plan.FULL:
-                done = training.fill_disk(fault.share)
+                done = training.fill_disk(fault.fits)
                 again = training.start_owner
             case how:
                 training.line.cut(how)
@@ -143,6 +146,7 @@ class Campaign:
         (self.killed if fault.kind in plan.KILLS else self.others)[fault.kind] += 1
         time.sleep(fault.down_s)
         again()
+        training.forgive()
         return True
 
     def figures(self) -> dict[str, Any]:
@@ -166,6 +170,7 @@ class Campaign:
             "requests_per_step": reference.requests_per_step,
             "unfinished_directories_left": self.left_behind,
             "undisturbed_trainings": reference.trainings,
+            "undisturbed_s": round(self.undisturbed_s, 2),
             "undisturbed_distance": float(reference.noise[-1]),
             "last_step_moves": float(reference.one_step[-1]),
             "distances_in_undisturbed_distances": [round(float(d), 3) for d in sorted(distances)],

@@ -25,16 +25,20 @@ class Fault:
 
     kind     `owner`, `worker`: kill -9. `owner saving`: kill -9 while a checkpoint is written.
              `reset`, `stall`: the line is cut. `disk full`: a checkpoint cannot be written
-    after_s  seconds after the fault before it was dealt with; of `owner saving`, at most 0.03
-             after the checkpoint was begun
+    after    when it is due after the fault before it was dealt with, as a share of the time that an
+             undisturbed training takes on this machine, whatever that is
+    saves    of `owner saving`: due in so many checkpoints from then
+    saving_s of `owner saving`: seconds since that checkpoint was begun
     down_s   seconds until the process is started again, or the line healed
-    share    of `disk full`: how much of a file still fits, 0 to 1
+    fits     of `disk full`: how much of a file still fits, 0 to 1
     """
 
     kind: str
-    after_s: float
+    after: float
+    saves: int
+    saving_s: float
     down_s: float
-    share: float
+    fits: float
 
 
 def faults(seed: int) -> Iterator[Fault]:
@@ -43,10 +47,10 @@ def faults(seed: int) -> Iterator[Fault]:
     kinds, weights = list(_WEIGHTS), list(_WEIGHTS.values())
     while True:
         (kind,) = draw.choices(kinds, weights)
-        longest = {"owner": 2.0, "owner saving": 0.03}.get(kind, 0.8)
+        longest = {"owner": 0.5, "owner saving": 0.0}.get(kind, 0.2)
         yield Fault(
-            kind, draw.uniform(0.0, longest), draw.choice((0.0, draw.uniform(0.0, 0.6))),
-            draw.random(),
+            kind, draw.uniform(0.0, longest), draw.randint(1, 4), draw.uniform(0.0, 0.03),
+            draw.choice((0.0, draw.uniform(0.0, 0.6))), draw.random(),
         )  # fmt: skip
 
 

@@ -133,6 +133,10 @@ class Training:
             raise Failure(f"{self._who()} has kept no step after {step} for {STUCK_S:.0f} s")
         return True
 
+    def forgive(self) -> None:
+        """After a fault: from now on it has all the time it may take."""
+        self._seen = (-1, time.monotonic())
+
     def wait(self, seconds: float) -> bool:
         """Let it train; whether it has not ended by then."""
         until = time.monotonic() + seconds
