@@ -33,7 +33,6 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from backends.he.params import preset
-from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
@@ -189,7 +188,7 @@ def main() -> None:
             use_kernel(None)
             fidelity_network.run(args)
         return
-    with clean_exit(RemoteLinearError):
+    with clean_exit():
         kernel = use_kernel(None)
     patience_s = 30 * args.minutes
     with real_cases(args.cache) as cases, Calibration(patience_s) as calibration:

@@ -29,7 +29,14 @@ from backends.he.params import preset
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource
 from benchmarks.network_owner import RANK, TOKENS, network_model
-from benchmarks.shaped_line import ADDRESSES, NoLineError, Shape, ShapedLine, shaped_line
+from benchmarks.shaped_line import (
+    ADDRESSES,
+    NoLineError,
+    Shape,
+    ShapedLine,
+    require_line,
+    shaped_line,
+)
 from scenarios import record
 from scenarios.certs import Authority
 from scenarios.preparation import prepared_for
@@ -218,6 +225,7 @@ def print_table(figures: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every cell and compare. Raises NoLineError."""
+    require_line()
     if len(os.sched_getaffinity(0)) < 2:
         raise NoLineError("two sides need two cores; this process may use one")
     # So that the line is taken down then, too.

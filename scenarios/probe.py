@@ -75,6 +75,20 @@ def telling(shapes: Sequence[MatrixShape]) -> list[int]:
     return list(dict.fromkeys(chosen))
 
 
+def explained(samples: Sequence[Sample], ping: Sample) -> tuple[float, float, float, float]:
+    """Seconds of (a round trip, a byte up, a byte down, a multiply-add) that explain the times.
+
+    ping  the smallest request, whose time is mostly the round trip
+    """
+    rtt_s = ping.seconds
+    for _ in range(5):
+        each = solved(samples, rtt_s)
+        sizes = (ping.up, ping.down, ping.products)
+        carried_s = sum(size * seconds for size, seconds in zip(sizes, each, strict=True))
+        rtt_s = max(0.0, ping.seconds - carried_s)
+    return (rtt_s, *each)
+
+
 def solved(samples: Sequence[Sample], rtt_s: float) -> tuple[float, float, float]:
     """Seconds (a byte up, a byte down, a multiply-add), none negative, that explain the samples."""
     rows = np.array([[s.up, s.down, s.products] for s in samples], dtype=np.float64)
@@ -117,23 +131,24 @@ class Prober:
 
     def run(self) -> LineProbe:
         """Probe; takes up to about `SECONDS_MAX`. Raises what `ask` raises."""
-        start, busy = time.perf_counter(), self._busy()
+        start, busy, began = time.perf_counter(), self._busy(), self._away()
         chosen = telling(self._shapes)
-        rtt_s = min(self._time(chosen[0], 1).seconds for _ in range(_PINGS))
+        pings = [self._time(chosen[0], 1) for _ in range(_PINGS)]
+        ping = min(pings, key=lambda sample: sample.seconds)
         samples: list[Sample] = []
         for tokens in TOKENS:
-            before = time.perf_counter()
+            before = self._away()
             # Twice: the first opens the connection's window for the second.
             for _ in range(2):
                 samples = [self._time(matrix, tokens) for matrix in chosen]
-            now = time.perf_counter()
+            now = self._away()
             grown = TOKENS[1] // TOKENS[0]
             size = 2 * grown * sum(sample.up + sample.down for sample in samples)
-            if now - start + grown * (now - before) > SECONDS_MAX or (
+            if now - began + grown * (now - before) > SECONDS_MAX or (
                 self._bytes + size > BYTES_MAX
             ):
                 break
-        up, down, product = solved(samples, rtt_s)
+        rtt_s, up, down, product = explained(samples, ping)
         return LineProbe(
             rtt_s, 1 / up, 1 / down, 1 / product, self._busy() - busy, tuple(self._asked),
             self._bytes, time.perf_counter() - start,

@@ -31,7 +31,6 @@ from transformers import AutoConfig, AutoTokenizer
 from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
-from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import pack, read_texts
 from backends.nn.generate import complete
@@ -294,7 +293,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    with clean_exit(RemoteLinearError):
+    with clean_exit():
         use_kernel(args.kernel)
         figures = Quickstart(args).run()
     record.write(args.json, figures)

@@ -96,7 +96,8 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker", action="append", default=[], metavar="HOST:PORT",
         help="a worker on another machine, see `python -m scenarios.worker` (several times: the "
-        "work is shared, and one takes over for another); one in this process without",
+        "work is shared, and one takes over for another); one in this process without. The run "
+        "probes the line first, and says how long it will take",
     )  # fmt: skip
     parser.add_argument(
         "--tls", type=Path, metavar="DIR",
