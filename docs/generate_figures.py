@@ -50,7 +50,7 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
                 crashes,
                 planted,
             )
-        },  # fmt: skip
+        },
     }
 
 
