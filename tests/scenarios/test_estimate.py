@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import simpy
 from transformers import LlamaConfig
 
 from backends.he.matmul.choice import chosen_kernel
@@ -25,6 +27,8 @@ from scenarios.line import waits_for
 from scenarios.preparation import prepared_for
 from scenarios.probe import LineProbe, Prober, Sample, solved, telling
 from scenarios.session import Live, PrivateSession, Workers, private_session
+from sim.network import Link, Network, star
+from sim.stream import Stream, Tcp
 
 SHAPES = [
     MatrixShape(name, inputs, outputs, 3 * inputs, 2 * outputs)
@@ -48,21 +52,29 @@ def test_rates_are_told_apart() -> None:
     assert min(solved([Sample(10, 20, 5.0, 0.0)] * 3, 0.02)) > 0
 
 
-@pytest.mark.parametrize(("mb_s", "bytes_most"), [(1, 3e6), (100, 20e6)])
-def test_a_probe_is_short(mb_s: float, bytes_most: float) -> None:
-    """On a slow line it stops early; a made-up line is found as it was made."""
-    clock = SimpleNamespace(s=0.0)
+@pytest.mark.parametrize("rtt_s", [0.001, 0.02, 0.08])
+@pytest.mark.parametrize("mb_s", [1, 12, 120])
+def test_a_probe_is_short_and_right(mb_s: float, rtt_s: float) -> None:
+    """Over simulated TCP, slow start and all: what a step's bytes will take is found."""
+    env, clock = simpy.Environment(), SimpleNamespace(s=0.0)
+    line = Link(8e6 * mb_s, rtt_s / 2)
+    network = Network(env, star(["o"], ["w"], line, Link(1e15, 0.0)), random.Random(0))
+    up, down = (Stream(env, network, *ends, Tcp(overhead=1.0)) for ends in ("ow", "wo"))
 
     def ask(matrix: int, tokens: int) -> None:
-        shape = SHAPES[matrix]
-        size = tokens * (shape.up_bytes_per_token + 2 * shape.down_bytes_per_token)
-        clock.s += 0.03 + size / (1e6 * mb_s)
+        shape, done, start = SHAPES[matrix], env.event(), env.now
+        down_bytes = tokens * shape.down_bytes_per_token
+        up.send(tokens * shape.up_bytes_per_token, lambda: down.send(down_bytes, done.succeed))
+        env.run(done)
+        clock.s += env.now - start
 
     found = Prober(SHAPES, ask, lambda: clock.s, lambda: 0.0).run()
-    assert found.bytes < bytes_most
-    assert found.rtt_s == pytest.approx(0.03, rel=0.05)
-    assert found.up_b_s == pytest.approx(1e6 * mb_s, rel=0.05)
-    assert found.down_b_s == pytest.approx(5e5 * mb_s, rel=0.05)
+    assert found.bytes < 20e6
+    assert found.rtt_s == pytest.approx(rtt_s, rel=0.1)
+    one = Sample(800_000, 500_000, 256 * 1024 * 1024, 0.0)
+    right = rtt_s + (one.up + one.down) / (1e6 * mb_s)
+    told = found.rtt_s + one.up / found.up_b_s + one.down / found.down_b_s
+    assert told + one.products / found.products_per_s == pytest.approx(right, rel=0.15)
 
 
 def test_what_a_step_waits_for() -> None:
