@@ -40,7 +40,9 @@ EVIL = ("evil1", "evil2", "evil3")
 ROWS = 3
 _READY_S = 120.0
 _SAMPLE_S = 0.02
-_PATIENT = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=10, timeout_s_max=10, attempts_max=12)
+_PATIENT = OwnerConfig(
+    hello_timeout_s=0.5, request_timeout_s=10, timeout_s_max=10, attempts_max=12, greetings_max=12
+)
 
 
 @dataclass(frozen=True)

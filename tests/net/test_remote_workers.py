@@ -29,7 +29,7 @@ from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from tests.net.test_inprocess import expected, make
 
-PATIENT = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, attempts_max=5)
+PATIENT = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, greetings_max=5)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tests.net.test_remote_workers import copy_worker_part, right
 from tests.scenarios.commands import run
 from tests.scenarios.worker_process import WorkerProcess, running
 
-HASTY = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, attempts_max=3)
+HASTY = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, greetings_max=3)
 
 
 @pytest.fixture(scope="module")
