@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -18,6 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+_ASIDE = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)")
+"""A name that `replacing` and `replacing_directory` make."""
 
 
 @contextmanager
@@ -197,3 +201,37 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory, if it is there. To whoever looks for its name it is whole, or gone.
+
+    A crash leaves the rest of it to `end_replacing`.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside)
+
+
+def end_replacing(directory: Path) -> None:
+    """Clear up in `directory` after a crash within `replacing` or `replacing_directory`.
+
+    What was moved aside to be replaced, and was not, comes back; what was never finished is
+    deleted. Only for whoever alone writes there: another's unfinished work looks the same.
+    """
+    found = {path: _ASIDE.fullmatch(path.name) for path in directory.iterdir()}
+    # Old ones first: they are worth more than what was to replace them.
+    for path, name in sorted(found.items(), key=lambda item: item[0].suffix != ".old"):
+        if name is None:
+            continue
+        target = directory / name[1]
+        if name[2] == "old" and not target.exists():
+            path.rename(target)
+            sync_directory(directory)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

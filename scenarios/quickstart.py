@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
+from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.nn.adapters import add_lora, save_adapter
@@ -35,13 +36,16 @@ from backends.nn.data import pack, read_texts
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import SafetensorsSource, human_bytes
+from backends.nn.sources import SafetensorsSource
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
+from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
+from scenarios.estimate import Shape
 from scenarios.preparation import add_preparation_options, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
+    Live,
     Workers,
     add_worker_options,
     open_ledger,
@@ -152,7 +156,13 @@ class Quickstart:
             workers=self.workers,
         ) as session:
             before, done_before = session.usage(), trainer.progress.step
-            losses = train_with_bar(trainer, "private (encrypted)", trace=trace)
+            shape = Shape(
+                self.config, self.training.micro_batch * SEQUENCE, SEQUENCE, self.args.lanes,
+                self.args.rank, self.args.preset,
+            )  # fmt: skip
+            self.figures |= session.say_estimate(shape, self.training.steps - done_before)
+            live = Live(session, self.training.batch * SEQUENCE, self.args.lanes)
+            losses = train_with_bar(trainer, "private (encrypted)", trace=trace, live=live)
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = self._evaluate(model)
@@ -219,7 +229,7 @@ class Quickstart:
 
     def _drop_checkpoints(self) -> None:
         for name in ("private", "clear"):
-            shutil.rmtree(self.out / f"checkpoints-{name}", ignore_errors=True)
+            remove_directory(self.out / f"checkpoints-{name}")
 
 
 def summary(f: dict[str, Any]) -> str:
@@ -258,7 +268,8 @@ Loss curves: {f["plot"]}
 """
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -277,7 +288,11 @@ def main() -> None:
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     with clean_exit():
         use_kernel(args.kernel)
         figures = Quickstart(args).run()

@@ -28,6 +28,7 @@ class _Line:
     opening: bool = False
     waiting: list[Frame] = field(default_factory=list)
     failures: int = 0
+    warned: str = ""
     next_try: float = 0.0
 
 
@@ -98,7 +99,10 @@ class Dialler:
             return
         except OSError as error:
             self._failed(line)
-            log.info("no link to worker %s: %s", worker, error)
+            # Once for each reason: whoever waits wants to know what for.
+            if line.warned != str(error):
+                line.warned = str(error)
+                log.warning("no link to worker %s: %s", worker, error)
             self._on_disconnected(worker)
             return
         if not self._on_identity(worker, identity):
@@ -113,7 +117,7 @@ class Dialler:
             lambda unsent: self._flooded(),
         )  # fmt: skip
         with self._lock:
-            line.link, line.opening, line.failures = link, False, 0
+            line.link, line.opening, line.failures, line.warned = link, False, 0, ""
             waiting, line.waiting = line.waiting, []
         link.start()
         for frame in waiting:

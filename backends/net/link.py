@@ -77,6 +77,11 @@ class Link:
             self._unsent += len(frame)
         self._queue.put(frame)
 
+    @property
+    def idle(self) -> bool:
+        """Whether every frame that was queued has been handed to the system."""
+        return not self._unsent
+
     def close(self, why: str) -> None:
         """End the link. Frames that wait are lost. Harmless the second time."""
         with self._lock:

@@ -7,7 +7,6 @@ what a log says of a peer can be told of an owner.
 from __future__ import annotations
 
 import itertools
-import logging
 import socket
 import ssl
 import threading
@@ -20,6 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.net.backlog import UNHANDLED_BYTES
+from backends.net.counts import (
+    CROWDED,
+    ENDED,
+    OPENED,
+    OWNER_FULL,
+    REFUSED,
+    TURNED_AWAY,
+    LineEvent,
+)
+from backends.net.counts import FULL as ALL_FULL
 from backends.net.link import Link
 from backends.net.tls import (
     FULL,
@@ -34,10 +43,9 @@ from backends.net.tls import (
 )
 from protocol.messages import Frame
 
-log = logging.getLogger(__name__)
-
 _HEARING_S = 1.0
 _UNREAD_BYTES = 4096
+_LOOK_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Listener:
     frame_max  bytes of the largest frame that is taken
     on_frame   is told (peer, frame), on a thread of that peer
     on_lost    is told that a peer is gone; its name does not come again, nor a frame of it
+    tell       is told of links that open, end or are refused, on any thread
     flooded    whether frames that were handed over wait in such numbers that no more are read
 
     Raises OSError when the address cannot be had, CertificateError for plain text elsewhere.
@@ -104,13 +113,15 @@ class Listener:
         on_frame: Callable[[str, memoryview], None],
         on_lost: Callable[[str], None],
         limits: Limits | None = None,
+        tell: Callable[[LineEvent], None] = lambda event: None,
         flooded: Callable[[], bool] = lambda: False,
     ) -> None:
         if tls is None:
             require_loopback(host)
         self._context = None if tls is None else tls.context(server=True)
         self._frame_max, self._on_frame, self._on_lost = frame_max, on_frame, on_lost
-        self._limits, self._flooded = limits or Limits(), flooded
+        self._limits, self._tell = limits or Limits(), tell
+        self._flooded = flooded
         self._unsent_max = max(self._limits.unsent_bytes, 2 * frame_max)
         self._socket = socket.create_server((host, port), backlog=self._limits.opening)
         self.port: int = self._socket.getsockname()[1]
@@ -134,20 +145,37 @@ class Listener:
         if link is not None:
             link.send(frame)
 
-    def close(self) -> None:
-        """Accept nothing more, and end all links."""
+    def refuse(self) -> None:
+        """Accept no more links; those that are open stay."""
         with self._lock:
             self._closed = True
-            links, halves = list(self._links.values()), list(self._halves.values())
+            halves = list(self._halves.values())
             self._halves.clear()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
         for half in halves:
             half.connection.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until every frame has left that was queued; False when it takes longer."""
+        until = time.monotonic() + seconds
+        while True:
+            with self._lock:
+                if all(link.idle for link in self._links.values()):
+                    return True
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_LOOK_S)
+
+    def close(self) -> None:
+        """Accept nothing more, and end all links."""
+        self.refuse()
+        with self._lock:
+            links = list(self._links.values())
         for link in links:
             link.close("the worker closes")
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _accept(self) -> None:
         while True:
@@ -167,6 +195,7 @@ class Listener:
                 self._opening[opening] = None
             if slowest is not None:
                 slowest.evict()
+                self._tell(LineEvent(REFUSED, "", CROWDED))
             try:
                 self._pool.submit(self._welcome, opening)
             except RuntimeError:  # closing
@@ -194,28 +223,32 @@ class Listener:
             with self._lock:  # from here on it is not evicted
                 self._opening.pop(opening, None)
             connection.settimeout(HANDSHAKE_S)
-            if not self._pair(owner, number, direction, connection):
+            refused = self._pair(owner, number, direction, connection)
+            if refused:
+                self._tell(LineEvent(REFUSED, owner, refused))
                 connection.sendall(FULL)
                 connection.close()
         except (OSError, ssl.SSLError, ValueError) as error:
             # A reason of a library may quote what a stranger sent; its type is enough.
-            log.info("a connection was turned away: %s", type(error).__name__)
+            self._tell(LineEvent(REFUSED, "", TURNED_AWAY, type(error).__name__))
             _let_it_hear(connection)
             connection.close()
         finally:
             with self._lock:
                 self._opening.pop(opening, None)
 
-    def _pair(self, owner: str, number: bytes, direction: int, connection: Any) -> bool:
-        """Keep a connection, or make a link with its other half; False where there is no room."""
+    def _pair(self, owner: str, number: bytes, direction: int, connection: Any) -> str:
+        """Keep a connection, or make a link with its other half; why not, if not."""
         now = time.monotonic()
         with self._lock:
             stale = [k for k, half in self._halves.items() if now - half.since > HANDSHAKE_S]
             dropped = [self._halves.pop(key).connection for key in stale]
             half = self._halves.pop((owner, number), None)
-            refused = self._closed or (half is not None and half.direction == direction)
+            twice = half is not None and half.direction == direction
+            refused = CROWDED if self._closed or twice else ""
             if half is None and not refused:
-                refused = len(self._halves) >= self._limits.opening or self._full(owner)
+                crowded = len(self._halves) >= self._limits.opening
+                refused = CROWDED if crowded else self._full(owner)
                 if not refused:
                     self._halves[owner, number] = _Half(connection, direction, now)
             link = None if half is None or refused else self._link(owner, half, connection)
@@ -224,7 +257,7 @@ class Listener:
         if refused:
             if half is not None:
                 half.connection.close()
-            return False
+            return refused
         try:
             connection.sendall(TAKEN)
             if half is not None:
@@ -239,14 +272,17 @@ class Listener:
                 link.start()  # and ends: its threads let go of all
             raise
         if link is not None:
+            self._tell(LineEvent(OPENED, owner))
             link.start()
-        return True
+        return ""
 
-    def _full(self, owner: str) -> bool:
-        """Whether an owner, or all together, have as many links as they may. Under the lock."""
+    def _full(self, owner: str) -> str:
+        """Who has as many links as it may: the owner, all together, nobody. Under the lock."""
         each = Counter(name.partition("#")[0] for name in self._links)
         each.update(key[0] for key in self._halves)
-        return each[owner] >= self._limits.links_each or each.total() >= self._limits.links
+        if each[owner] >= self._limits.links_each:
+            return OWNER_FULL
+        return ALL_FULL if each.total() >= self._limits.links else ""
 
     def _link(self, owner: str, half: _Half, connection: Any) -> Link:
         """Under the lock."""
@@ -257,7 +293,7 @@ class Listener:
         def end(why: str) -> None:
             with self._lock:
                 self._links.pop(name, None)
-            log.info("link %s ended: %s", name, why)
+            self._tell(LineEvent(ENDED, owner, why))
             self._on_lost(name)
 
         link = Link(

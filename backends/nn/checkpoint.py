@@ -21,7 +21,6 @@ import hmac
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from backends.errors import UserError
 from backends.files import (
+    end_replacing,
     read_bounded,
+    remove_directory,
     replacing_directory,
     sync_directory,
     write_json,
@@ -47,8 +49,12 @@ _KEY_FILE = "data.key"
 _KEY_BYTES = 32
 
 
-class ResumeError(ValueError):
+class ResumeError(UserError, ValueError):
     """A checkpoint cannot be resumed by this run; the text says what differs."""
+
+
+class SaveError(UserError, RuntimeError):
+    """A checkpoint cannot be written; those before it are whole. The text says what to do."""
 
 
 @dataclass
@@ -93,18 +99,28 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write a checkpoint. Kept are the newest two, and for each worker one to go back to."""
+    """Write a checkpoint. Kept are the newest two, and for each worker one to go back to.
+
+    Raises SaveError when it cannot be written; nothing of it is left then.
+    """
     moments = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             moments[f"{name}::{key}"] = torch.as_tensor(value).contiguous()
-    with replacing_directory(directory / f"step-{progress.step:06d}") as aside:
-        weights = {name: p.detach().contiguous() for name, p in parameters.items()}
-        save_file(weights, aside / "adapter.safetensors")
-        save_file(moments, aside / "optimizer.safetensors")
-        served = sorted(progress.served)
-        state = {"step": progress.step, "losses": progress.losses, "served": served, "run": run}
-        write_json(aside / "state.json", state)
+    weights = {name: p.detach().contiguous() for name, p in parameters.items()}
+    served = sorted(progress.served)
+    state = {"step": progress.step, "losses": progress.losses, "served": served, "run": run}
+    try:
+        with replacing_directory(directory / f"step-{progress.step:06d}") as aside:
+            save_file(weights, aside / "adapter.safetensors")
+            save_file(moments, aside / "optimizer.safetensors")
+            write_json(aside / "state.json", state)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SaveError(
+            f"the checkpoint of step {progress.step} cannot be written in {directory} ({why}); "
+            "those before it are whole: make room, and the same command goes on from the newest"
+        ) from error
     _drop_old(directory, progress.served)
 
 
@@ -116,7 +132,7 @@ def _drop_old(directory: Path, served: frozenset[str]) -> None:
         before = [path for path in found if worker not in rests_on[path]]
         kept |= set(before[-1:])
     for old in set(found) - kept:
-        shutil.rmtree(old)
+        remove_directory(old)
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
@@ -147,11 +163,15 @@ def restore(
 ) -> Progress | None:
     """Load the newest checkpoint into the parameters and the optimiser; None without one.
 
+    What a crash has left of unfinished ones is cleared away: one process at a time saves here.
+
     distrusted  workers on whose answers it must not rest; newer ones that do are set aside
 
     Raises ResumeError when it belongs to a run with another configuration, is damaged, or when all
     of them rest on a distrusted worker.
     """
+    if directory.is_dir():
+        end_replacing(directory)
     found = _found(directory)
     if not found:
         return None

@@ -40,7 +40,9 @@ EVIL = ("evil1", "evil2", "evil3")
 ROWS = 3
 _READY_S = 120.0
 _SAMPLE_S = 0.02
-_PATIENT = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=10, timeout_s_max=10, attempts_max=12)
+_PATIENT = OwnerConfig(
+    hello_timeout_s=0.5, request_timeout_s=10, timeout_s_max=10, attempts_max=12, greetings_max=12
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Child:
     def wait_until_it_listens(self) -> None:
         """Raises RuntimeError when it does not."""
         until = time.monotonic() + _READY_S
-        while f"serving on 127.0.0.1:{self.port}" not in self.log():
+        while f"listening address=127.0.0.1:{self.port}" not in self.log():
             if self._process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the worker does not start: {self.log()[-1000:]}")
             time.sleep(0.05)

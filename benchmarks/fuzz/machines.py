@@ -246,7 +246,7 @@ class OwnerStage:
         self._asked: dict[str, Multiply] = {}
         self._worker = Worker(CATALOGUE)
         # The honest worker comes last: what can go to a hostile one first, does.
-        config = OwnerConfig(window=2, attempts_max=2, refusals_max=6)
+        config = OwnerConfig(window=2, attempts_max=2, greetings_max=2, refusals_max=6)
         self._owner = Owner(GOOD, CATALOGUE, (*self.HOSTILE, "honest"), config)
         self.handle(Start())
 

@@ -32,6 +32,13 @@ checks the tests: small changes of protocol/, made by machine, one at a time in 
 tests/protocol, or by the chaos run that follows for those that live (`--chaos-seeds`, 0 for none).
 Expected: at least 95 % of those that change what is promised. `--seed` draws another sample. An
 interrupted hunt goes on from its file.
+
+None of this is real but the arithmetic. For processes that are really killed, over a line that is
+really cut, say --processes (without a number; it has options of its own):
+
+    python -m scenarios.chaos --processes --kills 200 --json kills.json
+    python -m scenarios.chaos --processes --quickstart --json quickstart.json
+    python -m scenarios.chaos --processes --help
 """
 
 from __future__ import annotations
@@ -41,6 +48,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +87,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="with --mutants: seeds for each that the tests let live (100)",
     )  # fmt: skip
     parser.add_argument("--first", type=int, default=0, metavar="K", help="first of the seeds")
-    parser.add_argument("--processes", type=int, metavar="P", help="default: one a core")
+    parser.add_argument(
+        "--processes", type=int, metavar="P",
+        help="run seeds on so many cores (all); without a number, see above",
+    )  # fmt: skip
     parser.add_argument("--stop-at-first", action="store_true", help="end at the first violation")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="with --planted: these defects only"
@@ -194,8 +205,24 @@ def single(options: argparse.Namespace) -> int:
     return int(bool(result.violation))
 
 
+def for_crashes(arguments: Sequence[str]) -> list[str] | None:
+    """The rest of a command line that has `--processes` without a number; None for any other."""
+    places = [n for n, argument in enumerate(arguments) if argument == "--processes"]
+    for n in places:
+        if not arguments[n + 1 : n + 2] or arguments[n + 1].startswith("-"):
+            return [*arguments[:n], *arguments[n + 1 :]]
+    return None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
+    rest = for_crashes(sys.argv[1:] if arguments is None else arguments)
+    if rest is not None:
+        # Only here: it shares nothing with what is simulated.
+        from scenarios.crashes.__main__ import main as crash
+
+        crash(rest)
+        return
     options = parse(arguments)
     # A polite request to end is taken like Ctrl-C: processes and scratch files are cleared away.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -139,7 +139,7 @@ def test_one_that_leaves_as_it_is_taken_leaves_nothing_behind(gone: str) -> None
     number = os.urandom(16)
     try:
         if gone == "second half":
-            assert listener._pair("plain", number, OWNER_WRITES, near)
+            assert not listener._pair("plain", number, OWNER_WRITES, near), "it is taken"
             near = other_near
         with pytest.raises(ConnectionResetError):
             listener._pair("plain", number, WORKER_WRITES, Gone(fileno=near.detach()))
@@ -218,7 +218,7 @@ def test_while_frames_pile_up_none_is_read() -> None:
     lost: queue.Queue[str] = queue.Queue()
     listener = Listener(
         "127.0.0.1", 0, None, FRAME_MAX, lambda peer, one: got.put(bytes(one)), lost.put,
-        None, flooded.is_set,
+        flooded=flooded.is_set,
     )  # fmt: skip
     listener.start()
     incoming, outgoing, _ = dial("127.0.0.1", listener.port, None)

@@ -24,8 +24,11 @@ from benchmarks.fuzz.inputs import Frames, stream
 from benchmarks.fuzz.live import Bounds, Scene
 from benchmarks.fuzz.verdict import Verdict
 from protocol.errors import ProtocolError
-from protocol.messages import Bye, Message, Reason, decode
+from protocol.events import CancelTimer, Effect
+from protocol.messages import Bye, Message, Product, Reason, decode
 from protocol.owner import Owner
+from protocol.owner_memory import Peer
+from protocol.owner_tables import Input
 from protocol.worker import Worker
 
 COUNT = 3000
@@ -112,7 +115,14 @@ def test_a_worker_without_a_bound_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_owner_that_loses_a_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Because a hostile worker said something."""
-    monkeypatch.setattr(Owner, "_orphan", lambda self, peer: [])
+    accept = Owner._accept
+
+    def forgets(self: Owner, peer: Peer, kind: Input, product: Product) -> list[Effect]:
+        if peer.name == "honest":
+            return accept(self, peer, kind, product)
+        return [CancelTimer(f"call:{product.request}")]
+
+    monkeypatch.setattr(Owner, "_accept", forgets)
     verdict = Verdict()
     machines.throw_at_owner(0, COUNT, verdict)
     assert verdict.found["hangs"] + verdict.found["crashes"] > 0

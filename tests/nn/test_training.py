@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft import PeftModel
 
 from backends.nn import checkpoint
 from backends.nn.adapters import add_lora, save_adapter, trainable
-from backends.nn.checkpoint import ResumeError
+from backends.nn.checkpoint import ResumeError, SaveError
 from backends.nn.data import ByteTokenizer, DataError, batch_indices, pack, read_texts
 from backends.nn.local import localise
 from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted, evaluate
@@ -99,10 +100,46 @@ def test_a_half_written_checkpoint_is_never_seen(
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoint, "write_json", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SaveError, match=r"step 4 cannot be written.*disk full.*make room"):
         run(llama, "clear", directory=tmp_path)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["data.key", "step-000000", "step-000001"]
+
+
+def test_what_a_crash_left_unfinished_is_cleared_away(llama: Tiny, tmp_path: Path) -> None:
+    """At the next start; and a checkpoint that was about to be replaced is there again."""
+    _, losses = run(llama, "clear", directory=tmp_path, stop_after=2)
+    (tmp_path / "step-000002").rename(tmp_path / f".step-000002.{'0' * 16}.old")
+    for name in (f".step-000002.{'1' * 16}.tmp", f".step-000003.{'2' * 16}.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.safetensors").write_bytes(b"half")
+    (tmp_path / f".data.key.{'3' * 16}.tmp").write_bytes(b"half")
+    (tmp_path / ".notes.tmp").write_bytes(b"somebody else's")
+    _, after = run(llama, "clear", directory=tmp_path)
+    assert after[:2] == losses
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [".notes.tmp", "data.key", "step-000002", "step-000004"]
+
+
+def test_a_half_deleted_checkpoint_is_never_seen(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while an old one is dropped leaves nothing that a resumed run stumbles over."""
+    _, losses = run(llama, "clear", directory=tmp_path, stop_after=2)
+
+    def crash(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, "clear", directory=tmp_path)
+    monkeypatch.undo()
+    _, after = run(llama, "clear", directory=tmp_path)
+    assert after[:2] == losses
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["data.key", "step-000002", "step-000004"]
 
 
 def test_resuming_with_other_settings_is_refused(llama: Tiny, tmp_path: Path) -> None:

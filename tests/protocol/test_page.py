@@ -204,9 +204,9 @@ def test_a_call_goes_the_way_of_the_page(end: str) -> None:
     note()
     desk.fire("call:1")
     note()
-    desk.reject()
+    desk.reject(peer="w2")
     note()
-    desk.lose("w2") if end == "failed" else desk.product(1, peer="w2")
+    desk.lose("w1") if end == "failed" else desk.product(1, peer="w1")
     note()
     if end == "delivered":
         desk.do(TaskDone(1, "value"))
