@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from backends.errors import UserError
 from backends.files import locked, read_bounded, write_json
 
 FORMAT = 1
@@ -22,7 +23,7 @@ _FILE_BYTES_MAX = 1 << 20
 _TEXT_MAX = 2000
 
 
-class LedgerError(ValueError):
+class LedgerError(UserError, ValueError):
     """The file of caught workers cannot be used, or leaves none; the text says what to do."""
 
 

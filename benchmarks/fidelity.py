@@ -1,6 +1,7 @@
 """Does the simulator tell the truth? Simulated against real step times on this machine.
 
     python -m benchmarks.fidelity --json benchmarks/results/fidelity.json
+    python -m benchmarks.fidelity --network --json benchmarks/results/fidelity-network.json
 
 The real side trains through the in-process driver: the quickstart's model, and two layers of the
 Llama-3.2-1B's width with random weights, with 1, 2 and 4 lanes of 64 and 256 tokens. The
@@ -10,13 +11,16 @@ round after round, so that a machine that changes speed changes both, and on bot
 half of what nothing else disturbed counts; the plain median of all steps is recorded beside it.
 
 Rounds go on until every case has enough steps during which nothing else ran, or the time is up.
+
+With --network, owner and worker are two processes in network namespaces of their own, joined by a
+line of 100 Mb/s or 1 Gb/s and a round trip of 1, 20 or 80 ms, over TLS (root; Linux with tun and a
+C compiler; a quarter of an hour). See `benchmarks/fidelity_network.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,8 +37,11 @@ from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
 from backends.nn.trainer import TrainConfig, Trainer
+from benchmarks import fidelity_network
+from benchmarks.fidelity_network import NoLineError
+from benchmarks.steps import Steps
 from scenarios import record
-from scenarios.cli import clean_exit, use_kernel
+from scenarios.cli import clean_exit, positive, use_kernel
 from scenarios.preparation import add_cache_option, prepared_for
 from scenarios.quickstart import BASE
 from scenarios.session import private_session
@@ -66,35 +73,6 @@ def models() -> dict[str, tuple[PretrainedConfig, WeightSource]]:
         "quickstart": (AutoConfig.from_pretrained(BASE), SafetensorsSource(BASE)),
         "1b-width": (stack, RandomSource(0)),
     }
-
-
-class Steps:
-    """A real training that takes one step when it is told to."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
-        self._done.acquire()
-
-    def _train(self) -> None:
-        try:
-            self._trainer.train(self._stepped)
-        finally:
-            self._done.release()
-
-    def _stepped(self, step: int, loss: float) -> None:
-        self._done.release()
-        self._go.acquire()
-
-    def take(self) -> float:
-        """Seconds of one more step."""
-        self._go.release()
-        self._done.acquire()
-        if not self._thread.is_alive():
-            raise RuntimeError("the real training ended early; see the messages above")
-        return self._trainer.step_seconds[-1]
 
 
 @dataclass
@@ -191,9 +169,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the rounds (6)")
+    parser.add_argument("--network", action="store_true", help="over real lines, see above")
+    group = parser.add_argument_group("with --network")
+    group.add_argument("--rounds", type=positive, default=1, help="visits to every line (1)")
+    group.add_argument("--seconds", type=float, default=20.0, help="of steps a cell and visit (20)")
+    group.add_argument("--patience", type=float, default=60.0,
+        help="seconds that a cell waits for other processes to end (60)")  # fmt: skip
+    group.add_argument("--congestion", default="cubic", metavar="NAME",
+        help="TCP's congestion control at both ends (cubic, as most systems have)")  # fmt: skip
+    group.add_argument("--profile", type=Path, metavar="FILE",
+        help="one core's profile, of an earlier `taskset -c 0 python -m sim.calibrate --out FILE`",
+    )  # fmt: skip
     add_cache_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
+    if args.network:
+        with clean_exit(NoLineError):
+            use_kernel(None)
+            fidelity_network.run(args)
+        return
     with clean_exit():
         kernel = use_kernel(None)
     patience_s = 30 * args.minutes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.messages import DIGEST_BYTES, OVERHEAD_BYTES
+from protocol.messages import DIGEST_BYTES, MAX_BODY_BYTES, OVERHEAD_BYTES
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,16 @@ class Catalogue:
         """Bytes that no frame of either side exceeds, requests having at most so many tokens."""
         most = max(max(m.up_bytes_per_token, m.down_bytes_per_token) for m in self.matrices)
         return OVERHEAD_BYTES + most * tokens
+
+    def tokens_max(self, matrix: int) -> int:
+        """Tokens of one request whose frame, and whose answer's, can be encoded."""
+        shape = self.matrices[matrix]
+        per_token = max(shape.up_bytes_per_token, shape.down_bytes_per_token)
+        return (MAX_BODY_BYTES - OVERHEAD_BYTES) // per_token
+
+    def both_bytes(self, matrix: int, tokens: int) -> int:
+        """Payload bytes of a request and its answer together."""
+        return self.up_bytes(matrix, tokens) + self.down_bytes(matrix, tokens)
 
     def up_bytes(self, matrix: int, tokens: int) -> int:
         """Payload bytes of a request."""

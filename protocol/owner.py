@@ -46,6 +46,7 @@ from protocol.events import (
     TaskFailed,
     TimerFired,
 )
+from protocol.fleet import Fleet
 from protocol.messages import (
     Bye,
     Farewell,
@@ -103,7 +104,9 @@ class Owner:
                 self._peers[name] = Peer(name, State.RETIRED, why_lost=found)
         self._calls: dict[int, Call] = {}
         self._left: dict[int, Call] = {}  # failed, and a task still works with their secrets
+        self._fleet = Fleet(self._peers, self._calls, self._placement, self._config)
         self._last_call = 0
+        self._now = 0.0
         self._aborted = ""
         self._closing = False
         self._closed = False
@@ -129,6 +132,7 @@ class Owner:
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """React to one event. Raises MisuseError for what only a wrong driver could do."""
+        self._now = max(self._now, now)  # a clock that was put back tells nothing
         effects = self._react(event)
         ended = all(p.state in _OVER for p in self._peers.values())
         if self._closing and ended and not self._closed:
@@ -214,25 +218,37 @@ class Owner:
         kind, _, name = timer.partition(":")
         if kind == "session":
             peer = self._peer(name)
-            used_up = peer.state in _COUNTED and peer.attempts >= self._config.attempts_max
+            greeting = peer.state is State.GREETING
+            most = self._config.greetings_max if greeting else self._config.attempts_max
+            used_up = peer.state in _COUNTED and peer.attempts >= most
             return self._step(peer, Input.EXHAUSTED if used_up else Input.TIMEOUT)
         call = self._calls.get(int(name)) if kind == "call" else None
         if call is None or call.state is not CallState.IN_FLIGHT:
             raise MisuseError(f"timer {timer!r} is not set")
-        if call.attempts >= self._config.attempts_max:
-            return self._silent(call)
-        self._move(call, CallInput.TIMEOUT)
-        return self._transmit(call)
+        return self._send_again(call)
 
-    def _silent(self, call: Call) -> list[Effect]:
-        peer = self._peers[call.peer]
+    def _send_again(self, call: Call) -> list[Effect]:
+        """A wait is over: the same bytes to another worker that holds the matrix, or once more."""
+        config, peer, attempts = self._config, self._peers[call.peer], call.attempts
+        # Without an attempt it was a wait after a refusal, and no silence.
+        another = self._fleet.choose(call, self._fleet.loads(), {peer.name}) if attempts else None
+        if another is None and attempts < config.attempts_max:
+            self._move(call, CallInput.TIMEOUT)
+            return self._transmit(call)
         call.silences += 1
-        failed: list[Effect] = []
-        if call.silences >= self._config.refusals_max:
-            # Workers that greet but never answer would else be lost and revived in turn for ever.
+        peer.silences += 1
+        effects: list[Effect] = []
+        if call.silences >= config.refusals_max:
+            # Workers that greet but never answer would else be asked in turn for ever.
             layer = self._catalogue.matrices[call.matrix].name
-            failed = self._fail(call, f"no worker answered {layer}, tried {call.silences} times")
-        return [*failed, *self._step(peer, Input.EXHAUSTED)]
+            reason = f"no worker answered {layer}, tried {call.silences} times"
+            effects = [*self._fail(call, reason), *self._pump()]
+        elif another is not None:
+            self._move(call, CallInput.ORPHANED)
+            effects = self._dispatch(call, another)
+        if max(attempts, peer.silences) >= config.attempts_max:
+            effects += self._step(peer, Input.EXHAUSTED)
+        return effects
 
     def _on_linear(self, wanted: LinearWanted) -> list[Effect]:
         if wanted.call <= self._last_call:
@@ -242,7 +258,11 @@ class Owner:
         self._last_call = wanted.call
         if self._aborted or self._closing:
             return [FailCall(wanted.call, self._aborted or "the session is closing")]
-        self._calls[wanted.call] = Call(wanted.call, wanted.matrix, wanted.tokens)
+        most = self._catalogue.tokens_max(wanted.matrix)
+        if wanted.tokens > most:
+            return [FailCall(wanted.call, _too_many(wanted.tokens, "a frame", most))]
+        size = self._catalogue.both_bytes(wanted.matrix, wanted.tokens)
+        self._calls[wanted.call] = Call(wanted.call, wanted.matrix, wanted.tokens, size)
         return [RunTask(wanted.call, Encrypt(wanted.matrix, wanted.tokens, wanted.x))]
 
     def _on_task(self, task: int, result: object) -> list[Effect]:
@@ -322,43 +342,23 @@ class Owner:
             return None
         return call
 
-    def _patience(self, base_s: float, attempts: int) -> float:
-        return min(base_s * 2.0 ** (attempts - 1), self._config.timeout_s_max)
-
-    def _load(self) -> dict[str, int]:
-        load = {peer.name: 0 for peer in self._peers.values() if peer.state is State.READY}
-        for call in self._calls.values():
-            if call.state is CallState.IN_FLIGHT and call.peer in load:
-                load[call.peer] += 1
-        return load
-
     def _pump(self) -> list[Effect]:
         """Send what waits, oldest first, to workers with room."""
         effects: list[Effect] = []
-        load = self._load()
+        loads = self._fleet.loads()
         for call in list(self._calls.values()):
             if call.state is not CallState.WAITING:
                 continue
-            holders = self._placement.holders(call.matrix, load)
-            able = [name for name in holders if self._peers[name].max_tokens >= call.tokens]
-            if holders and not able and not self._coming(call.matrix):
-                most = max(self._peers[name].max_tokens for name in holders)
-                effects += self._fail(
-                    call,
-                    f"{call.tokens} tokens in one micro-batch; the worker takes at most {most}: "
-                    "use smaller micro-batches",
-                )
+            holders = self._placement.holders(call.matrix, loads)
+            most = max((self._peers[name].max_tokens for name in holders), default=call.tokens)
+            if most < call.tokens and not self._fleet.coming(call.matrix):
+                effects += self._fail(call, _too_many(call.tokens, "the worker", most))
                 continue
-            chosen = self._placement.choose(able, load, self._config.window)
+            chosen = self._fleet.choose(call, loads)
             if chosen is not None:
-                load[chosen] += 1
+                loads[chosen].add(call)
                 effects += self._dispatch(call, chosen)
         return effects
-
-    def _coming(self, matrix: int) -> bool:
-        """Whether a worker that is still being greeted may take what the ready ones cannot."""
-        greeted = {p.name for p in self._peers.values() if p.state in (State.NEW, State.GREETING)}
-        return bool(self._placement.holders(matrix, greeted))
 
     def _dispatch(self, call: Call, peer: str) -> list[Effect]:
         call.peer, call.attempts = peer, 0
@@ -367,8 +367,11 @@ class Owner:
 
     def _transmit(self, call: Call) -> list[Effect]:
         call.attempts += 1
-        delay_s = self._patience(self._config.request_timeout_s, call.attempts)
-        return [Send(call.peer, call.frame), SetTimer(f"call:{call.id}", delay_s)]
+        call.sent_s = self._now
+        return [
+            Send(call.peer, call.frame),
+            SetTimer(f"call:{call.id}", self._fleet.patience(call)),
+        ]
 
     def _fail(self, call: Call, reason: str) -> list[Effect]:
         timer: list[Effect] = []
@@ -411,7 +414,7 @@ class Owner:
 
     def _send_session(self, peer: Peer, message: Hello | Bye) -> list[Effect]:
         peer.attempts += 1
-        delay_s = self._patience(self._config.hello_timeout_s, peer.attempts)
+        delay_s = self._config.doubled(self._config.hello_timeout_s, peer.attempts)
         return [Send(peer.name, encode(message)), SetTimer(f"session:{peer.name}", delay_s)]
 
     def _ready(self, peer: Peer, _: Input, welcome: Welcome) -> list[Effect]:
@@ -427,7 +430,8 @@ class Owner:
         if len(product.payload) != self._catalogue.down_bytes(call.matrix, call.tokens):
             raise ProtocolError("an answer of the wrong size")
         self._move(call, CallInput.ANSWERED)
-        peer.forgot = peer.dropped = 0
+        # Of two sendings of the same bytes, nobody can tell which was answered.
+        peer.answered(call.sent_s if call.attempts == 1 else -1.0, self._now, call.size)
         work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload, peer.name)
         return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work), *self._pump()]
 
@@ -450,13 +454,7 @@ class Owner:
 
     def _retry(self, call: Call) -> list[Effect]:
         """Another worker at once, or the same one a little later. Either way it is alive."""
-        load = self._load()
-        others = [
-            name
-            for name in self._placement.holders(call.matrix, load)
-            if name not in call.refused_by and self._peers[name].max_tokens >= call.tokens
-        ]
-        chosen = self._placement.choose(others, load, self._config.window)
+        chosen = self._fleet.choose(call, self._fleet.loads(), call.refused_by)
         timer = f"call:{call.id}"
         # Each other worker is tried once without delay; after that everybody is given time.
         if chosen is not None:
@@ -464,7 +462,7 @@ class Owner:
             return [CancelTimer(timer), *self._dispatch(call, chosen), *self._pump()]
         call.attempts = 0
         waits = 1 + call.refusals - len(call.refused_by)
-        return [SetTimer(timer, self._patience(self._config.retry_s, waits))]
+        return [SetTimer(timer, self._config.doubled(self._config.retry_s, waits))]
 
     def _orphan(self, peer: Peer) -> list[Effect]:
         effects: list[Effect] = []
@@ -479,7 +477,8 @@ class Owner:
             peer.why_lost = REFUSAL_TEXT[message.reason]
         elif kind is Input.EXHAUSTED or kind is Input.TIMEOUT:
             peer.why_lost = "no answer"
-        again = SetTimer(f"session:{peer.name}", self._config.revive_s)
+        peer.losses += 1
+        again = SetTimer(f"session:{peer.name}", self._config.revived_s(peer.losses))
         return self._without(peer, again)
 
     def _retire(self, peer: Peer, *_: object) -> list[Effect]:
@@ -517,3 +516,9 @@ def _encrypted(result: object) -> tuple[Payload, object]:
     if not (isinstance(result, tuple) and len(result) == 2):
         raise MisuseError("an encryption task returns (payload, sealed)")
     return result
+
+
+def _too_many(tokens: int, who: str, most: int) -> str:
+    return (
+        f"{tokens} tokens in one micro-batch; {who} takes at most {most}: use smaller micro-batches"
+    )

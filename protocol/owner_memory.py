@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from protocol.messages import Frame, Reason
 from protocol.owner_tables import CallState, State
+from protocol.pace import Pace
 
 REFUSAL_TEXT = {
     Reason.OTHER_PARAMETERS: "it was prepared with other cipher parameters (check --preset)",
@@ -24,14 +25,20 @@ REFUSAL_TEXT = {
 class OwnerConfig:
     """Patience and width.
 
-    hello_timeout_s, request_timeout_s  first wait; it doubles with each attempt, up to
-                                        timeout_s_max
-    attempts_max                        sendings without an answer before a worker is lost
-    retry_s                             first wait after BUSY or FAILED; it doubles too
-    refusals_max                        BUSY or FAILED answers, or workers lost waiting for its
-                                        answer, before a call fails
-    revive_s                            how often a lost worker is greeted again
-    window                              requests in flight per worker
+    hello_timeout_s    first wait for a Welcome; it doubles with each attempt, up to timeout_s_max
+    request_timeout_s  the same for an answer of a worker that has not answered yet, and
+    quiet_s            at most, of one that has. Added to either is what the bytes on their way may
+                       take, at the pace that was seen, or before any at slow_bytes_per_s
+    wait_s_max         no wait is longer
+    attempts_max       sendings without an answer before a worker is lost
+    greetings_max      the same for Hello
+    retry_s            first wait after BUSY or FAILED; it doubles too
+    refusals_max       BUSY or FAILED answers, or waits in vain for an answer where another worker
+                       could be asked, before a call fails
+    revive_s           until a lost worker is greeted again; it doubles every time it is lost
+                       without an answer, up to revive_s_max
+    window             requests in flight per worker
+    window_bytes       bytes of requests and answers in flight per worker; one request may be larger
     """
 
     hello_timeout_s: float = 5.0
@@ -42,20 +49,39 @@ class OwnerConfig:
     refusals_max: int = 10
     revive_s: float = 60.0
     window: int = 8
+    window_bytes: int = 256 << 20
+    quiet_s: float = 15.0
+    wait_s_max: float = 1800.0
+    greetings_max: int = 8
+    revive_s_max: float = 1800.0
+    slow_bytes_per_s: float = 250_000.0
 
     def __post_init__(self) -> None:
-        if min(self.window, self.attempts_max, self.refusals_max) < 1:
-            raise ValueError("window, attempts_max and refusals_max are at least 1")
-        waits = (self.hello_timeout_s, self.request_timeout_s, self.timeout_s_max)
-        if min(*waits, self.retry_s, self.revive_s) <= 0:
-            raise ValueError("waits are positive")
+        counts = (self.window, self.attempts_max, self.greetings_max, self.refusals_max)
+        if min(*counts, self.window_bytes) < 1:
+            raise ValueError("windows, and the most of anything, are at least 1")
+        waits = (self.hello_timeout_s, self.request_timeout_s, self.quiet_s, self.timeout_s_max)
+        others = (self.wait_s_max, self.retry_s, self.revive_s, self.revive_s_max)
+        if min(*waits, *others, self.slow_bytes_per_s) <= 0:
+            raise ValueError("waits and speeds are positive")
+
+    def doubled(self, base_s: float, attempts: int) -> float:
+        """Seconds to wait the `attempts`-th time."""
+        return min(base_s * 2.0 ** (attempts - 1), self.timeout_s_max)
+
+    def revived_s(self, losses: int) -> float:
+        """Seconds until a worker is greeted that was lost so often in a row."""
+        return min(self.revive_s * 2.0 ** (losses - 1), self.revive_s_max)
 
 
 @dataclass
 class Peer:
-    """A worker, and the session with it.
+    """A worker, and the session with it. Counts are since its last answer.
 
-    forgot, dropped  how often it has lost the session, and the connection, without an answer since
+    forgot, dropped  how often it has lost the session, and the connection
+    silences         how often another worker was asked because it did not answer
+    losses           how often it was lost
+    pace, heard_s    how fast it is, and when it last answered
     """
 
     name: str
@@ -65,19 +91,35 @@ class Peer:
     why_lost: str = ""
     forgot: int = 0
     dropped: int = 0
+    silences: int = 0
+    losses: int = 0
+    pace: Pace = field(default_factory=Pace)
+    heard_s: float = 0.0
+
+    def answered(self, sent_s: float, now: float, size: int) -> None:
+        """Forgive what was before, and learn its pace from an answer to a request sent once."""
+        self.forgot = self.dropped = self.silences = self.losses = 0
+        if sent_s >= 0:
+            self.pace.observe(now - max(sent_s, self.heard_s), size)
+        self.heard_s = now
 
 
 @dataclass
 class Call:
-    """One linear a lane waits for. `sealed` opens the answer to `frame`; both live until it has."""
+    """One linear a lane waits for. `sealed` opens the answer to `frame`; both live until it has.
+
+    size  bytes of the request's and the answer's payloads
+    """
 
     id: int
     matrix: int
     tokens: int
+    size: int
     state: CallState = CallState.ENCRYPTING
     frame: Frame = field(default=b"", repr=False)
     sealed: object = field(default=None, repr=False)
     peer: str = ""
+    sent_s: float = 0.0
     attempts: int = 0
     refusals: int = 0
     refused_by: set[str] = field(default_factory=set)

@@ -1,8 +1,8 @@
-"""Which worker gets the next request."""
+"""Which worker may get which request."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import MisuseError
@@ -10,7 +10,7 @@ from protocol.errors import MisuseError
 
 @dataclass(frozen=True)
 class Placement:
-    """Which workers hold which matrix, in order of preference; requests go to the least loaded.
+    """Which workers hold which matrix, in order of preference.
 
     where  one tuple of worker names per matrix of the catalogue
     """
@@ -40,11 +40,3 @@ class Placement:
         """Whether the workers left hold every matrix between them."""
         alive = set(left)
         return all(not alive.isdisjoint(names) for names in set(self.where))
-
-    def choose(self, able: Sequence[str], in_flight: Mapping[str, int], window: int) -> str | None:
-        """The able worker with the fewest requests in flight, the first of equals.
-
-        Returns None when each of them has `window` requests in flight already.
-        """
-        free = [peer for peer in able if in_flight[peer] < window]
-        return min(free, key=lambda peer: in_flight[peer], default=None)

@@ -7,7 +7,7 @@ memory therefore loses nothing: the owner greets again and sends the same bytes.
 Rules
   * One session per peer, the one of its latest Hello; anything under another id is refused.
   * A request is checked against the catalogue before a byte of it is used.
-  * At most `max_in_flight` requests per session are in work; beyond that the answer is BUSY.
+  * Requests and bytes in work are bounded, a peer's and all peers'; beyond that the answer is BUSY.
 
 In sync with: owner.py (the other side), messages.py, docs/protocol.md (drawn from TRANSITIONS).
 """
@@ -96,17 +96,29 @@ TRANSITIONS: dict[tuple[State, Input], tuple[State, str]] = {
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """Limits a worker sets. `max_peers` bounds its memory for sessions."""
+    """Limits a worker sets.
+
+    max_tokens                of one request
+    max_in_flight, max_bytes  requests of one peer in work, and bytes of them and their answers; a
+                              peer's only request may be larger
+    max_bytes_all             the same bytes of all peers together
+    max_peers                 sessions; a peer that is new takes the place of one that has ended, or
+    idle_s                    has had nothing in work and said nothing for so long
+    """
 
     max_tokens: int = 4096
     max_in_flight: int = 64
+    max_bytes: int = 512 << 20
+    max_bytes_all: int = 4 << 30
     max_peers: int = 1024
+    idle_s: float = 3600.0
 
 
 @dataclass
 class _Session:
     id: bytes = b""
     state: State = State.ABSENT
+    heard_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,18 @@ class _Job:
     tokens: int
 
 
+@dataclass
+class _Work:
+    """Of one peer, or of all: requests, and bytes of them and of their answers."""
+
+    requests: int = 0
+    size: int = 0
+
+    def add(self, requests: int, size: int) -> None:
+        self.requests += requests
+        self.size += size
+
+
 class Worker:
     """`handle(event, now) -> effects`. Holds no secret and no weight: the driver multiplies."""
 
@@ -126,7 +150,14 @@ class Worker:
         self._config = config or WorkerConfig()
         self._sessions: dict[str, _Session] = {}
         self._jobs: dict[int, _Job] = {}
+        self._in_work: set[_Job] = set()
+        self._work: dict[str, _Work] = {}
+        self._all = _Work()
         self._next_task = 1
+        self._now = 0.0
+        count = range(len(catalogue.matrices))
+        encodable = min((catalogue.tokens_max(m) for m in count), default=self._config.max_tokens)
+        self._max_tokens = min(self._config.max_tokens, encodable)
         self._actions: dict[str, Callable[..., list[Effect]]] = {
             "welcome": self._welcome,
             "refuse_session": self._refuse_session,
@@ -145,6 +176,7 @@ class Worker:
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """React to one event. Raises MisuseError for an event that is not a worker's."""
+        self._now = max(self._now, now)  # a clock that was put back tells nothing
         match event:
             case FrameArrived(peer, frame):
                 try:
@@ -170,6 +202,7 @@ class Worker:
 
     def _on_message(self, peer: str, message: Message) -> list[Effect]:
         session = self._sessions.get(peer) or _Session()
+        session.heard_s = self._now
         match message:
             case Hello():
                 kind = Input.STRANGE_HELLO if self._objection(message) else Input.HELLO
@@ -200,9 +233,20 @@ class Worker:
 
     def _take_job(self, task: int) -> _Job:
         try:
-            return self._jobs.pop(task)
+            job = self._jobs.pop(task)
         except KeyError:
             raise MisuseError(f"no task {task} is running") from None
+        self._in_work.remove(job)
+        self._count(job, -1)
+        return job
+
+    def _count(self, job: _Job, sign: int) -> None:
+        size = sign * self._catalogue.both_bytes(job.matrix, job.tokens)
+        theirs = self._work.setdefault(job.peer, _Work())
+        theirs.add(sign, size)
+        self._all.add(sign, size)
+        if not theirs.requests:
+            del self._work[job.peer]
 
     def _objection(self, hello: Hello) -> Reason | None:
         if hello.parameters_digest != self._catalogue.parameters_digest:
@@ -215,8 +259,7 @@ class Worker:
 
     def _welcome(self, peer: str, session: _Session, hello: Hello) -> list[Effect]:
         if peer not in self._sessions and len(self._sessions) >= self._config.max_peers:
-            ended = (name for name, s in self._sessions.items() if s.state is State.ENDED)
-            self._sessions.pop(next(ended, ""), None)
+            self._sessions.pop(self._over() or "", None)
         if peer not in self._sessions and len(self._sessions) >= self._config.max_peers:
             session.state = State.ABSENT
             return [Send(peer, encode(Refuse(hello.session, 0, Reason.BUSY)))]
@@ -226,9 +269,20 @@ class Worker:
             hello.session,
             self._catalogue.parameters_digest,
             self._catalogue.model_digest,
-            self._config.max_tokens,
+            self._max_tokens,
         )
         return [Send(peer, encode(welcome))]
+
+    def _over(self) -> str | None:
+        """A peer whose session has ended, or else the one silent longest, if long enough."""
+        silent = None
+        for name, session in self._sessions.items():
+            if session.state is State.ENDED:
+                return name
+            idle = name not in self._work and self._now - session.heard_s >= self._config.idle_s
+            if idle and (silent is None or session.heard_s < self._sessions[silent].heard_s):
+                silent = name
+        return silent
 
     def _refuse_session(self, peer: str, session: _Session, hello: Hello) -> list[Effect]:
         reason = self._objection(hello)
@@ -251,27 +305,34 @@ class Worker:
     def _compute(self, peer: str, session: _Session, message: Multiply) -> list[Effect]:
         job = _Job(peer, session.id, message.request, message.matrix, message.tokens)
         # Tasks outlive sessions: a peer that comes back under the same one finds its work going on.
-        if job in self._jobs.values():
+        if job in self._in_work:
             return [Dropped(peer, "duplicate of a request in work")]
         reason = self._fault_of(peer, message)
         if reason is not None:
             return [Send(peer, encode(Refuse(message.session, message.request, reason)))]
         task, self._next_task = self._next_task, self._next_task + 1
         self._jobs[task] = job
+        self._in_work.add(job)
+        self._count(job, 1)
         work = MultiplyCiphertext(message.matrix, message.tokens, message.payload)
         return [RunTask(task, work)]
 
     def _fault_of(self, peer: str, message: Multiply) -> Reason | None:
         if message.matrix >= len(self._catalogue.matrices):
             return Reason.UNKNOWN_MATRIX
-        if not 1 <= message.tokens <= self._config.max_tokens:
+        if not 1 <= message.tokens <= self._max_tokens:
             return Reason.TOO_MANY_TOKENS
         if len(message.payload) != self._catalogue.up_bytes(message.matrix, message.tokens):
             return Reason.WRONG_SIZE
+        return Reason.BUSY if self._is_busy(peer, message) else None
+
+    def _is_busy(self, peer: str, message: Multiply) -> bool:
         # Of this peer, under any session: a new Hello or connection does not stop old tasks.
-        if sum(job.peer == peer for job in self._jobs.values()) >= self._config.max_in_flight:
-            return Reason.BUSY
-        return None
+        theirs, config = self._work.get(peer, _Work()), self._config
+        size = self._catalogue.both_bytes(message.matrix, message.tokens)
+        too_large = theirs.requests and theirs.size + size > config.max_bytes
+        too_much = self._all.requests and self._all.size + size > config.max_bytes_all
+        return bool(too_large or too_much or theirs.requests >= config.max_in_flight)
 
     def _answer(self, peer: str, session: _Session, job: _Job, result: Payload) -> list[Effect]:
         if len(result) != self._catalogue.down_bytes(job.matrix, job.tokens):

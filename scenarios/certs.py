@@ -1,15 +1,21 @@
 """Make a certificate authority and certificates for a first try of a worker on another machine.
 
-    python -m scenarios.certs --out certs --worker gpu.example --worker 203.0.113.7
+    python -m scenarios.certs --out certs --name gpu.example --name 203.0.113.7
+    python -m scenarios.certs --check certs/worker --name gpu.example
 
     certs/owner/     for the owner's machine: --tls certs/owner
     certs/worker/    for the worker's machine: --tls certs/worker
 
 Each folder has ca.pem (whom to believe), cert.pem and key.pem; copy each to its machine and nowhere
-else. Both sides believe only certificates that this authority has signed, and its key is thrown
-away as soon as it has signed these two: for more owners or workers, or to replace a lost key, make
-new ones, or use an authority of your own. Name every host name and address that the owner will use
-for the worker. They are good for a year.
+else, and let nobody but you read key.pem (chmod 600; who uses it refuses one that others can read).
+Both sides believe only certificates that this authority has signed, and its key is thrown away as
+soon as it has signed these two: for more owners or workers, or to replace a lost key, make new
+ones, or use an authority of your own. Name every host name and address that the owner will use for
+the worker: what is dialled by another name is not believed. They are good for a year (--days).
+
+--check says what a folder's certificate is: whose, for which names, until when, and its identity,
+by which logs and the list of caught workers name this side. It fails, saying why, where a
+connection would.
 """
 
 from __future__ import annotations
@@ -17,6 +23,8 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -26,13 +34,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from backends.errors import UserError
 from backends.files import replacing_directory
-from scenarios.cli import clean_exit
+from backends.net.tls import Tls, identity
+from scenarios.cli import clean_exit, up_to
 
 _DAYS = 365
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
-class OutError(ValueError):
+class OutError(UserError):
     """There is something already where the certificates would go."""
 
 
@@ -45,6 +56,10 @@ def _host(text: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
         return x509.DNSName(text)
+
+
+class HostError(UserError):
+    """A worker's name that no certificate can have."""
 
 
 class Authority:
@@ -119,6 +134,69 @@ def _usage(signs: bool) -> x509.KeyUsage:
     )  # fmt: skip
 
 
+def host_name(text: str) -> str:
+    """A host name or an address that a certificate can have, for an option's type."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        pass
+    labels = text.removesuffix(".").split(".")
+    if len(text) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no host name or address: give it as gpu.example or 203.0.113.7, without "
+            "a port"
+        )
+    return text.removesuffix(".")
+
+
+def check(directory: Path, hosts: Sequence[str]) -> str:
+    """What a side's certificate is.
+
+    hosts  names that it must have
+
+    Raises CertificateError when it cannot be used now, HostError when it lacks one of the names.
+    """
+    end = Tls(directory).require_current()
+    certificate = x509.load_pem_x509_certificate((directory / "cert.pem").read_bytes())
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = [str(name.value) for name in found]
+    except x509.ExtensionNotFound:
+        names = []
+    missing = [host for host in hosts if host not in names]
+    if missing:
+        named = ", ".join(names) or "no host at all, as an owner's does"
+        raise HostError(
+            f"{directory / 'cert.pem'} does not name {missing[0]}: it names {named}; make one with "
+            f"--name {missing[0]}"
+        )
+    who = f"a worker at {', '.join(names)}" if names else "an owner"
+    left = (end - datetime.now(timezone.utc)).days
+    return (
+        f"{directory}: {who}\n    good until {end:%Y-%m-%d}, {left} days from now\n"
+        f"    identity {identity(certificate)}"
+    )
+
+
+def make(out: Path, hosts: Sequence[str], days: int) -> str:
+    """Make an authority and both sides' certificates; what to do with them.
+
+    Raises OutError where there is something already.
+    """
+    for side in ("owner", "worker"):
+        if (out / side).exists():
+            raise OutError(f"{out / side} is there already; choose another --out")
+    authority = Authority(days)
+    authority.issue(out / "owner")
+    authority.issue(out / "worker", hosts)
+    there = f"umask 077 && mkdir -p {shlex.quote(out.name)} && tar -C {shlex.quote(out.name)} -x"
+    return f"""{check(out / "owner", [])}
+{check(out / "worker", hosts)}
+The owner's stays here (--tls {out / "owner"}). The worker's goes to its machine, and from here:
+    tar -C {shlex.quote(str(out))} -c worker | ssh {hosts[0]} '{there}'
+    rm -r {shlex.quote(str(out / "worker"))}"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scenarios.certs", description=__doc__,
@@ -126,20 +204,19 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("certs"), help="where to (certs)")
     parser.add_argument(
-        "--worker", action="append", metavar="HOST", help="a name or address of the worker "
-        "(several times; localhost and 127.0.0.1 without any)",
+        "--name", "--worker", action="append", metavar="HOST", type=host_name, default=[],
+        help="a name or address of the worker (several times; localhost and 127.0.0.1 without any)",
     )  # fmt: skip
+    parser.add_argument("--days", type=up_to(3650), default=_DAYS, help="they are good for (365)")
+    parser.add_argument(
+        "--check", type=Path, metavar="DIR", help="make nothing; look at a side's certificate"
+    )
     args = parser.parse_args()
-    hosts = args.worker or ["localhost", "127.0.0.1"]
-    with clean_exit(OutError):
-        for side in ("owner", "worker"):
-            if (args.out / side).exists():
-                raise OutError(f"{args.out / side} is there already; choose another --out")
-        authority = Authority()
-        authority.issue(args.out / "owner")
-        authority.issue(args.out / "worker", hosts)
-    print(f"{args.out / 'owner'}: for the owner's machine (--tls)")
-    print(f"{args.out / 'worker'}: for the worker at {', '.join(hosts)} (--tls)")
+    with clean_exit():
+        if args.check is not None:
+            print(check(args.check, args.name))
+        else:
+            print(make(args.out, args.name or ["localhost", "127.0.0.1"], args.days))
 
 
 if __name__ == "__main__":

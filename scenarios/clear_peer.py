@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,6 +55,14 @@ def _times_ms(
     return {name: summary(found) for name, found in times.items()}
 
 
+class ClearStep(NamedTuple):
+    """A step in clear: seconds of the clock, loss, and seconds of processors."""
+
+    seconds: float
+    loss: float
+    cpu_s: float
+
+
 class ClearPeer:
     """The same training in clear, in a process of its own, one step at a time.
 
@@ -78,13 +86,18 @@ class ClearPeer:
                     return answer
         raise RuntimeError("the clear run beside this one ended early; see its messages above")
 
-    def step(self) -> tuple[float, float]:
-        """(seconds, loss) of one more step."""
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def step(self) -> ClearStep:
+        """One more step."""
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         answer = self._reply("seconds")
-        return answer["seconds"], answer["loss"]
+        return ClearStep(answer["seconds"], answer["loss"], answer["cpu_s"])
 
     def close(self) -> None:
         """End the process."""

@@ -1,4 +1,8 @@
-"""How a scenario starts and ends: closed to others; when it cannot go on, one clear line."""
+"""How a scenario starts and ends: closed to others; when it cannot go on, one clear line.
+
+A worker comes through here too, so this imports nothing that could hold a secret (a test walks its
+imports), and nothing that takes long to load before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-
-from backends.he.cuda.device import GpuError
-from backends.he.interface import NonFiniteInputError
-from backends.he.manifest import PreparationError
-from backends.he.matmul.choice import NAMES, VARIABLE, KernelError, chosen_kernel
-from backends.he.matmul.interface import Kernel
-from backends.ledger import LedgerError
-from backends.net.owner import RemoteLinearError
-from backends.net.remote import AddressError
-from backends.net.tls import CertificateError
-from backends.nn.checkpoint import ResumeError, SaveError
-from backends.nn.data import DataError
-from backends.nn.sources import CheckpointError
-from backends.nn.trainer import TaintedError, TrainingInterrupted
-from scenarios.hardware import MEMORY_ADVICE
+from backends.errors import Interrupted, UserError
 from scenarios.privacy import private_process
+
+if TYPE_CHECKING:
+    from backends.he.matmul.interface import Kernel
+
+MEMORY_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
 
 
 @contextmanager
@@ -33,29 +28,34 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
 
     Before anything else it makes this process private, for good (see `private_process`).
 
-    mendable  more such errors, of what only some scenarios use
+    mendable  more errors that a user can mend, beside every UserError
     """
     private_process()
     try:
         yield
-    except TrainingInterrupted as stopped:
+    except Interrupted as stopped:
         print(f"\n{stopped}; the same command goes on from there")
         sys.exit(130)
     except KeyboardInterrupt:
         print("\ninterrupted; what was prepared or saved so far is kept")
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
-    except (
-        CheckpointError, DataError, PreparationError, ResumeError, SaveError,
-        RemoteLinearError, NonFiniteInputError, FloatingPointError, GpuError, KernelError,
-        LedgerError, TaintedError, CertificateError, AddressError, *mendable,
-    ) as error:  # fmt: skip
+    except (UserError, FloatingPointError, *mendable) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not _device_memory_is_full(error):
+            raise
+        sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
+
+
+def _device_memory_is_full(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # nobody who has not imported it can have raised this
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def add_kernel_option(parser: argparse.ArgumentParser) -> None:
     """The `--kernel NAME` option."""
+    from backends.he.matmul.choice import NAMES
+
     parser.add_argument(
         "--kernel", choices=NAMES, type=str.lower, metavar="NAME",
         help="what multiplies int8 weights on this CPU: "
@@ -63,14 +63,21 @@ def add_kernel_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def use_kernel(name: str | None) -> Kernel:
-    """Choose this process's kernel, and that of those it starts, and say which one it is.
+def choose_kernel(name: str | None) -> Kernel:
+    """Choose this process's kernel, and that of those it starts.
 
     Raises KernelError when this processor cannot run it.
     """
+    from backends.he.matmul.choice import VARIABLE, chosen_kernel
+
     if name is not None:
         os.environ[VARIABLE] = name
-    kernel = chosen_kernel()
+    return chosen_kernel()
+
+
+def use_kernel(name: str | None) -> Kernel:
+    """`choose_kernel`, and say which one it is."""
+    kernel = choose_kernel(name)
     print(f"kernel: {kernel.name}{kernel.warning and f' (slow: {kernel.warning})'}")
     return kernel
 

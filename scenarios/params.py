@@ -46,7 +46,7 @@ from backends.he.params import (
 )
 from backends.he.plan import MatrixPlan, plan_matrix
 from backends.he.quantise import quantise
-from backends.nn.sources import human_bytes
+from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import clean_exit, up_to
 

@@ -24,7 +24,8 @@ from backends.he.store import PreparedModel
 from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
 from backends.nn.skeleton import Skeleton
-from backends.nn.sources import CheckpointError, WeightSource, human_bytes, source_for
+from backends.nn.sources import CheckpointError, WeightSource, source_for
+from backends.units import human_bytes
 from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
 

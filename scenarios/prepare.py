@@ -23,18 +23,25 @@ Expected for the 1B shape on two cores with AVX2: 4.1 GB on disk, made in under 
 in under 15 seconds. Afterwards:
 
     python -m scenarios.llama1b --real-cpu --weights DIR_OR_HUB_ID --data DIR_OR_FILE
+
+A worker on another machine needs a part of it, manifest.json and the folder worker/ (1 GB for the
+1B); the end of the output says how to copy that, and --worker-part DIR puts it apart. The owner
+needs all of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 from typing import Any
 
+from backends.he.manifest import PreparationError
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
-from backends.he.store import PreparedModel
+from backends.he.store import PreparedModel, copy_worker_part
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import human_bytes
+from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import add_model_options, base_source, prepared_for
@@ -44,11 +51,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare or open, verify if asked; returns the figures."""
     source, _, config = base_source(args)
     skeleton = build_skeleton(config, source, args.lm_head == "remote")
+    if args.worker_part is not None and args.worker_part.resolve().is_relative_to(args.cache):
+        raise PreparationError("--worker-part is a place of its own, outside the cache")
     prepared, seconds = prepared_for(
         skeleton, config, source, preset(args.preset), args.cache,
         owner_tag=args.owner_tag, anew=args.verify,
     )  # fmt: skip
     verify_s = prepared.verification_s
+    if args.worker_part is not None:
+        copy_worker_part(prepared.directory, args.worker_part)
     return {
         "weights": source.describe(),
         "kernel": chosen_kernel().name,
@@ -76,7 +87,7 @@ def sizes(prepared: PreparedModel) -> dict[str, int]:
     return {"weight_bytes": weights, "hint_bytes": hints, "total_bytes": total}
 
 
-def print_report(f: dict[str, Any]) -> None:
+def print_report(f: dict[str, Any], part: Path | None) -> None:
     """What a person wants to know of it."""
     print(f"\n{f['weights']}, {f['groups']} groups of linears, {f['hint_rows']:,} rows of hints")
     print(f"prepared or found in   {f['prepare_s']:8.1f} s")
@@ -86,6 +97,21 @@ def print_report(f: dict[str, Any]) -> None:
     print(f"hints                  {human_bytes(f['hint_bytes']):>10}  for owners")
     print(f"model digest           {f['model_digest']}")
     print(f"in                     {f['directory']}")
+    print(worker_text(part or Path(f["directory"])))
+
+
+def worker_text(directory: Path) -> str:
+    """How to bring a worker its part of the model, from this directory."""
+    name = shlex.quote(directory.name)
+    parts = f"{name}/manifest.json {name}/worker"
+    return f"""
+The worker's part, for another machine (in place of gpu.example):
+    cd {shlex.quote(str(directory.resolve().parent))}
+    tar -c {parts} | ssh gpu.example tar -x
+or, where it should go on after an interruption:
+    rsync -aR --partial {parts} gpu.example:
+and there:
+    python -m scenarios.worker --model {name} --listen 0.0.0.0:7443 --tls certs/worker"""
 
 
 def main() -> None:
@@ -99,13 +125,17 @@ def main() -> None:
     parser.add_argument(
         "--verify", action="store_true", help="verify plans and hints, whatever was found before"
     )
+    parser.add_argument(
+        "--worker-part", type=Path, metavar="DIR",
+        help="also put what a worker needs into DIR, for copying it to another machine",
+    )  # fmt: skip
     add_kernel_option(parser)
     record.add_json_option(parser)
     args = parser.parse_args()
     with clean_exit():
         use_kernel(args.kernel)
         figures = run(args)
-    print_report(figures)
+    print_report(figures, args.worker_part)
     record.write(args.json, figures)
 
 

@@ -36,13 +36,16 @@ from backends.nn.data import pack, read_texts
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import SafetensorsSource, human_bytes
+from backends.nn.sources import SafetensorsSource
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
+from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
+from scenarios.estimate import Shape
 from scenarios.preparation import add_preparation_options, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
+    Live,
     Workers,
     add_worker_options,
     open_ledger,
@@ -153,7 +156,13 @@ class Quickstart:
             workers=self.workers,
         ) as session:
             before, done_before = session.usage(), trainer.progress.step
-            losses = train_with_bar(trainer, "private (encrypted)", trace=trace)
+            shape = Shape(
+                self.config, self.training.micro_batch * SEQUENCE, SEQUENCE, self.args.lanes,
+                self.args.rank, self.args.preset,
+            )  # fmt: skip
+            self.figures |= session.say_estimate(shape, self.training.steps - done_before)
+            live = Live(session, self.training.batch * SEQUENCE, self.args.lanes)
+            losses = train_with_bar(trainer, "private (encrypted)", trace=trace, live=live)
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = self._evaluate(model)

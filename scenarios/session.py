@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,17 +17,21 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.addresses import address_of
 from backends.net.audit import Audit
 from backends.net.inprocess import in_process, worker_name
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
-from backends.net.remote import address_of, connected
+from backends.net.remote import connected
 from backends.net.tls import Tls, require_loopback
 from backends.net.worker import WorkerServer
 from backends.nn.checkpoint import set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer
+from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.hardware import CPU, Hardware
+from scenarios.line import LineWatch, waits_for, watched
+from scenarios.probe import LineProbe, Prober
 from scenarios.real_trace import RealTrace
 
 
@@ -77,7 +82,10 @@ class Workers:
             host, _ = address_of(text)
             if args.tls is None:
                 require_loopback(host)
-        return cls(tuple(args.worker), None if args.tls is None else Tls(args.tls))
+        tls = None if args.tls is None else Tls(args.tls)
+        if tls is not None:
+            tls.require_current()
+        return cls(tuple(args.worker), tls)
 
 
 HERE = Workers()
@@ -88,7 +96,8 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker", action="append", default=[], metavar="HOST:PORT",
         help="a worker on another machine, see `python -m scenarios.worker` (several times: the "
-        "work is shared, and one takes over for another); one in this process without",
+        "work is shared, and one takes over for another); one in this process without. The run "
+        "probes the line first, and says how long it will take",
     )  # fmt: skip
     parser.add_argument(
         "--tls", type=Path, metavar="DIR",
@@ -111,16 +120,25 @@ def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> Worker
 
 
 class PrivateSession:
-    """An owner connected to workers, with real encryption. server: the one in this process."""
+    """An owner connected to workers, with real encryption.
+
+    server   the worker in this process
+    workers  how many there are elsewhere
+    watch    of the line to them
+    """
 
     def __init__(
         self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer | None,
-        hardware: Hardware,
+        hardware: Hardware, workers: int = 0, watch: LineWatch | None = None,
     ) -> None:  # fmt: skip
         self._cipher = cipher
         self._client = client
         self._server = server
         self._hardware = hardware
+        self._workers = workers
+        self.watch = watch or LineWatch()
+        self.probed: LineProbe | None = None
+        self.estimate: Estimate | None = None
         self._spent_s = {"owner": 0.0, "worker": 0.0, "copy": 0.0}
 
     def usage(self) -> Usage:
@@ -144,8 +162,34 @@ class PrivateSession:
 
     def warm_up(self, prepared: PreparedModel) -> None:
         """One product, so that compiling the kernels is not taken for a slow first step."""
-        ones = torch.ones(1, prepared.groups[0].in_features, device=self._hardware.device)
-        self._client.linear(0, ones.numpy() if ones.device.type == "cpu" else ones)
+        self._ones(0, 1, prepared.groups[0].in_features)
+
+    def _ones(self, matrix: int, tokens: int, inputs: int) -> None:
+        ones = torch.ones(tokens, inputs, device=self._hardware.device)
+        self._client.linear(matrix, ones.numpy() if ones.device.type == "cpu" else ones)
+
+    def probe(self, prepared: PreparedModel) -> None:
+        """Look at the line to the workers elsewhere, for a few seconds and MB at most."""
+        shapes = prepared.catalogue().matrices
+        self.probed = Prober(
+            shapes, lambda m, tokens: self._ones(m, tokens, shapes[m].in_features),
+            lambda: self.watch.away_s, lambda: self.usage().owner_s,
+        ).run()  # fmt: skip
+
+    def say_estimate(self, shape: Shape, steps: int) -> dict[str, Any]:
+        """Print what so many steps will take over this line; the figures, or none.
+
+        None for workers in this process, where there is no line, and where no step is left.
+        """
+        if self.probed is None or steps < 1:
+            return {}
+        try:
+            self.estimate = estimate(shape, self.probed, self._hardware, self._workers, steps)
+        except (ValueError, RuntimeError) as error:
+            print(f"no estimate of this run: {error}")
+            return {}
+        print("\n".join(self.estimate.lines()))
+        return {"estimate": self.estimate.figures()}
 
 
 def make_ciphers(
@@ -191,11 +235,12 @@ def private_session(
     with ExitStack() as stack:
         stack.enter_context(hardware.timed())
         server: WorkerServer | None = None
+        watch = LineWatch()
         if workers.addresses:
             client = stack.enter_context(
                 connected(
-                    prepared, owner, workers.addresses, workers.tls, None, lanes, hooks("owner"),
-                    audit, ledger,
+                    prepared, owner, workers.addresses, workers.tls, None, lanes,
+                    watched(hooks("owner"), watch), audit, ledger,
                 )
             )  # fmt: skip
         else:
@@ -204,12 +249,40 @@ def private_session(
                     prepared, owner, [worker], lanes=lanes, hooks=hooks, audit=audit, ledger=ledger
                 )
             )
-        session = PrivateSession(owner, client, server, hardware)
+        session = PrivateSession(owner, client, server, hardware, len(workers.addresses), watch)
         session.warm_up(prepared)
+        if workers.addresses:
+            session.probe(prepared)
         if ledger is not None:
-            ledger.start_over()  # nothing rests on that product
+            ledger.start_over()  # nothing rests on those products
         with skeleton.remote.connected(client.linear):
             yield session
+
+
+class Live:
+    """What a progress bar says of the step before: tokens a second, the line, what it waits for.
+
+    tokens  of a step
+    """
+
+    def __init__(self, session: PrivateSession, tokens: int, lanes: int) -> None:
+        self._session, self._tokens, self._lanes = session, tokens, lanes
+        self._last = session.usage(), session.watch.away_s
+
+    def step_ended(self, seconds: float) -> dict[str, str]:
+        """Names and values for the bar. seconds: of the step that has just ended."""
+        session, (before, away_s) = self._session, self._last
+        self._last = session.usage(), session.watch.away_s
+        found = {"tok/s": f"{self._tokens / seconds:.3g}"}
+        if session.probed is None:
+            return found
+        used, away_s = self._last[0].since(before), self._last[1] - away_s
+        worker_s = session.estimate.worker_s if session.estimate else 0.0
+        return found | {
+            "up": f"{used.bytes_up / seconds / 1e6:.3g} MB/s",
+            "down": f"{used.bytes_down / seconds / 1e6:.3g} MB/s",
+            "waits for": waits_for(seconds, self._lanes, away_s, worker_s),
+        }
 
 
 def train_with_bar(
@@ -217,8 +290,12 @@ def train_with_bar(
     label: str,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
     trace: RealTrace | None = None,
+    live: Live | None = None,
 ) -> list[float]:
-    """Train under a live progress bar; returns the losses of all steps."""
+    """Train under a live progress bar; returns the losses of all steps.
+
+    live  says beside the loss how fast it goes, and what it waits for
+    """
     with tqdm(
         total=trainer.config.steps,
         initial=trainer.progress.step,
@@ -228,7 +305,8 @@ def train_with_bar(
     ) as bar:
 
         def on_step(step: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            seen = {} if live is None else live.step_ended(trainer.step_seconds[-1])
+            bar.set_postfix({"loss": f"{loss:.3f}", **seen}, refresh=False)
             bar.update(step - bar.n)
             if trace is not None:
                 trace.step_ended(trainer.step_seconds[-1])

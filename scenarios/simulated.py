@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backends.nn.sources import human_bytes
+from backends.units import human_bytes
 from scenarios.timeline import WORDS, headline, plot_timeline
 from scenarios.whatif import quantities
 from scenarios.whatif.setting import (

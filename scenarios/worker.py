@@ -4,105 +4,256 @@
     python -m scenarios.worker --model DIR --listen localhost:7443            this machine only
     python -m scenarios.worker --model DIR --listen 0.0.0.0:7443 --tls DIR --backend cuda
 
-DIR is a prepared model, as `python -m scenarios.prepare` makes it and names it at its end. A worker
-needs manifest.json and the folder worker/ of it (int8 weights, 1 GB for the 1B). Certificates for
-a first try come from `python -m scenarios.certs`. Several owners may connect at once; each shows a
-certificate that ca.pem stands for. Then, where the text is:
+DIR is a prepared model, as `python -m scenarios.prepare` makes it, or of that only manifest.json
+and the folder worker/ (int8 weights, 1 GB for the 1B). Certificates for a first try come from
+`python -m scenarios.certs`. Several owners may connect at once; each shows a certificate that
+ca.pem stands for. Then, where the text is:
 
     python -m scenarios.llama1b --real-cpu --worker gpu.example:7443 --tls certs/owner ...
 
-A worker holds no secret and keeps nothing. Ctrl-C or SIGTERM ends it at once: owners find it again
-when it is back, or go on with another.
+A worker holds no secret and keeps nothing. SIGTERM or Ctrl-C drains it: no more links, BUSY to new
+requests, then, when the requests in hand are answered or after --drain-s, the end with status 0; a
+second signal ends it at once, with status 1. Owners find it again when it is back, or go on with
+another.
+
+--metrics HOST:PORT serves over plain HTTP, in numbers that tell nothing of any one owner:
+
+    /metrics    counters for Prometheus       /healthz    200 while it works
+    /readyz     200 while it takes requests, 503 while it loads or drains
+
+docs/remote.md has all of it in order, from an empty machine on.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
+from backends.errors import UserError
+from backends.he.descriptors import require_descriptors
 from backends.he.interface import WorkerCipher
 from backends.he.manifest import PreparationError
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
 from backends.he.store import WorkerPart
-from backends.net.serving import serving
-from backends.net.tls import Tls
-from backends.nn.sources import human_bytes
+from backends.net.addresses import address_of
+from backends.net.counts import Counts
+from backends.net.listening import Limits
+from backends.net.pages import StatusPages
+from backends.net.serving import Service, serving
+from backends.net.tls import Tls, require_loopback
 from protocol.worker import WorkerConfig
-from scenarios.cli import add_kernel_option, clean_exit, positive, use_kernel
-from scenarios.session import address_of
+from scenarios.cli import add_kernel_option, choose_kernel, clean_exit, positive
+from scenarios.worker_log import FORMATS, EventLog, capture_logging
+
+_SOON_DAYS = 14
 
 
-class ListenError(ValueError):
+class ListenError(UserError):
     """The worker cannot listen where it was told to."""
 
 
-def cipher_of(backend: str, parameters: Parameters) -> WorkerCipher:
-    """What multiplies. Raises GpuError for `cuda` without a usable GPU."""
-    if backend == "cpu":
-        return MlweWorker(parameters)
-    # Only here: they need Triton and CuPy, which only a GPU needs.
+class WorkerFailedError(UserError):
+    """The worker stopped by a mistake of its own."""
+
+
+def cipher_of(args: argparse.Namespace, parameters: Parameters) -> tuple[WorkerCipher, str]:
+    """What multiplies, and its name.
+
+    Raises GpuError for `cuda` without a usable GPU, KernelError for one that cannot run here.
+    """
+    if args.backend == "cpu":
+        kernel = choose_kernel(args.kernel)
+        if kernel.warning:
+            logging.warning("%s", kernel.warning)
+        return MlweWorker(parameters, kernel), kernel.name
+    # Only here: they need torch, Triton and CuPy, which only a GPU needs.
     from backends.he.cuda.device import find_gpu
     from backends.he.cuda.worker import CudaWorker
 
-    return CudaWorker(parameters, find_gpu())
+    gpu = find_gpu()
+    return CudaWorker(parameters, gpu), gpu.name
 
 
-def run(args: argparse.Namespace) -> None:
-    """Serve until told to stop."""
-    host, port = address_of(args.listen)
-    tls = None if args.tls is None else Tls(args.tls)
-    part = WorkerPart.open(args.model)
-    if part.parameters is None:
-        raise PreparationError(f"{args.model} was prepared for the clear backend; prepare it anew")
-    size = human_bytes(sum(weight.nbytes for weight in part.weights))
-    print(f"{len(part.groups)} groups of linears, {size} of weights, from {args.model}")
-    cipher = cipher_of(args.backend, part.parameters)
-    config = WorkerConfig(max_tokens=args.max_tokens)
-    stop = threading.Event()
+def warn_of_expiry(directory: Path, end: datetime) -> None:
+    """While there is time to make new ones."""
+    left = (end - datetime.now(timezone.utc)).days
+    if left < _SOON_DAYS:
+        logging.warning("the certificate in %s ends in %d days, on %s", directory, left, end.date())
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+class State:
+    """Where the worker is in its life, and what asks it to end."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self._asked = False
+        self.end = threading.Event()
+        self.serving = False
+        self.service: Service | None = None
+
+    def listen_to_signals(self) -> None:
+        """From now on SIGTERM and Ctrl-C drain, and the second one ends the process at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._signalled)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            self._log.event("stopped", how="at once, by a second signal")
+            os._exit(1)
+        self._asked = True
+        self.serving = False
+        self.end.set()
+
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self.serving and self.healthy()
+
+    def healthy(self) -> bool:
+        """Whether it works, loading and draining included."""
+        return self.service is None or not self.service.server.failure
+
+
+@contextmanager
+def status_pages(address: str | None, counts: Counts, state: State) -> Iterator[str]:
+    """/metrics, /healthz and /readyz at an address; yields where. Nothing without an address.
+
+    Raises ListenError when it cannot be had, AddressError when it is none.
+    """
+    if address is None:
+        yield ""
+        return
+    host, port = address_of(address, least_port=0)
     try:
-        with serving(part, cipher, host, port, tls, config) as service:
-            how = "TLS" if tls else "plain text, this machine only"
-            print(f"serving on {host}:{service.port} ({how}); Ctrl-C ends it", flush=True)
-            stop.wait()
+        pages = StatusPages(host, port, counts, state.ready, state.healthy)
     except OSError as error:
-        raise ListenError(
-            f"cannot listen on {args.listen} ({error.strerror}); choose another --listen"
-        ) from error
-    print("stopped")
+        raise _cannot_listen("--metrics", address, error) from error
+    try:
+        yield f"{host}:{pages.port}"
+    finally:
+        pages.close()
 
 
-def main() -> None:
+def _cannot_listen(option: str, address: str, error: OSError) -> ListenError:
+    return ListenError(
+        f"cannot listen on {address} ({error.strerror or error}); choose another {option}"
+    )
+
+
+def run(args: argparse.Namespace, log: EventLog) -> None:
+    """Serve until told to stop, then drain."""
+    host, port = address_of(args.listen, least_port=0)
+    tls = None if args.tls is None else Tls(args.tls)
+    if tls is None:
+        require_loopback(host)
+    else:
+        warn_of_expiry(args.tls, tls.require_current())
+    state, counts = State(log), Counts()
+    with status_pages(args.metrics, counts, state) as pages, ExitStack() as stack:
+        log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
+        part = WorkerPart.open(args.model)
+        if part.parameters is None:
+            raise PreparationError(f"{args.model} was prepared for the clear backend")
+        cipher, multiplies = cipher_of(args, part.parameters)
+        limits = Limits(min(args.links_per_owner, args.links), args.links)
+        require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
+        state.listen_to_signals()
+        try:
+            service = stack.enter_context(
+                serving(
+                    part, cipher, host, port, tls, WorkerConfig(max_tokens=args.max_tokens),
+                    limits, counts=counts, tell=log.on_line, on_crash=state.end.set,
+                )
+            )  # fmt: skip
+        except OSError as error:
+            raise _cannot_listen("--listen", args.listen, error) from error
+        state.service, state.serving = service, not state.end.is_set()
+        log.event(
+            "listening", address=f"{host}:{service.port}",
+            tls="mutual-1.3" if tls else "none, this machine only",
+            model=part.catalogue.model_digest.hex(), multiplies=multiplies,
+            groups=len(part.groups), weight_bytes=sum(w.nbytes for w in part.weights),
+        )  # fmt: skip
+        state.end.wait()
+        drain(service, args.drain_s, log)
+    log.event("stopped", how="drained", unanswered=0)
+
+
+def drain(service: Service, drain_s: float, log: EventLog) -> None:
+    """Drain a worker that was told to stop.
+
+    Raises WorkerFailedError for one that stopped by itself.
+    """
+    if service.server.failure:
+        raise WorkerFailedError(
+            f"the worker cannot go on ({service.server.failure}), which is a mistake in it; start "
+            "it again"
+        )
+    counts = service.server.counts
+    log.event("draining", in_hand=counts.in_hand, links=counts.links, at_most_s=drain_s)
+    answered = service.drain(drain_s)
+    if not answered:
+        log.event("stopped", how="out of time", unanswered=counts.in_hand)
+        os._exit(0)  # whatever still computes has had its time
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scenarios.worker", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="a prepared model")
+    add("--model", type=Path, required=True, metavar="DIR",
+        help="a prepared model, or a worker's part of one")  # fmt: skip
     add("--listen", default="localhost:7443", metavar="HOST:PORT", help="where (localhost:7443)")
     add("--tls", type=Path, metavar="DIR", help="this side's ca.pem, cert.pem and key.pem")
-    add("--backend", choices=("cpu", "cuda"), default="cpu",
-        help="what multiplies (cpu); cuda has not been measured yet")  # fmt: skip
+    add("--backend", choices=("cpu", "cuda"), default="cpu", help="what multiplies (cpu)")
     add("--max-tokens", type=positive, default=4096, help="of one request (4096)")
-    add("--verbose", action="store_true", help="say who comes and goes")
+    add("--links-per-owner", type=positive, default=4, metavar="N",
+        help="links of one certificate; an owner's process opens one (4)")  # fmt: skip
+    add("--links", type=positive, default=64, metavar="N", help="of all together (64)")
+    add("--drain-s", type=seconds, default=20.0, metavar="S",
+        help="seconds to finish the requests in hand when told to stop (20)")  # fmt: skip
+    add("--metrics", type=with_host, metavar="[HOST:]PORT",
+        help="serve /metrics, /healthz and /readyz there, over plain HTTP to whoever can reach it "
+        "(on 127.0.0.1 when only a port is given); nothing without")  # fmt: skip
+    add("--log-format", choices=FORMATS, default="text", help="of a line an event (text)")
+    add("--verbose", action="store_true", help="also say which frames are dropped, and why")
     add_kernel_option(parser)
-    args = parser.parse_args()
-    level = logging.INFO if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    with clean_exit(ListenError):
-        if args.backend == "cpu":
-            use_kernel(args.kernel)
-        run(args)
+    return parser.parse_args()
+
+
+def with_host(text: str) -> str:
+    """An address, or a port of this machine only."""
+    return text if ":" in text else f"127.0.0.1:{text}"
+
+
+def seconds(text: str) -> float:
+    """A number of seconds from 0 to a day, for an option's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to a day")
+    return value
+
+
+def main() -> None:
+    args = parsed()
+    log = EventLog(args.log_format)
+    capture_logging(log, logging.INFO if args.verbose else logging.WARNING)
+    with clean_exit():
+        run(args, log)
 
 
 if __name__ == "__main__":

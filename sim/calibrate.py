@@ -37,6 +37,7 @@ from backends.threads import core_count
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
 from sim.rehearsal import PassTimes, Rehearsal, rehearsal
+from sim.wire import wire_rate
 from sim.workload import (
     Local,
     Workload,
@@ -151,6 +152,7 @@ class Calibration:
         self.patience_s = patience_s
         self.models: list[Model] = []
         self.stream = Samples()
+        self.wire: list[float] = []
         self.rounds = 0
         self.disturbed = 0
         self.measured = 0
@@ -179,6 +181,7 @@ class Calibration:
             for tokens in TOKENS:
                 self._measure(model, tokens)
         self.stream.add(*self.timed(self._copy))
+        self.wire.append(wire_rate())
 
     def timed(self, action: Callable[[], T]) -> tuple[T, float]:
         """(result of the action, cores busy elsewhere while it ran)."""
@@ -259,7 +262,8 @@ class Calibration:
         today = time.strftime("%Y-%m-%d")
         origin = Origin("measured", describe_machine(), today, commit(), assumed)
         fitted = fit(self.cases(), name, origin, float(core_count()))
-        return _rounded(replace(fitted, width=fit_widths(self.crowds(), fitted)))
+        rates = {**fitted.rates, "wire": max(self.wire)}
+        return _rounded(replace(fitted, rates=rates, width=fit_widths(self.crowds(), fitted)))
 
 
 def _watched(action: Callable[[], T]) -> tuple[T, float]:

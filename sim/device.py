@@ -17,6 +17,8 @@ Kinds of operations (the keys of `Work.operations` and `DeviceProfile.rates`):
     float      multiply-adds of the owner's own layers, in the run's float type
     ring_row   one output row of one block's ring arithmetic: rank products and one inverse NTT
     value      one element of a ciphertext that is made, opened or checked
+    wire       one byte of a frame that is sent or received over TLS, on one core; a profile without
+               such a rate takes it for free
 """
 
 from __future__ import annotations

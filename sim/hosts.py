@@ -134,8 +134,10 @@ class WorkerHost:
         self.name = f"worker{index}"
         self.sent_bytes = 0
         self._world = world
-        self.device = Device(world.env, self.name, world.config.worker, processor, servers=1)
-        machine = Worker(world.catalogue, WorkerConfig(max_tokens=1 << 20, max_in_flight=1 << 16))
+        self.processor = processor or Processor(world.env, world.config.worker.cores)
+        self.device = Device(world.env, self.name, world.config.worker, self.processor, servers=1)
+        unlimited = WorkerConfig(1 << 20, 1 << 16, max_bytes=1 << 60, max_bytes_all=1 << 60)
+        machine = Worker(world.catalogue, unlimited)
         self._actor = Actor(world.env, self.name, machine, self._transmit, self._perform)
         self._asked = ("", 0)
 
@@ -187,9 +189,9 @@ class OwnerHost:
         self.sent_bytes = 0
         self.received_bytes = 0
         self._world = world
-        processor = processor or Processor(world.env, config.owner.cores)
+        self.processor = processor or Processor(world.env, config.owner.cores)
         self.own_layers, self.cipher = (
-            Device(world.env, f"{self.name}/{what}", config.owner, processor, config.lanes)
+            Device(world.env, f"{self.name}/{what}", config.owner, self.processor, config.lanes)
             for what in ("model", "cipher")
         )
         session = hashlib.sha256(f"{config.seed}/{self.name}".encode()).digest()[:SESSION_BYTES]

@@ -6,7 +6,8 @@ Gallager, Data Networks, 6.5): no flow can get more without taking from one that
 loss bounds what one flow can reach (Mathis et al. 1997). After its last byte is sent a frame needs
 the propagation delay of its route, and is late by a random jitter of its own.
 
-Not modelled: packets, slow start, queues in routers, routes that change when a link is cut.
+Not modelled: packets, queues in routers, routes that change when a link is cut. What TCP makes of a
+line is in `sim.stream`.
 
 How it is kept fast:
 
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import combinations, pairwise
@@ -38,7 +38,7 @@ from sim.flows import Link, Pipe, Route, fill
 if TYPE_CHECKING:
     import simpy
 
-__all__ = ["Link", "Network", "Stream", "describe", "star", "two_sites"]
+__all__ = ["Link", "Network", "describe", "star", "two_sites"]
 
 
 class Network:
@@ -136,6 +136,14 @@ class Network:
         self.graph.edges[a, b]["link"] = link
         self._routes.clear()
         self._relink(a, b)
+
+    def set_direction(self, source: str, target: str, link: Link) -> None:
+        """Replace one direction of a link: one that carries less down than up, or more.
+
+        Routes, and round trips, still go by the link that the graph has.
+        """
+        self._directions(source, target)[0].link = link
+        self._relink(source, target)
 
     def cut(self, a: str, b: str) -> None:
         """Stop a link in both directions: what is or comes on it waits until it is healed.
@@ -291,27 +299,6 @@ class Network:
             # Back to exactly zero when idle, lest rounding add up over a long run.
             pipe.load = pipe.load - route.narrowest if pipe.routes else 0.0
         return faster
-
-
-class Stream:
-    """One connection between two hosts: frames go out one after the other, in the order given."""
-
-    def __init__(self, network: Network, source: str, target: str) -> None:
-        self._network = network
-        self._ends = (source, target)
-        self._queue: deque[tuple[int, Callable[[], None]]] = deque()
-        self._sending = False
-
-    def send(self, size_bytes: int, arrived: Callable[[], None]) -> None:
-        """As `Network.send`, once everything sent before has left."""
-        self._queue.append((size_bytes, arrived))
-        if not self._sending:
-            self._next()
-
-    def _next(self) -> None:
-        self._sending = bool(self._queue)
-        if self._sending:
-            self._network.send(*self._ends, *self._queue.popleft(), self._next)
 
 
 def _deliver(event: simpy.Event) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
@@ -39,7 +39,8 @@ from sim.hosts import (
     WorldError,
     wire_bytes,
 )
-from sim.network import Link, Network, Stream, star
+from sim.network import Link, Network, star
+from sim.stream import Stream, Tcp
 from sim.trace import Recorder, Span
 from sim.workload import Workload
 
@@ -54,6 +55,7 @@ class WorldConfig:
 
     lanes      micro-batches of an owner's step, all in flight
     access     each owner's own link to the internet
+    down_bps   what that link carries to the owner, in bits/s; None: as much as the other way
     site       the link of the workers' site
     graph      a topology of one's own, with hosts owner0.. and worker0..; else a star
     placement  which worker holds which matrix; without one every worker holds all, and each
@@ -62,6 +64,8 @@ class WorldConfig:
     stagger    start owners at drawn moments of their first step instead of all at once
     streams    one connection from each side to each of the others, on which frames follow each
                other; else every frame is a flow of its own, and they share the line
+    tcp        what TCP makes of such a connection (of frames that are flows of their own, its
+               overhead only); None: bytes and nothing else
     record     keep spans: of all owners, or of the first `record_owners`
     """
 
@@ -72,6 +76,7 @@ class WorldConfig:
     owners: int = 1
     workers: int = 1
     access: Link = LOOPBACK
+    down_bps: float | None = None
     site: Link = LOOPBACK
     graph: nx.Graph | None = None
     placement: Placement | None = None
@@ -82,6 +87,7 @@ class WorldConfig:
     stagger: bool = True
     protocol: OwnerConfig = field(default_factory=OwnerConfig)
     streams: bool = True
+    tcp: Tcp | None = field(default_factory=Tcp)
     record: bool = True
     record_owners: int | None = None
 
@@ -93,6 +99,8 @@ class WorldConfig:
             raise ValueError(f"warmup is at least 0, got {self.warmup}")
         if self.in_process and (self.owners, self.workers) != (1, 1):
             raise ValueError("in one process there is one owner and one worker")
+        if self.down_bps is not None and self.graph is not None:
+            raise ValueError("down_bps is of the star; a graph of one's own has its own links")
 
 
 @dataclass
@@ -146,6 +154,10 @@ class World:
             config.site,
         )
         self.network = Network(self.env, graph, random.Random(f"network {config.seed}"))
+        if config.down_bps is not None:
+            down = replace(config.access, bandwidth_bps=config.down_bps)
+            for i in range(config.owners):
+                self.network.set_direction("internet", f"owner{i}", down)
         self._streams: dict[tuple[str, str], Stream] = {}
         processor = Processor(self.env, config.owner.cores) if config.in_process else None
         self.workers = {
@@ -177,14 +189,50 @@ class World:
             event = self.env.event()
             event.callbacks.append(lambda _: arrived())
             event.succeed()
-        elif self.config.streams:
-            stream = self._streams.get((source, target))
-            if stream is None:
-                stream = self._streams[source, target] = Stream(self.network, source, target)
-            stream.send(size, arrived)
         else:
-            self.network.send(source, target, size, arrived)
+            self._transmit(source, target, size, self._carried(source, target, size, arrived))
         return size
+
+    def _transmit(self, source: str, target: str, size: int, arrived: Callable[[], None]) -> None:
+        tcp = self.config.tcp
+        if not self.config.streams:
+            size = size if tcp is None else round(size * tcp.overhead)
+            self.network.send(source, target, size, arrived)
+            return
+        stream = self._streams.get((source, target))
+        if stream is None:
+            stream = Stream(self.env, self.network, source, target, tcp)
+            self._streams[source, target] = stream
+        stream.send(size, arrived)
+
+    def _carried(
+        self, source: str, target: str, size: int, arrived: Callable[[], None]
+    ) -> Callable[[], None]:
+        """What the network is to call: `arrived` comes when both sides' cores are done, too.
+
+        They encrypt, copy and decrypt while the frame is on its way, as far as they keep up.
+        """
+        costs = [
+            (host.processor, size / profile.rates["wire"], min(1.0, profile.cores))
+            for host, profile in (self._host(source), self._host(target))
+            if "wire" in profile.rates
+        ]
+        left = 1 + len(costs)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                arrived()
+
+        for processor, seconds, demand in costs:
+            processor.run(seconds, demand, done)
+        return done
+
+    def _host(self, name: str) -> tuple[OwnerHost | WorkerHost, DeviceProfile]:
+        if name in self.owners:
+            return self.owners[name], self.config.owner
+        return self.workers[name], self.config.worker
 
     def span(self, track: str, name: str, start_s: float, lane: str, call: int, kind: str) -> None:
         """Record what ends now."""

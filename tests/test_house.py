@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,19 +94,43 @@ def test_only_a_simulation_needs_simpy() -> None:
                     assert "simpy" not in names, name
 
 
-@pytest.mark.parametrize(
-    "worker", ["backends.net.worker", "backends.he.mlwe_worker", "backends.he.cuda.worker"]
-)
+SERVERS = (
+    "scenarios.worker", "backends.net.serving", "backends.net.listening", "backends.net.worker",
+    "backends.he.mlwe_worker", "backends.he.cuda.worker",
+)  # fmt: skip
+"""What runs where the owner's text must never be."""
+OWNERS_ONLY = (
+    "backends.nn", "backends.ledger", "backends.net.remote", "backends.net.dialling",
+    "backends.net.inprocess", "backends.he.preparation", "backends.he.verification",
+    "scenarios.session", "scenarios.preparation", "sim",
+)  # fmt: skip
+"""And what has no business there: models in torch, training, sessions, what an owner knows."""
+
+
+@pytest.mark.parametrize("worker", SERVERS)
 def test_worker_code_cannot_reach_a_secret(worker: str) -> None:
-    """Walking all imports of the worker's modules meets none that holds secrets or keys."""
+    """Walking all imports of what serves, lazy ones too, meets nothing that holds secrets."""
     reached = closure(worker)
     assert worker in reached
     assert len(reached) > 5
     assert not reached & SECRET_HOLDERS
+    assert not {n for n in reached if n in OWNERS_ONLY or n.startswith(("backends.nn.", "sim."))}
+
+
+def test_a_worker_on_a_cpu_loads_no_torch() -> None:
+    """It starts in a second and a quarter of the memory, and there is less to trust."""
+    heavy = ("torch", "transformers", "peft", "triton", "cupy")
+    ask = f"import scenarios.worker, sys; print([m for m in {heavy} if m in sys.modules])"
+    said = subprocess.run(
+        [sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert said.stdout == "[]\n", said.stdout + said.stderr
 
 
 def test_the_walk_would_notice() -> None:
-    """The same walk from the owner's side does reach them."""
+    """The same walk from the owner's side does reach them, and each is where it is said to be."""
+    assert set(modules()) >= SECRET_HOLDERS | {name for name in OWNERS_ONLY if name != "sim"}
+    assert closure("scenarios.session") >= {"backends.he.mlwe_owner", "backends.nn.trainer"}
     assert {"backends.he.secret", "backends.he.entropy"} <= closure("backends.net.owner") | closure(
         "backends.he.mlwe_owner"
     )

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.errors import UserError
 from backends.he.plan import MatrixPlan
 
 Float32Array: TypeAlias = NDArray[np.float32]
@@ -31,7 +32,7 @@ def carried(payload: AnyPayload) -> AnyPayload:
     return payload.data if isinstance(payload, np.ndarray) else payload
 
 
-class NonFiniteInputError(ValueError):
+class NonFiniteInputError(UserError, ValueError):
     """An activation or gradient holds NaN or infinity; it is refused before encryption."""
 
 

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from backends.errors import UserError
 from backends.files import read_bounded, write_json
 from backends.he.matmul.interface import MAX_INPUTS
 from backends.he.params import RING_DEGREE, Parameters
@@ -47,7 +48,7 @@ _LONGEST_NAME = 2000  # characters; a group's name has those of its members
 _T = TypeVar("_T")
 
 
-class PreparationError(RuntimeError):
+class PreparationError(UserError, RuntimeError):
     """A prepared model cannot be made or used; the text says what to do."""
 
 
@@ -400,27 +401,33 @@ def is_finished(directory: Path) -> bool:
     return True
 
 
-def read_manifest(directory: Path) -> Manifest:
+def anew(directory: Path) -> str:
+    """What to do about a prepared model that is no good."""
+    return f"delete {directory} and prepare anew"
+
+
+def read_manifest(directory: Path, absent: str = "", mend: str = "") -> Manifest:
     """The manifest of a directory that anyone may have written.
+
+    absent  what to do where there is none (prepare again)
+    mend    what to do about one that is no good (`anew`)
 
     Raises PreparationError when there is none, or when it is not what `Manifest.write` makes.
     """
-    path = directory / NAME
+    path, mend = directory / NAME, mend or anew(directory)
     try:
         return _read_manifest(_load(path))
     except FileNotFoundError as error:
         raise PreparationError(
-            f"{directory} holds no finished preparation; run it again"
+            f"{directory} holds no finished preparation; {absent or 'run it again'}"
         ) from error
     except OSError as error:
         raise PreparationError(
-            f"{path} cannot be read: {error.strerror or error}; mend that, or delete {directory} "
-            "and prepare anew"
+            f"{path} cannot be read: {error.strerror or error}; mend that, or {mend}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise PreparationError(
-            f"{path} is no manifest of a prepared model: {error}; delete {directory} and prepare "
-            "anew"
+            f"{path} is no manifest of a prepared model: {error}; {mend}"
         ) from error
 
 

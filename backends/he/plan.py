@@ -19,14 +19,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from backends.he.params import ERROR_BITS, ERROR_BOUND, Parameters
 
-_CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    import torch  # not when this is loaded: a worker, which reads plans, does without it
+
 _BLOCK_VALUES = 1 << 20  # int8 values summed at a time
 
 
@@ -76,16 +78,16 @@ class MatrixPlan:
 
 def plan_matrix(weight: NDArray[np.int8], out_scale: NDArray[np.float32]) -> MatrixPlan:
     """Plan for int8[outputs, inputs] with float32[outputs] scales (exact integer sums)."""
-    rows, _ = _norms(weight, _CPU)
+    rows, _ = _norms(weight, None)
     return _plan(rows, out_scale, weight.shape[1])
 
 
 def plan_directions(
-    codes: NDArray[np.int8], scales: NDArray[np.float32], device: torch.device = _CPU
+    codes: NDArray[np.int8], scales: NDArray[np.float32], device: torch.device | None = None
 ) -> tuple[MatrixPlan, MatrixPlan]:
     """Plans of int8[N, K] with float32[N] scales: of Wq forward, and of Wq^T backward.
 
-    device  where to sum; the sums are exact, so the plans are the same everywhere
+    device  where to sum (the CPU); the sums are exact, so the plans are the same everywhere
     """
     return plans_from(*_norms(codes, device), scales)
 
@@ -114,8 +116,11 @@ class Norms:
     absolutes: NDArray[np.int64]
 
 
-def _norms(codes: NDArray[np.int8], device: torch.device) -> tuple[Norms, Norms]:
+def _norms(codes: NDArray[np.int8], device: torch.device | None) -> tuple[Norms, Norms]:
     """Of the rows of int8[N, K], and of its columns."""
+    import torch
+
+    device = device or torch.device("cpu")
     count, width = codes.shape
     rows = torch.empty((2, count), dtype=torch.int64, device=device)
     columns = torch.zeros((2, width), dtype=torch.int64, device=device)

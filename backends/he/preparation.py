@@ -5,8 +5,9 @@ then build hints. Each file appears whole or not at all, and a second run goes o
 interrupted one stopped.
 
 Both passes read ahead and write behind on background threads: on a GPU, reading, SHA-256 and the
-disk are expected to take longer than the arithmetic (unmeasured). What is computed is computed in
-order, in the caller's thread.
+disk are expected to take longer than the arithmetic. An H100 prepares Llama-3.2-1B in 4.5 s; how
+much of that is arithmetic is unmeasured. What is computed is computed in order, in the caller's
+thread.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ Until it is, no array leaves `PreparedModel`.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.files import map_array, require_own
+from backends.files import map_array, replacing_directory, require_own
 from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
 from backends.he.manifest import (
@@ -33,6 +35,7 @@ from backends.he.manifest import (
     Manifest,
     PreparationError,
     Wanted,
+    anew,
     array_form,
     read_manifest,
 )
@@ -65,6 +68,9 @@ def catalogue_of(manifest: Manifest) -> Catalogue:
     return Catalogue(manifest.model_digest, digest, shapes_of(specs, parameters))
 
 
+_WORKER_ABSENT = (
+    f"a worker needs {NAME} and worker/ of one, as `python -m scenarios.prepare` names them"
+)
 _CLEAR_BYTES = 4  # the `clear` backend sends float32
 _SLAB_BYTES = 1 << 20  # hashed, then looked at while the cache has it
 
@@ -79,6 +85,7 @@ class Stored:
     """An array as it lies on the disk: mapped, of the right shape, its contents unexamined.
 
     sha256  what the manifest says of its elements
+    mend    what to do when it is no good
     """
 
     path: Path
@@ -86,6 +93,7 @@ class Stored:
     kind: str
     values: NDArray[Any]
     sha256: str
+    mend: str
 
     def read(self, visit: Callable[[int, NDArray[Any]], None] | None = None) -> None:
         """Read the array from one end to the other; every slab is seen by `visit(start, slab)`.
@@ -104,28 +112,27 @@ class Stored:
 
     def fail(self, what: str) -> PreparationError:
         """The error that says what is wrong with it."""
-        return PreparationError(
-            f"{self.path} {what}; delete {self.path.parent.parent} and prepare anew"
-        )
+        return PreparationError(f"{self.path} {what}; {self.mend}")
 
 
-def map_stored(directory: Path, index: int, entry: GroupEntry, kind: str, rank: int) -> Stored:
-    """Map an array. Raises PreparationError when its file is not one of the right shape."""
-    path = array_path(directory, index, kind)
+def map_stored(
+    directory: Path, index: int, entry: GroupEntry, kind: str, rank: int, mend: str = ""
+) -> Stored:
+    """Map an array. Raises PreparationError when its file is not one of the right shape.
+
+    mend  what to do about one that is not (`anew`)
+    """
+    path, mend = array_path(directory, index, kind), mend or anew(directory)
     dtype, shape = array_form(entry.spec, kind, rank)
     try:
         require_own(path)
         values = map_array(path, shape, dtype)
     except OSError as error:
         why = error.strerror or error
-        raise PreparationError(
-            f"{path} cannot be read: {why}; mend that, or delete {directory} and prepare anew"
-        ) from error
+        raise PreparationError(f"{path} cannot be read: {why}; mend that, or {mend}") from error
     except ValueError as error:
-        raise PreparationError(
-            f"{path} is damaged: {error}; delete {directory} and prepare anew"
-        ) from error
-    return Stored(path, index, kind, values, entry.sha256[kind])
+        raise PreparationError(f"{path} is damaged: {error}; {mend}") from error
+    return Stored(path, index, kind, values, entry.sha256[kind], mend)
 
 
 class PreparedModel:
@@ -225,10 +232,42 @@ class PreparedModel:
         return catalogue_of(self.manifest)
 
 
+def copy_worker_part(directory: Path, out: Path) -> None:
+    """Put a worker's part of the prepared model in `directory` into `out`, for copying it away.
+
+    Weights are linked where the file system can, else copied. An `out` that has the manifest of
+    this very model is complete, and left alone.
+
+    Raises PreparationError when something else is there, or when it cannot be written.
+    """
+    manifest = (directory / NAME).read_bytes()
+    try:
+        if out.exists():
+            if not (out / NAME).is_file() or (out / NAME).read_bytes() != manifest:
+                raise PreparationError(f"{out} is there already, and is not this model's; choose "
+                                       "another name, or delete it")  # fmt: skip
+            return
+        with replacing_directory(out) as aside:
+            (aside / "worker").mkdir()
+            for file in sorted((directory / "worker").glob("g*.weight.npy")):
+                _link(file, aside / "worker" / file.name)
+            (aside / NAME).write_bytes(manifest)
+    except OSError as error:
+        raise PreparationError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(file, to)
+
+
 class WorkerPart:
     """What a worker needs of a prepared model: manifest.json, and the weights under worker/.
 
-    Its weights are those the manifest names; whether they are any good is the owner's to know.
+    Its weights are those the manifest names; whether they are any good is the owner's to know. An
+    owner needs all of the model (`PreparedModel`): it multiplies some requests itself.
     """
 
     def __init__(self, manifest: Manifest, weights: list[NDArray[np.int8]]) -> None:
@@ -241,12 +280,15 @@ class WorkerPart:
     def open(cls, directory: Path) -> WorkerPart:
         """Map the weights and compare them with their digests; nothing of an owner is looked at.
 
-        Raises PreparationError when a file is missing, damaged or of another shape.
+        Raises PreparationError when a file is missing, damaged or of another shape, or when this
+        process may not have so many files open.
         """
-        manifest = read_manifest(directory)
+        mend = f"copy {NAME} and worker/ of a prepared model to {directory} again"
+        manifest = read_manifest(directory, _WORKER_ABSENT, mend)
+        require_descriptors(len(manifest.groups))
         weights = []
         for index, entry in enumerate(manifest.groups):
-            stored = map_stored(directory, index, entry, "weight", manifest.rank)
+            stored = map_stored(directory, index, entry, "weight", manifest.rank, mend)
             stored.read()
             weights.append(stored.values)
         return cls(manifest, weights)

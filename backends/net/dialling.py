@@ -28,6 +28,7 @@ class _Line:
     opening: bool = False
     waiting: list[Frame] = field(default_factory=list)
     failures: int = 0
+    warned: str = ""
     next_try: float = 0.0
 
 
@@ -42,6 +43,7 @@ class Dialler:
     on_lost          is told (worker, why) that there will be none: it is not believed
     on_identity      is told (worker, identity) whenever a link has been opened, before a frame
                      is sent on it; returns whether it may be used
+    flooded          whether frames that were handed over wait in such numbers that no more are read
     """
 
     def __init__(
@@ -49,15 +51,16 @@ class Dialler:
         workers: Mapping[str, tuple[str, int]],
         tls: Tls | None,
         frame_max: int,
-        on_frame: Callable[[str, bytearray], None],
+        on_frame: Callable[[str, memoryview], None],
         on_disconnected: Callable[[str], None],
         on_lost: Callable[[str, str], None],
         on_identity: Callable[[str, str], bool] = lambda worker, identity: True,
+        flooded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._lines = {name: _Line(host, port) for name, (host, port) in workers.items()}
         self._tls, self._frame_max = tls, frame_max
         self._on_frame, self._on_disconnected = on_frame, on_disconnected
-        self._on_lost, self._on_identity = on_lost, on_identity
+        self._on_lost, self._on_identity, self._flooded = on_lost, on_identity, flooded
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -96,7 +99,10 @@ class Dialler:
             return
         except OSError as error:
             self._failed(line)
-            log.info("no link to worker %s: %s", worker, error)
+            # Once for each reason: whoever waits wants to know what for.
+            if line.warned != str(error):
+                line.warned = str(error)
+                log.warning("no link to worker %s: %s", worker, error)
             self._on_disconnected(worker)
             return
         if not self._on_identity(worker, identity):
@@ -108,9 +114,10 @@ class Dialler:
         link = Link(
             f"link-{worker}", incoming, outgoing, self._frame_max,
             lambda frame: self._on_frame(worker, frame), lambda why: self._ended(worker, line, why),
+            lambda unsent: self._flooded(),
         )  # fmt: skip
         with self._lock:
-            line.link, line.opening, line.failures = link, False, 0
+            line.link, line.opening, line.failures, line.warned = link, False, 0, ""
             waiting, line.waiting = line.waiting, []
         link.start()
         for frame in waiting:

@@ -7,7 +7,6 @@ what a log says of a peer can be told of an owner.
 from __future__ import annotations
 
 import itertools
-import logging
 import socket
 import ssl
 import threading
@@ -19,6 +18,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from backends.net.backlog import UNHANDLED_BYTES
+from backends.net.counts import (
+    CROWDED,
+    ENDED,
+    OPENED,
+    OWNER_FULL,
+    REFUSED,
+    TURNED_AWAY,
+    LineEvent,
+)
+from backends.net.counts import FULL as ALL_FULL
 from backends.net.link import Link
 from backends.net.tls import (
     FULL,
@@ -33,19 +43,29 @@ from backends.net.tls import (
 )
 from protocol.messages import Frame
 
-log = logging.getLogger(__name__)
-
 _HEARING_S = 1.0
 _UNREAD_BYTES = 4096
+_LOOK_S = 0.005
 
 
 @dataclass(frozen=True)
 class Limits:
-    """links of one owner and of all; connections whose handshake is under way or half a link."""
+    """What a worker takes before it turns somebody away, or waits.
+
+    links_each, links  of one owner, of all
+    opening            connections whose handshake is under way, the oldest of which makes room for
+                       a new one; and as many halves of links
+    unsent_bytes       of answers that an owner has not read yet (or two frames, where that is
+                       more): beyond that nothing is read of its link
+    unhandled_bytes    of frames of all links that have been read and wait to be handled: beyond
+                       that nothing is read
+    """
 
     links_each: int = 4
     links: int = 64
     opening: int = 32
+    unsent_bytes: int = 8 << 20
+    unhandled_bytes: int = UNHANDLED_BYTES
 
 
 @dataclass
@@ -57,13 +77,29 @@ class _Half:
     since: float
 
 
+@dataclass(eq=False)
+class _Opening:
+    """A connection whose handshake is under way."""
+
+    connection: socket.socket
+    evicted: bool = False
+
+    def evict(self) -> None:
+        """End it, whatever its thread waits for."""
+        self.evicted = True  # first: a thread that has just put another object here looks at it
+        with suppress(OSError):
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+
+
 class Listener:
     """Accepts links and carries frames to and from peers.
 
     tls        this side's certificates; None listens in plain text, on loopback only
     frame_max  bytes of the largest frame that is taken
     on_frame   is told (peer, frame), on a thread of that peer
-    on_lost    is told that a peer is gone; its name does not come again
+    on_lost    is told that a peer is gone; its name does not come again, nor a frame of it
+    tell       is told of links that open, end or are refused, on any thread
+    flooded    whether frames that were handed over wait in such numbers that no more are read
 
     Raises OSError when the address cannot be had, CertificateError for plain text elsewhere.
     """
@@ -74,22 +110,26 @@ class Listener:
         port: int,
         tls: Tls | None,
         frame_max: int,
-        on_frame: Callable[[str, bytearray], None],
+        on_frame: Callable[[str, memoryview], None],
         on_lost: Callable[[str], None],
         limits: Limits | None = None,
+        tell: Callable[[LineEvent], None] = lambda event: None,
+        flooded: Callable[[], bool] = lambda: False,
     ) -> None:
         if tls is None:
             require_loopback(host)
         self._context = None if tls is None else tls.context(server=True)
         self._frame_max, self._on_frame, self._on_lost = frame_max, on_frame, on_lost
-        self._limits = limits or Limits()
+        self._limits, self._tell = limits or Limits(), tell
+        self._flooded = flooded
+        self._unsent_max = max(self._limits.unsent_bytes, 2 * frame_max)
         self._socket = socket.create_server((host, port), backlog=self._limits.opening)
         self.port: int = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._links: dict[str, Link] = {}
         self._halves: dict[tuple[str, bytes], _Half] = {}
         self._numbers = itertools.count(1)
-        self._opening = threading.Semaphore(self._limits.opening)
+        self._opening: dict[_Opening, None] = {}  # oldest first
         self._pool = ThreadPoolExecutor(self._limits.opening, thread_name_prefix="handshake")
         self._thread = threading.Thread(target=self._accept, name="listener", daemon=True)
         self._closed = False
@@ -105,20 +145,37 @@ class Listener:
         if link is not None:
             link.send(frame)
 
-    def close(self) -> None:
-        """Accept nothing more, and end all links."""
+    def refuse(self) -> None:
+        """Accept no more links; those that are open stay."""
         with self._lock:
             self._closed = True
-            links, halves = list(self._links.values()), list(self._halves.values())
+            halves = list(self._halves.values())
             self._halves.clear()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
         for half in halves:
             half.connection.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until every frame has left that was queued; False when it takes longer."""
+        until = time.monotonic() + seconds
+        while True:
+            with self._lock:
+                if all(link.idle for link in self._links.values()):
+                    return True
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_LOOK_S)
+
+    def close(self) -> None:
+        """Accept nothing more, and end all links."""
+        self.refuse()
+        with self._lock:
+            links = list(self._links.values())
         for link in links:
             link.close("the worker closes")
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _accept(self) -> None:
         while True:
@@ -129,48 +186,69 @@ class Listener:
                     return
                 time.sleep(0.1)  # out of descriptors: do not spin
                 continue
-            if not self._opening.acquire(blocking=False):
-                connection.close()
-                continue
+            opening = _Opening(connection)
+            with self._lock:
+                # Who is slow makes room: strangers who say nothing must not keep others out.
+                slowest = next(iter(self._opening)) if self._no_room() else None
+                if slowest is not None:
+                    del self._opening[slowest]
+                self._opening[opening] = None
+            if slowest is not None:
+                slowest.evict()
+                self._tell(LineEvent(REFUSED, "", CROWDED))
             try:
-                self._pool.submit(self._welcome, connection)
+                self._pool.submit(self._welcome, opening)
             except RuntimeError:  # closing
                 connection.close()
 
-    def _welcome(self, raw: socket.socket) -> None:
-        connection: Any = raw
+    def _no_room(self) -> bool:
+        return len(self._opening) >= self._limits.opening
+
+    def _welcome(self, opening: _Opening) -> None:
+        connection: Any = opening.connection
+        until = time.monotonic() + HANDSHAKE_S
         try:
-            tune(raw)
-            raw.settimeout(HANDSHAKE_S)
+            tune(connection)
+            connection.settimeout(HANDSHAKE_S)
             owner = "plain"
             if self._context is not None:
-                connection = self._context.wrap_socket(
-                    raw, server_side=True, do_handshake_on_connect=False
+                connection = opening.connection = self._context.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
                 )
+                if opening.evicted:
+                    raise ConnectionError("made room")
                 connection.do_handshake()
                 owner = identity_of(connection)
-            direction, number = read_preface(connection)
-            if not self._pair(owner, number, direction, connection):
+            direction, number = read_preface(connection, until)
+            with self._lock:  # from here on it is not evicted
+                self._opening.pop(opening, None)
+            connection.settimeout(HANDSHAKE_S)
+            refused = self._pair(owner, number, direction, connection)
+            if refused:
+                self._tell(LineEvent(REFUSED, owner, refused))
                 connection.sendall(FULL)
                 connection.close()
         except (OSError, ssl.SSLError, ValueError) as error:
             # A reason of a library may quote what a stranger sent; its type is enough.
-            log.info("a connection was turned away: %s", type(error).__name__)
+            self._tell(LineEvent(REFUSED, "", TURNED_AWAY, type(error).__name__))
             _let_it_hear(connection)
             connection.close()
         finally:
-            self._opening.release()
+            with self._lock:
+                self._opening.pop(opening, None)
 
-    def _pair(self, owner: str, number: bytes, direction: int, connection: Any) -> bool:
-        """Keep a connection, or make a link with its other half; False where there is no room."""
+    def _pair(self, owner: str, number: bytes, direction: int, connection: Any) -> str:
+        """Keep a connection, or make a link with its other half; why not, if not."""
         now = time.monotonic()
         with self._lock:
             stale = [k for k, half in self._halves.items() if now - half.since > HANDSHAKE_S]
             dropped = [self._halves.pop(key).connection for key in stale]
             half = self._halves.pop((owner, number), None)
-            refused = self._closed or (half is not None and half.direction == direction)
+            twice = half is not None and half.direction == direction
+            refused = CROWDED if self._closed or twice else ""
             if half is None and not refused:
-                refused = len(self._halves) >= self._limits.opening or self._full(owner)
+                crowded = len(self._halves) >= self._limits.opening
+                refused = CROWDED if crowded else self._full(owner)
                 if not refused:
                     self._halves[owner, number] = _Half(connection, direction, now)
             link = None if half is None or refused else self._link(owner, half, connection)
@@ -179,20 +257,32 @@ class Listener:
         if refused:
             if half is not None:
                 half.connection.close()
-            return False
-        connection.sendall(TAKEN)
-        for one in (connection, None if half is None else half.connection):
-            if one is not None and link is not None:
-                one.settimeout(None)
+            return refused
+        try:
+            connection.sendall(TAKEN)
+            if half is not None:
+                connection.settimeout(None)
+                half.connection.settimeout(None)
+        except OSError:
+            # Whom it was for is gone: what was kept for it must not be.
+            with self._lock:
+                self._halves.pop((owner, number), None)
+            if link is not None:
+                link.close("the other side left as it began")
+                link.start()  # and ends: its threads let go of all
+            raise
         if link is not None:
+            self._tell(LineEvent(OPENED, owner))
             link.start()
-        return True
+        return ""
 
-    def _full(self, owner: str) -> bool:
-        """Whether an owner, or all together, have as many links as they may. Under the lock."""
+    def _full(self, owner: str) -> str:
+        """Who has as many links as it may: the owner, all together, nobody. Under the lock."""
         each = Counter(name.partition("#")[0] for name in self._links)
         each.update(key[0] for key in self._halves)
-        return each[owner] >= self._limits.links_each or each.total() >= self._limits.links
+        if each[owner] >= self._limits.links_each:
+            return OWNER_FULL
+        return ALL_FULL if each.total() >= self._limits.links else ""
 
     def _link(self, owner: str, half: _Half, connection: Any) -> Link:
         """Under the lock."""
@@ -203,12 +293,13 @@ class Listener:
         def end(why: str) -> None:
             with self._lock:
                 self._links.pop(name, None)
-            log.info("link %s ended: %s", name, why)
+            self._tell(LineEvent(ENDED, owner, why))
             self._on_lost(name)
 
         link = Link(
             f"link{name[-8:]}", incoming, outgoing, self._frame_max,
             lambda frame: self._on_frame(name, frame), end,
+            lambda unsent: unsent > self._unsent_max or self._flooded(),
         )  # fmt: skip
         self._links[name] = link
         return link

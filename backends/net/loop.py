@@ -119,6 +119,7 @@ class MachineLoop:
         self._observe = observe
         self._on_task = on_task
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._waiting: dict[int, Task] = {}  # for a thread of the pool
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"{name}-task")
         self._timers: list[tuple[float, int, str]] = []
         self._armed: dict[str, int] = {}
@@ -132,6 +133,11 @@ class MachineLoop:
     def post(self, event: Event) -> None:
         """Queue an event."""
         self._events.put(event)
+
+    def cancel(self, task: int) -> None:
+        """Let go of a task that no thread has begun: it ends with TaskFailed."""
+        if self._waiting.pop(task, None) is not None:
+            self.post(TaskFailed(task, "cancelled"))
 
     def stop(self) -> None:
         """Stop after the events already queued; waits for the running task."""
@@ -177,7 +183,8 @@ class MachineLoop:
                 self.meter.bytes_sent += len(frame)
                 self._transmit(peer, frame)
             case RunTask(task, work):
-                self._pool.submit(self._perform, task, work)
+                self._waiting[task] = work
+                self._pool.submit(self._perform, task)
             case SetTimer(timer, delay_s):
                 self._timer_count += 1
                 self._armed[timer] = self._timer_count
@@ -188,7 +195,10 @@ class MachineLoop:
             case _:
                 self._report(effect)
 
-    def _perform(self, task: int, work: Task) -> None:
+    def _perform(self, task: int) -> None:
+        work = self._waiting.pop(task, None)
+        if work is None:  # cancelled
+            return
         start = time.perf_counter()
         try:
             result = self._compute(work)

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from backends.errors import UserError
 from backends.he.interface import AnyPayload, OwnerCipher, OwnerMatrix, Values, carried
 from backends.ledger import WorkerLedger
 from backends.net.audit import Audit
@@ -48,7 +49,7 @@ from protocol.owner_memory import OwnerConfig
 log = logging.getLogger(__name__)
 
 
-class RemoteLinearError(RuntimeError):
+class RemoteLinearError(UserError, RuntimeError):
     """A remote linear ended without a result; the text says which layer, why, and what to do."""
 
 
@@ -138,7 +139,7 @@ class OwnerClient:
         self._loop.start()
         self._loop.post(Start())
 
-    def deliver(self, worker: str, frame: Frame | bytearray) -> None:
+    def deliver(self, worker: str, frame: Frame | memoryview) -> None:
         """Hand over a frame that arrived from `worker`."""
         self._loop.meter.bytes_received += len(frame)
         self._loop.post(FrameArrived(worker, frame))

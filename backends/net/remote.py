@@ -6,14 +6,18 @@ caught workers it is known by its public key, so that another address gives it n
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from backends.he.interface import OwnerCipher
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.addresses import address_of
 from backends.net.audit import Audit
+from backends.net.backlog import UNHANDLED_BYTES, Backlog
 from backends.net.dialling import Dialler
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
@@ -22,22 +26,6 @@ from protocol.owner_memory import OwnerConfig
 
 MAX_TOKENS = 4096
 """Tokens of one request: what an owner will take an answer to."""
-
-
-class AddressError(ValueError):
-    """A worker's address cannot be understood; the text says what it looks like."""
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """(host, port) of "host:port"; an IPv6 address is in brackets. Raises AddressError."""
-    host, _, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise AddressError(f"{text!r} is no worker's address; it looks like gpu.example:7443")
-    return host, int(port)
 
 
 class _Identities:
@@ -78,23 +66,32 @@ def connected(
 
     Raises AddressError, or CertificateError for a worker elsewhere without TLS.
     """
-    addresses = {text: address_of(text) for text in workers}
+    # Owners that name the same workers begin with different ones.
+    turn = secrets.randbelow(max(1, len(workers)))
+    addresses = {text: address_of(text) for text in (*workers[turn:], *workers[:turn])}
     if tls is None:
         for host, _ in addresses.values():
             require_loopback(host)
     ledger = ledger or WorkerLedger()
     identities = _Identities(ledger)
     catalogue = prepared.catalogue()
+    hooks = hooks or Hooks()
+    backlog = Backlog(UNHANDLED_BYTES, hooks)
     client: OwnerClient
+
+    def deliver(worker: str, frame: memoryview) -> None:
+        backlog.arrived(frame)
+        client.deliver(worker, frame)
+
     dialler = Dialler(
-        addresses, tls, catalogue.largest_frame(MAX_TOKENS),
-        lambda worker, frame: client.deliver(worker, frame),
+        addresses, tls, catalogue.largest_frame(MAX_TOKENS), deliver,
         lambda worker: client.disconnected(worker),
-        lambda worker, why: client.lost(worker, why), identities.believe,
+        lambda worker, why: client.lost(worker, why), identities.believe, backlog.full,
     )  # fmt: skip
     client = OwnerClient(
         catalogue, prepared.owner_matrices(), owner_cipher, list(addresses), dialler.send,
-        config, lanes, hooks, identity_of=identities.of, audit=audit, ledger=ledger,
+        config, lanes, replace(hooks, observe=backlog.observe),
+        identity_of=identities.of, audit=audit, ledger=ledger,
     )  # fmt: skip
     client.start()
     try:

@@ -5,12 +5,15 @@ The worker's end imports nothing that could hold a secret; the owner's is in `re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends.he.interface import WorkerCipher
 from backends.he.store import WorkerPart
+from backends.net.backlog import Backlog
+from backends.net.counts import Counts, LineEvent
 from backends.net.listening import Limits, Listener
 from backends.net.loop import Hooks
 from backends.net.tls import Tls
@@ -30,6 +33,16 @@ class Service:
         """Where it listens."""
         return self.listener.port
 
+    def drain(self, seconds: float) -> bool:
+        """Take no more links and requests, and answer what is in hand.
+
+        Owners are told BUSY, so that they ask another worker. False when it takes longer.
+        """
+        until = time.monotonic() + seconds
+        self.listener.refuse()
+        answered = self.server.finish(seconds)
+        return self.listener.flush(max(0.0, until - time.monotonic())) and answered
+
 
 @contextmanager
 def serving(
@@ -42,22 +55,39 @@ def serving(
     limits: Limits | None = None,
     threads: int | None = None,
     hooks: Hooks | None = None,
+    counts: Counts | None = None,
+    tell: Callable[[LineEvent], None] = lambda event: None,
+    on_crash: Callable[[], None] = lambda: None,
 ) -> Iterator[Service]:
     """A worker that serves owners who connect, until the end of the `with`.
 
-    tls  None serves in plain text, on loopback only
+    tls       None serves in plain text, on loopback only
+    counts    where to count what it does
+    tell      is told of links that open or end and of all that is refused, on any thread
+    on_crash  is told that the worker cannot go on (`server.failure`)
 
     Raises OSError when the address cannot be had.
     """
-    config = config or WorkerConfig()
+    config, limits, hooks = config or WorkerConfig(), limits or Limits(), hooks or Hooks()
+    backlog = Backlog(limits.unhandled_bytes, hooks)
     server: WorkerServer
+
+    def on_line(event: LineEvent) -> None:
+        server.counts.on_line(event)
+        tell(event)
+
+    def deliver(peer: str, frame: memoryview) -> None:
+        backlog.arrived(frame)
+        server.deliver(peer, frame)
+
     listener = Listener(
-        host, port, tls, part.catalogue.largest_frame(config.max_tokens),
-        lambda peer, frame: server.deliver(peer, frame), lambda peer: server.lost(peer), limits,
+        host, port, tls, part.catalogue.largest_frame(config.max_tokens), deliver,
+        lambda peer: server.lost(peer), limits, on_line, backlog.full,
     )  # fmt: skip
     server = WorkerServer(
-        part.catalogue, part.weights, cipher, listener.send, config, threads, hooks
-    )
+        part.catalogue, part.weights, cipher, listener.send, config, threads,
+        replace(hooks, observe=backlog.observe), counts, tell, on_crash,
+    )  # fmt: skip
     server.start()
     listener.start()
     try:

@@ -18,12 +18,16 @@ import secrets
 import socket
 import ssl
 import struct
+import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from backends.errors import UserError
 
 HANDSHAKE_S = 10.0
 """Seconds for TLS and the preface together: who is slower is turned away."""
@@ -35,11 +39,13 @@ _PREFACE = struct.Struct("<4sBBH16s")
 _PREFACE_MAGIC = b"PLNK"
 _PREFACE_VERSION = 1
 OWNER_WRITES, WORKER_WRITES = 0, 1
+# <openssl/x509_vfy.h>
+_NOT_YET, _EXPIRED, _OTHER_HOST = 9, 10, (62, 64)
 TAKEN, FULL = b"\x01", b"\x00"
 """What the listening side answers to a preface."""
 
 
-class CertificateError(ValueError):
+class CertificateError(UserError, ValueError):
     """Certificates are missing, unusable or not believed; the text says which and what to do."""
 
 
@@ -64,6 +70,24 @@ class Tls:
                 f"{self.directory / 'key.pem'} can be read by other users; chmod 600 it"
             )
         self.context(server=False)
+
+    def require_current(self) -> datetime:
+        """When this side's certificate ends. Raises CertificateError unless it is good now."""
+        path = self.directory / "cert.pem"
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        now = datetime.now(timezone.utc)
+        if now > end:
+            raise CertificateError(
+                f"{path} has expired, on {end:%Y-%m-%d}: nobody believes it any more; make new "
+                "ones for both sides (`python -m scenarios.certs`) or have your authority renew it"
+            )
+        if now < begin:
+            raise CertificateError(
+                f"{path} is good from {begin:%Y-%m-%d %H:%M} UTC on, and here it is "
+                f"{now:%Y-%m-%d %H:%M}: look at this machine's clock"
+            )
+        return end
 
     def context(self, server: bool) -> ssl.SSLContext:
         """A fresh context for one role."""
@@ -91,10 +115,15 @@ def _no_passphrase() -> str:
 
 
 def identity_of(connection: ssl.SSLSocket) -> str:
-    """64 hex digits: SHA-256 of the public key that the other side has proved to hold."""
+    """`identity` of the key that the other side has proved to hold."""
     certificate = connection.getpeercert(binary_form=True)
     assert certificate is not None  # CERT_REQUIRED
-    key = x509.load_der_x509_certificate(certificate).public_key()
+    return identity(x509.load_der_x509_certificate(certificate))
+
+
+def identity(certificate: x509.Certificate) -> str:
+    """64 hex digits: SHA-256 of a certificate's public key."""
+    key = certificate.public_key()
     raw = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(raw).hexdigest()
 
@@ -129,13 +158,19 @@ def preface(direction: int, number: bytes) -> bytes:
     return _PREFACE.pack(_PREFACE_MAGIC, _PREFACE_VERSION, direction, 0, number)
 
 
-def read_preface(connection: Any) -> tuple[int, bytes]:
+def read_preface(connection: Any, until: float) -> tuple[int, bytes]:
     """(direction, link's number) of a connection that was just opened.
+
+    until  by when it must have come, of `time.monotonic`
 
     Raises OSError when it is no preface, or does not come.
     """
     raw = b""
     while len(raw) < _PREFACE.size:
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("no preface in time")
+        connection.settimeout(left_s)
         more = connection.recv(_PREFACE.size - len(raw))
         if not more:
             raise ConnectionError("closed before its preface")
@@ -199,6 +234,19 @@ def _shake_hands(raw: socket.socket, host: str, port: int, tls: Tls) -> ssl.SSLS
         return tls.context(server=False).wrap_socket(raw, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
         raise CertificateError(
-            f"{host}:{port} is not believed: {error.verify_message}; its certificate must be "
-            f"signed by {tls.directory / 'ca.pem'} and name {host!r}"
+            f"{host}:{port} is not believed: {_unbelieved(error, host, tls)}"
         ) from error
+
+
+def _unbelieved(error: ssl.SSLCertVerificationError, host: str, tls: Tls) -> str:
+    """What is wrong with the other side's certificate, and what to do."""
+    if error.verify_code == _EXPIRED:
+        return "its certificate has expired; make new ones for both sides, or have it renewed"
+    if error.verify_code == _NOT_YET:
+        return "its certificate is not good yet; look at both machines' clocks"
+    if error.verify_code in _OTHER_HOST:
+        return (
+            f"its certificate is for another host and does not name {host!r}; dial it by a name "
+            f"that it has, or make one with `python -m scenarios.certs --name {host}`"
+        )
+    return f"{error.verify_message}; its certificate must be signed by {tls.directory / 'ca.pem'}"

@@ -6,23 +6,52 @@ Nothing this module imports can hold a secret; a test walks its imports.
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.interface import WorkerCipher, carried
+from backends.net.counts import REFUSED, Counts, LineEvent, small_message
 from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
-from protocol.events import Dropped, Effect, FrameArrived, MultiplyCiphertext, PeerLost, Task
-from protocol.messages import Frame, Payload
+from protocol.errors import ProtocolError
+from protocol.events import (
+    Dropped,
+    Effect,
+    Event,
+    FrameArrived,
+    MultiplyCiphertext,
+    PeerLost,
+    RunTask,
+    Send,
+    Task,
+    TaskDone,
+    TaskFailed,
+)
+from protocol.messages import (
+    Frame,
+    Hello,
+    Multiply,
+    Payload,
+    Reason,
+    Refuse,
+    decode,
+    encode,
+)
 from protocol.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
 
 _WAITING = 4
 """Requests a launch may have waiting for it, on threads of their own."""
+_NOBODY = ""
+"""A peer that does not exist: the loss of one means nothing, but that all before it was handled."""
+_REASONS_TOLD = 4096
+"""Peers whose refusals are remembered, so that each is told once."""
 
 
 class WorkerServer:
@@ -31,6 +60,9 @@ class WorkerServer:
     weights   int8[N, K], one per linear group; matrix 2g is group g forward, 2g+1 backward
     reply     sends (peer, frame) back
     threads   that compute; more than the cipher's launches lets requests wait and be joined
+    counts    where to count what it does
+    tell      is told why a peer was refused something, once for each peer and reason
+    on_crash  is told that it cannot go on, see `failure`
     """
 
     def __init__(
@@ -42,17 +74,25 @@ class WorkerServer:
         config: WorkerConfig | None = None,
         threads: int | None = None,
         hooks: Hooks | None = None,
+        counts: Counts | None = None,
+        tell: Callable[[LineEvent], None] = lambda event: None,
+        on_crash: Callable[[], None] = lambda: None,
     ) -> None:
         if 2 * len(weights) != len(catalogue.matrices):
             raise ValueError(
                 f"{len(weights)} weights make {2 * len(weights)} matrices; the catalogue has "
                 f"{len(catalogue.matrices)}"
             )
+        self.counts, self.failure = counts or Counts(), ""
+        self._catalogue, self._reply, self._tell = catalogue, reply, tell
+        self._on_crash = on_crash
+        self._told: set[tuple[str, Reason]] = set()
+        self._draining, self._finished = threading.Event(), threading.Event()
         self._cipher = cipher
         self._matrices = [
             cipher.load(weight, forward) for weight in weights for forward in (True, False)
         ]
-        config, hooks = config or WorkerConfig(), hooks or Hooks()
+        config, self._hooks = config or WorkerConfig(), hooks or Hooks()
         self._joiner = Joiner(
             self._multiply, cipher.launches, lambda request: request[1], config.max_tokens
         )
@@ -60,8 +100,9 @@ class WorkerServer:
             threads = 1 if cipher.launches == 1 else _WAITING * cipher.launches
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config), self._compute, reply, self._report,
-            self._crashed, threads, hooks.observe, hooks.on_task,
+            self._crashed, threads, self._observe, self._hooks.on_task,
         )  # fmt: skip
+        self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
 
     @property
     def meter(self) -> Meter:
@@ -72,24 +113,96 @@ class WorkerServer:
         """Begin to serve."""
         self._loop.start()
 
-    def deliver(self, peer: str, frame: Frame | bytearray) -> None:
+    def deliver(self, peer: str, frame: Frame | memoryview) -> None:
         """Hand over a frame that arrived from `peer`."""
-        self._loop.post(FrameArrived(peer, frame))
+        if not (self._draining.is_set() and self._put_off(peer, frame)):
+            self._loop.post(FrameArrived(peer, frame))
 
     def lost(self, peer: str) -> None:
         """The connection of `peer` has ended."""
         self._loop.post(PeerLost(peer))
 
+    def finish(self, seconds: float) -> bool:
+        """Refuse requests from now on, and wait until those in hand are answered.
+
+        False when that takes longer than so many seconds.
+        """
+        self._draining.set()
+        self._loop.post(PeerLost(_NOBODY))
+        return self._finished.wait(seconds)
+
     def stop(self) -> None:
         """Stop serving."""
         self._loop.stop()
+
+    def _put_off(self, peer: str, frame: Frame | memoryview) -> bool:
+        """Answer a request with BUSY; False for anything else, which the machine may have."""
+        try:
+            message = decode(frame)
+        except ProtocolError:
+            return False
+        if not isinstance(message, Multiply):
+            return False
+        answer = encode(Refuse(message.session, message.request, Reason.BUSY))
+        self.counts.put_off(len(frame), len(answer))
+        self._reply(peer, answer)
+        return True
+
+    def _observe(self, event: Event, effects: Sequence[Effect]) -> None:
+        """On the loop's thread, before the effects take effect."""
+        self.counts.observe(event, effects)
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._notice_refusal(event, effect)
+        if self._draining.is_set() and not self.counts.in_hand:
+            if event == PeerLost(_NOBODY):
+                self._finished.set()  # whatever was sent before this has been handed over
+            elif not self._finished.is_set():
+                self._loop.post(PeerLost(_NOBODY))
+        self._give_up_work(event, effects)
+        self._hooks.observe(event, effects)
+
+    def _give_up_work(self, event: Event, effects: Sequence[Effect]) -> None:
+        """Work of a peer that is gone is given up: it must not be done before that of others.
+
+        Nor may a peer that comes again and again, under new names, leave work behind without bound.
+        """
+        match event:
+            case FrameArrived(peer):
+                for effect in effects:
+                    if isinstance(effect, RunTask):
+                        self._in_work[effect.task] = peer
+            case TaskDone(task) | TaskFailed(task):
+                self._in_work.pop(task, None)
+            case PeerLost(peer):
+                for task in [task for task, whose in self._in_work.items() if whose == peer]:
+                    self._loop.cancel(task)
+
+    def _notice_refusal(self, event: Event, effect: Send) -> None:
+        message = small_message(effect.frame)
+        if not isinstance(message, Refuse) or (effect.peer, message.reason) in self._told:
+            return
+        if len(self._told) >= _REASONS_TOLD:
+            self._told.clear()
+        self._told.add((effect.peer, message.reason))
+        detail = ""
+        if isinstance(event, FrameArrived) and message.reason is Reason.OTHER_MODEL:
+            asked = small_message(event.frame)
+            assert isinstance(asked, Hello)
+            ours = self._catalogue.model_digest
+            detail = f"it asks for model {asked.model_digest.hex()}, this one is {ours.hex()}"
+        owner = effect.peer.partition("#")[0]
+        self._tell(LineEvent(REFUSED, owner, message.reason.name.lower(), detail))
 
     def _compute(self, task: Task) -> object:
         assert isinstance(task, MultiplyCiphertext)
         return carried(self._joiner.run(task.matrix, (task.payload, task.tokens)))
 
     def _multiply(self, matrix: int, requests: list[tuple[Payload, int]]) -> Sequence[Payload]:
-        return self._cipher.multiply_many(requests, self._matrices[matrix])
+        start = time.perf_counter()
+        answers = self._cipher.multiply_many(requests, self._matrices[matrix])
+        self.counts.multiplied(time.perf_counter() - start)
+        return answers
 
     def _report(self, effect: Effect) -> None:
         if isinstance(effect, Dropped):
@@ -97,4 +210,6 @@ class WorkerServer:
             log.info("dropped a frame of %s: %s", effect.peer, effect.reason)
 
     def _crashed(self, error: BaseException) -> None:
+        self.failure = type(error).__name__
         log.critical("the worker cannot go on: %s", type(error).__name__)
+        self._on_crash()

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from backends.errors import UserError
 from backends.files import (
     end_replacing,
     read_bounded,
@@ -48,11 +49,11 @@ _KEY_FILE = "data.key"
 _KEY_BYTES = 32
 
 
-class ResumeError(ValueError):
+class ResumeError(UserError, ValueError):
     """A checkpoint cannot be resumed by this run; the text says what differs."""
 
 
-class SaveError(RuntimeError):
+class SaveError(UserError, RuntimeError):
     """A checkpoint cannot be written; those before it are whole. The text says what to do."""
 
 

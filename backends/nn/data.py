@@ -8,10 +8,12 @@ from typing import Protocol
 
 import torch
 
+from backends.errors import UserError
+
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".json", ".jsonl", ".csv")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The text to train on cannot be used."""
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from backends.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError, ValueError):
     """A checkpoint is missing, incomplete or not what its config says."""
 
 
@@ -141,11 +142,3 @@ def _download(hub_id: str) -> Path:
             f"{hub_id!r} is neither a directory here nor a model the hub gave "
             f"({type(error).__name__}); check the spelling, the connection, and your access"
         ) from error
-
-
-def human_bytes(size: float) -> str:
-    """'3.1 GB' and the like."""
-    if size < 1000:
-        return f"{size:.0f} B"
-    power = min(4, int(math.log10(size) // 3))
-    return f"{size / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from backends.errors import Interrupted, UserError
 from backends.ledger import WorkerLedger
 from backends.nn import checkpoint
 from backends.nn.adapters import trainable
@@ -65,11 +66,11 @@ class TrainConfig:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * phase))
 
 
-class TaintedError(RuntimeError):
+class TaintedError(UserError, RuntimeError):
     """Training rests on answers of a worker that was caught; the text says what to do."""
 
 
-class TrainingInterrupted(Exception):
+class TrainingInterrupted(Interrupted):
     """The user asked to stop; the work so far is in a checkpoint if one was asked for."""
 
 

@@ -8,7 +8,8 @@ elsewhere `mma.sync`, with operands in registers, which is the fastest there is 
 consumer Blackwell (data-centre Blackwell has a faster one that nothing here uses).
 
 Random operands that stay the same draw less power than new ones: it is a ceiling, not an aim.
-Compiled by a test, which looks at the loop. It has never run on a GPU: unmeasured.
+Compiled by a test, which looks at the loop. `wgmma` has run on an H100 (1,958 TOP/s in the fastest
+round), `mma.sync` on no GPU yet.
 """
 
 from __future__ import annotations

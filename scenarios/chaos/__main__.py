@@ -24,6 +24,15 @@ cores. A violation prints its seed, the commit and the drawn options; the exit s
 The last one checks the checks: it plants known defects (tests/planted/) in a copy of this source
 tree, one at a time, and tells how many seeds each took to be found. Expected: all of them.
 
+    python -m scenarios.chaos --mutants --json mutants.json            200 of them, 20 minutes
+    python -m scenarios.chaos --mutants --count 0 --json mutants.json  all of them
+
+checks the tests: small changes of protocol/, made by machine, one at a time in a copy of the tree
+(a cell of a table, a comparison, a constant, a condition, a statement). Each should be killed by
+tests/protocol, or by the chaos run that follows for those that live (`--chaos-seeds`, 0 for none).
+Expected: at least 95 % of those that change what is promised. `--seed` draws another sample. An
+interrupted hunt goes on from its file.
+
 None of this is real but the arithmetic. For processes that are really killed, over a line that is
 really cut, say --processes (without a number; it has options of its own):
 
@@ -47,6 +56,7 @@ from tqdm import tqdm
 
 from backends.machine import commit
 from scenarios import record
+from scenarios.chaos import mutants
 from scenarios.chaos.log import EventLog
 from scenarios.chaos.options import draw_options
 from scenarios.chaos.planted import hunt
@@ -62,9 +72,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--seeds", type=int, default=200, metavar="N", help="run so many seeds")
-    what.add_argument("--seed", type=int, metavar="S", help="run one seed in this process")
+    what.add_argument("--seeds", type=int, metavar="N", help="run so many seeds (200)")
     what.add_argument("--planted", action="store_true", help="look for every planted defect")
+    what.add_argument("--mutants", action="store_true", help="look for changes nobody planted")
+    parser.add_argument(
+        "--seed", type=int, metavar="S",
+        help="run one seed in this process; with --mutants: what they are drawn from (0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--count", type=int, default=200, metavar="N", help="with --mutants: so many; 0 for all"
+    )
+    parser.add_argument(
+        "--chaos-seeds", type=int, default=100, metavar="N",
+        help="with --mutants: seeds for each that the tests let live (100)",
+    )  # fmt: skip
     parser.add_argument("--first", type=int, default=0, metavar="K", help="first of the seeds")
     parser.add_argument(
         "--processes", type=int, metavar="P",
@@ -85,7 +106,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     record.add_json_option(parser)
     options = parser.parse_args(arguments)
-    if options.seed is None and (options.trace or options.trace_hash):
+    if options.seed is not None and (options.seeds is not None or options.planted):
+        parser.error("--seed is one seed, or that of --mutants")
+    options.seeds = 200 if options.seeds is None else options.seeds
+    if options.count < 0 or options.chaos_seeds < 0:
+        parser.error("--count and --chaos-seeds are not negative")
+    if (options.seed is None or options.mutants) and (options.trace or options.trace_hash):
         parser.error("--trace and --trace-hash belong to --seed")
     if options.seeds < 1 or (options.processes is not None and options.processes < 1):
         parser.error("--seeds and --processes are at least 1")
@@ -203,10 +229,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.planted:
             status = hunt(options.json, options.processes, options.only)
+        elif options.mutants:
+            status = mutants.hunt(
+                options.json, options.seed or 0, options.count, options.processes,
+                options.chaos_seeds,
+            )  # fmt: skip
         elif options.seed is not None:
             status = single(options)
         else:
             status = many(options)
+    except mutants.MutantError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted")
         status = 130

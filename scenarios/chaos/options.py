@@ -65,8 +65,8 @@ class Options:
         plan, owner = self.plan, self.owner
         slowest = max([1.0, *(w.factor for w in plan.slow)])
         left_s = plan.delay_s[1] + plan.jumped_s + slowest * self.multiply_s[1] + self.trip_s
-        given_up_s = (self.workers + 1) * owner.attempts_max * owner.timeout_s_max
-        greeted_s = owner.revive_s + owner.attempts_max * owner.timeout_s_max + plan.restart_s
+        given_up_s = (self.workers + 1) * owner.attempts_max * owner.wait_s_max
+        greeted_s = owner.revive_s_max + owner.greetings_max * owner.timeout_s_max + plan.restart_s
         return left_s + 2 * (given_up_s + greeted_s)
 
     @property
@@ -98,6 +98,8 @@ def draw_options(seed: int) -> Options:
     seal_s, multiply_s = rng.uniform(0.0001, 0.002), rng.uniform(0.0002, 0.004)
     trip_s = 2 * plan.latency_s[1] + multiply_s
     request_s = rng.uniform(3, 12) * trip_s
+    timeout_s_max = request_s * rng.uniform(2, 6)
+    revive_s = rng.uniform(0.05, 0.4)
     return Options(
         seed=seed,
         kind="llama" if rng.random() < 0.1 else "plain",
@@ -114,12 +116,18 @@ def draw_options(seed: int) -> Options:
         owner=OwnerConfig(
             hello_timeout_s=rng.uniform(3, 10) * trip_s,
             request_timeout_s=request_s,
-            timeout_s_max=request_s * rng.uniform(2, 6),
+            timeout_s_max=timeout_s_max,
             attempts_max=rng.randint(2, 6),
             retry_s=rng.uniform(0.002, 0.02),
             refusals_max=rng.randint(4, 12),
-            revive_s=rng.uniform(0.05, 0.4),
+            revive_s=revive_s,
             window=rng.randint(1, 8),
+            window_bytes=rng.choice((1 << 28, 1 << 16, 1)),
+            quiet_s=request_s * rng.uniform(0.3, 2),
+            wait_s_max=timeout_s_max * rng.uniform(1, 3),
+            greetings_max=rng.randint(2, 8),
+            revive_s_max=revive_s * rng.uniform(1, 6),
+            slow_bytes_per_s=rng.choice((1e9, 1e6)),
         ),
         in_flight_max=rng.choice((64, 64, 64, 2, 1)),
         plan=plan,

@@ -131,7 +131,7 @@ def seek(planted: Planted, tree: Path, seeds: int = SEEDS_MOST) -> Finding:
     planted.apply(tree)
     try:
         if planted.found_by == "chaos":
-            found, count, how = _by_chaos(tree, seeds)
+            found, count, how = chaos_finds(tree, seeds)
         else:
             found, count, how = _by_test(tree, planted.found_by)
     finally:
@@ -160,7 +160,8 @@ def _python(tree: Path, *arguments: str, timeout_s: float) -> tuple[int, str]:
     return process.returncode, told[-2000:]
 
 
-def _by_chaos(tree: Path, seeds: int) -> tuple[bool, int, str]:
+def chaos_finds(tree: Path, seeds: int) -> tuple[bool, int, str]:
+    """(found, seeds, what) of a chaos run in a tree. Raises PatchError when it does not run."""
     figures = tree / "figures.json"
     figures.unlink(missing_ok=True)
     _, told = _python(

@@ -231,7 +231,7 @@ class World:
             self._seen,
             self._lies,
             lambda: tuple(machine.state(name).value for name in names),
-            1.001 * max(config.timeout_s_max, config.revive_s),
+            1.001 * max(config.wait_s_max, config.timeout_s_max, config.revive_s_max),
         )
 
         def observe(actor: str, now: float, event: Event, effects: Sequence[Effect]) -> None:

@@ -38,7 +38,13 @@ SOURCE = RandomSource(0, deviation=0.1)
 # The line is cut and workers die all the time, and come back: in a second, or, on a machine that is
 # busy with other things, in a minute.
 PATIENCE = OwnerConfig(
-    hello_timeout_s=0.2, request_timeout_s=3.0, timeout_s_max=3.0, attempts_max=60, revive_s=1.0
+    hello_timeout_s=0.2,
+    request_timeout_s=3.0,
+    timeout_s_max=3.0,
+    attempts_max=60,
+    greetings_max=60,
+    revive_s=1.0,
+    revive_s_max=2.0,
 )
 LANES, RANK, SEQUENCES, LENGTH = 2, 8, 64, 32
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
 from scenarios.whatif import quantities
 from scenarios.whatif.quantities import Form, Value
@@ -231,7 +229,6 @@ def world_of(setting: Setting, record: bool = True, seed: int = 0) -> WorldConfi
         # One owner alone takes the same step again and again; several must first fall out of step.
         warmup=1 if setting.owners > 1 else 0,
         seed=seed,
-        protocol=_patience(setting, workload),
         streams=setting.connection == "stream",
         record=record,
         record_owners=1,
@@ -264,20 +261,6 @@ def _placement(setting: Setting, matrices: int) -> Placement | None:
     return Placement(tuple((workers[m // 2 * setting.workers // groups],) for m in range(matrices)))
 
 
-def _patience(setting: Setting, workload: Workload) -> OwnerConfig:
-    """Timeouts as an operator would set them: no frame is sent again because a line is slow.
-
-    Every lane's largest request may be on the line at once, and every owner's on the site's.
-    """
-    share = min(setting.bandwidth_bps, setting.site_bps / setting.owners)
-    if setting.loss and setting.rtt_s:
-        share = min(share, 1.22 * 1460 * 8 / (setting.rtt_s * math.sqrt(setting.loss)))
-    largest = max(m.up_bytes_per_token + m.down_bytes_per_token for m in workload.matrices)
-    longest_s = setting.lanes * largest * setting.tokens * 8 / share
-    first_s = max(OwnerConfig.request_timeout_s, 4 * longest_s)
-    return OwnerConfig(request_timeout_s=first_s, timeout_s_max=4 * first_s)
-
-
 # --- what came out ------------------------------------------------------------------------------
 
 
@@ -306,7 +289,7 @@ class Prices:
             ) from None
 
 
-GPU_HOUR = {"h200": 3.5, "a100": 1.8, "l4": 0.7, "rtx4090": 0.4}
+GPU_HOUR = {"h200": 3.5, "h100": 2.5, "a100": 1.8, "l4": 0.7, "rtx4090": 0.4}
 """Typical rents in $/h; assumptions, not quotes."""
 
 

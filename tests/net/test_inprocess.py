@@ -398,7 +398,7 @@ def test_audits_are_as_rare_as_was_asked() -> None:
 
 def test_a_silent_worker_is_given_up(model: PreparedModel) -> None:
     """Bounded attempts, then every call fails, the next one at once."""
-    wire = Wire(model, OwnerConfig(hello_timeout_s=0.02, attempts_max=3))
+    wire = Wire(model, OwnerConfig(hello_timeout_s=0.02, greetings_max=3))
     wire.server.deliver = lambda peer, frame: None  # type: ignore[method-assign]
     with wire:
         with pytest.raises(RemoteLinearError, match="no answer"):

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,15 @@ STRANGERS = {
     "another authority's worker": ("ours/owner", "theirs/worker"),
     "an expired owner": ("expired/believer", "ours/worker"),
     "an expired worker": ("ours/owner", "expired/worker"),
+    "a worker whose certificate ran out": ("expired/owner", "expired/worker"),
     "a worker of another name": ("ours/owner", "ours/elsewhere"),
     "an owner that passes for a worker": ("ours/owner", "ours/owner"),
+}
+
+
+SAID = {
+    "a worker whose certificate ran out": "its certificate has expired; make new ones",
+    "a worker of another name": "does not name 'localhost'; dial it by a name that it has",
 }
 
 
@@ -158,7 +166,7 @@ def test_strangers_are_not_spoken_to(who: str, sides: dict[str, Path]) -> None:
         ends.dialler.send("w", frame(10))
         kind, why = ends.next(ends.told)
         assert kind == "lost"
-        assert "ca.pem" in why
+        assert SAID.get(who, "ca.pem") in why
         believed = "owner" not in who or "world" in who or "passes" in who
         assert ("is not believed" if believed else "does not believe") in why
         assert ends.at_worker.empty()
@@ -247,19 +255,18 @@ def test_an_owner_has_so_many_links_and_no_more(sides: dict[str, Path]) -> None:
         ends.close()
 
 
-def test_connections_that_say_nothing_do_not_keep_others_out(sides: dict[str, Path]) -> None:
-    """As many as may open at once, silent: the next is turned away, and room is made in time."""
+def test_connections_that_say_nothing_make_room(sides: dict[str, Path]) -> None:
+    """As many as may open at once, silent: the next takes the place of the oldest."""
     ends = Ends(sides["ours/owner"], sides["ours/worker"], Limits(opening=2))
     try:
         silent = [socket.create_connection(("127.0.0.1", ends.listener.port)) for _ in range(2)]
         time.sleep(0.3)
         ends.dialler.send("w", frame(10))
-        assert ends.next(ends.told) == ("disconnected", "w")
+        ends.next(ends.at_worker)
+        silent[0].settimeout(10)
+        assert silent[0].recv(1) == b""
         for one in silent:
             one.close()
-        time.sleep(0.3)
-        ends.dialler.send("w", frame(10))
-        ends.next(ends.at_worker)
     finally:
         ends.close()
 
@@ -303,6 +310,20 @@ def test_old_tls_is_refused(sides: dict[str, Path]) -> None:
         ends.close()
 
 
+def test_every_connection_is_a_handshake(sides: dict[str, Path]) -> None:
+    """The worker gives no ticket, so nothing of one connection opens another."""
+    ends = Ends(sides["ours/owner"], sides["ours/worker"])
+    try:
+        incoming, outgoing = raw_link(ends, Tls(sides["ours/owner"]))
+        for connection in (incoming, outgoing):
+            assert not connection.session_reused
+            assert connection.session is None or not connection.session.has_ticket
+            assert connection.version() == "TLSv1.3"
+        assert Tls(sides["ours/worker"]).context(server=True).num_tickets == 0
+    finally:
+        ends.close()
+
+
 @pytest.mark.parametrize("spoil", ["missing", "open", "passphrase", "garbage"])
 def test_unusable_certificates_are_explained(
     spoil: str, sides: dict[str, Path], tmp_path: Path
@@ -328,6 +349,20 @@ def test_unusable_certificates_are_explained(
         )
     with pytest.raises(CertificateError, match=r"cert\.pem|key\.pem|cannot be used"):
         Tls(tmp_path)
+
+
+def test_a_certificate_that_is_not_good_now_is_said_before_anything_is_dialled(
+    sides: dict[str, Path], tmp_path: Path
+) -> None:
+    """What is wrong with one's own is not for the other side to find out."""
+    assert Tls(sides["ours/owner"]).require_current() > datetime.now(timezone.utc)
+    with pytest.raises(CertificateError, match=r"cert\.pem has expired, on 20.*make new"):
+        Tls(sides["expired/owner"]).require_current()
+    authority = Authority()
+    authority._span = tuple(end + timedelta(days=2) for end in authority._span)
+    authority.issue(tmp_path / "early")
+    with pytest.raises(CertificateError, match="look at this machine's clock"):
+        Tls(tmp_path / "early").require_current()
 
 
 def test_a_side_that_does_not_read_is_given_up(sides: dict[str, Path]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,22 @@ import pytest
 from numpy.typing import NDArray
 
 from backends.he.interface import Payload
+from backends.he.manifest import PreparationError
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
 from backends.ledger import WorkerLedger
+from backends.net.addresses import AddressError, address_of
 from backends.net.owner import OwnerClient, RemoteLinearError
-from backends.net.remote import AddressError, address_of, connected
+from backends.net.remote import connected
 from backends.net.serving import Service, serving
 from backends.net.tls import CertificateError, Tls
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from tests.net.test_inprocess import expected, make
 
-PATIENT = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, attempts_max=5)
+PATIENT = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, greetings_max=5)
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +111,55 @@ def test_products_over_the_line(model: PreparedModel, certs: Path) -> None:
         assert owner.blocks == owner.secrets_drawn == 9
 
 
+def copy_worker_part(model: PreparedModel, place: Path) -> None:
+    """As the end of `python -m scenarios.prepare` says."""
+    (place / "worker").mkdir(parents=True)
+    for file in (model.directory / "worker").iterdir():
+        (place / "worker" / file.name).write_bytes(file.read_bytes())
+    (place / "manifest.json").write_bytes((model.directory / "manifest.json").read_bytes())
+
+
 def test_a_worker_needs_no_file_of_the_owners(model: PreparedModel, tmp_path: Path) -> None:
     """manifest.json and worker/ are enough."""
-    (tmp_path / "worker").mkdir()
-    for file in (model.directory / "worker").iterdir():
-        (tmp_path / "worker" / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "manifest.json").write_bytes((model.directory / "manifest.json").read_bytes())
+    copy_worker_part(model, tmp_path)
     part = WorkerPart.open(tmp_path)
     assert part.catalogue == model.catalogue()
     assert np.array_equal(part.weights[0], model.worker_weights()[0])
+
+
+def _flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda place: (place / "manifest.json").unlink(), "a worker needs manifest"),
+    "a weight is missing": (lambda place: next((place / "worker").iterdir()).unlink(), "No such"),
+    "a weight has one wrong bit": (
+        lambda place: _flip(next((place / "worker").iterdir())), "its SHA-256 differs"),
+    "a weight is cut short": (
+        lambda place: os.truncate(next((place / "worker").iterdir()), 200), "is damaged"),
+    "the manifest has one wrong digit": (
+        lambda place: (place / "manifest.json").write_text(
+            (place / "manifest.json").read_text().replace('"seed": "', '"seed": "0')),
+        "is no manifest"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_worker_part_is_named_with_what_to_do(
+    how: str, model: PreparedModel, tmp_path: Path
+) -> None:
+    """The file, and that it is to be copied again: nobody can prepare anew over there."""
+    spoil, said = SPOILT[how]
+    copy_worker_part(model, tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(PreparationError, match=said) as raised:
+        WorkerPart.open(tmp_path)
+    assert "anew" not in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+    assert "manifest.json and worker/ of" in str(raised.value)
 
 
 def test_a_cut_line_is_survived_by_the_only_worker(model: PreparedModel, certs: Path) -> None:

@@ -177,7 +177,7 @@ class World:
             or life.closing
             or life.aborted
             or life.refusals[call] >= often
-            or life.timeouts[call] >= often * self.config.attempts_max
+            or life.timeouts[call] >= often
             or self.nobody_serves()
         )
 
@@ -384,6 +384,10 @@ class World:
         assert set(self.timers) == self.timers_due()
         load = Counter(life.sent_to[call] for call in self.in_flight())
         assert all(count <= self.config.window for count in load.values())
+        for name, count in load.items():
+            theirs = [call for call in self.in_flight() if life.sent_to[call] == name]
+            size = sum(12 * len(life.asked[call][1]) for call in theirs)
+            assert count == 1 or size <= self.config.window_bytes
         assert not any(life.owner.state(name) is State.READY for name in life.retired)
         assert life.closed <= life.closing
 

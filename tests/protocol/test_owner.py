@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
 from protocol.events import (
@@ -86,7 +88,7 @@ def test_a_welcome_to_something_else_is_dropped(digests: tuple[bytes, bytes]) ->
 
 def test_a_silent_worker_is_greeted_a_bounded_number_of_times() -> None:
     """The same Hello, each time with more patience, then an Abort that says no answer came."""
-    config = OwnerConfig(hello_timeout_s=1.0, timeout_s_max=3.0, attempts_max=4)
+    config = OwnerConfig(hello_timeout_s=1.0, timeout_s_max=3.0, greetings_max=4)
     desk = OwnerDesk(config=config)
     effects = desk.do(Start())
     frames: list[bytes] = []
@@ -127,7 +129,9 @@ def test_calls_made_before_a_worker_is_ready_wait() -> None:
 
 def test_a_retry_sends_the_same_bytes_with_growing_patience() -> None:
     """Time-outs double up to timeout_s_max, and the frame never changes."""
-    config = OwnerConfig(request_timeout_s=1.0, timeout_s_max=5.0, attempts_max=5)
+    config = OwnerConfig(
+        request_timeout_s=1.0, timeout_s_max=5.0, attempts_max=5, slow_bytes_per_s=inf
+    )
     desk = OwnerDesk(config=config).open()
     effects = desk.ask()
     frames: list[bytes] = []

@@ -52,7 +52,7 @@ def test_a_hello_lost_with_its_connection_is_sent_again_by_its_timer() -> None:
 
 def test_a_line_that_does_not_come_back_is_given_up() -> None:
     """Bounded attempts, then there is nobody left."""
-    desk = OwnerDesk(config=OwnerConfig(attempts_max=3)).open()
+    desk = OwnerDesk(config=OwnerConfig(greetings_max=3)).open()
     desk.ask(1)
     desk.disconnect()
     desk.fire("session:w1")

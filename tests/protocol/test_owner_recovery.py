@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 
 import pytest
 
@@ -58,12 +59,11 @@ DAY_S = 86_400.0
 
 
 def test_a_lost_workers_calls_go_to_another_with_the_same_bytes() -> None:
-    """Attempts used up on one worker: it is lost, and the next one gets a full set of attempts."""
-    config = OwnerConfig(attempts_max=2)
+    """It waits no longer than any other request that is sent for the first time."""
+    config = OwnerConfig(slow_bytes_per_s=inf)
     desk = OwnerDesk(TWO, config).open()
     first = one(desk.ask(1), Send)
-    desk.fire("call:1")
-    effects = desk.fire("call:1")
+    effects = desk.lose()
     assert desk.owner.state("w1") is State.LOST
     assert one(effects, Send) == Send("w2", first.frame)
     assert all_of(effects, SetTimer) == [
@@ -106,17 +106,17 @@ def test_a_worker_lost_before_the_start_does_not_stop_the_others() -> None:
 
 
 def test_a_lost_worker_is_greeted_once_now_and_then() -> None:
-    """One Hello, the first patience, lost again; and once it answers it serves as before."""
-    config = OwnerConfig(revive_s=60.0, hello_timeout_s=5.0)
+    """One Hello, the first patience, lost again for twice as long, up to a bound."""
+    config = OwnerConfig(revive_s=60.0, revive_s_max=300.0, hello_timeout_s=5.0)
     desk = OwnerDesk(TWO, config).open()
     assert desk.lose("w1") == [SetTimer("session:w1", 60.0)]
-    for _ in range(3):
+    for delay_s in (120.0, 240.0, 300.0, 300.0):
         assert desk.fire("session:w1") == [
             Send("w1", encode(HELLO)),
             SetTimer("session:w1", 5.0),
         ]
         assert desk.owner.state("w1") is State.REVIVING
-        assert desk.fire("session:w1") == [SetTimer("session:w1", 60.0)]
+        assert desk.fire("session:w1") == [SetTimer("session:w1", delay_s)]
         assert desk.owner.state("w1") is State.LOST
     desk.fire("session:w1")
     assert desk.welcome("w1") == [CancelTimer("session:w1")]
@@ -134,7 +134,7 @@ def test_a_revived_worker_takes_what_waits() -> None:
 
 def test_a_worker_that_comes_back_has_a_full_set_of_attempts() -> None:
     """Forgetting once after that is forgiven with as many greetings as any other time."""
-    desk = OwnerDesk(TWO, OwnerConfig(attempts_max=3)).open()
+    desk = OwnerDesk(TWO, OwnerConfig(greetings_max=3)).open()
     desk.lose("w1")
     desk.fire("session:w1")
     desk.welcome("w1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
 from protocol.events import (
@@ -102,8 +104,8 @@ def test_a_worker_that_refused_its_session_is_asked_again_later() -> None:
     """Lost, not retired: somebody may put its weights right. The other serves meanwhile."""
     desk = OwnerDesk(TWO, OwnerConfig(revive_s=60.0))
     desk.do(Start())
-    for _ in range(2):
-        assert desk.refuse(Reason.OTHER_MODEL, 0) == [SetTimer("session:w1", 60.0)]
+    for delay_s in (60.0, 120.0):
+        assert desk.refuse(Reason.OTHER_MODEL, 0) == [SetTimer("session:w1", delay_s)]
         assert desk.owner.state("w1") is State.LOST
         assert decode(one(desk.fire("session:w1"), Send).frame) == HELLO
     desk.welcome("w2")
@@ -136,7 +138,7 @@ def test_a_worker_of_another_version_is_understood() -> None:
 @pytest.mark.parametrize("reason", [Reason.BUSY, Reason.FAILED])
 def test_a_lone_worker_that_refuses_is_given_time(reason: Reason) -> None:
     """The same bytes after retry_s, which doubles, so a busy worker is not flooded."""
-    config = OwnerConfig(retry_s=0.5, timeout_s_max=3.0, refusals_max=6)
+    config = OwnerConfig(retry_s=0.5, timeout_s_max=3.0, refusals_max=6, slow_bytes_per_s=inf)
     desk = OwnerDesk(config=config).open()
     frame = one(desk.ask(), Send).frame
     for delay_s in (0.5, 1.0, 2.0, 3.0, 3.0):

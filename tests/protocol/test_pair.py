@@ -39,7 +39,10 @@ placed = st.just((7, 7)) | st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 def config(window: int = 2, attempts_max: int = 2, refusals_max: int = 4) -> OwnerConfig:
     """Waits that fit each other; their length means nothing here."""
-    return OwnerConfig(1.0, 4.0, 16.0, attempts_max, 0.5, refusals_max, 20.0, window)
+    return OwnerConfig(
+        1.0, 4.0, 16.0, attempts_max, 0.5, refusals_max, 20.0, window, window_bytes=60,
+        quiet_s=2.0, greetings_max=attempts_max, slow_bytes_per_s=20.0,
+    )  # fmt: skip
 
 
 class Pair(RuleBasedStateMachine):

@@ -40,20 +40,6 @@ def test_a_placement_says_who_holds_and_whether_all_is_covered(
     assert placement.covered(left) == covered
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=3, max_size=3), names, st.integers(1, 4))
-def test_the_least_loaded_is_chosen(load: list[int], able: tuple[str, ...], window: int) -> None:
-    """Among those with room, the first of equals; none without room."""
-    in_flight = dict(zip(THREE, load, strict=True))
-    chosen = Placement.everywhere(THREE, 1).choose(able, in_flight, window)
-    free = [name for name in able if in_flight[name] < window]
-    if chosen is None:
-        assert not free
-    else:
-        least = min(in_flight[name] for name in free)
-        assert chosen == next(name for name in free if in_flight[name] == least)
-
-
 @pytest.mark.parametrize(
     "where",
     [(), (("w1",),), (("w1",), ("w2",), ("w3",)), (("w1",), ()), (("w1",), ("nobody",))],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from protocol.catalogue import Catalogue, MatrixShape
 from protocol.errors import MisuseError
 from protocol.events import (
     CloseWanted,
@@ -18,6 +19,8 @@ from protocol.events import (
     TimerFired,
 )
 from protocol.messages import (
+    MAX_BODY_BYTES,
+    OVERHEAD_BYTES,
     VERSION,
     Bye,
     Farewell,
@@ -31,8 +34,9 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.worker import State, WorkerConfig
+from protocol.worker import State, Worker, WorkerConfig
 from tests.protocol.toys import (
+    CATALOGUE,
     HELLO,
     MODEL,
     OTHER_SESSION,
@@ -229,6 +233,51 @@ def test_requests_in_work_are_bounded() -> None:
     assert said(desk.ask(3)) == Refuse(SESSION, 3, Reason.BUSY)
     desk.do(TaskDone(task, bytes(8)))
     assert all_of(desk.ask(3), RunTask)
+
+
+def test_bytes_in_work_are_bounded() -> None:
+    """Of one peer and of all, 12 a token here; what would be the only one is taken all the same."""
+    desk = WorkerDesk(WorkerConfig(max_bytes=24, max_bytes_all=60)).open("o1").open("o2")
+    large = one(desk.ask(1, tokens=4), RunTask).task
+    assert said(desk.ask(2)) == Refuse(SESSION, 2, Reason.BUSY), "of this peer"
+    assert all_of(desk.ask(1, peer="o2"), RunTask), "60 of all, the bound itself"
+    assert said(desk.ask(2, peer="o2")) == Refuse(SESSION, 2, Reason.BUSY), "of all"
+    desk.do(TaskDone(large, bytes(32)))
+    assert all_of(desk.ask(2, peer="o2"), RunTask), "24 of this peer, the bound itself"
+    assert said(desk.ask(3, peer="o2")) == Refuse(SESSION, 3, Reason.BUSY)
+    assert all_of(desk.ask(2), RunTask)
+
+
+def test_the_only_request_of_all_may_be_larger_than_what_all_may_have() -> None:
+    """Or the largest legal request could never be served."""
+    desk = WorkerDesk(WorkerConfig(max_bytes=1, max_bytes_all=1)).open("o1").open("o2")
+    task = one(desk.ask(1, tokens=9), RunTask).task
+    assert said(desk.ask(1, peer="o2")) == Refuse(SESSION, 1, Reason.BUSY)
+    desk.do(TaskFailed(task, "toy"))
+    assert all_of(desk.ask(1, peer="o2"), RunTask)
+
+
+def test_a_worker_takes_no_more_tokens_than_a_frame_holds() -> None:
+    """Whatever its configuration says: an answer over 1 GiB could not be encoded."""
+    wide = MatrixShape("head", 2, 2, up_bytes_per_token=5, down_bytes_per_token=1 << 20)
+    worker = Worker(Catalogue(MODEL, PARAMETERS, (wide,)), WorkerConfig(max_tokens=1 << 20))
+    welcome = said(worker.handle(FrameArrived("o1", encode(HELLO)), 0.0))
+    assert isinstance(welcome, Welcome)
+    assert welcome.max_tokens == (MAX_BODY_BYTES - OVERHEAD_BYTES) >> 20
+
+
+@pytest.mark.parametrize(("silent_s", "makes_room"), [(3600.0, True), (3599.0, False)])
+def test_a_session_nobody_uses_makes_room(silent_s: float, makes_room: bool) -> None:
+    """The one silent longest, if long enough and with nothing in work; nobody else."""
+    worker = Worker(CATALOGUE, WorkerConfig(max_peers=3, idle_s=3600.0))
+    for now, peer in enumerate(("works", "silent", "fresh")):
+        worker.handle(FrameArrived(peer, encode(HELLO)), float(now))
+    asked = encode(Multiply(SESSION, 1, 0, 1, bytes(4)))
+    assert all_of(worker.handle(FrameArrived("works", asked), 0.5), RunTask)
+    effects = worker.handle(FrameArrived("new", encode(HELLO)), 1.0 + silent_s)
+    assert isinstance(said(effects), Welcome) is makes_room
+    states = [worker.state(peer).value for peer in ("works", "silent", "fresh")]
+    assert states == ["serving", "absent" if makes_room else "serving", "serving"]
 
 
 @pytest.mark.parametrize(

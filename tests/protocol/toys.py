@@ -229,7 +229,8 @@ class OwnerDesk:
 
 def owner_in(state: State, attempts_max: int = 3) -> OwnerDesk:
     """An owner whose session with w1 is in a state, reached by events alone; w2 can serve."""
-    desk = OwnerDesk(("w1", "w2"), OwnerConfig(attempts_max=attempts_max))
+    config = OwnerConfig(attempts_max=attempts_max, greetings_max=attempts_max)
+    desk = OwnerDesk(("w1", "w2"), config)
     if state in (State.LOST, State.REVIVING):
         desk.lose()
     elif state is not State.NEW:

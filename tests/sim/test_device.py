@@ -282,8 +282,8 @@ def test_profiles_that_come_along(name: str) -> None:
 
 
 def test_an_unknown_profile_names_the_choices() -> None:
-    assert {"a100", "cpu-2core", "h200", "l4", "rtx4090"} <= set(builtin_names())
-    with pytest.raises(ProfileError, match="a100, cpu-2core, h200"):
+    assert {"a100", "cpu-2core", "h100", "h200", "l4", "rtx4090"} <= set(builtin_names())
+    with pytest.raises(ProfileError, match="a100, cpu-2core, h100, h200"):
         DeviceProfile.builtin("tpu")
 
 

@@ -36,6 +36,7 @@ from protocol.events import (
     MultiplyCiphertext,
     PeerLost,
     RunTask,
+    SetTimer,
     Start,
     Task,
     TaskDone,
@@ -79,6 +80,9 @@ def plain(value: Any) -> Any:
     """A value as it can be compared and read: names, numbers, and digests of bytes."""
     if isinstance(value, bytes | bytearray | memoryview):
         return sha256(value).hexdigest()[:12]
+    if isinstance(value, SetTimer) and value.timer.startswith("call:"):
+        # How long it waits for an answer follows from how long others took, in seconds.
+        return ("SetTimer", value.timer)
     if is_dataclass(value):
         return (type(value).__name__, *(plain(getattr(value, f.name)) for f in fields(value)))
     if isinstance(value, tuple | list):

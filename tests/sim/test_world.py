@@ -75,7 +75,7 @@ LINKS = st.builds(Link, st.sampled_from([1e5, 1e6, 1e8, 1e10]), st.sampled_from(
 def config(load: Workload, **changes: object) -> WorldConfig:
     """A quiet world of one owner and one worker, with patience for the slowest line."""
     patient = OwnerConfig(request_timeout_s=1e4, timeout_s_max=1e5)
-    base = WorldConfig(load, OWNER, WORKER, steps=2, protocol=patient)
+    base = WorldConfig(load, OWNER, WORKER, steps=2, protocol=patient, tcp=None)
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -302,3 +302,28 @@ def test_a_world_has_at_least_one_of_each(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is at least 1"):
         config(workload([(2, 2)], [1.0]), **{name: 0})
     assert Step("owner0", 0, 1.0, 3.5).duration_s == 2.5
+
+
+def test_a_line_may_carry_less_down_than_up() -> None:
+    """Each direction is as slow as its own rate makes it."""
+    load = workload([(400, 400)], [10.0])
+    even = last_step_s(simulate(config(load, access=Link(1e6, 0.0))))
+    slow = last_step_s(simulate(config(load, access=Link(1e6, 0.0), down_bps=5e5)))
+    (step,) = simulate(config(load, access=Link(1e6, 0.0), steps=1)).steps
+    assert slow - even == pytest.approx(8 * step.bytes_down / 1e6, rel=1e-6)
+
+
+def test_cores_send_and_take_bytes_while_the_line_does() -> None:
+    """A core slower than the line sets the pace; a faster one is not noticed."""
+    load, line = workload([(400, 400)], [10.0]), Link(1e6, 0.0)
+    (step,) = simulate(config(load, access=line, steps=1)).steps
+    moved = step.bytes_up + step.bytes_down
+
+    def with_wire(rate: float) -> float:
+        owner = replace(OWNER, rates={**OWNER.rates, "wire": rate})
+        return last_step_s(simulate(config(load, access=line, steps=1, owner=owner)))
+
+    assert with_wire(1e9) == pytest.approx(step.duration_s, rel=1e-9)
+    assert with_wire(1e5) - step.duration_s == pytest.approx(
+        moved / 1e5 - 8 * moved / 1e6, rel=0.01
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from backends.errors import UserError
 from backends.he.cuda.clock import DeviceClock
 
 MIN_CAPABILITY = (8, 0)
@@ -23,7 +24,7 @@ MIN_CAPABILITY = (8, 0)
 _AS_IT_IS = nullcontext()
 
 
-class GpuError(RuntimeError):
+class GpuError(UserError, RuntimeError):
     """The GPU cannot be used as it is; the text says what to do about it."""
 
 

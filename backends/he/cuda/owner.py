@@ -11,7 +11,9 @@ a request are made of one (`RequestKeys`), so what repeats, repeats with its err
 Everything is queued on torch's current stream, which must be the same for a request and its
 answer. The host waits once in `encrypt` (are the inputs finite?), for a flag with the next kernels
 queued behind, and once in `decrypt` (is the answer right?), for the sums of its check; and for
-copies, where payloads or values are on the host. Speeds on a GPU are unmeasured.
+copies, where payloads or values are on the host. On an H100 a request of one token takes some
+0.17 ms to encrypt, and one of 2,048 no more but for the widest matrices: what a call costs whatever
+is in it is most of it (docs/design.md has the table).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from functools import cache, partial
 
+from backends.errors import UserError
 from backends.he.matmul import isa
 from backends.he.matmul.generic import GenericKernel
 from backends.he.matmul.interface import Kernel
@@ -22,7 +23,7 @@ NAMES = (*_TILED, GenericKernel.name)
 """Every kernel there is, fastest first."""
 
 
-class KernelError(ValueError):
+class KernelError(UserError, ValueError):
     """A kernel was asked for that does not exist, or that this processor cannot run."""
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from backends.he.matmul.interface import Digits, Kernel, check_planes, check_values, check_weight
@@ -89,6 +88,8 @@ def _slabs(packed: StoredWeight) -> list[slice]:
 
 
 def _product(values: NDArray[np.float64], weights: NDArray[np.int8]) -> NDArray[np.float64]:
+    import torch  # only here: a worker with a faster kernel does without it
+
     product: NDArray[np.float64] = torch.matmul(
         torch.from_numpy(values), torch.from_numpy(weights.astype(np.float64))
     ).numpy()

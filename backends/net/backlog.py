@@ -1,0 +1,43 @@
+"""Frames that have been read and wait to be handled: counted, so that reading can stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from backends.net.loop import Hooks
+from protocol.events import Effect, Event, FrameArrived
+
+UNHANDLED_BYTES = 32 << 20
+"""What may wait, of all links of a side together, before nothing more is read."""
+_COST_BYTES = 512
+"""Of a frame that waits, beyond its length."""
+
+
+class Backlog:
+    """Bytes of frames that wait, of all links of one side.
+
+    most   beyond it `full` is true
+    hooks  who else sees what is handled
+    """
+
+    def __init__(self, most: int, hooks: Hooks) -> None:
+        self._most, self._hooks = most, hooks
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def arrived(self, frame: memoryview) -> None:
+        """A frame is about to be handed over."""
+        with self._lock:
+            self._bytes += len(frame) + _COST_BYTES
+
+    def full(self) -> bool:
+        """Whether reading should wait."""
+        return self._bytes > self._most
+
+    def observe(self, event: Event, effects: Sequence[Effect]) -> None:
+        """An event has been handled; for `Hooks`."""
+        if isinstance(event, FrameArrived):
+            with self._lock:
+                self._bytes -= len(event.frame) + _COST_BYTES
+        self._hooks.observe(event, effects)

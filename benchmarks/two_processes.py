@@ -1,0 +1,165 @@
+"""A step of the 1B with its worker in another process, beside the same in one process and in clear.
+
+The measurements of `python -m benchmarks.transport --llama1b`; see there. Every run is a process
+as a user starts it, one after another, in turns; this one only watches them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from scenarios.certs import Authority
+from scenarios.clear_peer import ClearPeer
+
+_WATCHED_S = 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a step is made of. tokens: of one lane's micro-batch; rounds: runs of each kind."""
+
+    steps: int = 3
+    tokens: int = 64
+    lanes: int = 4
+    rounds: int = 2
+
+    def options(self, lanes: int, tokens: int) -> list[str]:
+        """For `scenarios.llama1b`."""
+        told = {"steps": self.steps, "tokens": tokens, "sequence": self.tokens, "lanes": lanes}
+        return [word for name, value in told.items() for word in (f"--{name}", str(value))]
+
+
+class Watch:
+    """The largest private memory of a process, in bytes, as long as it lives.
+
+    Of its own: what is mapped from files, as hints and int8 weights are, is the system's to keep
+    or to drop. RssAnon and RssShmem of proc(5).
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.most = 0
+        self._status = Path(f"/proc/{pid}/status")
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                text = self._status.read_text()
+            except OSError:
+                return
+            found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", text, re.M)
+            if not found:
+                return  # a process that has ended, and not been waited for, has no memory
+            self.most = max(self.most, 1024 * sum(map(int, found)))
+            time.sleep(_WATCHED_S)
+
+
+def _private(size: Size, place: Path, more: list[str]) -> dict[str, Any]:
+    """One private run; its figures, and its own peak memory."""
+    figures = place / "figures.json"
+    command = [sys.executable, "-m", "scenarios.llama1b", "--real-cpu"]
+    command += size.options(size.lanes, size.tokens)
+    command += ["--out", str(place / "out"), "--fresh", "--json", str(figures), *more]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    watch = Watch(process.pid)
+    if process.wait() != 0:
+        raise RuntimeError("a private run ended early; see its messages above")
+    found: dict[str, Any] = json.loads(figures.read_text())
+    return found | {"own_bytes": watch.most}
+
+
+def _clear(size: Size) -> dict[str, Any]:
+    """The same training in clear fp32: a micro-batch of all lanes' tokens."""
+    peer = ClearPeer(["--real-cpu", *size.options(1, size.lanes * size.tokens)], "fp32")
+    watch = Watch(peer.pid)
+    steps = [peer.step() for _ in range(size.steps)]
+    peer.close()
+    return {
+        "step_s": [step.seconds for step in steps],
+        "cpu_s": median(step.cpu_s for step in steps),
+        "own_bytes": watch.most,
+    }
+
+
+@contextmanager
+def _worker(model: Path, certs: Path) -> Iterator[str]:
+    """A worker in a process of its own; where it is."""
+    command = [sys.executable, "-m", "scenarios.worker", "--model", str(model)]
+    command += ["--listen", "localhost:0", "--tls", str(certs / "worker")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.search(r" listening address=(\S+:\d+)", line):
+                yield found[1]
+                return
+        raise RuntimeError("the worker ended early; see its messages above")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def measure(size: Size) -> dict[str, Any]:
+    """Runs of all three kinds in turn; medians over steps and rounds.
+
+    A private run's first step is not counted: it maps the hints.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {"one": [], "two": [], "clear": []}
+    with tempfile.TemporaryDirectory(prefix="transport-") as directory:
+        place = Path(directory)
+        authority = Authority()
+        authority.issue(place / "owner")
+        authority.issue(place / "worker", ["localhost"])
+        figures = place / "prepared.json"
+        command = [sys.executable, "-m", "scenarios.prepare", "--json", str(figures)]
+        subprocess.run(command, check=True)
+        model = Path(json.loads(figures.read_text())["directory"])
+        for turn in range(size.rounds):
+            print(f"round {turn + 1} of {size.rounds}", flush=True)
+            runs["one"].append(_private(size, place, []))
+            with _worker(model, place) as address:
+                more = ["--worker", address, "--tls", str(place / "owner")]
+                runs["two"].append(_private(size, place, more))
+            runs["clear"].append(_clear(size))
+    return _summary(size, runs)
+
+
+def _summary(size: Size, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    def steps(kind: str) -> list[float]:
+        return [s for run in runs[kind] for s in run["private_steps_s"][1:]]
+
+    def of(kind: str, key: str) -> float:
+        return median(run[key] for run in runs[kind])
+
+    tokens = size.lanes * size.tokens
+    losses = {json.dumps(run["losses"]) for kind in ("one", "two") for run in runs[kind]}
+    return {
+        "tokens_per_step": tokens,
+        "lanes": size.lanes,
+        "cores": os.cpu_count(),
+        "one_process_steps_s": steps("one"),
+        "two_processes_steps_s": steps("two"),
+        "clear_steps_s": [s for run in runs["clear"] for s in run["step_s"][1:]],
+        "step_ratio": median(steps("two")) / median(steps("one")),
+        "owner_cpu_ms_per_token": 1e3 * of("two", "cpu_s") / tokens,
+        "clear_cpu_ms_per_token": 1e3 * of("clear", "cpu_s") / tokens,
+        "owner_cpu_ratio": of("two", "cpu_s") / of("clear", "cpu_s"),
+        "owner_own_mb": of("two", "own_bytes") / 1e6,
+        "clear_own_mb": of("clear", "own_bytes") / 1e6,
+        "owner_rss_ratio": of("two", "own_bytes") / of("clear", "own_bytes"),
+        "losses_apart": len(losses) - 1,
+    }

@@ -1,0 +1,85 @@
+"""Which worker gets the next request, and how long an owner waits for its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+from protocol.owner_memory import Call, OwnerConfig, Peer
+from protocol.owner_tables import CallState, State
+from protocol.pace import Pace
+from protocol.placement import Placement
+
+
+@dataclass
+class Load:
+    """What is in flight to one worker: requests, and bytes of them and of their answers."""
+
+    requests: int = 0
+    size: int = 0
+
+    def add(self, call: Call) -> None:
+        """One request more."""
+        self.requests += 1
+        self.size += call.size
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """An owner's workers and calls, as the owner remembers them; nothing here changes them."""
+
+    peers: Mapping[str, Peer]
+    calls: Mapping[int, Call]
+    placement: Placement
+    config: OwnerConfig
+
+    def loads(self) -> dict[str, Load]:
+        """What is in flight to every worker that is ready."""
+        found = {peer.name: Load() for peer in self.peers.values() if peer.state is State.READY}
+        for call in self.calls.values():
+            if call.state is CallState.IN_FLIGHT and call.peer in found:
+                found[call.peer].add(call)
+        return found
+
+    def choose(self, call: Call, loads: Mapping[str, Load], but: Container[str] = ()) -> str | None:
+        """The worker with the fewest requests that has room for a call, the first of equals.
+
+        A silence weighs as a request. None when no worker holds the matrix, takes so many tokens
+        and has room.
+        """
+        weights = {
+            name: loads[name].requests + self.peers[name].silences
+            for name in self.placement.holders(call.matrix, loads)
+            if name not in but and self._has_room(name, loads[name], call)
+        }
+        return min(weights, key=weights.__getitem__, default=None)
+
+    def _has_room(self, name: str, load: Load, call: Call) -> bool:
+        fits = not load.size or load.size + call.size <= self.config.window_bytes
+        takes = self.peers[name].max_tokens >= call.tokens
+        return takes and fits and load.requests < self.config.window
+
+    def coming(self, matrix: int) -> bool:
+        """Whether a worker that is still being greeted may take what the ready ones cannot."""
+        greeted = (State.NEW, State.GREETING)
+        names = {peer.name for peer in self.peers.values() if peer.state in greeted}
+        return bool(self.placement.holders(matrix, names))
+
+    def patience(self, call: Call) -> float:
+        """Seconds to wait for the answer to what is being sent now, behind what is on its way."""
+        config, peer = self.config, self.peers[call.peer]
+        quiet_s, pace = config.request_timeout_s, self._slowest()
+        if peer.pace.seen:
+            quiet_s, pace = min(quiet_s, config.quiet_s), peer.pace
+        behind = sum(
+            other.size
+            for other in self.calls.values()
+            if other.state is CallState.IN_FLIGHT and other.peer == call.peer
+        )
+        return min(config.doubled(quiet_s, call.attempts) + pace.seconds(behind), config.wait_s_max)
+
+    def _slowest(self) -> Pace:
+        """Of the workers that have answered; when none has, what the configuration assumes."""
+        seen = [peer.pace for peer in self.peers.values() if peer.pace.seen]
+        assumed = Pace(1 / self.config.slow_bytes_per_s)
+        return max(seen, key=lambda pace: pace.mean_s, default=assumed)

@@ -1,0 +1,76 @@
+"""What an owner can see of the line to its workers: how long requests are under way, and bytes.
+
+Nothing is asked of a worker for this: it is the time from sending a request to its answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from backends.net.loop import Hooks
+from protocol.events import Effect, Event, FrameArrived, Send
+from protocol.messages import LocalFrame
+from sim.frames import call_of
+
+
+@dataclass
+class LineWatch:
+    """Told of frames by the owner's loop (see `Hooks.observe`). Safe to read from any thread.
+
+    away_s  seconds that requests were under way, each from its first sending to its answer, summed
+    """
+
+    away_s: float = 0.0
+    _sent: dict[int, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def observe(self, event: Event, effects: Sequence[Effect]) -> None:
+        """Note what was sent and what has arrived."""
+        now = time.perf_counter()
+        with self._lock:
+            if isinstance(event, FrameArrived) and isinstance(event.frame, bytes | bytearray):
+                sent = self._sent.pop(_call(event.frame), None)
+                if sent is not None:
+                    self.away_s += now - sent
+            for effect in effects:
+                if isinstance(effect, Send) and not isinstance(effect.frame, LocalFrame):
+                    call = _call(effect.frame)
+                    if call:
+                        self._sent.setdefault(call, now)
+
+
+def _call(frame: bytes | bytearray) -> int:
+    """As `call_of`; 0 for a frame that is too short to tell."""
+    try:
+        return call_of(bytes(frame[:64]))
+    except (IndexError, ValueError, ArithmeticError, LookupError):
+        return 0
+
+
+def watched(hooks: Hooks, watch: LineWatch) -> Hooks:
+    """The hooks of an owner, with a watch beside them."""
+
+    def observe(event: Event, effects: Sequence[Effect]) -> None:
+        watch.observe(event, effects)
+        hooks.observe(event, effects)
+
+    return Hooks(observe, hooks.on_task, hooks.on_call)
+
+
+def waits_for(step_s: float, lanes: int, away_s: float, worker_s: float) -> str:
+    """What most of a step went to: "owner", "line" or "worker".
+
+    A lane's time is divided: its requests are away, or the owner works for it. Of the time away,
+    what the products take by the speed that the probe has found is the worker's, the rest the
+    line's.
+
+    away_s    of all lanes' requests
+    worker_s  that the worker needs for the step's products
+    """
+    remote_s = min(step_s, away_s / lanes)
+    worker_s = min(worker_s, remote_s)
+    parts = {"owner": step_s - remote_s, "line": remote_s - worker_s, "worker": worker_s}
+    return max(parts, key=parts.__getitem__)

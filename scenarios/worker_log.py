@@ -1,0 +1,93 @@
+"""A worker's log: one line an event, as text or as JSON, on standard output.
+
+    2026-11-26T20:11:02Z listening address=0.0.0.0:7443 tls=mutual-1.3 model=1f0c...
+    {"time": "2026-11-26T20:11:02Z", "event": "listening", "address": "0.0.0.0:7443", ...}
+
+What is logged are names, reasons and counts. An owner is named by the first 16 hex digits of its
+identity, the SHA-256 of its public key.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+from backends.net.counts import REFUSED, LineEvent
+
+FORMATS = ("text", "json")
+_MINUTE_S = 60.0
+_REFUSALS_A_MINUTE = 30
+"""Strangers may knock as often as they like; the log's disk is not theirs to fill."""
+
+
+def short(owner: str) -> str:
+    """An owner as the log names it."""
+    return owner[:16] or "unknown"
+
+
+class EventLog:
+    """Writes events. Safe to use from several threads, and in a signal handler."""
+
+    def __init__(self, form: str, descriptor: int = 1) -> None:
+        self._json = form == "json"
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._minute_s, self._refusals, self._unsaid = 0.0, 0, 0
+
+    def event(self, name: str, **facts: str | int | float) -> None:
+        """One line. Values are names, reasons and counts, never what an owner computes with."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if self._json:
+            line = json.dumps({"time": now, "event": name, **facts})
+        else:
+            line = " ".join([now, name, *(f"{key}={_plain(facts[key])}" for key in facts)])
+        os.write(self._descriptor, line.encode() + b"\n")
+
+    def on_line(self, event: LineEvent) -> None:
+        """What happened to a link."""
+        if event.kind != REFUSED:
+            why = {"why": event.reason} if event.reason else {}
+            self.event(f"link-{event.kind}", owner=short(event.owner), **why)
+            return
+        unsaid = self._room_for_a_refusal()
+        if unsaid is not None:
+            more: dict[str, str | int] = {"detail": event.detail} if event.detail else {}
+            more |= {"unsaid": unsaid} if unsaid else {}
+            self.event("refused", owner=short(event.owner), reason=event.reason, **more)
+
+    def _room_for_a_refusal(self) -> int | None:
+        """How many were left out before this one; None when this one is left out, too."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._minute_s >= _MINUTE_S:
+                self._minute_s, self._refusals = now, 0
+            if self._refusals >= _REFUSALS_A_MINUTE:
+                self._unsaid += 1
+                return None
+            self._refusals += 1
+            unsaid, self._unsaid = self._unsaid, 0
+            return unsaid
+
+
+def _plain(value: Any) -> str:
+    text = str(value)
+    plain = text.isprintable() and text and not set(text) & set(' "=')
+    return text if plain else json.dumps(text)
+
+
+class _Through(logging.Handler):
+    def __init__(self, log: EventLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.event("message", level=record.levelname.lower(), text=record.getMessage())
+
+
+def capture_logging(log: EventLog, level: int) -> None:
+    """Have what modules log by Python's `logging` written as events too."""
+    logging.basicConfig(level=level, handlers=[_Through(log)], force=True)

@@ -1,0 +1,335 @@
+"""What a worker does to those who send too much, read too little, or leave at the wrong moment."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.he.interface import Payload
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.params import preset
+from backends.he.store import PreparedModel, WorkerPart
+from backends.net import listening
+from backends.net.backlog import Backlog
+from backends.net.link import Link
+from backends.net.listening import Limits, Listener
+from backends.net.loop import Hooks
+from backends.net.remote import connected
+from backends.net.serving import serving
+from backends.net.tls import OWNER_WRITES, WORKER_WRITES, dial, preface
+from backends.net.worker import WorkerServer
+from protocol.events import Event, FrameArrived, PeerLost
+from protocol.messages import Bye, Hello, Multiply, Product, decode, encode
+from tests.net.test_inprocess import expected, make
+from tests.net.test_line import Ends, frame, sides
+
+__all__ = ["sides"]  # a fixture
+FRAME_MAX = 1 << 20
+SESSION = bytes(16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    return make(tmp_path_factory.mktemp("model"))
+
+
+@contextmanager
+def link_of(
+    on_frame: Callable[[memoryview], None], frame_max: int = FRAME_MAX
+) -> Iterator[tuple[Link, socket.socket, queue.Queue[str]]]:
+    """(link, where its incoming frames are written, what it said of its end)."""
+    (there, incoming), (back, outgoing) = socket.socketpair(), socket.socketpair()
+    ended: queue.Queue[str] = queue.Queue()
+    link = Link("test", incoming, outgoing, frame_max, on_frame, ended.put)
+    link.start()
+    try:
+        yield link, there, ended
+    finally:
+        link.close("the test ends")
+        there.close()
+        back.close()
+
+
+def until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Wait for something; whether it came."""
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return true()
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_an_announcement_takes_no_memory() -> None:
+    """Only what has come does."""
+    size = 1 << 29
+    with link_of(lambda got: None, size + 100) as (_, there, _):
+        before = rss_bytes()
+        there.sendall(frame(100)[:24] + size.to_bytes(4, "little") + bytes(100_000))
+        time.sleep(0.3)
+        assert rss_bytes() - before < 1 << 25
+
+
+def test_no_frame_comes_after_the_end() -> None:
+    """Whatever its socket still holds: who is told of the end can let go of all it knows."""
+    order: list[str] = []
+    go = threading.Event()
+
+    def on_frame(got: memoryview) -> None:
+        order.append("frame")
+        go.wait(10)
+
+    with link_of(on_frame) as (link, there, ended):
+        there.sendall(frame(10) * 100)
+        assert until(lambda: bool(order))
+        link.close("enough")
+        go.set()
+        assert ended.get(timeout=10) == "enough"
+        time.sleep(0.05)
+        assert order == ["frame"]
+        assert ended.empty()
+
+
+def test_a_link_that_is_cut_does_not_go_on_in_plain_text(
+    sides: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSLSocket.shutdown drops the TLS layer and leaves a socket that reads and writes without."""
+
+    def dropped(self: ssl.SSLSocket, how: int) -> None:
+        raise AssertionError("the TLS layer was taken off")
+
+    monkeypatch.setattr(ssl.SSLSocket, "shutdown", dropped)
+    ends = Ends(sides["ours/owner"], sides["ours/worker"])
+    try:
+        ends.dialler.send("w", frame(10))
+        peer, _ = ends.next(ends.at_worker)
+        ends.listener._links[peer].close("cut")
+        assert {ends.next(ends.told)[0] for _ in range(2)} == {"worker lost", "disconnected"}
+    finally:
+        ends.close()
+
+
+class Gone(socket.socket):
+    """One that was reset while nobody looked."""
+
+    def sendall(self, *data: Any) -> None:
+        raise ConnectionResetError("drawn")
+
+
+@pytest.mark.parametrize("gone", ["first half", "second half"])
+def test_one_that_leaves_as_it_is_taken_leaves_nothing_behind(gone: str) -> None:
+    """Neither half nor link: its owner has as many as before."""
+    lost: queue.Queue[str] = queue.Queue()
+    listener = Listener("127.0.0.1", 0, None, FRAME_MAX, lambda peer, got: None, lost.put)
+    (near, far), (other_near, other_far) = socket.socketpair(), socket.socketpair()
+    number = os.urandom(16)
+    try:
+        if gone == "second half":
+            assert not listener._pair("plain", number, OWNER_WRITES, near), "it is taken"
+            near = other_near
+        with pytest.raises(ConnectionResetError):
+            listener._pair("plain", number, WORKER_WRITES, Gone(fileno=near.detach()))
+        assert listener._halves == {}
+        if gone == "second half":
+            assert lost.get(timeout=10).startswith("plain#")
+        assert until(lambda: listener._links == {})
+    finally:
+        listener.close()
+        for one in (near, far, other_near, other_far):
+            one.close()
+
+
+def test_a_preface_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then does not prolong it."""
+    monkeypatch.setattr(listening, "HANDSHAKE_S", 0.5)
+    ends = Ends(None, None)
+    try:
+        connection = socket.create_connection(("127.0.0.1", ends.listener.port))
+        connection.settimeout(0.1)
+        start = time.monotonic()
+        for byte in preface(0, bytes(16))[:-1]:
+            with suppress(TimeoutError):
+                connection.sendall(bytes((byte,)))
+                if connection.recv(1) == b"":
+                    break
+        assert time.monotonic() - start < 2.2
+        connection.close()
+    finally:
+        ends.close()
+
+
+def test_who_does_not_read_is_not_read() -> None:
+    """Its answers do not pile up beyond the limit; when it reads, all of them come, in order."""
+    answer, seen = bytes(60_000), []
+
+    def on_frame(peer: str, got: memoryview) -> None:
+        seen.append(peer)
+        message = decode(got)
+        assert isinstance(message, Multiply)
+        made = encode(Product(SESSION, message.request, answer))
+        listener.send(peer, made)
+
+    limits = Limits(unsent_bytes=1 << 18)
+    listener = Listener("127.0.0.1", 0, None, 1 << 17, on_frame, lambda peer: None, limits)
+    listener.start()
+    incoming, outgoing, _ = dial("127.0.0.1", listener.port, None)
+    try:
+        asked = 1000
+        writer = threading.Thread(
+            target=lambda: [outgoing.sendall(frame(10_000, n)) for n in range(asked)], daemon=True
+        )
+        writer.start()
+        assert until(lambda: len(seen) > 4)
+        time.sleep(0.5)
+        stopped = len(seen)
+        time.sleep(0.3)
+        (link,) = listener._links.values()
+        assert stopped == len(seen) < asked
+        assert link._unsent < (1 << 18) + 2 * 60_100
+        for number in range(asked):
+            head = incoming.recv(36, socket.MSG_WAITALL)
+            assert int.from_bytes(head[28:], "little") == number
+            assert len(incoming.recv(len(answer), socket.MSG_WAITALL)) == len(answer)
+    finally:
+        incoming.close()
+        outgoing.close()
+        listener.close()
+
+
+def test_while_frames_pile_up_none_is_read() -> None:
+    """And when they have been handled, reading goes on; a link that ends meanwhile does end."""
+    flooded = threading.Event()
+    flooded.set()
+    got: queue.Queue[bytes] = queue.Queue()
+    lost: queue.Queue[str] = queue.Queue()
+    listener = Listener(
+        "127.0.0.1", 0, None, FRAME_MAX, lambda peer, one: got.put(bytes(one)), lost.put,
+        flooded=flooded.is_set,
+    )  # fmt: skip
+    listener.start()
+    incoming, outgoing, _ = dial("127.0.0.1", listener.port, None)
+    try:
+        outgoing.sendall(frame(10))
+        time.sleep(0.2)
+        assert got.empty()
+        flooded.clear()
+        assert len(got.get(timeout=10)) == len(frame(10))
+        flooded.set()
+        outgoing.sendall(frame(10))
+        for link in list(listener._links.values()):
+            link.close("cut")
+        assert lost.get(timeout=10)
+        assert got.qsize() <= 1  # one look may have been over when the flood came
+    finally:
+        incoming.close()
+        outgoing.close()
+        listener.close()
+
+
+def test_an_owner_that_is_flooded_stops_reading_too() -> None:
+    """A hostile worker must not fill its memory either; and its own requests go out meanwhile."""
+    flooded = threading.Event()
+    flooded.set()
+    ends = Ends(None, None)
+    ends.dialler._flooded = flooded.is_set
+    try:
+        ends.dialler.send("w", frame(10))
+        peer, _ = ends.next(ends.at_worker)
+        ends.listener.send(peer, frame(20))
+        ends.dialler.send("w", frame(11))
+        ends.next(ends.at_worker)
+        time.sleep(0.1)
+        assert ends.at_owner.empty()
+        flooded.clear()
+        assert len(ends.next(ends.at_owner)[1]) == len(frame(20))
+    finally:
+        ends.close()
+
+
+def test_what_was_handled_does_not_count() -> None:
+    """Frame by frame; whoever else looks on still does."""
+    seen: list[Event] = []
+    backlog = Backlog(1000, Hooks(observe=lambda event, effects: seen.append(event)))
+    got = memoryview(bytearray(400))
+    for _ in range(100):
+        backlog.arrived(got)
+        assert not backlog.full()
+        backlog.arrived(got)
+        assert backlog.full()
+        for _ in range(2):
+            backlog.observe(FrameArrived("w", got), [])
+            backlog.observe(PeerLost("w"), [])
+    assert len(seen) == 400
+
+
+def test_the_narrowest_limits_still_serve(model: PreparedModel) -> None:
+    """One frame at a time, one answer at a time: slower, and right."""
+    part = WorkerPart.open(model.directory)
+    limits = Limits(unsent_bytes=0, unhandled_bytes=0)
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    with (
+        serving(
+            part, MlweWorker(preset("standard")), "127.0.0.1", 0, None, None, limits
+        ) as service,
+        connected(model, owner, [f"127.0.0.1:{service.port}"], None) as client,
+    ):
+        for rows in range(1, 9):
+            x = np.random.default_rng(rows).standard_normal((rows, 24)).astype(np.float32)
+            assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
+
+
+class Held(MlweWorker):
+    """Multiplies when it is told to, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__(preset("standard"))
+        self.go, self.done = threading.Event(), 0
+
+    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> Any:
+        assert self.go.wait(10)
+        self.done += 1
+        return super().multiply(payload, tokens, matrix)
+
+
+def test_work_of_a_peer_that_is_gone_is_given_up(model: PreparedModel) -> None:
+    """Who comes again and again under new names leaves none behind, and nobody waits for it."""
+    part, cipher = WorkerPart.open(model.directory), Held()
+    answers: queue.Queue[tuple[str, Any]] = queue.Queue()
+    server = WorkerServer(
+        part.catalogue, part.weights, cipher, lambda peer, got: answers.put((peer, decode(got)))
+    )
+    server.start()
+    catalogue = part.catalogue
+    hello = encode(Hello(SESSION, catalogue.parameters_digest, catalogue.model_digest))
+    payload = bytes(catalogue.up_bytes(0, 1))
+    for name in ("first", "second", "third", "good"):
+        server.deliver(name, hello)
+        for number in range(1, 2 if name == "good" else 20):
+            server.deliver(name, encode(Multiply(SESSION, number, 0, 1, payload)))
+        if name != "good":
+            server.lost(name)
+    server.deliver("good", encode(Bye(SESSION)))
+    assert until(lambda: answers.qsize() == 5)  # four Welcomes, a Farewell: all was handled
+    server.deliver("good", hello)
+    server.deliver("good", encode(Multiply(SESSION, 2, 0, 1, payload)))
+    cipher.go.set()
+    try:
+        assert until(lambda: any(isinstance(m, Product) for _, m in list(answers.queue)))
+        assert cipher.done <= 3  # the one under way, and those of the good peer
+    finally:
+        server.stop()

@@ -1,0 +1,214 @@
+"""`python -m scenarios.worker`: what its operator sees, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.params import preset
+from backends.he.store import PreparedModel
+from backends.net.owner import OwnerClient, RemoteLinearError
+from backends.net.remote import connected
+from backends.net.tls import Tls
+from protocol.owner_memory import OwnerConfig
+from scenarios.certs import Authority
+from scenarios.worker_log import EventLog
+from tests.net.test_inprocess import make
+from tests.net.test_remote_workers import copy_worker_part, right
+from tests.scenarios.commands import run
+from tests.scenarios.worker_process import WorkerProcess, running
+
+HASTY = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, greetings_max=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    return make(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def part(model: PreparedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a worker's machine has of it."""
+    place = tmp_path_factory.mktemp("part") / "model"
+    copy_worker_part(model, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place, authority = tmp_path_factory.mktemp("certs"), Authority()
+    authority.issue(place / "owner")
+    authority.issue(place / "worker", ["localhost"])
+    return place
+
+
+@contextmanager
+def owner(
+    model: PreparedModel, certs: Path, *workers: WorkerProcess, config: OwnerConfig = HASTY
+) -> Iterator[OwnerClient]:
+    cipher = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(cipher)
+    addresses = [worker.address for worker in workers]
+    with connected(model, cipher, addresses, Tls(certs / "owner"), config, lanes=2) as client:
+        yield client
+
+
+def test_a_worker_says_how_it_is_and_ends_well(
+    model: PreparedModel, part: Path, certs: Path
+) -> None:
+    """Pages, counters and log, from a directory with the worker's part alone; status 0."""
+    with running(part, tls=certs / "worker") as worker:
+        assert worker.page("/readyz") == worker.page("/healthz") == (200, "ok\n")
+        assert worker.page("/")[0] == 404
+        with owner(model, certs, worker) as client:
+            assert all(right(model, client, rows) for rows in (1, 2, 3))
+            numbers = worker.metrics()
+            assert (numbers["links"], numbers["links_opened_total"], numbers["ready"]) == (1, 1, 1)
+        assert numbers["requests_total"] == numbers["products_total"] == 3
+        assert (numbers["tokens_total"], numbers["requests_in_hand"]) == (6, 0)
+        assert 0 < numbers["busy_seconds_total"] < 60
+        assert numbers["received_bytes_total"] > 6 * 3 * 24
+        assert numbers["sent_bytes_total"] > 6 * 2 * 40
+        worker.wait_for("link-ended")
+        worker.signal()
+        assert worker.ended() == 0
+    events = [event["event"] for event in worker.log]
+    assert events == [
+        "loading", "listening", "link-opened", "link-ended", "draining", "stopped",
+    ]  # fmt: skip
+    assert worker.log[-1]["how"] == "drained"
+    assert worker.log[1]["model"] == model.model_digest.hex()
+    assert [len(e["owner"]) for e in worker.log if e["event"].startswith("link")] == [16, 16]
+
+
+def test_counters_tell_of_nobody(model: PreparedModel, part: Path, certs: Path) -> None:
+    """No label but the reason of a refusal, and nothing of an owner's identity."""
+    with running(part, tls=certs / "worker") as worker, owner(model, certs, worker) as client:
+        assert right(model, client)
+        text = worker.page("/metrics")[1]
+        identity = worker.wait_for("link-opened")["owner"]
+        assert identity not in text
+        labels = {line.partition("{")[2].partition("=")[0] for line in text.splitlines()}
+        assert labels == {"", "reason"}
+
+
+def test_requests_in_hand_are_answered_before_the_end(
+    model: PreparedModel, part: Path, certs: Path
+) -> None:
+    """Told to stop in the middle of one: not ready, healthy, and the answer still comes."""
+    with running(part, tls=certs / "worker", slow_s=3) as worker:
+        with owner(model, certs, worker) as client:
+            done: list[bool] = []
+            lane = threading.Thread(target=lambda: done.append(right(model, client)))
+            lane.start()
+            worker.wait_for("link-opened")
+            worker.wait_for_a_request()
+            worker.signal()
+            assert worker.wait_for("draining")["in_hand"] == 1
+            assert worker.page("/readyz")[0] == 503
+            assert worker.page("/healthz")[0] == 200
+            host, _, port = worker.address.rpartition(":")
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection((host, int(port)), timeout=5)
+            lane.join(20)
+            assert done == [True]
+        assert worker.ended() == 0
+    assert worker.log[-1]["how"] == "drained"
+    assert worker.log[-1]["unanswered"] == 0
+
+
+@pytest.mark.parametrize("how", ["out of time", "at once"])
+def test_a_drain_ends(how: str, model: PreparedModel, part: Path, certs: Path) -> None:
+    """After its seconds, or by a second signal, whatever is still computed."""
+    options = ("--drain-s", "0.3" if how == "out of time" else "60")
+    with running(part, *options, tls=certs / "worker", slow_s=20) as worker:
+        cipher_wait = threading.Thread(target=_ask_in_vain, args=(model, certs, worker))
+        cipher_wait.start()
+        worker.wait_for("link-opened")
+        worker.wait_for_a_request()
+        worker.signal()
+        worker.wait_for("draining")
+        if how == "at once":
+            worker.signal(signal.SIGINT)
+        assert worker.ended(10) == (0 if how == "out of time" else 1)
+        assert how in worker.log[-1]["how"]
+        cipher_wait.join(30)
+
+
+def _ask_in_vain(model: PreparedModel, certs: Path, worker: WorkerProcess) -> None:
+    with owner(model, certs, worker) as client, pytest.raises(RemoteLinearError):
+        client.linear(0, np.ones((1, 24), np.float32))
+
+
+def test_refusals_say_why(model: PreparedModel, part: Path, certs: Path, tmp_path: Path) -> None:
+    """To the owner and to the operator: another model, too many links, a stranger."""
+    other = make(tmp_path / "other", seed=1)
+    Authority().issue(tmp_path / "stranger")
+    with running(part, "--links-per-owner", "1", tls=certs / "worker") as worker:
+        with (
+            owner(other, certs, worker) as client,
+            pytest.raises(RemoteLinearError, match="another model"),
+        ):
+            client.linear(0, np.ones((1, 24), np.float32))
+        refused = worker.wait_for("refused")
+        assert refused["reason"] == "other_model"
+        assert other.model_digest.hex() in refused["detail"]
+        assert model.model_digest.hex() in refused["detail"]
+        with owner(model, certs, worker) as client:
+            assert right(model, client)
+            _ask_in_vain(model, certs, worker)
+            assert right(model, client)
+        host, _, port = worker.address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=5) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            stranger.recv(100)
+        numbers = worker.metrics()
+        worker.signal()
+        assert worker.ended() == 0
+    assert numbers['refusals_total{reason="other_model"}'] == 1
+    assert numbers['refusals_total{reason="owner_links"}'] >= 1
+    assert numbers['refusals_total{reason="handshake"}'] == 1
+    reasons = [event["reason"] for event in worker.log if event["event"] == "refused"]
+    assert set(reasons) == {"other_model", "owner_links", "handshake"}
+
+
+def test_a_log_is_not_filled_by_strangers(tmp_path: Path) -> None:
+    """So many refusals a minute, and how many were left out."""
+    from backends.net.counts import REFUSED, TURNED_AWAY, LineEvent
+
+    with (tmp_path / "log").open("wb") as file:
+        log = EventLog("text", file.fileno())
+        for _ in range(1000):
+            log.on_line(LineEvent(REFUSED, "", TURNED_AWAY, "SSLError"))
+        log._minute_s -= 61
+        log.on_line(LineEvent(REFUSED, "ab" * 32, TURNED_AWAY, "a text of several words"))
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 31
+    assert lines[0].endswith("refused owner=unknown reason=handshake detail=SSLError")
+    last = 'owner=abababababababab reason=handshake detail="a text of several words" unsaid=970'
+    assert lines[-1].endswith(last)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "nowhere"], "a worker needs manifest.json"),
+        (["--model", "nowhere", "--listen", "0.0.0.0:7443"], "needs TLS on both sides"),
+        (["--model", "nowhere", "--listen", "7443"], "looks like gpu.example:7443"),
+        (["--model", "nowhere", "--metrics", "192.0.2.1:1"], "choose another --metrics"),
+        (["--model", "nowhere", "--tls", "nowhere"], "nowhere has no ca.pem"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_a_line(options: list[str], said: str) -> None:
+    """No traceback."""
+    text = run("scenarios.worker", *options, code=1)
+    assert said in text
+    assert "Traceback" not in text
