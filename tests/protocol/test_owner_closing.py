@@ -189,6 +189,15 @@ def test_a_ciphertext_of_the_wrong_size_is_misuse() -> None:
         desk.do(TaskDone(1, (bytes(7), "sealed")))
 
 
+@pytest.mark.parametrize("made", [None, bytes(4), [bytes(4), "sealed"], (bytes(4),), (1, 2, 3)])
+def test_an_encryption_returns_a_pair(made: object) -> None:
+    """Payload and what opens the answer, and nothing else."""
+    desk = OwnerDesk().open()
+    desk.do(LinearWanted(1, 0, 1, (1,)))
+    with pytest.raises(MisuseError, match="payload, sealed"):
+        desk.do(TaskDone(1, made))
+
+
 @pytest.mark.parametrize("peers", [(), ("w1", "w1")])
 def test_workers_are_named_once_each(peers: tuple[str, ...]) -> None:
     """An owner without workers, or with one twice, is a mistake found at once."""

@@ -53,12 +53,12 @@ def test_a_forgotten_session_is_opened_again() -> None:
 
 def test_a_worker_that_always_forgets_is_given_up() -> None:
     """Welcome, forget, welcome, forget ... uses up attempts like any other failure."""
-    desk = OwnerDesk().open()
+    desk = OwnerDesk(config=OwnerConfig(attempts_max=7)).open()
     desk.ask()
-    for _ in range(100):
-        if all_of(desk.refuse(Reason.NO_SESSION), Abort):
-            break
+    for _ in range(7):
+        assert not all_of(desk.refuse(Reason.NO_SESSION), Abort)
         desk.welcome()
+    assert all_of(desk.refuse(Reason.NO_SESSION), Abort)
     assert desk.owner.state("w1") is State.LOST
 
 
