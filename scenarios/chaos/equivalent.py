@@ -14,4 +14,10 @@ EQUIVALENT: dict[tuple[str, str, str, str, str], str] = {
     ("protocol/owner.py", "Owner.__init__", "self._now = 0.0", "0.0", "(-1.0)"): (
         "a clock that starts at zero or later overtakes it with the first event"
     ),
+    ("protocol/owner_memory.py", "Peer", "attempts: int = 0", "0", "(-1)"): (
+        "every greeting begins by setting it"
+    ),
+    ("protocol/owner_memory.py", "Peer", "max_tokens: int = 0", "0", "(1)"): (
+        "a worker is chosen only after its Welcome, which sets it"
+    ),
 }
