@@ -10,6 +10,11 @@ from protocol.owner_tables import CallState, State
 from protocol.pace import Pace
 from protocol.placement import Placement
 
+_QUICKEST_S = 1e-12
+"""Seconds a byte takes at least: where answers take no time at all, the loads still count."""
+_SLOWER = 8
+"""A worker may be so many times slower than the fastest other one, and is waited for."""
+
 
 @dataclass
 class Load:
@@ -42,17 +47,26 @@ class Fleet:
         return found
 
     def choose(self, call: Call, loads: Mapping[str, Load], but: Container[str] = ()) -> str | None:
-        """The worker with the fewest requests that has room for a call, the first of equals.
+        """The worker that should be the first to have answered a call, the first of equals.
 
-        A silence weighs as a request. None when no worker holds the matrix, takes so many tokens
-        and has room.
+        By the bytes ahead of the answer and the worker's pace; one nobody has heard yet is taken
+        for twice as fast as the fastest, and so is tried; reluctance weighs as bytes that many
+        times. None when no worker holds the matrix, takes so many tokens and has room.
         """
-        weights = {
-            name: loads[name].requests + self.peers[name].silences
+        names = [
+            name
             for name in self.placement.holders(call.matrix, loads)
             if name not in but and self._has_room(name, loads[name], call)
-        }
-        return min(weights, key=weights.__getitem__, default=None)
+        ]
+        seen = [peer.pace.mean_s for peer in self.peers.values() if peer.pace.seen]
+        unheard_s = max(min(seen, default=1.0) / 2, _QUICKEST_S)
+
+        def weight(name: str) -> float:
+            peer = self.peers[name]
+            byte_s = max(peer.pace.mean_s, _QUICKEST_S) if peer.pace.seen else unheard_s
+            return byte_s * (loads[name].size + call.size) * (1 + peer.reluctance)
+
+        return min(names, key=weight, default=None)
 
     def _has_room(self, name: str, load: Load, call: Call) -> bool:
         fits = not load.size or load.size + call.size <= self.config.window_bytes
@@ -76,7 +90,15 @@ class Fleet:
             for other in self.calls.values()
             if other.state is CallState.IN_FLIGHT and other.peer == call.peer
         )
-        return min(config.doubled(quiet_s, call.attempts) + pace.seconds(behind), config.wait_s_max)
+        seconds = pace.seconds(behind)
+        # A worker must not be waited for without end because it has been slow for long.
+        others = [
+            self.peers[name].pace.seconds(behind)
+            for name in self.placement.holders(call.matrix, self.loads())
+            if name != call.peer and self.peers[name].pace.seen
+        ]
+        seconds = min([seconds, *(_SLOWER * other for other in others)])
+        return min(config.doubled(quiet_s, call.attempts) + seconds, config.wait_s_max)
 
     def _slowest(self) -> Pace:
         """Of the workers that have answered; when none has, what the configuration assumes."""

@@ -230,8 +230,10 @@ class Owner:
     def _send_again(self, call: Call) -> list[Effect]:
         """A wait is over: the same bytes to another worker that holds the matrix, or once more."""
         config, peer, attempts = self._config, self._peers[call.peer], call.attempts
-        # Without an attempt it was a wait after a refusal, and no silence.
-        another = self._fleet.choose(call, self._fleet.loads(), {peer.name}) if attempts else None
+        another = self._fleet.choose(call, self._fleet.loads(), {peer.name})
+        if not attempts and another is not None:
+            # It was a wait after refusals, and no silence; who refused last is asked last.
+            return self._pass_on(call, another)
         if another is None and attempts < config.attempts_max:
             self._move(call, CallInput.TIMEOUT)
             return self._transmit(call)
@@ -244,11 +246,16 @@ class Owner:
             reason = f"no worker answered {layer}, tried {call.silences} times"
             effects = [*self._fail(call, reason), *self._pump()]
         elif another is not None:
-            self._move(call, CallInput.ORPHANED)
-            effects = self._dispatch(call, another)
+            effects = self._pass_on(call, another)
         if max(attempts, peer.silences) >= config.attempts_max:
             effects += self._step(peer, Input.EXHAUSTED)
         return effects
+
+    def _pass_on(self, call: Call, another: str) -> list[Effect]:
+        """A call of one worker to another; the first is asked less from then on."""
+        self._peers[call.peer].hesitated()
+        self._move(call, CallInput.ORPHANED)
+        return self._dispatch(call, another)
 
     def _on_linear(self, wanted: LinearWanted) -> list[Effect]:
         if wanted.call <= self._last_call:
@@ -361,13 +368,12 @@ class Owner:
         return effects
 
     def _dispatch(self, call: Call, peer: str) -> list[Effect]:
-        call.peer, call.attempts = peer, 0
+        call.peer, call.attempts, call.sent_s = peer, 0, self._now
         self._move(call, CallInput.SENT)
         return self._transmit(call)
 
     def _transmit(self, call: Call) -> list[Effect]:
         call.attempts += 1
-        call.sent_s = self._now
         return [
             Send(call.peer, call.frame),
             SetTimer(f"call:{call.id}", self._fleet.patience(call)),
@@ -430,8 +436,7 @@ class Owner:
         if len(product.payload) != self._catalogue.down_bytes(call.matrix, call.tokens):
             raise ProtocolError("an answer of the wrong size")
         self._move(call, CallInput.ANSWERED)
-        # Of two sendings of the same bytes, nobody can tell which was answered.
-        peer.answered(call.sent_s if call.attempts == 1 else -1.0, self._now, call.size)
+        peer.answered(call.sent_s, self._now, call.size)
         work = Decrypt(call.matrix, call.tokens, call.sealed, product.payload, peer.name)
         return [CancelTimer(f"call:{call.id}"), RunTask(call.id, work), *self._pump()]
 
@@ -458,8 +463,7 @@ class Owner:
         timer = f"call:{call.id}"
         # Each other worker is tried once without delay; after that everybody is given time.
         if chosen is not None:
-            self._move(call, CallInput.ORPHANED)
-            return [CancelTimer(timer), *self._dispatch(call, chosen), *self._pump()]
+            return [CancelTimer(timer), *self._pass_on(call, chosen), *self._pump()]
         call.attempts = 0
         waits = 1 + call.refusals - len(call.refused_by)
         return [SetTimer(timer, self._config.doubled(self._config.retry_s, waits))]

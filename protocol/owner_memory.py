@@ -21,6 +21,10 @@ REFUSAL_TEXT = {
 }
 
 
+_DOUBLINGS = 60
+"""Of a wait: a float holds no 1,025."""
+
+
 @dataclass(frozen=True)
 class OwnerConfig:
     """Patience and width.
@@ -67,20 +71,21 @@ class OwnerConfig:
 
     def doubled(self, base_s: float, attempts: int) -> float:
         """Seconds to wait the `attempts`-th time."""
-        return min(base_s * 2.0 ** (attempts - 1), self.timeout_s_max)
+        return min(base_s * 2.0 ** min(attempts - 1, _DOUBLINGS), self.timeout_s_max)
 
     def revived_s(self, losses: int) -> float:
         """Seconds until a worker is greeted that was lost so often in a row."""
-        return min(self.revive_s * 2.0 ** (losses - 1), self.revive_s_max)
+        return min(self.revive_s * 2.0 ** min(losses - 1, _DOUBLINGS), self.revive_s_max)
 
 
 @dataclass
 class Peer:
-    """A worker, and the session with it. Counts are since its last answer.
+    """A worker, and the session with it. The first counts are since its last answer.
 
     forgot, dropped  how often it has lost the session, and the connection
-    silences         how often another worker was asked because it did not answer
     losses           how often it was lost
+    silences         how often another worker was asked because it did not answer; half of them are
+    reluctance       forgiven with every answer, and so are these: refusals are among them
     pace, heard_s    how fast it is, and when it last answered
     """
 
@@ -91,17 +96,28 @@ class Peer:
     why_lost: str = ""
     forgot: int = 0
     dropped: int = 0
-    silences: int = 0
     losses: int = 0
+    silences: int = 0
+    reluctance: int = 0
     pace: Pace = field(default_factory=Pace)
     heard_s: float = 0.0
 
     def answered(self, sent_s: float, now: float, size: int) -> None:
-        """Forgive what was before, and learn its pace from an answer to a request sent once."""
-        self.forgot = self.dropped = self.silences = self.losses = 0
-        if sent_s >= 0:
-            self.pace.observe(now - max(sent_s, self.heard_s), size)
+        """Forgive what was before, and learn its pace.
+
+        sent_s  when it was first sent the request. Of two sendings nobody can tell which it has
+                answered: then this is too long, and what follows is patience. The other way about,
+                a line that has become slow would never be known for it.
+        """
+        self.forgot = self.dropped = self.losses = 0
+        self.silences //= 2
+        self.reluctance //= 2
+        self.pace.observe(now - max(sent_s, self.heard_s), size)
         self.heard_s = now
+
+    def hesitated(self) -> None:
+        """Another worker was asked in its place."""
+        self.reluctance += 1
 
 
 @dataclass

@@ -152,7 +152,7 @@ def test_a_lone_worker_that_refuses_is_given_time(reason: Reason) -> None:
 
 
 def test_each_other_worker_is_tried_once_at_once_before_anyone_is_given_time() -> None:
-    """All four, the least loaded first; then the last one after retry_s, and then it doubles."""
+    """All four; then, after retry_s, which doubles, one of those that did not refuse last."""
     desk = OwnerDesk(FOUR, OwnerConfig(retry_s=0.5, refusals_max=100)).open()
     frame = one(desk.ask(), Send).frame
     tried = ["w1"]
@@ -166,7 +166,19 @@ def test_each_other_worker_is_tried_once_at_once_before_anyone_is_given_time() -
     assert sorted(tried) == sorted(FOUR)
     for delay_s in (0.5, 1.0, 2.0):
         assert desk.refuse(Reason.BUSY, peer=tried[-1]) == [SetTimer("call:1", delay_s)]
-        assert requests(desk.fire("call:1")) == [(tried[-1], 1)]
+        ((peer, _),) = requests(desk.fire("call:1"))
+        assert peer != tried[-1]
+        tried.append(peer)
+
+
+def test_one_that_always_refuses_keeps_no_call_from_one_that_did_once() -> None:
+    """Both refused; the honest one is asked again, and the call ends."""
+    desk = OwnerDesk(TWO).open()
+    desk.ask()
+    assert requests(desk.refuse(Reason.BUSY)) == [("w2", 1)]
+    desk.refuse(Reason.BUSY, peer="w2")
+    assert requests(desk.fire("call:1")) == [("w1", 1)]
+    assert all_of(desk.product(peer="w1"), RunTask)
 
 
 def test_a_full_worker_is_not_tried_instead() -> None:
