@@ -99,8 +99,7 @@ def transport() -> str:
         lines.append(f"| {name} | {speed:.0f} | {cost:.2f} |")
     busy = (
         f"Medians of {f['rounds']} rounds of {f['seconds']} s, in turn, CPU seconds of both sides "
-        f"together. The machine was loaded: other processes took {f['others_busy_cores']:.1f} of "
-        "its cores meanwhile, so the speeds are low; what a GB costs is what to compare."
+        f"together. Other processes took {f['others_busy_cores']:.1f} of the cores meanwhile."
     )
     return "\n".join([*lines, "", busy, "", origin(f)])
 
