@@ -11,4 +11,7 @@ EQUIVALENT: dict[tuple[str, str, str, str, str], str] = {
     ("protocol/owner.py", "Owner._fail", _MOVED, _MOVED, "pass"): (
         "the next line forgets the call, and nobody looks at the state of one that is forgotten"
     ),
+    ("protocol/owner.py", "Owner.__init__", "self._now = 0.0", "0.0", "(-1.0)"): (
+        "the later of it and a clock's first word, which is not negative"
+    ),
 }
