@@ -14,4 +14,7 @@ EQUIVALENT: dict[tuple[str, str, str, str, str], str] = {
     ("protocol/owner.py", "Owner.__init__", "self._now = 0.0", "0.0", "(-1.0)"): (
         "the later of it and a clock's first word, which is not negative"
     ),
+    ("protocol/owner_memory.py", "Peer", "attempts: int = 0", "0", "(-1)"): (
+        "the first greeting, and the close, set it before anything is counted"
+    ),
 }
