@@ -12,7 +12,7 @@ import pytest
 from protocol import messages
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.errors import MisuseError, ProtocolError, VersionError
-from protocol.events import FailCall, LinearWanted, RunTask, Send, SetTimer
+from protocol.events import FailCall, LinearWanted, RunTask, Send, SetTimer, TaskDone
 from protocol.messages import (
     HEADER_BYTES,
     Bye,
@@ -30,6 +30,7 @@ from protocol.messages import (
     encode,
 )
 from protocol.owner_memory import OwnerConfig
+from protocol.owner_tables import State
 from protocol.worker import State as WorkerState
 from protocol.worker import WorkerConfig
 from tests.protocol.toys import (
@@ -312,3 +313,30 @@ def test_work_and_sessions_are_bounded_exactly(most: int) -> None:
     assert len(tasks) == most
     told = decode(one(desk.ask(most, peer="o0"), Send).frame)
     assert told == Refuse(SESSION, most, Reason.BUSY)
+
+
+def test_a_forgetting_worker_gets_exactly_as_many_greetings() -> None:
+    """`attempts_max` times between answers; an answer clears the count."""
+    for most in (1, 2, 3):
+        desk = OwnerDesk(("w1", "w2"), OwnerConfig(attempts_max=most, window=9)).open()
+        desk.ask(1)
+        for number in range(most + 1):
+            effects = desk.refuse(Reason.NO_SESSION)
+            lost = desk.owner.state("w1") is State.LOST
+            assert lost == (number == most)
+            if lost:
+                break
+            # The other one took the call meanwhile; here it is lost, so that w1 has it again.
+            assert requests(effects) == [("w2", 1)]
+            desk.welcome("w1")
+            desk.disconnect("w2")
+            desk.welcome("w2")
+
+
+@pytest.mark.parametrize("result", [[b"1234", "key"], (b"1234",), (b"1234", "key", "more"), "ab"])
+def test_an_encryption_returns_two_things(result: object) -> None:
+    """Anything else is a bug of the driver's, and says so."""
+    desk = OwnerDesk().open()
+    desk.do(LinearWanted(1, 0, 1, (1,)))
+    with pytest.raises(MisuseError, match="payload, sealed"):
+        desk.do(TaskDone(1, result))
