@@ -14,14 +14,17 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 from backends.net.counts import REFUSED, LineEvent
 
 FORMATS = ("text", "json")
 _MINUTE_S = 60.0
-_REFUSALS_A_MINUTE = 30
-"""Strangers may knock as often as they like; the log's disk is not theirs to fill."""
+_LINES_A_MINUTE = 30
+"""Of links refused, opened and ended, each. Strangers may knock, and owners come and go, as often
+as they like; the log's disk is not theirs to fill."""
 
 
 def short(owner: str) -> str:
@@ -36,7 +39,8 @@ class EventLog:
         self._json = form == "json"
         self._descriptor = descriptor
         self._lock = threading.Lock()
-        self._minute_s, self._refusals, self._unsaid = 0.0, 0, 0
+        self._minute_s = 0.0
+        self._said, self._unsaid = Counter[str](), Counter[str]()
 
     def event(self, name: str, **facts: str | int | float) -> None:
         """One line. Values are names, reasons and counts, never what an owner computes with."""
@@ -45,32 +49,35 @@ class EventLog:
             line = json.dumps({"time": now, "event": name, **facts})
         else:
             line = " ".join([now, name, *(f"{key}={_plain(facts[key])}" for key in facts)])
-        os.write(self._descriptor, line.encode() + b"\n")
+        # A full disk, or a reader that is gone, is no reason to serve nobody.
+        with suppress(OSError):
+            os.write(self._descriptor, line.encode() + b"\n")
 
     def on_line(self, event: LineEvent) -> None:
         """What happened to a link."""
+        unsaid = self._room_for(event.kind)
+        if unsaid is None:
+            return
+        more: dict[str, str | int] = {"unsaid": unsaid} if unsaid else {}
         if event.kind != REFUSED:
             why = {"why": event.reason} if event.reason else {}
-            self.event(f"link-{event.kind}", owner=short(event.owner), **why)
+            self.event(f"link-{event.kind}", owner=short(event.owner), **why, **more)
             return
-        unsaid = self._room_for_a_refusal()
-        if unsaid is not None:
-            more: dict[str, str | int] = {"detail": event.detail} if event.detail else {}
-            more |= {"unsaid": unsaid} if unsaid else {}
-            self.event("refused", owner=short(event.owner), reason=event.reason, **more)
+        detail = {"detail": event.detail} if event.detail else {}
+        self.event("refused", owner=short(event.owner), reason=event.reason, **detail, **more)
 
-    def _room_for_a_refusal(self) -> int | None:
-        """How many were left out before this one; None when this one is left out, too."""
+    def _room_for(self, kind: str) -> int | None:
+        """How many of a kind were left out before this one; None when it is left out, too."""
         with self._lock:
             now = time.monotonic()
             if now - self._minute_s >= _MINUTE_S:
-                self._minute_s, self._refusals = now, 0
-            if self._refusals >= _REFUSALS_A_MINUTE:
-                self._unsaid += 1
+                self._minute_s = now
+                self._said.clear()
+            if self._said[kind] >= _LINES_A_MINUTE:
+                self._unsaid[kind] += 1
                 return None
-            self._refusals += 1
-            unsaid, self._unsaid = self._unsaid, 0
-            return unsaid
+            self._said[kind] += 1
+            return self._unsaid.pop(kind, 0)
 
 
 def _plain(value: Any) -> str:

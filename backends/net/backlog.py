@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from backends.net.loop import Hooks
 from protocol.events import Effect, Event, FrameArrived
+from protocol.messages import Frame
 
 UNHANDLED_BYTES = 32 << 20
 """What may wait, of all links of a side together, before nothing more is read."""
@@ -31,6 +32,11 @@ class Backlog:
         with self._lock:
             self._bytes += len(frame) + _COST_BYTES
 
+    def handled(self, frame: Frame | bytearray | memoryview) -> None:
+        """A frame that was handed over waits no more; `observe` says so of those of events."""
+        with self._lock:
+            self._bytes -= len(frame) + _COST_BYTES
+
     def full(self) -> bool:
         """Whether reading should wait."""
         return self._bytes > self._most
@@ -38,6 +44,5 @@ class Backlog:
     def observe(self, event: Event, effects: Sequence[Effect]) -> None:
         """An event has been handled; for `Hooks`."""
         if isinstance(event, FrameArrived):
-            with self._lock:
-                self._bytes -= len(event.frame) + _COST_BYTES
+            self.handled(event.frame)
         self._hooks.observe(event, effects)

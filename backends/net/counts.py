@@ -7,10 +7,11 @@ keep a worker running.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import ProtocolError
@@ -26,6 +27,8 @@ from protocol.events import (
     TaskFailed,
 )
 from protocol.messages import Message, Reason, Refuse, decode
+
+log = logging.getLogger(__name__)
 
 OPENED, ENDED, REFUSED = "opened", "ended", "refused"
 OWNER_FULL, FULL, TURNED_AWAY, CROWDED = "owner_links", "links", "handshake", "opening"
@@ -48,6 +51,18 @@ class LineEvent:
     owner: str
     reason: str = ""
     detail: str = ""
+
+
+def guarded(tell: Callable[[LineEvent], None]) -> Callable[[LineEvent], None]:
+    """`tell`, whose failures are nobody's but its own: a worker goes on without its log."""
+
+    def told(event: LineEvent) -> None:
+        try:
+            tell(event)
+        except Exception as error:
+            log.error("what happened to a link cannot be told: %s", type(error).__name__)
+
+    return told
 
 
 def small_message(frame: object) -> Message | None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from backends.net.link import Link
 from backends.net.tls import CertificateError, Tls, dial
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 _WAIT_S = (0.2, 15.0)
 """Between attempts to open a link: first, and most; it doubles."""
+_DOUBLINGS = 30
+"""More than it takes to come to the most, and few enough for a float."""
 
 
 @dataclass
@@ -30,6 +33,8 @@ class _Line:
     failures: int = 0
     warned: str = ""
     next_try: float = 0.0
+    believed: bool = False
+    dropped: bool = False
 
 
 class Dialler:
@@ -40,9 +45,10 @@ class Dialler:
     frame_max        bytes of the largest frame that is taken
     on_frame         is told (worker, frame)
     on_disconnected  is told that a worker's link is gone; the next frame opens another
-    on_lost          is told (worker, why) that there will be none: it is not believed
+    on_lost          is told (worker, why) that there will be none: it is not believed, and never
+                     was, or was dropped
     on_identity      is told (worker, identity) whenever a link has been opened, before a frame
-                     is sent on it; returns whether it may be used
+                     is sent on it; returns why it may not be used, or nothing
     flooded          whether frames that were handed over wait in such numbers that no more are read
     """
 
@@ -54,7 +60,7 @@ class Dialler:
         on_frame: Callable[[str, memoryview], None],
         on_disconnected: Callable[[str], None],
         on_lost: Callable[[str, str], None],
-        on_identity: Callable[[str, str], bool] = lambda worker, identity: True,
+        on_identity: Callable[[str, str], str] = lambda worker, identity: "",
         flooded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._lines = {name: _Line(host, port) for name, (host, port) in workers.items()}
@@ -65,19 +71,37 @@ class Dialler:
         self._closed = threading.Event()
 
     def send(self, worker: str, frame: Frame) -> None:
-        """Queue a frame; never blocks. Opens a link where there is none."""
+        """Queue a frame; never blocks. Opens a link where there is none, and none was dropped."""
         with self._lock:
             line = self._lines[worker]
             link = line.link
-            if link is None and not self._closed.is_set():
+            if line.dropped or self._closed.is_set():
+                return
+            opens = link is None and not line.opening
+            if link is None:
                 line.waiting.append(frame)
-                if not line.opening:
-                    line.opening = True
-                    threading.Thread(
-                        target=self._open, args=(worker, line), name=f"dial-{worker}", daemon=True
-                    ).start()
+                line.opening = True
+        if opens:
+            thread = threading.Thread(
+                target=self._open, args=(worker, line), name=f"dial-{worker}", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads for now
+                self._unopened(worker, line, error)
         if link is not None:
             link.send(frame)
+
+    def drop(self, worker: str, why: str) -> None:
+        """End the link to a worker and open no more; `on_lost` is told. Once is enough."""
+        with self._lock:
+            line = self._lines[worker]
+            before, line.dropped, line.waiting = line.dropped, True, []
+            link = line.link
+        if link is not None:
+            link.close(why)
+        if not before:
+            self._on_lost(worker, why)
 
     def close(self) -> None:
         """End all links and open no more."""
@@ -89,52 +113,72 @@ class Dialler:
 
     def _open(self, worker: str, line: _Line) -> None:
         self._closed.wait(max(0.0, line.next_try - time.monotonic()))
+        if self._closed.is_set():
+            return
         try:
-            if self._closed.is_set():
-                return
             incoming, outgoing, identity = dial(line.host, line.port, self._tls)
-        except CertificateError as error:
-            self._failed(line)
-            self._on_lost(worker, str(error))
+            refused = self._on_identity(worker, identity)
+            if not refused:
+                self._carry(worker, line, incoming, outgoing)
+                return
+        except Exception as error:  # whatever it is: another frame must find the line as it was
+            self._unopened(worker, line, error)
             return
-        except OSError as error:
-            self._failed(line)
-            # Once for each reason: whoever waits wants to know what for.
-            if line.warned != str(error):
-                line.warned = str(error)
-                log.warning("no link to worker %s: %s", worker, error)
-            self._on_disconnected(worker)
-            return
-        if not self._on_identity(worker, identity):
-            incoming.close()
-            outgoing.close()
-            self._failed(line)
-            self._on_lost(worker, f"its identity {identity[:16]}... is not to be used")
-            return
+        incoming.close()
+        outgoing.close()
+        self._failed(line)
+        self._lost(worker, line, refused)
+
+    def _carry(self, worker: str, line: _Line, incoming: Any, outgoing: Any) -> None:
+        """Have a new link carry frames."""
         link = Link(
             f"link-{worker}", incoming, outgoing, self._frame_max,
-            lambda frame: self._on_frame(worker, frame), lambda why: self._ended(worker, line, why),
+            lambda frame: self._on_frame(worker, frame),
+            lambda why: self._ended(worker, line, link, why),
             lambda unsent: self._flooded(),
         )  # fmt: skip
         with self._lock:
             line.link, line.opening, line.failures, line.warned = link, False, 0, ""
-            waiting, line.waiting = line.waiting, []
+            line.believed = True
+            for frame in line.waiting:  # before any that comes now
+                link.send(frame)
+            line.waiting = []
         link.start()
-        for frame in waiting:
-            link.send(frame)
-        if self._closed.is_set():
+        if self._closed.is_set() or line.dropped:
             link.close("the owner closes")
+
+    def _unopened(self, worker: str, line: _Line, error: Exception) -> None:
+        """No link came of it; why decides whether there may be one later."""
+        self._failed(line)
+        # Who has been believed is not gone because another answers in its place for a moment.
+        if isinstance(error, CertificateError) and not line.believed:
+            self._lost(worker, line, str(error))
+            return
+        expected = isinstance(error, OSError | CertificateError)
+        why = str(error) if expected else type(error).__name__
+        # Once for each reason: whoever waits wants to know what for.
+        if line.warned != why:
+            line.warned = why
+            log.warning("no link to worker %s: %s", worker, why)
+        if not line.dropped:
+            self._on_disconnected(worker)
+
+    def _lost(self, worker: str, line: _Line, why: str) -> None:
+        if not line.dropped:
+            self._on_lost(worker, why)
 
     def _failed(self, line: _Line) -> None:
         with self._lock:
-            wait_s = min(_WAIT_S[1], _WAIT_S[0] * 2.0**line.failures)
+            wait_s = min(_WAIT_S[1], _WAIT_S[0] * 2.0 ** min(line.failures, _DOUBLINGS))
             line.failures += 1
             line.next_try = time.monotonic() + wait_s
-            line.opening, line.waiting = False, []
+            line.link, line.opening, line.waiting = None, False, []
 
-    def _ended(self, worker: str, line: _Line, why: str) -> None:
+    def _ended(self, worker: str, line: _Line, link: Link, why: str) -> None:
         with self._lock:
-            line.link = None
+            if line.link is link:
+                line.link = None
         if not self._closed.is_set():
             log.info("the link to worker %s ended: %s", worker, why)
-            self._on_disconnected(worker)
+            if not line.dropped:
+                self._on_disconnected(worker)

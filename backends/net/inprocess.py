@@ -15,6 +15,7 @@ from backends.net.audit import Audit
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
+from protocol.messages import Frame
 from protocol.owner_memory import OwnerConfig
 from protocol.worker import WorkerConfig
 
@@ -42,12 +43,16 @@ def in_process(
     """
     catalogue = prepared.catalogue()
     servers: dict[str, WorkerServer] = {}
+
+    def transmit(worker: str, frame: Frame) -> None:
+        servers[worker].deliver("owner", frame)
+
     client = OwnerClient(
         catalogue,
         prepared.owner_matrices(),
         owner_cipher,
         workers=[worker_name(index) for index in range(len(worker_ciphers))],
-        transmit=lambda peer, frame: servers[peer].deliver("owner", frame),
+        transmit=transmit,
         config=owner_config,
         threads=lanes,
         hooks=hooks("owner"),

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from backends.net.backlog import UNHANDLED_BYTES
@@ -27,6 +27,7 @@ from backends.net.counts import (
     REFUSED,
     TURNED_AWAY,
     LineEvent,
+    guarded,
 )
 from backends.net.counts import FULL as ALL_FULL
 from backends.net.link import Link
@@ -75,6 +76,8 @@ class _Half:
     connection: Any
     direction: int
     since: float
+    told: threading.Event = field(default_factory=threading.Event)
+    """That TAKEN was sent: until then a thread writes, and OpenSSL allows no other."""
 
 
 @dataclass(eq=False)
@@ -120,7 +123,7 @@ class Listener:
             require_loopback(host)
         self._context = None if tls is None else tls.context(server=True)
         self._frame_max, self._on_frame, self._on_lost = frame_max, on_frame, on_lost
-        self._limits, self._tell = limits or Limits(), tell
+        self._limits, self._tell = limits or Limits(), guarded(tell)
         self._flooded = flooded
         self._unsent_max = max(self._limits.unsent_bytes, 2 * frame_max)
         self._socket = socket.create_server((host, port), backlog=self._limits.opening)
@@ -239,25 +242,34 @@ class Listener:
 
     def _pair(self, owner: str, number: bytes, direction: int, connection: Any) -> str:
         """Keep a connection, or make a link with its other half; why not, if not."""
-        now = time.monotonic()
+        with self._lock:
+            half = self._halves.get((owner, number))
+        if half is not None:
+            half.told.wait(HANDSHAKE_S)
+        now, kept = time.monotonic(), _Half(connection, direction, time.monotonic())
         with self._lock:
             stale = [k for k, half in self._halves.items() if now - half.since > HANDSHAKE_S]
             dropped = [self._halves.pop(key).connection for key in stale]
-            half = self._halves.pop((owner, number), None)
+            half = self._halves.get((owner, number))
+            early = half is not None and not half.told.is_set()
+            if half is not None and not early:
+                del self._halves[owner, number]
             twice = half is not None and half.direction == direction
-            refused = CROWDED if self._closed or twice else ""
+            refused = CROWDED if self._closed or twice or early else ""
             if half is None and not refused:
                 crowded = len(self._halves) >= self._limits.opening
                 refused = CROWDED if crowded else self._full(owner)
                 if not refused:
-                    self._halves[owner, number] = _Half(connection, direction, now)
+                    self._halves[owner, number] = kept
             link = None if half is None or refused else self._link(owner, half, connection)
         for other in dropped:
             other.close()
         if refused:
-            if half is not None:
+            if half is not None and not early:
                 half.connection.close()
             return refused
+        if link is not None:
+            self._tell(LineEvent(OPENED, owner))  # first: its end is told, however early it is
         try:
             connection.sendall(TAKEN)
             if half is not None:
@@ -271,8 +283,9 @@ class Listener:
                 link.close("the other side left as it began")
                 link.start()  # and ends: its threads let go of all
             raise
+        finally:
+            kept.told.set()
         if link is not None:
-            self._tell(LineEvent(OPENED, owner))
             link.start()
         return ""
 
@@ -293,8 +306,8 @@ class Listener:
         def end(why: str) -> None:
             with self._lock:
                 self._links.pop(name, None)
-            self._tell(LineEvent(ENDED, owner, why))
             self._on_lost(name)
+            self._tell(LineEvent(ENDED, owner, why))
 
         link = Link(
             f"link{name[-8:]}", incoming, outgoing, self._frame_max,

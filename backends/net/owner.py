@@ -78,6 +78,8 @@ class OwnerClient:
     audit         what recomputes a request now and then; None never does
     ledger        who serves and who was caught: told of every answer, and those caught in earlier
                   sessions are not used; None keeps that for this session only
+    on_caught     is told the identity of a worker that was caught, on a thread of the pool, once it
+                  is in the ledger
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class OwnerClient:
         identity_of: Callable[[str], str] = lambda worker: worker,
         audit: Audit | None = None,
         ledger: WorkerLedger | None = None,
+        on_caught: Callable[[str], None] = lambda identity: None,
     ) -> None:
         self._hooks = hooks or Hooks()
         if cipher.simulated_randomness:
@@ -111,7 +114,7 @@ class OwnerClient:
         self._cipher = cipher
         self._audit = audit
         self._ledger = ledger or WorkerLedger()
-        self._identity_of = identity_of
+        self._identity_of, self._on_caught = identity_of, on_caught
         # A new incarnation at every start: nothing random survives a crash or a resume.
         session = os.urandom(SESSION_BYTES)
         machine = Owner(session, catalogue, workers, config, retired=self._ledger.retired)
@@ -215,13 +218,15 @@ class OwnerClient:
 
     def _caught(self, worker: str, found: str) -> None:
         """On the disk before anybody hears of it, and whatever has become of the call meanwhile."""
+        identity = self._identity_of(worker)
         try:
-            self._ledger.retire(self._identity_of(worker), found)
+            self._ledger.retire(identity, found)
         except OSError as error:
             self._fail_all(
                 f"worker {worker!r} gave a wrong answer, and that cannot be written down "
                 f"({error.strerror}): a restart would trust it again"
             )
+        self._on_caught(identity)
 
     def _hold(self, held: _Held) -> _Held:
         with self._lock:
@@ -247,12 +252,12 @@ class OwnerClient:
         match effect:
             case Deliver(call, result):
                 # Gone like those that failed, see below.
-                waiting = self._pending.pop(call, None)
+                waiting = self._no_longer_waits(call)
                 if waiting is not None:
                     waiting.set_result(result)
             case FailCall(call, reason):
                 # Gone when an abort has failed it while its request was still queued.
-                waiting = self._pending.pop(call, None)
+                waiting = self._no_longer_waits(call)
                 if waiting is not None:
                     waiting.set_exception(RemoteLinearError(reason))
             case Discard(_, held):
@@ -273,10 +278,15 @@ class OwnerClient:
         self._fail_all(f"the owner's protocol machine stopped: {type(error).__name__}: {error}")
         self._wipe_held()
 
+    def _no_longer_waits(self, call: int) -> Future[Values] | None:
+        """Whoever takes it out, and nobody else, says how it ended."""
+        with self._lock:
+            return self._pending.pop(call, None)
+
     def _fail_all(self, reason: str) -> None:
         with self._lock:
             self._failure = self._failure or reason  # the first is the cause
-            for future in self._pending.values():
-                future.set_exception(RemoteLinearError(reason))
-            self._pending.clear()
+            failed, self._pending = self._pending, {}
+        for future in failed.values():
+            future.set_exception(RemoteLinearError(reason))
         self._closed.set()

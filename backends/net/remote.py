@@ -29,23 +29,39 @@ MAX_TOKENS = 4096
 
 
 class _Identities:
-    """Who is at which address, as far as it has been proved."""
+    """Who is at which address: the first identity that is believed there, for the whole session.
+
+    An answer is checked some time after it came; whoever is caught then must be who gave it.
+    """
 
     def __init__(self, ledger: WorkerLedger) -> None:
         self._ledger = ledger
         self._known: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def believe(self, worker: str, identity: str) -> bool:
-        """Note an identity; whether it may serve this run."""
+    def believe(self, worker: str, identity: str) -> str:
+        """Whether an identity may serve at this address: why not, or nothing."""
         with self._lock:
-            self._known[worker] = identity
-        return identity not in self._ledger.retired
+            caught = self._ledger.retired.get(identity)
+            if caught is not None:
+                return f"its key {identity[:16]}... is not to be used: {caught}"
+            known = self._known.setdefault(worker, identity)
+        if known != identity:
+            return (
+                f"answers under another key than before ({identity[:16]}..., not "
+                f"{known[:16]}...); restart the run to use it"
+            )
+        return ""
 
     def of(self, worker: str) -> str:
-        """The latest identity of a worker."""
+        """The identity of a worker."""
         with self._lock:
             return self._known.get(worker, worker)
+
+    def named(self, identity: str) -> list[str]:
+        """Every address where this identity has been believed."""
+        with self._lock:
+            return [worker for worker, known in self._known.items() if known == identity]
 
 
 @contextmanager
@@ -83,6 +99,12 @@ def connected(
         backlog.arrived(frame)
         client.deliver(worker, frame)
 
+    def caught(identity: str) -> None:
+        # Written down by now: who is not dropped here is not believed when it is dialled.
+        why = f"its key {identity[:16]}... was caught: {ledger.retired.get(identity, '')}"
+        for worker in identities.named(identity):
+            dialler.drop(worker, why)
+
     dialler = Dialler(
         addresses, tls, catalogue.largest_frame(MAX_TOKENS), deliver,
         lambda worker: client.disconnected(worker),
@@ -91,7 +113,7 @@ def connected(
     client = OwnerClient(
         catalogue, prepared.owner_matrices(), owner_cipher, list(addresses), dialler.send,
         config, lanes, replace(hooks, observe=backlog.observe),
-        identity_of=identities.of, audit=audit, ledger=ledger,
+        identity_of=identities.of, audit=audit, ledger=ledger, on_caught=caught,
     )  # fmt: skip
     client.start()
     try:

@@ -78,7 +78,8 @@ def serving(
 
     def deliver(peer: str, frame: memoryview) -> None:
         backlog.arrived(frame)
-        server.deliver(peer, frame)
+        if not server.deliver(peer, frame):
+            backlog.handled(frame)
 
     listener = Listener(
         host, port, tls, part.catalogue.largest_frame(config.max_tokens), deliver,

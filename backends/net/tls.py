@@ -95,6 +95,8 @@ class Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         context.check_hostname = not server
+        # Only the names it lists: what a certificate calls its holder is no host.
+        context.hostname_checks_common_name = False
         if server:
             context.num_tickets = 0
         try:

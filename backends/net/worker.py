@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.interface import WorkerCipher, carried
-from backends.net.counts import REFUSED, Counts, LineEvent, small_message
+from backends.net.counts import REFUSED, Counts, LineEvent, guarded, small_message
 from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
@@ -84,7 +84,7 @@ class WorkerServer:
                 f"{len(catalogue.matrices)}"
             )
         self.counts, self.failure = counts or Counts(), ""
-        self._catalogue, self._reply, self._tell = catalogue, reply, tell
+        self._catalogue, self._reply, self._tell = catalogue, reply, guarded(tell)
         self._on_crash = on_crash
         self._told: set[tuple[str, Reason]] = set()
         self._draining, self._finished = threading.Event(), threading.Event()
@@ -113,10 +113,12 @@ class WorkerServer:
         """Begin to serve."""
         self._loop.start()
 
-    def deliver(self, peer: str, frame: Frame | memoryview) -> None:
-        """Hand over a frame that arrived from `peer`."""
-        if not (self._draining.is_set() and self._put_off(peer, frame)):
-            self._loop.post(FrameArrived(peer, frame))
+    def deliver(self, peer: str, frame: Frame | memoryview) -> bool:
+        """Hand over a frame that arrived from `peer`; False where the machine will not see it."""
+        if self._draining.is_set() and self._put_off(peer, frame):
+            return False
+        self._loop.post(FrameArrived(peer, frame))
+        return True
 
     def lost(self, peer: str) -> None:
         """The connection of `peer` has ended."""

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
-from backends.he.store import PreparedModel
+from backends.he.store import PreparedModel, WorkerPart
 from backends.net.counts import LineEvent
+from backends.net.listening import Limits
+from backends.net.serving import serving
+from backends.net.tls import dial
 from backends.net.worker import WorkerServer
 from protocol.events import Start
 from protocol.messages import Hello, Multiply, Product, Reason, Refuse, Welcome, decode, encode
@@ -70,6 +74,27 @@ def test_new_requests_are_put_off_and_those_in_hand_are_answered(model: Prepared
     assert driven.server.counts.refusals["busy"] == 1
     assert driven.server.counts.in_hand == 0
     driven.server.stop()
+
+
+def test_what_is_put_off_does_not_wait(model: PreparedModel) -> None:
+    """However much of it comes, the worker goes on reading."""
+    part = WorkerPart.open(model.directory)
+    payload = bytes(part.catalogue.up_bytes(0, 600))
+    with serving(
+        part, MlweWorker(preset("standard")), "127.0.0.1", 0, None,
+        limits=Limits(unhandled_bytes=len(payload)),
+    ) as service:  # fmt: skip
+        incoming, outgoing, _ = dial("127.0.0.1", service.port, None)
+        service.server._draining.set()
+        incoming.settimeout(5)
+        for request in range(1, 6):
+            outgoing.sendall(encode(Multiply(SESSION, request, 0, 600, payload)))
+            answer = b""
+            while len(answer) < len(encode(Refuse(SESSION, 1, Reason.BUSY))):
+                answer += incoming.recv(100)
+            assert decode(answer) == Refuse(SESSION, request, Reason.BUSY)
+        incoming.close()
+        outgoing.close()
 
 
 def test_a_drain_that_takes_too_long_says_so(model: PreparedModel) -> None:

@@ -20,9 +20,19 @@ from typing import Any
 
 import pytest
 
+from backends.net.counts import ENDED, OPENED, LineEvent
 from backends.net.dialling import Dialler
 from backends.net.listening import Limits, Listener
-from backends.net.tls import FULL, TAKEN, CertificateError, Tls, dial, preface
+from backends.net.tls import (
+    FULL,
+    OWNER_WRITES,
+    TAKEN,
+    WORKER_WRITES,
+    CertificateError,
+    Tls,
+    dial,
+    preface,
+)
 from protocol.messages import Bye, Multiply, decode, encode
 from scenarios.certs import Authority
 
@@ -60,7 +70,7 @@ class Ends:
 
     def __init__(
         self, owner: Path | None, worker: Path | None, limits: Limits | None = None,
-        believe: Callable[[str, str], bool] = lambda worker, identity: True,
+        believe: Callable[[str, str], str] = lambda worker, identity: "",
     ) -> None:  # fmt: skip
         self.at_worker: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.at_owner: queue.Queue[tuple[str, bytes]] = queue.Queue()
@@ -178,16 +188,172 @@ def test_an_identity_that_was_retired_gets_nothing(sides: dict[str, Path]) -> No
     """Whatever its address: the key is what counts."""
     seen: list[str] = []
 
-    def believe(worker: str, identity: str) -> bool:
+    def believe(worker: str, identity: str) -> str:
         seen.append(identity)
-        return False
+        return "it was caught"
 
     ends = Ends(sides["ours/owner"], sides["ours/worker"], believe=believe)
     try:
         ends.dialler.send("w", frame(10))
-        assert ends.next(ends.told)[0] == "lost"
+        assert ends.next(ends.told) == ("lost", "it was caught")
         assert ends.at_worker.empty()
         assert [len(identity) for identity in seen] == [64]
+    finally:
+        ends.close()
+
+
+def test_a_dropped_worker_has_no_link_any_more(ends: Ends) -> None:
+    """The link is closed at once, that is said, and a frame opens no other."""
+    ends.dialler.send("w", frame(10))
+    ends.next(ends.at_worker)
+    ends.dialler.drop("w", "caught")
+    ends.dialler.drop("w", "caught")
+    told = [ends.next(ends.told) for _ in range(2)]
+    assert sorted(kind for kind, _ in told) == ["lost", "worker lost"]
+    assert ("lost", "caught") in told
+    ends.dialler.send("w", frame(11))
+    assert not ends.dialler._lines["w"].opening
+    assert ends.told.empty()
+    assert ends.at_worker.empty()
+
+
+def _dials(
+    monkeypatch: pytest.MonkeyPatch, *answers: Exception | None
+) -> tuple[Dialler, queue.Queue[tuple[str, str]]]:
+    """A dialler whose attempts end so (None: a link that is cut), and what it says."""
+    told: queue.Queue[tuple[str, str]] = queue.Queue()
+    left = list(answers)
+
+    def dialled(*where: object) -> tuple[Any, Any, str]:
+        error = left.pop(0)
+        if error is not None:
+            raise error
+        pairs = [socket.socketpair() for _ in range(2)]
+        for _, other in pairs:
+            other.close()
+        return pairs[0][0], pairs[1][0], "key"
+
+    monkeypatch.setattr("backends.net.dialling.dial", dialled)
+    monkeypatch.setattr("backends.net.dialling._WAIT_S", (0.0, 0.0))
+    dialler = Dialler(
+        {"w": ("localhost", 1)}, None, FRAME_MAX, lambda worker, got: None,
+        lambda worker: told.put(("disconnected", worker)),
+        lambda worker, why: told.put(("lost", why)),
+    )  # fmt: skip
+    return dialler, told
+
+
+def test_who_was_believed_is_not_lost_by_one_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another box behind the address for a moment is a line that broke."""
+    wrong = CertificateError("not believed")
+    dialler, told = _dials(monkeypatch, wrong, None, wrong)
+    said = []
+    for _ in range(3):
+        dialler.send("w", frame(1))
+        said.append(told.get(timeout=10)[0])
+    assert said == ["lost", "disconnected", "disconnected"]
+
+
+def test_no_failure_of_a_dial_is_the_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is; nor does the wait between them grow out of a float."""
+    dialler, told = _dials(monkeypatch, ValueError("?"), RuntimeError("?"), OSError("?"))
+    dialler._lines["w"].failures = 5000
+    for _ in range(3):
+        dialler.send("w", frame(1))
+        assert told.get(timeout=10) == ("disconnected", "w")
+
+
+class _LateTaken(socket.socket):
+    """Its thread is not scheduled for a moment, when it is to say TAKEN."""
+
+    def sendall(self, data: Any, *flags: Any) -> None:
+        if data == TAKEN:
+            self.inside.set()  # type: ignore[attr-defined]
+            time.sleep(0.2)
+        super().sendall(data, *flags)
+
+
+def test_a_link_begins_when_both_halves_know_it() -> None:
+    """Before that the first half's thread may write, and OpenSSL allows no other."""
+    listener = Listener(
+        "127.0.0.1", 0, None, FRAME_MAX, lambda peer, got: listener.send(peer, bytes(got)),
+        lambda peer: None,
+    )  # fmt: skip
+    (near, far), (near_2, far_2) = socket.socketpair(), socket.socketpair()
+    first, number = _LateTaken(fileno=near.detach()), os.urandom(16)
+    first.inside = threading.Event()  # type: ignore[attr-defined]
+    thread = threading.Thread(target=listener._pair, args=("o", number, WORKER_WRITES, first))
+    thread.start()
+    assert first.inside.wait(10)  # type: ignore[attr-defined]
+    far_2.sendall(frame(1))
+    assert listener._pair("o", number, OWNER_WRITES, near_2) == ""
+    assert far_2.recv(1) == TAKEN
+    assert far.recv(1) == TAKEN
+    thread.join(10)
+    listener.close()
+    far.close()
+
+
+class _Gone(socket.socket):
+    def sendall(self, data: Any, *flags: Any) -> None:
+        raise ConnectionResetError
+
+
+def test_a_link_that_ends_as_it_begins_is_told_as_opened_first() -> None:
+    """And gone before anybody is told of its end, who may fail at that."""
+    told: list[str] = []
+    ended = threading.Event()
+
+    def tell(event: LineEvent) -> None:
+        told.append(event.kind)
+        raise OSError("the log's disk is full")
+
+    listener = Listener(
+        "127.0.0.1", 0, None, FRAME_MAX, lambda peer, got: None, lambda peer: ended.set(),
+        tell=tell,
+    )  # fmt: skip
+    pairs, number = [socket.socketpair() for _ in range(2)], os.urandom(16)
+    assert listener._pair("o", number, WORKER_WRITES, pairs[0][0]) == ""
+    with pytest.raises(ConnectionResetError):
+        listener._pair("o", number, OWNER_WRITES, _Gone(fileno=pairs[1][0].detach()))
+    assert ended.wait(10)
+    while len(told) < 2:
+        time.sleep(0.01)
+    assert told == [OPENED, ENDED]
+    assert listener._links == {}
+    listener.close()
+
+
+def test_accepting_goes_on_when_nobody_can_be_told() -> None:
+    """Of a stranger who was put out."""
+    ends = Ends(None, None, Limits(opening=1))
+
+    def tell(event: LineEvent) -> None:
+        raise OSError("the log's disk is full")
+
+    from backends.net.counts import guarded
+
+    ends.listener._tell = guarded(tell)
+    try:
+        silent = [socket.create_connection(("127.0.0.1", ends.listener.port)) for _ in range(3)]
+        ends.dialler.send("w", frame(10))
+        ends.next(ends.at_worker)
+        for one in silent:
+            one.close()
+    finally:
+        ends.close()
+
+
+def test_a_common_name_is_no_host(tmp_path: Path) -> None:
+    """A worker is believed for the names that its certificate lists."""
+    authority = Authority()
+    authority.issue(tmp_path / "owner")
+    authority.issue(tmp_path / "worker", ["203.0.113.7"])
+    ends = Ends(tmp_path / "owner", tmp_path / "worker")
+    try:
+        raw = socket.create_connection(("127.0.0.1", ends.listener.port))
+        with pytest.raises(ssl.SSLCertVerificationError, match="worker"):
+            Tls(tmp_path / "owner").context(server=False).wrap_socket(raw, server_hostname="worker")
     finally:
         ends.close()
 

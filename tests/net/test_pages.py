@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -61,6 +62,23 @@ def test_metrics_are_in_prometheus_form(pages: StatusPages) -> None:
     assert all((kind == "counter") == name.endswith("_total") for name, kind in typed.items())
     reasons = {name.partition('"')[2].rstrip('"}') for name in samples if "{" in name}
     assert reasons == set(LABELS)
+
+
+def test_a_connection_has_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a byte of it comes."""
+    monkeypatch.setattr("backends.net.pages._PATIENCE_S", 0.4)
+    made = StatusPages("127.0.0.1", 0, Counts(), lambda: True, lambda: True)
+    slow = [socket.create_connection(("127.0.0.1", made.port)) for _ in range(8)]
+    until = time.monotonic() + 0.7
+    while time.monotonic() < until:
+        for one in slow:
+            with suppress(OSError):
+                one.sendall(b"x")
+        time.sleep(0.05)
+    assert b"200" in said(made, b"GET /healthz HTTP/1.0\r\n\r\n")
+    for one in slow:
+        one.close()
+    made.close()
 
 
 def test_the_silent_do_not_keep_others_out(pages: StatusPages) -> None:

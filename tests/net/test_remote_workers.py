@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.serving import Service, serving
 from backends.net.tls import CertificateError, Tls
+from protocol.events import Deliver
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from tests.net.test_inprocess import expected, make
@@ -270,3 +273,53 @@ def test_a_worker_elsewhere_needs_tls(model: PreparedModel, host: str) -> None:
         connected(model, owner, [f"{host}:1"], None),
     ):
         pass
+
+
+def test_a_key_caught_at_one_address_serves_at_none(model: PreparedModel, certs: Path) -> None:
+    """In the same session: all its links are closed at once, and it is asked nothing more."""
+    liars = [("w0", Liar(preset("standard"))), ("w0", Liar(preset("standard")))]
+    with line(model, certs, *liars, lanes=1) as (client, services, _):
+        with pytest.raises(RemoteLinearError, match="not the product"):
+            right(model, client)
+        assert len(client._ledger.retired) == 1
+        assert sum(len(service.server.meter.tasks) for service in services) == 1
+        until = time.monotonic() + 10
+        while any(service.listener._links for service in services) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert [len(service.listener._links) for service in services] == [0, 0]
+
+
+def test_an_address_keeps_its_key_for_a_session(model: PreparedModel, certs: Path) -> None:
+    """Another believable one there is refused, so whoever is caught is who gave the answer."""
+    part, cipher = WorkerPart.open(model.directory), MlweWorker(preset("standard"))
+    owner = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(owner)
+    first = ExitStack()
+    service = first.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / "w0")))
+    address = f"localhost:{service.port}"
+    with connected(model, owner, [address], Tls(certs / "owner"), PATIENT) as client:
+        assert right(model, client)
+        identity = client._identity_of(address)
+        first.close()
+        with (
+            serving(part, cipher, "127.0.0.1", service.port, Tls(certs / "w1")) as other,
+            pytest.raises(RemoteLinearError, match="answers under another key than before"),
+        ):
+            right(model, client)
+        assert client._identity_of(address) == identity
+        assert other.server.meter.tasks == {}
+
+
+def test_failing_all_calls_while_answers_come(model: PreparedModel, certs: Path) -> None:
+    """Each call ends once, by whoever takes it out."""
+    with line(model, certs, ("w0", MlweWorker(preset("standard")))) as (client, _, _):
+        futures = [Future[Any]() for _ in range(20_000)]
+        client._pending.update(enumerate(futures, 1000))
+        calls = range(1000, 1000 + len(futures))
+        answers = threading.Thread(
+            target=lambda: [client._report(Deliver(call, 1)) for call in calls]
+        )
+        answers.start()
+        client._fail_all("enough")
+        answers.join()
+        assert all(future.done() for future in futures)

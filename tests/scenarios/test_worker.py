@@ -197,6 +197,29 @@ def test_a_log_is_not_filled_by_strangers(tmp_path: Path) -> None:
     assert lines[-1].endswith(last)
 
 
+def test_a_log_is_not_filled_by_owners_that_come_and_go(tmp_path: Path) -> None:
+    """Each kind of line has its own room."""
+    from backends.net.counts import ENDED, OPENED, LineEvent
+
+    with (tmp_path / "log").open("wb") as file:
+        log = EventLog("text", file.fileno())
+        for _ in range(100):
+            log.on_line(LineEvent(OPENED, "ab" * 32))
+            log.on_line(LineEvent(ENDED, "ab" * 32, "cut"))
+        log._minute_s -= 61
+        log.on_line(LineEvent(ENDED, "ab" * 32, "cut"))
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sum("link-opened" in line for line in lines) == 30
+    assert sum("link-ended" in line for line in lines) == 31
+    assert lines[-1].endswith("link-ended owner=abababababababab why=cut unsaid=70")
+
+
+def test_a_log_that_cannot_be_written_is_done_without() -> None:
+    """A full disk: no exception reaches whoever tells."""
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        EventLog("json", full.fileno()).event("listening")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
