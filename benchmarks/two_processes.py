@@ -146,7 +146,6 @@ def _summary(size: Size, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
         return median(run[key] for run in runs[kind])
 
     tokens = size.lanes * size.tokens
-    losses = {json.dumps(run["losses"]) for kind in ("one", "two") for run in runs[kind]}
     return {
         "tokens_per_step": tokens,
         "lanes": size.lanes,
@@ -161,5 +160,4 @@ def _summary(size: Size, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
         "owner_own_mb": of("two", "own_bytes") / 1e6,
         "clear_own_mb": of("clear", "own_bytes") / 1e6,
         "owner_rss_ratio": of("two", "own_bytes") / of("clear", "own_bytes"),
-        "losses_apart": len(losses) - 1,
     }

@@ -118,6 +118,7 @@ class Quickstart:
             "steps": args.steps,
             "lanes": args.lanes,
             "kernel": chosen_kernel().name,
+            "worker_elsewhere": bool(self.workers.addresses),
         }
 
     def _lora(self, model: torch.nn.Module) -> PeftModel:
@@ -236,6 +237,13 @@ def summary(f: dict[str, Any]) -> str:
     """The report a person reads."""
     gap = f["private_loss"] / f["clear_loss"] - 1
     fall = 1 - f["private_loss"] / f["base_loss"]
+    if f["worker_elsewhere"]:
+        elsewhere = f"| waiting for the line and the worker | {f['wire_s']:.1f} |"
+    else:
+        elsewhere = (
+            "| wire (hand-over between threads; the bytes stay in memory) "
+            f"| {f['wire_s']:.1f} |\n| worker: products on ciphertexts | {f['worker_s']:.1f} |"
+        )
     return f"""
 # Private fine-tuning report
 
@@ -251,8 +259,7 @@ def summary(f: dict[str, Any]) -> str:
 | in all (in clear: {f["clear_s"]:.1f}) | {f["private_s"]:.1f} |
 | owner: model (embeddings, attention, adapters, optimiser) | {f["owner_model_s"]:.1f} |
 | owner: encrypt and decrypt | {f["owner_cipher_s"]:.1f} |
-| wire (hand-over between threads; the bytes stay in memory) | {f["wire_s"]:.1f} |
-| worker: products on ciphertexts | {f["worker_s"]:.1f} |
+{elsewhere}
 
 Traffic per trained token: {human_bytes(f["bytes_per_token_up"])} up, \
 {human_bytes(f["bytes_per_token_down"])} down. Encrypted blocks, each under its own secret: \

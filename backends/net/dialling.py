@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from backends.errors import UserError
 from backends.net.link import Link
 from backends.net.tls import CertificateError, Tls, dial
 from protocol.messages import Frame
@@ -34,7 +35,12 @@ class _Line:
     warned: str = ""
     next_try: float = 0.0
     believed: bool = False
+    lost: bool = False
     dropped: bool = False
+
+
+class WorkerUnreachableError(UserError):
+    """None of the workers that were named can be reached; the text says which, and why."""
 
 
 class Dialler:
@@ -92,6 +98,31 @@ class Dialler:
         if link is not None:
             link.send(frame)
 
+    def require_somebody(self, seconds: float) -> None:
+        """Open links until one is open, or none is to be had; frames find it then.
+
+        Raises WorkerUnreachableError when there is none after so long.
+        """
+        until, told = time.monotonic() + seconds, False
+        while True:
+            for worker, line in self._lines.items():
+                if not line.lost:
+                    with self._lock:
+                        line.opening = True
+                    self._open(worker, line)
+            lines = self._lines.values()
+            if any(line.link for line in lines) or all(line.lost for line in lines):
+                return
+            why = "; ".join(f"{name}: {line.warned}" for name, line in self._lines.items())
+            if time.monotonic() >= until:
+                raise WorkerUnreachableError(
+                    f"no worker can be reached ({why}); start it there (python -m "
+                    "scenarios.worker), and look at the address, the port and the firewall"
+                )
+            if not told:
+                log.warning("no worker yet; trying on for a while")
+                told = True
+
     def drop(self, worker: str, why: str) -> None:
         """End the link to a worker and open no more; `on_lost` is told. Once is enough."""
         with self._lock:
@@ -138,6 +169,8 @@ class Dialler:
             lambda unsent: self._flooded(),
         )  # fmt: skip
         with self._lock:
+            if line.warned:
+                log.warning("linked to worker %s", worker)
             line.link, line.opening, line.failures, line.warned = link, False, 0, ""
             line.believed = True
             for frame in line.waiting:  # before any that comes now
@@ -164,6 +197,7 @@ class Dialler:
             self._on_disconnected(worker)
 
     def _lost(self, worker: str, line: _Line, why: str) -> None:
+        line.lost = True
         if not line.dropped:
             self._on_lost(worker, why)
 

@@ -26,6 +26,8 @@ from protocol.owner_memory import OwnerConfig
 
 MAX_TOKENS = 4096
 """Tokens of one request: what an owner will take an answer to."""
+REACHED_S = 30.0
+"""Within so many seconds one of the workers must answer, before anything is computed."""
 
 
 class _Identities:
@@ -80,7 +82,8 @@ def connected(
 
     tls  this side's certificates; None speaks plain text, with workers on loopback only
 
-    Raises AddressError, or CertificateError for a worker elsewhere without TLS.
+    Raises AddressError, CertificateError for a worker elsewhere without TLS, and
+    WorkerUnreachableError when none can be reached: a worker that goes away later is waited for.
     """
     # Owners that name the same workers begin with different ones.
     turn = secrets.randbelow(max(1, len(workers)))
@@ -115,6 +118,11 @@ def connected(
         config, lanes, replace(hooks, observe=backlog.observe),
         identity_of=identities.of, audit=audit, ledger=ledger, on_caught=caught,
     )  # fmt: skip
+    try:
+        dialler.require_somebody(REACHED_S)
+    except BaseException:
+        dialler.close()
+        raise
     client.start()
     try:
         yield client

@@ -228,7 +228,8 @@ def _require_taken(connection: Any, host: str, port: int, tls: Tls | None) -> No
     if answer == FULL:
         raise ConnectionError(f"{host}:{port} has as many links as it takes")
     if answer != TAKEN:
-        raise ConnectionError(f"{host}:{port} closed the connection")
+        hint = "" if tls else "; it may speak TLS only (--tls DIR)"
+        raise ConnectionError(f"{host}:{port} closed the connection{hint}")
 
 
 def _shake_hands(raw: socket.socket, host: str, port: int, tls: Tls) -> ssl.SSLSocket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
 from backends.ledger import WorkerLedger
+from backends.net import remote
 from backends.net.addresses import AddressError, address_of
+from backends.net.dialling import WorkerUnreachableError
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.serving import Service, serving
@@ -323,3 +326,50 @@ def test_failing_all_calls_while_answers_come(model: PreparedModel, certs: Path)
         client._fail_all("enough")
         answers.join()
         assert all(future.done() for future in futures)
+
+
+def test_workers_that_nobody_can_reach_are_said_before_anything_is_computed(
+    model: PreparedModel, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a bound, with the address, the reason and what to do."""
+    monkeypatch.setattr(remote, "REACHED_S", 0.5)
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+    cipher = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(cipher)
+    started = time.monotonic()
+    with (
+        pytest.raises(
+            WorkerUnreachableError, match=rf"localhost:{port}.*refused.*scenarios.worker"
+        ),
+        remote.connected(model, cipher, [f"localhost:{port}"], Tls(certs / "owner")),
+    ):
+        raise AssertionError("nobody is there")
+    assert time.monotonic() - started < 10
+
+
+def test_a_worker_that_starts_a_little_later_is_waited_for(
+    model: PreparedModel, certs: Path
+) -> None:
+    """Both sides may be started by one script."""
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+    cipher = MlweOwner(preset("standard"), model.public_matrix())
+    model.guard(cipher)
+    part = WorkerPart.open(model.directory)
+    with ExitStack() as stack:
+
+        def start() -> None:
+            stack.enter_context(
+                serving(part, MlweWorker(preset("standard")), "localhost", port,
+                        Tls(certs / "w0"))
+            )  # fmt: skip
+
+        timer = threading.Timer(0.7, start)
+        timer.start()
+        with remote.connected(model, cipher, [f"localhost:{port}"], Tls(certs / "owner")) as client:
+            assert (
+                client.linear(0, np.ones((1, model.groups[0].in_features), np.float32)).shape[0]
+                == 1
+            )
+        timer.join()

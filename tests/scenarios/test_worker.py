@@ -15,6 +15,8 @@ import pytest
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.params import preset
 from backends.he.store import PreparedModel
+from backends.net import remote
+from backends.net.dialling import WorkerUnreachableError
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.tls import Tls
@@ -148,8 +150,12 @@ def _ask_in_vain(model: PreparedModel, certs: Path, worker: WorkerProcess) -> No
         client.linear(0, np.ones((1, 24), np.float32))
 
 
-def test_refusals_say_why(model: PreparedModel, part: Path, certs: Path, tmp_path: Path) -> None:
+def test_refusals_say_why(
+    model: PreparedModel, part: Path, certs: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """To the owner and to the operator: another model, too many links, a stranger."""
+    monkeypatch.setattr(remote, "REACHED_S", 1.0)
     other = make(tmp_path / "other", seed=1)
     Authority().issue(tmp_path / "stranger")
     with running(part, "--links-per-owner", "1", tls=certs / "worker") as worker:
@@ -164,7 +170,11 @@ def test_refusals_say_why(model: PreparedModel, part: Path, certs: Path, tmp_pat
         assert model.model_digest.hex() in refused["detail"]
         with owner(model, certs, worker) as client:
             assert right(model, client)
-            _ask_in_vain(model, certs, worker)
+            with (
+                pytest.raises(WorkerUnreachableError, match="as many links as it takes"),
+                owner(model, certs, worker),
+            ):
+                raise AssertionError("it was let in")
             assert right(model, client)
         host, _, port = worker.address.rpartition(":")
         with socket.create_connection((host, int(port)), timeout=5) as stranger:
