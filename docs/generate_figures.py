@@ -107,8 +107,9 @@ def transport() -> str:
 def two_processes() -> str:
     """A step with its worker in another process, beside one process and clear."""
     f = load("two-processes")
-    return f"""A step of the 1B's shape, {f["lanes"]} lanes, {f["tokens_per_step"]} tokens in all, on \
-{f["cores"]} cores that both sides share; clear is the same LoRA step in fp32, in one batch:
+    return f"""A step of the 1B's shape, {f["lanes"]} lanes, {f["tokens_per_step"]} tokens \
+in all, on {f["cores"]} cores that both sides share; clear is the same LoRA step in fp32, in one \
+batch:
 
 | | wanted | measured |
 | --- | --- | --- |
@@ -118,9 +119,9 @@ def two_processes() -> str:
 
 The owner took {f["owner_cpu_ms_per_token"]:.0f} ms of a processor a token, clear \
 {f["clear_cpu_ms_per_token"]:.0f}; {f["owner_own_mb"] / 1000:.1f} GB of memory of its own, clear \
-{f["clear_own_mb"] / 1000:.1f}. Most of both is the language-model head, which stays with the owner: \
-four lanes of 64 tokens multiply it four times. What is mapped from files, as hints are, is not \
-counted. One round of each kind, the first step of the private ones left out.
+{f["clear_own_mb"] / 1000:.1f}. The language-model head stays with the owner, and four lanes of 64 \
+tokens multiply it four times. What is mapped from files, as hints are, is not counted. One round \
+of each kind, the first step of the private ones left out.
 
 {origin(f)}"""
 
