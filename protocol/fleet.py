@@ -49,9 +49,9 @@ class Fleet:
     def choose(self, call: Call, loads: Mapping[str, Load], but: Container[str] = ()) -> str | None:
         """The worker that should be the first to have answered a call, the first of equals.
 
-        By the bytes ahead of the answer and the worker's pace; one nobody has heard yet is taken
-        for twice as fast as the fastest, and so is tried; reluctance weighs as bytes that many
-        times. None when no worker holds the matrix, takes so many tokens and has room.
+        By the bytes ahead of the answer; reluctance weighs as bytes that many times, and so does
+        being `slower_min` times as slow as the fastest that has answered, or more. None when no
+        worker holds the matrix, takes so many tokens and has room.
         """
         names = [
             name
@@ -59,12 +59,13 @@ class Fleet:
             if name not in but and self._has_room(name, loads[name], call)
         ]
         seen = [peer.pace.mean_s for peer in self.peers.values() if peer.pace.seen]
-        unheard_s = max(min(seen, default=1.0) / 2, _QUICKEST_S)
+        fastest_s = max(min(seen, default=0.0), _QUICKEST_S)
 
         def weight(name: str) -> float:
             peer = self.peers[name]
-            byte_s = max(peer.pace.mean_s, _QUICKEST_S) if peer.pace.seen else unheard_s
-            return byte_s * (loads[name].size + call.size) * (1 + peer.reluctance)
+            slower = peer.pace.mean_s / fastest_s if peer.pace.seen else 1.0
+            slower = slower if slower >= self.config.slower_min else 1.0
+            return slower * (loads[name].size + call.size) * (1 + peer.reluctance)
 
         return min(names, key=weight, default=None)
 

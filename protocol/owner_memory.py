@@ -43,6 +43,7 @@ class OwnerConfig:
                        without an answer, up to revive_s_max
     window             requests in flight per worker
     window_bytes       bytes of requests and answers in flight per worker; one request may be larger
+    slower_min         a worker counts as slower than the fastest when it is so many times as slow
     """
 
     hello_timeout_s: float = 5.0
@@ -59,6 +60,7 @@ class OwnerConfig:
     greetings_max: int = 8
     revive_s_max: float = 1800.0
     slow_bytes_per_s: float = 250_000.0
+    slower_min: float = 4.0
 
     def __post_init__(self) -> None:
         counts = (self.window, self.attempts_max, self.greetings_max, self.refusals_max)
@@ -66,7 +68,7 @@ class OwnerConfig:
             raise ValueError("windows, and the most of anything, are at least 1")
         waits = (self.hello_timeout_s, self.request_timeout_s, self.quiet_s, self.timeout_s_max)
         others = (self.wait_s_max, self.retry_s, self.revive_s, self.revive_s_max)
-        if min(*waits, *others, self.slow_bytes_per_s) <= 0:
+        if min(*waits, *others, self.slow_bytes_per_s, self.slower_min) <= 0:
             raise ValueError("waits and speeds are positive")
 
     def doubled(self, base_s: float, attempts: int) -> float:

@@ -369,7 +369,10 @@ def test_the_simulated_run_says_what_it_waits_for(tmp_path: Path) -> None:
     steps = [s for s in spans if s.kind == "step"]
     assert len(steps) == 2
     parts = critical_path(spans, steps[-1].start_s, steps[-1].end_s)
-    assert sum(parts.values()) == pytest.approx(found["step_p50_s"], rel=1e-3)
+    # Not the median of both: a connection is slower while it starts.
+    taken_s = steps[-1].end_s - steps[-1].start_s
+    assert sum(parts.values()) == pytest.approx(taken_s, rel=1e-3)
+    assert taken_s == pytest.approx(found["step_p50_s"], rel=0.05)
     assert "error: --lanes" not in text
     assert "error: bandwidth: '1MB/s'" in run("scenarios.llama1b", "--bandwidth", "1MB/s", code=1)
 

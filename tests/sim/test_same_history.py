@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
+from math import inf
 from typing import Any, TypeAlias
 
 import pytest
@@ -68,7 +69,9 @@ class Script:
     workers: tuple[str, ...] = ("w1", "w2")
     calls: int = 3
     config: OwnerConfig = field(
-        default_factory=lambda: OwnerConfig(request_timeout_s=PATIENT_S, retry_s=0.02)
+        default_factory=lambda: OwnerConfig(
+            request_timeout_s=PATIENT_S, retry_s=0.02, slower_min=inf
+        )
     )
     lies: Mapping[str, Sequence[int]] = field(default_factory=dict)
     raises: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -304,7 +307,7 @@ def test_without_faults() -> None:
 
 def test_a_lost_answer_is_waited_for_and_asked_again() -> None:
     """The timer fires once in both worlds, and the same bytes go out again."""
-    config = OwnerConfig(request_timeout_s=1.0)
+    config = OwnerConfig(request_timeout_s=1.0, slower_min=inf)
     play = in_both_worlds(Script(workers=("w1",), config=config, lost={"w1": [1]}))
     assert events(play, "TimerFired") == [("TimerFired", "call:1")]
     assert [worker for worker, _ in play.requests] == ["w1"] * 4
@@ -314,7 +317,9 @@ def test_a_lost_answer_is_waited_for_and_asked_again() -> None:
 
 def test_a_silent_worker_is_lost_and_its_call_goes_elsewhere() -> None:
     """With one attempt per worker, the first lost answer is one too many."""
-    config = OwnerConfig(request_timeout_s=1.0, attempts_max=1, hello_timeout_s=PATIENT_S)
+    config = OwnerConfig(
+        request_timeout_s=1.0, attempts_max=1, hello_timeout_s=PATIENT_S, slower_min=inf
+    )
     play = in_both_worlds(Script(config=config, lost={"w1": [1]}))
     assert [worker for worker, _ in play.requests] == ["w1", "w2", "w2", "w2"]
     assert ("SetTimer", "session:w1", config.revive_s) in effects(play, "SetTimer")
@@ -349,7 +354,7 @@ def test_a_worker_that_forgot_is_greeted_again() -> None:
 def test_tasks_that_fail_on_every_worker_are_tried_again_after_a_while() -> None:
     """One after the other at once, then the last one when the timer fires."""
     play = in_both_worlds(Script(raises={"w1": [1], "w2": [1]}))
-    assert [worker for worker, _ in play.requests] == ["w1", "w2", "w2", "w1", "w1"]
+    assert [worker for worker, _ in play.requests] == ["w1", "w2", "w1", "w1", "w1"]
     assert events(play, "TimerFired") == [("TimerFired", "call:1")]
     assert len(play.delivered) == 3
 
