@@ -47,8 +47,12 @@ def test_help_teaches(module: str) -> None:
 
 
 @pytest.mark.slow
-def test_prepare_makes_finds_verifies_and_refuses(tmp_path: Path) -> None:
+def test_prepare_makes_finds_verifies_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Verified when it was made, and on request; a tag makes another; damage ends the run."""
+    # Whatever ran before in this process may have verified the same model.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     figures = tmp_path / "f.json"
     command = [
         "scenarios.prepare", "--weights", str(TINY), "--cache", str(tmp_path / "cache"),
