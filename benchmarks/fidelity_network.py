@@ -143,7 +143,7 @@ def _worker(line: ShapedLine, model: Path, certs: Path, core: int) -> Iterator[i
     )  # fmt: skip
     assert worker.stdout is not None
     for text in worker.stdout:
-        if text.startswith("serving"):
+        if " listening " in text:
             break
     else:
         raise NoLineError("the worker did not start; see above")
