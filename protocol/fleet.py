@@ -86,16 +86,13 @@ class Fleet:
         quiet_s, pace = config.request_timeout_s, self._slowest()
         if peer.pace.seen:
             quiet_s, pace = min(quiet_s, config.quiet_s), peer.pace
-        behind = sum(
-            other.size
-            for other in self.calls.values()
-            if other.state is CallState.IN_FLIGHT and other.peer == call.peer
-        )
+        loads = self.loads()
+        behind = loads[call.peer].size
         seconds = pace.seconds(behind)
         # A worker must not be waited for without end because it has been slow for long.
         others = [
             self.peers[name].pace.seconds(behind)
-            for name in self.placement.holders(call.matrix, self.loads())
+            for name in self.placement.holders(call.matrix, loads)
             if name != call.peer and self.peers[name].pace.seen
         ]
         seconds = min([seconds, *(_SLOWER * other for other in others)])
