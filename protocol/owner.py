@@ -70,7 +70,6 @@ _OVER = frozenset({State.CLOSED, State.LOST, State.RETIRED})
 # A worker nobody has heard of since it was lost is no reason to wait: two of them, greeted in turn,
 # would keep each other's calls waiting for ever.
 _NO_HELP = _OVER | {State.REVIVING}
-_COUNTED = frozenset({State.GREETING, State.CLOSING})
 
 
 class Owner:
@@ -218,9 +217,11 @@ class Owner:
         kind, _, name = timer.partition(":")
         if kind == "session":
             peer = self._peer(name)
-            greeting = peer.state is State.GREETING
-            most = self._config.greetings_max if greeting else self._config.attempts_max
-            used_up = peer.state in _COUNTED and peer.attempts >= most
+            counted = {
+                State.GREETING: self._config.greetings_max,
+                State.CLOSING: self._config.attempts_max,
+            }
+            used_up = peer.state in counted and peer.attempts >= counted[peer.state]
             return self._step(peer, Input.EXHAUSTED if used_up else Input.TIMEOUT)
         call = self._calls.get(int(name)) if kind == "call" else None
         if call is None or call.state is not CallState.IN_FLIGHT:
