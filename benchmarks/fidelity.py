@@ -30,12 +30,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from backends.he.params import preset
 from backends.nn.adapters import add_lora
+from backends.nn.base import open_base
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
+from backends.nn.sources import Base, RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 from benchmarks import fidelity_network
 from benchmarks.fidelity_network import NoLineError
@@ -66,12 +67,12 @@ def narrowed(config: PretrainedConfig, layers: int, vocabulary: int) -> Pretrain
     return stack
 
 
-def models() -> dict[str, tuple[PretrainedConfig, WeightSource]]:
+def models() -> dict[str, Base]:
     """What is trained, by name."""
     stack = narrowed(MODELS["llama-3.2-1b"](), layers=2, vocabulary=4096)
     return {
-        "quickstart": (AutoConfig.from_pretrained(BASE), SafetensorsSource(BASE)),
-        "1b-width": (stack, RandomSource(0)),
+        "quickstart": open_base(BASE),
+        "1b-width": RandomBase(stack, 0),
     }
 
 
@@ -101,10 +102,10 @@ def real_cases(cache: Path) -> Iterator[list[Case]]:
     """All trainings, connected and warmed up."""
     cases = []
     with ExitStack() as stack:
-        for name, (config, source) in models().items():
+        for name, base in models().items():
             for lanes in LANES:
-                skeleton = build_skeleton(config, source)
-                prepared, _ = prepared_for(skeleton, config, source, preset("standard"), cache)
+                config, skeleton = base.config, build_skeleton(base)
+                prepared, _ = prepared_for(skeleton, preset("standard"), cache)
                 model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
                 stack.enter_context(private_session(skeleton, prepared, lanes))
                 for tokens in TOKENS:

@@ -27,7 +27,7 @@ from typing import Any
 
 from backends.he.params import preset
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from benchmarks.network_owner import RANK, TOKENS, network_model
 from benchmarks.shaped_line import (
     ADDRESSES,
@@ -240,9 +240,9 @@ def run(args: argparse.Namespace) -> None:
         directory, authority = Path(name), Authority()
         authority.issue(directory / "owner")
         authority.issue(directory / "worker", [ADDRESSES[1]])
-        config, source = network_model(), RandomSource(0)
-        skeleton = build_skeleton(config, source)
-        prepared, _ = prepared_for(skeleton, config, source, preset("standard"), args.cache)
+        base = RandomBase(network_model(), 0)
+        skeleton = build_skeleton(base)
+        prepared, _ = prepared_for(skeleton, preset("standard"), args.cache)
         if args.profile is None:
             profile = calibrated(directory, min(os.sched_getaffinity(0)))
         else:

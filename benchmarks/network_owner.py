@@ -22,7 +22,7 @@ from backends.machine import busy_elsewhere_s
 from backends.net.tls import Tls
 from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 from benchmarks.steps import Steps
 from scenarios.cli import clean_exit, use_kernel
@@ -68,9 +68,10 @@ def wait_for_quiet(patience_s: float) -> None:
 
 def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
     """Steps of one session: seconds each took, what was sent, what else the machine did."""
-    config, source = network_model(), RandomSource(0)
-    skeleton = build_skeleton(config, source)
-    prepared, _ = prepared_for(skeleton, config, source, preset("standard"), args.cache)
+    config = network_model()
+    base = RandomBase(config, 0)
+    skeleton = build_skeleton(base)
+    prepared, _ = prepared_for(skeleton, preset("standard"), args.cache)
     model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
     workers = Workers((args.worker,), Tls(args.tls))
     text = torch.randint(

@@ -41,7 +41,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PretrainedConfig
 
 from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
@@ -50,10 +49,11 @@ from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, save_adapter
+from backends.nn.base import Checkpoint
 from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
 from backends.nn.local import localise
-from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import WeightSource
+from backends.nn.skeleton import Skeleton
+from backends.nn.sources import Base
 from backends.nn.trainer import TrainConfig, Trainer
 from backends.units import human_bytes
 from scenarios import record, simulated
@@ -61,7 +61,7 @@ from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.estimate import Shape
 from scenarios.hardware import Hardware, check_memory, chosen
-from scenarios.preparation import add_model_options, base_source, prepared_for
+from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
     Live,
@@ -82,17 +82,14 @@ class Setup:
     """The run's place, model, data and training, before any role is taken."""
 
     hardware: Hardware
-    config: PretrainedConfig
-    source: WeightSource
+    base: Base
     skeleton: Skeleton
     sequences: torch.Tensor
     training: TrainConfig
     base_name: str
 
 
-def load_sequences(
-    args: argparse.Namespace, directory: Path | None, config: PretrainedConfig
-) -> torch.Tensor:
+def load_sequences(args: argparse.Namespace, base: Base) -> torch.Tensor:
     """The private text as int64[n, sequence]."""
     if args.data is not None:
         texts = read_texts(args.data)
@@ -100,15 +97,15 @@ def load_sequences(
         library = Path(sysconfig.get_paths()["stdlib"])
         texts = [text for name in DEFAULT_TEXT for text in read_texts(library / name)]
         print("no --data: training on sources of Python's own library")
-    if directory is None:
+    if not isinstance(base, Checkpoint):
         print("no tokenizer without --weights: one token a byte")
         sequences = pack(texts, ByteTokenizer(), args.sequence, None)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
+        tokenizer = base.tokenizer()
         sequences = pack(texts, tokenizer, args.sequence, tokenizer.eos_token_id)
-    if int(sequences.max()) >= config.vocab_size:
-        raise DataError(f"the tokenizer gives ids beyond the model's {config.vocab_size}")
+    vocabulary = base.config.get_text_config(decoder=True).vocab_size
+    if int(sequences.max()) >= vocabulary:
+        raise DataError(f"the tokenizer gives ids beyond the model's {vocabulary}")
     return sequences
 
 
@@ -119,9 +116,9 @@ def set_up(args: argparse.Namespace) -> Setup:
     hardware = chosen(args.real_gpu, args.host_frames)
     if args.clear_peer:
         hardware = replace(hardware, dtype=DTYPES[args.clear_peer])
-    source, directory, config = base_source(args)
-    sequences = load_sequences(args, directory, config)
-    skeleton = build_skeleton(config, source, args.lm_head == "remote", hardware.dtype)
+    base = chosen_base(args)
+    skeleton = chosen_skeleton(args, base, hardware.dtype)
+    sequences = load_sequences(args, base)
     micro_batch = args.tokens // args.sequence
     training = TrainConfig(
         steps=args.steps,
@@ -130,8 +127,8 @@ def set_up(args: argparse.Namespace) -> Setup:
         learning_rate=args.learning_rate,
         seed=args.seed,
     )
-    base = args.weights or f"random-{args.seed}"
-    return Setup(hardware, config, source, skeleton, sequences, training, base)
+    name = args.weights or f"random-{args.seed}"
+    return Setup(hardware, base, skeleton, sequences, training, name)
 
 
 def make_trainer(
@@ -166,8 +163,7 @@ def clear_peer(args: argparse.Namespace) -> None:
     """The other end of `ClearPeer`: trains in clear, one step per line of standard input."""
     setup = set_up(args)
     prepared, _ = prepared_for(
-        setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
-        setup.hardware, args.owner_tag,
+        setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag,
     )  # fmt: skip
     localise(setup.skeleton, prepared)
     trainer = make_trainer(args, setup, prepared, adapted(args, setup), private=False)
@@ -208,8 +204,7 @@ class Run:
         ledger = open_ledger(args.out, args.out / "checkpoints", workers)
         setup = set_up(args)
         prepared, prepare_s = prepared_for(
-            setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
-            setup.hardware, args.owner_tag,
+            setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag,
         )  # fmt: skip
         model = adapted(args, setup)
         room = self._room(setup, prepared, model)
@@ -223,7 +218,7 @@ class Run:
             self._train(trainer, session, peer, trace)
         trainer.require_untainted()
         if trace is not None:
-            trace.write(args.trace, f"real run: {setup.source.describe()}, {args.lanes} lane(s)")
+            trace.write(args.trace, f"real run: {setup.base.describe()}, {args.lanes} lane(s)")
         adapter = args.out / ("adapter-comparison" if args.compare_clear else "adapter")
         save_adapter(model, adapter, setup.base_name)
         if peer is not None:
@@ -250,12 +245,12 @@ class Run:
         if gpu is None:
             return None
         tokens = args.tokens * args.lanes
-        return check_memory(gpu, setup.config, prepared, tokens, model, args.compare_clear)
+        return check_memory(gpu, setup.base.config, prepared, tokens, model, args.compare_clear)
 
     def _estimate(self, setup: Setup, trainer: Trainer, session: PrivateSession) -> None:
         args = self.args
         shape = Shape(
-            setup.config, args.tokens, args.sequence, args.lanes, args.rank, args.preset,
+            setup.base.config, args.tokens, args.sequence, args.lanes, args.rank, args.preset,
             args.lm_head == "remote",
         )  # fmt: skip
         left = setup.training.steps - trainer.progress.step
@@ -288,7 +283,7 @@ class Run:
         tokens = setup.training.batch * args.sequence
         figures: dict[str, Any] = {
             "kernel": chosen_kernel().name,
-            "weights": setup.source.describe(),
+            "weights": setup.base.describe(),
             "hardware": setup.hardware.label,
             "host_frames": setup.hardware.host_frames,
             "lm_head": args.lm_head,

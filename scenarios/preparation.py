@@ -12,8 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
 
 from backends.he.cuda.device import require_memory
 from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
@@ -23,8 +23,10 @@ from backends.he.preparation import Arithmetic, disk_bytes, prepare, work_units
 from backends.he.store import PreparedModel
 from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
-from backends.nn.skeleton import Skeleton
-from backends.nn.sources import CheckpointError, WeightSource, source_for
+from backends.nn.base import open_base
+from backends.nn.selfcheck import require_faithful
+from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
+from backends.nn.sources import Base, RandomBase
 from backends.units import human_bytes
 from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
@@ -67,10 +69,22 @@ def add_preparation_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """`--weights` and `--lm-head`: which model; and the above. `base_source` needs `--seed` too."""
     add = parser.add_argument
-    add("--weights", metavar="DIR|ID", help="Hugging Face checkpoint; random weights without")
+    add(
+        "--weights",
+        metavar="DIR|FILE|ID",
+        help="checkpoint: a directory, a GGUF file, or an id of the hub; random weights without",
+    )
     add("--lm-head", choices=("local", "remote"), default="local",
         help="who multiplies by the head: remote saves the owner work and costs traffic and "
         "precision (see docs/design.md)")  # fmt: skip
+    add(
+        "--least-remote",
+        type=_share,
+        default=LEAST_REMOTE,
+        metavar="SHARE",
+        help="refuse a model of whose frozen weights workers can compute less than this "
+        f"({LEAST_REMOTE:g})",
+    )
     add_preparation_options(parser)
 
 
@@ -81,19 +95,38 @@ def _owner_tag(text: str) -> bytes:
     return tag
 
 
-def base_source(args: argparse.Namespace) -> tuple[WeightSource, Path | None, PretrainedConfig]:
-    """Weights, the directory of their checkpoint if any, and the config, said in a line.
-
-    Raises CheckpointError when they cannot be had.
-    """
-    source, directory = source_for(args.weights, args.seed)
-    print(f"weights: {source.describe()}")
-    if directory is None:
-        return source, None, model_config("llama-3.2-1b")
+def _share(text: str) -> float:
     try:
-        return source, directory, AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: no usable config.json ({error})") from error
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to 1")
+    return share
+
+
+def chosen_base(args: argparse.Namespace) -> Base:
+    """The base that `--weights` names, or the 1B shape with random weights; said in a line.
+
+    Raises CheckpointError when it cannot be had.
+    """
+    if args.weights is None:
+        base: Base = RandomBase(model_config("llama-3.2-1b"), args.seed)
+    else:
+        base = open_base(args.weights)
+    print(f"weights: {base.describe()}")
+    return base
+
+
+def chosen_skeleton(
+    args: argparse.Namespace, base: Base, dtype: torch.dtype = torch.float32
+) -> Skeleton:
+    """The owner's model of a base; says what goes to workers. Raises CheckpointError."""
+    skeleton = build_skeleton(base, args.lm_head == "remote", dtype, least_remote=args.least_remote)
+    print(f"workers compute {skeleton.remote_share:.1%} of the weights of the model's layers")
+    for note in skeleton.notes:
+        print(note)
+    return skeleton
 
 
 @contextmanager
@@ -116,8 +149,6 @@ def _verifying(reason: str, total: int) -> Iterator[Progress]:
 
 def prepared_for(
     skeleton: Skeleton,
-    config: PretrainedConfig,
-    source: WeightSource,
     parameters: Parameters,
     cache: Path,
     hardware: Hardware = CPU,
@@ -136,19 +167,20 @@ def prepared_for(
     """
     facts = json.dumps(
         [
-            source.identity(), asdict(parameters), [asdict(g) for g in skeleton.groups],
+            skeleton.base.identity(), asdict(parameters), [asdict(g) for g in skeleton.groups],
             owner_tag.hex(),
         ],
         sort_keys=True,
     )  # fmt: skip
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    directory = cache / f"{config.model_type}-{parameters.name}-{key}"
+    directory = cache / f"{skeleton.base.config.model_type}-{parameters.name}-{key}"
     start = time.perf_counter()
     found = is_finished(directory)
     if found:
         print(f"prepared model found in {directory}; checking its digests")
     else:
         size = human_bytes(disk_bytes(skeleton.groups, parameters))
+        require_faithful(skeleton)
         print(f"preparing the public set-up once: {size} in {directory}")
     arithmetic = None if found else _arithmetic_of(hardware, skeleton, parameters)
     # A model that is there is at most verified, which has a bar of its own.
@@ -158,7 +190,7 @@ def prepared_for(
         prepared = prepare(
             directory,
             skeleton.groups,
-            lambda module: skeleton.load_weight(source, module),
+            skeleton.load_weight,
             parameters,
             advance,
             owner_tag,

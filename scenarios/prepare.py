@@ -40,28 +40,27 @@ from backends.he.manifest import PreparationError
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel, copy_worker_part
-from backends.nn.skeleton import build_skeleton
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.preparation import add_model_options, base_source, prepared_for
+from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare or open, verify if asked; returns the figures."""
-    source, _, config = base_source(args)
-    skeleton = build_skeleton(config, source, args.lm_head == "remote")
+    base = chosen_base(args)
+    skeleton = chosen_skeleton(args, base)
     if args.worker_part is not None and args.worker_part.resolve().is_relative_to(args.cache):
         raise PreparationError("--worker-part is a place of its own, outside the cache")
     prepared, seconds = prepared_for(
-        skeleton, config, source, preset(args.preset), args.cache,
+        skeleton, preset(args.preset), args.cache,
         owner_tag=args.owner_tag, anew=args.verify,
     )  # fmt: skip
     verify_s = prepared.verification_s
     if args.worker_part is not None:
         copy_worker_part(prepared.directory, args.worker_part)
     return {
-        "weights": source.describe(),
+        "weights": base.describe(),
         "kernel": chosen_kernel().name,
         "preset": args.preset,
         "owner_tag": args.owner_tag.decode(errors="backslashreplace"),

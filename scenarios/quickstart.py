@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,17 +25,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer
 
 from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.nn.adapters import add_lora, save_adapter
+from backends.nn.base import open_base
 from backends.nn.data import pack, read_texts
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import SafetensorsSource
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from backends.units import human_bytes
 from scenarios import record, report
@@ -104,10 +102,8 @@ class Quickstart:
         self.out: Path = args.out
         self.workers = Workers.of(args)
         self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
-        self.tokenizer = AutoTokenizer.from_pretrained(BASE)
-        self.tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
-        self.config = AutoConfig.from_pretrained(BASE)
-        self.source = SafetensorsSource(BASE)
+        self.base = open_base(BASE)
+        self.tokenizer = self.base.tokenizer()
         self.text = private_text(self.tokenizer, args.held_out)
         self.training = TrainConfig(
             steps=args.steps, batch=4, micro_batch=4 // args.lanes,
@@ -125,7 +121,7 @@ class Quickstart:
         return add_lora(model, self.args.rank, 2 * self.args.rank, self.args.seed)
 
     def _trainer(self, model: PeftModel, name: str, **more: Any) -> Trainer:
-        identity = {"rank": self.args.rank, "base": self.source.identity(), "role": name}
+        identity = {"rank": self.args.rank, "base": self.base.identity(), "role": name}
         return Trainer(
             model, self.text.train, self.training, identity=identity,
             checkpoints=self.out / f"checkpoints-{name}", **more,
@@ -136,10 +132,10 @@ class Quickstart:
 
     def private(self) -> list[float]:
         """Fine-tune through the worker on ciphertexts; saves the adapter."""
-        skeleton = build_skeleton(self.config, self.source)
+        skeleton = build_skeleton(self.base)
         parameters = preset(self.args.preset)
         self.prepared, self.figures["prepare_s"] = prepared_for(
-            skeleton, self.config, self.source, parameters, self.args.cache,
+            skeleton, parameters, self.args.cache,
             owner_tag=self.args.owner_tag,
         )  # fmt: skip
         model = self._lora(skeleton.model)
@@ -158,7 +154,7 @@ class Quickstart:
         ) as session:
             before, done_before = session.usage(), trainer.progress.step
             shape = Shape(
-                self.config, self.training.micro_batch * SEQUENCE, SEQUENCE, self.args.lanes,
+                self.base.config, self.training.micro_batch * SEQUENCE, SEQUENCE, self.args.lanes,
                 self.args.rank, self.args.preset,
             )  # fmt: skip
             self.figures |= session.say_estimate(shape, self.training.steps - done_before)
@@ -194,7 +190,7 @@ class Quickstart:
 
     def clear(self) -> list[float]:
         """The same fine-tuning in plain torch, on the same int8 base weights."""
-        skeleton = build_skeleton(self.config, self.source)
+        skeleton = build_skeleton(self.base)
         localise(skeleton, self.prepared)
         self.figures["base_loss"] = self._evaluate(skeleton.model)
         self.figures["completion_before"] = completion(skeleton.model, self.tokenizer)

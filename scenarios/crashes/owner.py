@@ -23,7 +23,7 @@ from backends.he.store import PreparedModel
 from backends.net.remote import connected
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 from protocol.owner_memory import OwnerConfig
 from scenarios.cli import clean_exit, positive
@@ -34,7 +34,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
-SOURCE = RandomSource(0, deviation=0.1)
+BASE = RandomBase(CONFIG, 0, deviation=0.1)
 # The line is cut and workers die all the time, and come back: in a second, or, on a machine that is
 # busy with other things, in a minute.
 PATIENCE = OwnerConfig(
@@ -52,7 +52,7 @@ LANES, RANK, SEQUENCES, LENGTH = 2, 8, 64, 32
 def prepared_model(directory: Path, skeleton: Skeleton) -> PreparedModel:
     """The public set-up, made or found. Raises PreparationError when it is damaged."""
     return prepare(
-        directory, skeleton.groups, lambda module: skeleton.load_weight(SOURCE, module),
+        directory, skeleton.groups, skeleton.load_weight,
         preset("standard"), lambda label, done: None,
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def train(args: argparse.Namespace) -> None:
     workers = Workers.of(args)
     checkpoints: Path = args.out / "checkpoints"
     ledger = open_ledger(args.out, checkpoints, workers)
-    skeleton = build_skeleton(CONFIG, SOURCE)
+    skeleton = build_skeleton(BASE)
     prepared = prepared_model(args.model, skeleton)
     cipher = MlweOwner(preset("standard"), prepared.public_matrix())
     prepared.guard(cipher)
@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     with clean_exit():
         if args.prepare:
-            prepared_model(args.model, build_skeleton(CONFIG, SOURCE))
+            prepared_model(args.model, build_skeleton(BASE))
         else:
             train(args)
 
