@@ -63,11 +63,13 @@ def build_skeleton(
     """The owner's model of a base.
 
     remote_head   send the language-model head to the workers too
-    remote        what computes the remote linears, where it is not a plain `Remote`
+    remote        what computes the remote linears, where it is not a plain `Remote`; the model is
+                  then not tried
     least_remote  the least `remote_share` that is accepted
 
     Raises CheckpointError when the base cannot be loaded or is of a kind that does not work here.
     """
+    checked = remote is None
     outline = base.outline(dtype)
     names = _linears(outline, remote_head)
     loaded = base.load(dtype, names)
@@ -90,7 +92,7 @@ def build_skeleton(
         _restore(skeleton, name, dtype)
     skeleton.remote_share = _require_share(skeleton, least_remote)
     skeleton.notes += _remarks(model, unreached)
-    if not any(parameter.is_meta for parameter in model.parameters()):
+    if checked:
         require_causal(model, remote, groups)
     return skeleton
 

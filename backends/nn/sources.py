@@ -178,7 +178,7 @@ class HeldBase(Base):
         """It keeps the type it has."""
         self.identity()
         self._before = self._clear_logits(probe_tokens(self.config))
-        weights = {name: self._model.get_submodule(name).weight.detach() for name in remote}
+        weights = {name: self._model.get_parameter(f"{name}.weight").detach() for name in remote}
         return Loaded(self._model, lambda module: weights[module].cpu())
 
     def _clear_logits(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, MixtralConfig, PreTra
 from backends.nn.base import open_base
 from backends.nn.selfcheck import exact_linear, require_faithful
 from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import Base, CheckpointError, HeldBase, RandomBase
+from backends.nn.sources import CheckpointError, HeldBase, RandomBase
 from tests.nn.conftest import CONFIGS, GPT2, LLAMA, tokens
 
 
@@ -147,28 +147,17 @@ def test_a_mixture_whose_experts_would_stay_is_refused() -> None:
     assert 0 < build_skeleton(base, least_remote=0.0).remote_share < 0.5
 
 
-class Wrong(Base):
-    """A base whose linears are not where it says."""
+class Wrong(RandomBase):
+    """A base that says in clear what another model would say."""
 
-    def __init__(self, base: Base) -> None:
-        self.config, self._base = base.config, base
-        self.load, self.identity = base.load, base.identity  # type: ignore[method-assign]
-        self.describe = base.describe  # type: ignore[method-assign]
-
-    def logits(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """Of another model."""
-        return build_and_ask(RandomBase(self.config, 1), ids)
-
-
-def build_and_ask(base: Base, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of a random base."""
-    return answer(build_skeleton(base), ids)
+    def logits(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        return answer(build_skeleton(RandomBase(self.config, 1)), tokens)
 
 
 def test_a_model_put_together_wrongly_is_found() -> None:
     """Before anything is prepared."""
     with pytest.raises(CheckpointError, match="differs from the same model in clear"):
-        require_faithful(build_skeleton(Wrong(RandomBase(LLAMA, 0))))
+        require_faithful(build_skeleton(Wrong(LLAMA, 0)))
 
 
 def test_identity_follows_content(tmp_path: Path) -> None:
