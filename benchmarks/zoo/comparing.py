@@ -59,23 +59,25 @@ def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
 def compare(directory: Path, reference: PreTrainedModel) -> Outcome:
     """Our path on a checkpoint, against the model it should be, in clear.
 
-    reference  in evaluation mode, float32; adapters are added to it, in place
+    Theirs is in evaluation mode. Ours is as a trainer has it, told to train.
+
+    reference  float32; adapters are added to it, in place
     """
     try:
-        theirs = Run(plain_logits(reference))
+        causal = predicts_only(reference.eval())
+        theirs = Run(logits_of(reference))
     except Exception as error:
         return Outcome("not built", f"its own pass: {last_line(error)}")
     try:
-        add_gradients(theirs, reference, None)
+        add_gradients(theirs, reference)
     except Exception as error:
-        theirs = Run(theirs.logits, lacks=f"logits only: {last_line(error)}")
+        theirs = Run(theirs.logits, lacks=last_line(error))
     try:
         skeleton = open_skeleton(directory)
+        skeleton.model.train()
         with skeleton.remote.connected(plain_products(skeleton)):
-            ours = Run(plain_logits(skeleton.model))
-            if theirs.gradients is not None:
-                add_gradients(ours, skeleton.model, theirs.gradients.keys())
-        return judged(ours, theirs, float(skeleton.remote_share))
+            ours = Run(logits_of(skeleton.model))
+            add_gradients(ours, skeleton.model, theirs.gradients)
     except UserError as error:
         text = str(error)
         if "\n" in text.strip():
@@ -83,56 +85,70 @@ def compare(directory: Path, reference: PreTrainedModel) -> Outcome:
         return Outcome("refused", text)
     except Exception as error:
         return Outcome("traceback", f"{last_line(error)} {place_of(error)}")
+    if not causal:
+        return Outcome("wrong", "it sees the tokens that it is to predict, and is not refused")
+    return judged(ours, theirs, float(skeleton.remote_share))
 
 
-def plain_logits(model: PreTrainedModel) -> torch.Tensor:
-    """float32[B, S, V] in evaluation mode, without adapters."""
-    model.eval()
+def logits_of(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """float32[B, S, V] of int64[B, S], or of `tokens()`."""
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=tokens(), use_cache=False).logits
+        found = model(input_ids=tokens() if ids is None else ids, use_cache=False)
+    logits: torch.Tensor = found.logits
     return logits
 
 
-def add_gradients(run: Run, model: PreTrainedModel, names: Collection[str] | None) -> None:
-    """One pass with adapters, forward and backward, their logits beside those without.
+def predicts_only(model: PreTrainedModel) -> bool:
+    """Whether the last token leaves what is predicted before it as it was."""
+    ids = tokens()
+    other = ids.clone()
+    other[:, -1] = FIRST_PLAIN_TOKEN + (ids[:, -1] + 1) % (LAST_PLAIN_TOKEN - FIRST_PLAIN_TOKEN)
+    return relative(logits_of(model, other)[:, :-1], logits_of(model, ids)[:, :-1]) < 1e-3
+
+
+def add_gradients(
+    run: Run, model: PreTrainedModel, names: Collection[str] | None = None
+) -> None:
+    """Adapters on a model: one pass, forward and backward; its logits beside those without.
 
     names  of the adapter tensors that are not neutral; None for all
 
     Raises what `peft` says to a model that it cannot adapt.
     """
-    adapted = add_lora(model, rank=4, alpha=8, seed=0)
+    training = model.training
+    adapted = add_lora(model, rank=4, alpha=8, seed=0).train(training)
     found = trainable(adapted)
     with torch.no_grad():
         for name, parameter in found.items():
             scale = 0.3 * parameter.shape[-1] ** -0.5
             if names is None or name in names:
                 parameter.copy_(scale * noise(name, parameter, 1))
-    adapted.eval()
     token_losses(adapted, tokens()).backward()  # type: ignore[no-untyped-call]
-    run.logits = torch.stack([run.logits, plain_logits(adapted)])
+    run.logits = torch.stack([run.logits, logits_of(adapted)])
     run.gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in found.items()}
 
 
 def judged(ours: Run, theirs: Run, remote: float) -> Outcome:
     """Exact or wrong, with the figures."""
+    if theirs.gradients is None:
+        return Outcome("wrong", f"adapters where transformers has none: {theirs.lacks}")
     if ours.logits.shape != theirs.logits.shape:
         shapes = f"{list(ours.logits.shape)} for {list(theirs.logits.shape)}"
         return Outcome("wrong", f"logits of shape {shapes}", remote=remote)
-    found = Outcome("exact", theirs.lacks, remote=remote)
+    found = Outcome("exact", remote=remote)
     found.logits = relative(ours.logits, theirs.logits)
     reasons = []
     if not found.logits <= EXACT:
         reasons.append(f"logits differ by {found.logits:.2g}")
-    if theirs.gradients is not None:
-        mine = ours.gradients or {}
-        names = sorted(theirs.gradients)
-        lacking = [name for name in names if name not in mine]
-        if lacking:
-            reasons.append(f"{len(lacking)} adapter tensors fewer, {lacking[0]} among them")
-        else:
-            found.gradients = relative(_joined(mine, names), _joined(theirs.gradients, names))
-            if not found.gradients <= EXACT:
-                reasons.append(f"gradients differ by {found.gradients:.2g}")
+    mine = ours.gradients or {}
+    names = sorted(theirs.gradients)
+    lacking = [name for name in names if name not in mine]
+    if lacking:
+        reasons.append(f"{len(lacking)} adapter tensors fewer, {lacking[0]} among them")
+    else:
+        found.gradients = relative(_joined(mine, names), _joined(theirs.gradients, names))
+        if not found.gradients <= EXACT:
+            reasons.append(f"gradients differ by {found.gradients:.2g}")
     if reasons:
         found.status, found.why = "wrong", "; ".join(reasons)
     return found

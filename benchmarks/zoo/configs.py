@@ -17,16 +17,20 @@ VOCABULARY = 128
 FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN = 4, 95
 """Tokens that no config takes for special ones, both included."""
 MOST_LAYERS = 9
+_SET_ALTHOUGH_NONE = ("head_dim", "num_experts_per_tok")
+"""Fields whose None a class does not always mend."""
 _FIRST_SPECIAL_TOKEN = 100
 
 RULES: tuple[tuple[str, int | None], ...] = (
-    ("type_vocab_size|.*(token_id|token_index)", None),
+    ("type_vocab_size", None),
     ("pad_token_id|pad_index", 0),
+    ("encoder_hash_byte_group_vocab", 50),
+    ("rotary_dim", 4),
     (".*vocab_size.*|n_vocab|vocab_offset", VOCABULARY),
     (".*layers_to_skip|num_kv_shared_layers|.*max_window_layers", None),
     ("(num_|n_)?(mtp|nextn_predict)_layers|num_mtp_layers|num_nextn_predict_layers", None),
     ("first_k_dense_replace|num_dense_layers|n_dense_layers", 1),
-    ("(.*_)?(num_hidden_layers|num_layers|n_layers?|(en|de)coder_layers|layers|depth)", 2),
+    ("(.*_)?(num_hidden_layers|num_layers|n_layers?|num_blocks|(en|de)coder_layers|layers|depth)", 2),
     ("mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
     ("mamba_d_ssm", 64),
     (".*kv_(n_)?heads|.*num_key_value_heads|.*num_kv_heads", 2),
@@ -34,7 +38,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (".*(attention_heads|n_heads?|num_heads|linear_num_value_heads)", 4),
     ("index_head_dim", 16),
     (".*(head_dim|d_head|kv_channels|dim_head|d_kv|attention_head_size|head_size)", 8),
-    (".*lora_rank|.*_rank", 16),
+    (".*lora_rank|.*_rank|.*lowrank", 16),
     ("laurel_rank|hidden_size_per_layer_input", 8),
     (".*(intermediate_size|ffn_dim|ffn_hidden_size|intermediate_dim|mlp_dim).*|n_inner", 48),
     ("dim_ff|dff|d_ff|feed_forward_size|d_inner|share_expert_dim", 48),
@@ -59,19 +63,51 @@ RULES: tuple[tuple[str, int | None], ...] = (
 """(whole name of a field, its value), the first that fits; None leaves the class's own value."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]
+            },
+            "full_attention": None,
+        },
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1,
         "expert_layer_period": 2, "expert_layer_offset": 1,
     },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "mllama_text_model": {"cross_attention_layers": [1]},
+    "nemotron": {"num_key_value_heads": 2},
+    "phi4_multimodal_audio": {
+        "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16], "num_buckets": 2, "hash_seed": 0,
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
     },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """Fields by model type, sub-configs too, that names alone do not tell."""
 
@@ -96,23 +132,28 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 def _made(cls: type[PretrainedConfig], more: dict[str, Any]) -> PretrainedConfig:
     values: dict[str, Any] = {}
+    sizes = {field.name: field.default for field in fields(cls)}
     special = _FIRST_SPECIAL_TOKEN
-    for field in fields(cls):
-        default = field.default
+    for name, default in sizes.items():
+        if name in _SET_ALTHOUGH_NONE and default is None:
+            values[name] = _size(name)
         if isinstance(default, bool) or not isinstance(default, int):
             continue
-        if re.fullmatch(".*(token_id|token_index)", field.name):
-            values[field.name] = special if special < VOCABULARY else VOCABULARY - 1
+        if re.fullmatch(".*(token_id|token_index)", name) and not name.startswith("pad_"):
+            values[name] = min(special, VOCABULARY - 1)
             special += 1
-        elif (value := _size(field.name)) is not None:
-            values[field.name] = value
+        elif (value := _size(name)) is not None:
+            values[name] = value
+    if sizes.get("num_key_value_heads") == sizes.get("num_attention_heads", 0):
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    wanted = SPECIAL.get(cls.model_type, {}) | more
     for name, spec in cls.sub_configs_defaults.items():
         if not spec.optional:
             below = spec.config_class
             if not issubclass(below, PretrainedConfig):
                 below = spec.get_config_class(spec.model_type)
-            values[name] = _made(below, dict(spec.init_kwargs))
-    return cls(**(values | SPECIAL.get(cls.model_type, {}) | more))
+            values[name] = _made(below, wanted.pop(name, {}))
+    return cls(**(values | wanted))
 
 
 def _size(name: str) -> int | None:

@@ -15,11 +15,13 @@ def open_skeleton(directory: Path) -> Any:
     """What a run opens, as it opens it. Raises UserError for what it refuses."""
     try:
         from backends.nn.base import open_base
-
+        from backends.nn.selfcheck import require_faithful
         from backends.nn.skeleton import build_skeleton
     except ImportError:
-        from benchmarks.zoo.standin import build_skeleton, open_base
-    return build_skeleton(open_base(directory), dtype=torch.float32)
+        from benchmarks.zoo.standin import build_skeleton, open_base, require_faithful
+    skeleton = build_skeleton(open_base(directory), dtype=torch.float32)
+    require_faithful(skeleton)
+    return skeleton
 
 
 def plain_products(skeleton: Any) -> Callable[[int, Values], Values]:

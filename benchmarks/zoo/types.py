@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks.zoo.comparing import Outcome, compare, last_line, plain_logits, relative
+from benchmarks.zoo.comparing import Outcome, compare, last_line, logits_of, relative
 from benchmarks.zoo.configs import tiny_config
 from benchmarks.zoo.shaking import shake
 
@@ -30,7 +30,7 @@ def row(model_type: str, place: Path) -> dict[str, Any]:
         shake(model)
         model.save_pretrained(place)
         reference = clear_model(place)
-        saved = relative(plain_logits(reference), plain_logits(model))
+        saved = relative(logits_of(reference), logits_of(model.eval()))
         del model
     except Exception as error:
         outcome = Outcome("not built", last_line(error))

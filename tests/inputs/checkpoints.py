@@ -217,10 +217,11 @@ def damaged(*damages: Damage, model_type: str = "llama", shard: str = "5GB") -> 
     """A checkpoint to which these are done in turn; its path is the directory's."""
 
     def make(place: Path) -> Brought:
-        tiny(model_type).save_pretrained(place, max_shard_size=shard)
+        model = tiny(model_type)
+        model.save_pretrained(place, max_shard_size=shard)
         for damage in damages:
             damage(place)
-        return Brought(place)
+        return Brought(place, model)
 
     return make
 
