@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, offload_weight
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -128,6 +129,7 @@ class Checkpoint(Base):
         self._files = files
         self._quantisation = quantisation
         self._gguf = gguf
+        self._place = files[0] if gguf else directory
         self._before: torch.Tensor | None = None
 
     def tokenizer(self) -> Any:
@@ -140,7 +142,7 @@ class Checkpoint(Base):
                 )  # fmt: skip
         except Exception as error:  # of any tokenizer's own code, fed with any file
             raise CheckpointError(
-                f"{self.directory}: no usable tokenizer ({first_line(error)}); put the files "
+                f"{self._place}: no usable tokenizer ({first_line(error)}); put the files "
                 "tokenizer.json and tokenizer_config.json of the model there"
             ) from error
         found.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
@@ -157,9 +159,8 @@ class Checkpoint(Base):
 
     def describe(self) -> str:
         size = sum(path.stat().st_size for path in self._files)
-        name = self._files[0] if self._gguf else self.directory
         undone = f", {self._quantisation} undone" if self._quantisation else ""
-        return f"checkpoint {name} ({size / 1e9:.2f} GB{undone})"
+        return f"checkpoint {self._place} ({size / 1e9:.2f} GB{undone})"
 
     def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
         """Raises CheckpointError when the files are not what the config says."""
@@ -168,13 +169,14 @@ class Checkpoint(Base):
         if self._gguf is not None:
             self._before = _answer(model, probe_tokens(self.config))
         read = _reader(model, remote, scratch.name)
+        self._require_shapes(model, read, remote)
         remove_hook_from_module(model, recurse=True)
         model.__dict__.pop("hf_device_map", None)
         # What had to be converted is in a folder that goes when nobody can read it any more.
         weakref.finalize(read, scratch.cleanup)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_meta and name.rpartition(".")[0] not in remote:
-                raise CheckpointError(f"{self.directory}: no values for {name!r} were found")
+                raise CheckpointError(f"{self._place}: no values for {name!r} were found")
         return Loaded(model, read, notes)
 
     def logits(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -212,17 +214,30 @@ class Checkpoint(Base):
         except Exception as error:  # of transformers and of any model's code, fed with any file
             scratch.cleanup()
             raise CheckpointError(
-                f"{self.directory}: transformers cannot load it: {first_line(error)}"
+                f"{self._place}: transformers cannot load it: {first_line(error)}"
             ) from error
         model, info = loaded
         return model, info, scratch
+
+    def _require_shapes(
+        self, model: PreTrainedModel, read: _Reader, remote: Collection[str]
+    ) -> None:
+        """transformers compares the shapes of what it loads, but not of what it leaves on disk."""
+        for name in remote:
+            stated = model.get_parameter(f"{name}.weight").shape
+            found = read.shape(name)
+            if found != stated:
+                raise CheckpointError(
+                    f"{self._place}: {name}.weight is {list(found)}, the config says "
+                    f"{list(stated)}; one of them is of another model"
+                )
 
     def _notes(self, model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
         """Raises CheckpointError for weights that are missing, and for layers left out."""
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(
-                f"{self.directory}: no tensor {missing[0]!r} in the checkpoint"
+                f"{self._place}: no tensor {missing[0]!r} in the checkpoint"
                 + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
                 + "; its config is of another model, or the download is incomplete"
             )
@@ -231,7 +246,7 @@ class Checkpoint(Base):
         cut = [name for name in unused if _form(name) in forms]
         if cut:
             raise CheckpointError(
-                f"{self.directory}: the files hold {cut[0]!r} (and {len(cut) - 1} more), for which "
+                f"{self._place}: the files hold {cut[0]!r} (and {len(cut) - 1} more), for which "
                 "the config has no layer: with it the model would be cut short; get the config "
                 "that belongs to the files"
             )
@@ -280,6 +295,16 @@ class _Reader:
     def __call__(self, module: str) -> torch.Tensor:
         name = f"{module}.weight"
         return next(store for store in self.stores if name in store)[name]
+
+    def shape(self, module: str) -> torch.Size:
+        """Of a weight; only the header of a file that transformers did not have to convert."""
+        name = f"{module}.weight"
+        for store in self.stores:
+            entry = store.index.get(name) if isinstance(store, OffloadedWeightsLoader) else None
+            if entry and "safetensors_file" in entry:
+                with safe_open(entry["safetensors_file"], framework="pt") as file:
+                    return torch.Size(file.get_slice(entry["weight_name"]).get_shape())
+        return self(module).shape
 
 
 def _reader(model: PreTrainedModel, remote: Collection[str], scratch: str) -> _Reader:

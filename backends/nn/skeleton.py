@@ -48,8 +48,15 @@ class Skeleton:
     read: Callable[[str], torch.Tensor]
 
     def load_weight(self, module: str) -> torch.Tensor:
-        """The floating weight [out, in] of a remote module, on the CPU."""
+        """The floating weight [out, in] of a remote module, on the CPU.
+
+        Raises CheckpointError for one that is not finite.
+        """
         weight = self.read(module)
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"{module}.weight of the base model holds NaN or infinity: it is damaged"
+            )
         return weight.t() if module in self.transposed else weight
 
 

@@ -106,9 +106,7 @@ def predicts_only(model: PreTrainedModel) -> bool:
     return relative(logits_of(model, other)[:, :-1], logits_of(model, ids)[:, :-1]) < 1e-3
 
 
-def add_gradients(
-    run: Run, model: PreTrainedModel, names: Collection[str] | None = None
-) -> None:
+def add_gradients(run: Run, model: PreTrainedModel, names: Collection[str] | None = None) -> None:
     """Adapters on a model: one pass, forward and backward; its logits beside those without.
 
     names  of the adapter tensors that are not neutral; None for all

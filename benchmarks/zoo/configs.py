@@ -30,7 +30,10 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (".*layers_to_skip|num_kv_shared_layers|.*max_window_layers", None),
     ("(num_|n_)?(mtp|nextn_predict)_layers|num_mtp_layers|num_nextn_predict_layers", None),
     ("first_k_dense_replace|num_dense_layers|n_dense_layers", 1),
-    ("(.*_)?(num_hidden_layers|num_layers|n_layers?|num_blocks|(en|de)coder_layers|layers|depth)", 2),
+    (
+        "(.*_)?(num_hidden_layers|num_layers|n_layers?|num_blocks|(en|de)coder_layers|layers|depth)",
+        2,
+    ),
     ("mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
     ("mamba_d_ssm", 64),
     (".*kv_(n_)?heads|.*num_key_value_heads|.*num_kv_heads", 2),
