@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import CheckpointError, WeightSource, source_for
+from backends.places import named, output_directory
 from backends.units import human_bytes
 from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
@@ -43,9 +45,11 @@ def _cache(text: str) -> Path:
     """Of an option's text, or where prepared models live when there is none."""
     try:
         base = os.environ.get("XDG_CACHE_HOME")
-        place = Path(text or base or Path.home() / ".cache")
-        place = place if text else place / "private-lora"
+        place = named(text) if text else Path(base or Path.home() / ".cache") / "private-lora"
         place.exists()
+        there = next(each for each in (place, *place.parents) if os.path.lexists(each))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
     except (OSError, RuntimeError) as error:  # RuntimeError: of a user whom nobody knows
         why = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(
@@ -148,6 +152,7 @@ def prepared_for(
     if found:
         print(f"prepared model found in {directory}; checking its digests")
     else:
+        output_directory(directory)
         size = human_bytes(disk_bytes(skeleton.groups, parameters))
         print(f"preparing the public set-up once: {size} in {directory}")
     arithmetic = None if found else _arithmetic_of(hardware, skeleton, parameters)

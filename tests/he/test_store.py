@@ -114,7 +114,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     usage = preparation.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: usage)
     loader = Loader()
-    with pytest.raises(PreparationError, match=r"GB more in .* --cache"):
+    with pytest.raises(PreparationError, match=r"needs .* more in .* --cache"):
         prepare(tmp_path, GROUPS, loader, STANDARD, quiet)
     assert loader.reads == []
 
