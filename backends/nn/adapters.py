@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import tempfile
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,8 @@ def config_text(model: nn.Module) -> bytes | None:
         return None
     config = copy(model.peft_config[_ADAPTER])
     config.inference_mode = True
-    with tempfile.TemporaryDirectory() as place:
-        config.save_pretrained(place)
-        return (Path(place) / CONFIG_FILE).read_bytes()
+    facts = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return json.dumps(facts, indent=2, sort_keys=True).encode()
 
 
 def save_adapter(model: PeftModel, directory: Path, base_model: str) -> None:

@@ -245,6 +245,7 @@ def restore(
         n: w.shape for n, w in weights.items()
     }:
         raise ResumeError(f"{newest} holds another adapter; start over with --fresh")
+    _say_steps(state, run, say)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[stored_name(name)])
@@ -254,7 +255,6 @@ def restore(
                 for key, value in moments.items()
                 if key.rpartition("::")[0] == stored_name(name)
             }
-    _say_steps(state, run, say)
     return Progress(state["step"], state["losses"], frozenset(state["served"]))
 
 
