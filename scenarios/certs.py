@@ -35,8 +35,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backends.errors import UserError
-from backends.files import replacing_directory
+from backends.files import remove_directory, replacing_directory
 from backends.net.tls import Tls, identity
+from backends.places import output_directory
 from scenarios.cli import clean_exit, up_to
 
 _DAYS = 365
@@ -188,7 +189,11 @@ def make(out: Path, hosts: Sequence[str], days: int) -> str:
             raise OutError(f"{out / side} is there already; choose another --out")
     authority = Authority(days)
     authority.issue(out / "owner")
-    authority.issue(out / "worker", hosts)
+    try:
+        authority.issue(out / "worker", hosts)
+    except BaseException:  # half of it would be in the way of another try
+        remove_directory(out / "owner")
+        raise
     there = f"umask 077 && mkdir -p {shlex.quote(out.name)} && tar -C {shlex.quote(out.name)} -x"
     return f"""{check(out / "owner", [])}
 {check(out / "worker", hosts)}
@@ -202,7 +207,7 @@ def main() -> None:
         prog="python -m scenarios.certs", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("certs"), help="where to (certs)")
+    parser.add_argument("--out", type=output_directory, help="where to (certs)")
     parser.add_argument(
         "--name", "--worker", action="append", metavar="HOST", type=host_name, default=[],
         help="a name or address of the worker (several times; localhost and 127.0.0.1 without any)",
@@ -216,7 +221,8 @@ def main() -> None:
         if args.check is not None:
             print(check(args.check, args.name))
         else:
-            print(make(args.out, args.name or ["localhost", "127.0.0.1"], args.days))
+            out = args.out or output_directory("certs")
+            print(make(out, args.name or ["localhost", "127.0.0.1"], args.days))
 
 
 if __name__ == "__main__":

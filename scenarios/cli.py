@@ -7,6 +7,7 @@ imports), and nothing that takes long to load before it is needed.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,12 +15,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from backends.errors import Interrupted, UserError
+from backends.interrupts import INTERRUPTED
 from scenarios.privacy import private_process
 
 if TYPE_CHECKING:
     from backends.he.matmul.interface import Kernel
 
 MEMORY_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -34,17 +37,34 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        print(f"\n{stopped}; the same command goes on from there")
-        sys.exit(130)
+        print(f"\n{stopped}")
+        sys.exit(INTERRUPTED)
     except KeyboardInterrupt:
         print("\ninterrupted; what was prepared or saved so far is kept")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except (UserError, FloatingPointError, *mendable) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno == errno.EPIPE and _stdout_is_gone():
+            sys.exit(1)
+        if error.errno not in _FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(f"error: {error.strerror}{where}; make room: what was saved so far is whole")
     except RuntimeError as error:
         if not _device_memory_is_full(error):
             raise
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
+
+
+def _stdout_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`; then it goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _device_memory_is_full(error: RuntimeError) -> bool:

@@ -48,13 +48,14 @@ from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.owner import RemoteLinearError
-from backends.nn.adapters import add_lora, save_adapter
+from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.base import Checkpoint
 from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
 from backends.nn.local import localise
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import Base
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.places import output_directory, output_file
 from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
@@ -69,8 +70,11 @@ from scenarios.session import (
     Usage,
     Workers,
     add_worker_options,
+    one_run,
     open_ledger,
     private_session,
+    require_room_for_run,
+    stopped_untainted,
     train_with_bar,
 )
 
@@ -127,7 +131,7 @@ def set_up(args: argparse.Namespace) -> Setup:
         learning_rate=args.learning_rate,
         seed=args.seed,
     )
-    name = args.weights or f"random-{args.seed}"
+    name = f"random-{args.seed}" if args.weights is None else base_name(args.weights)
     return Setup(hardware, base, skeleton, sequences, training, name)
 
 
@@ -156,7 +160,9 @@ def make_trainer(
 
 def adapted(args: argparse.Namespace, setup: Setup) -> PeftModel:
     """The owner's model with fresh adapters."""
-    return add_lora(setup.skeleton.model, args.rank, 2 * args.rank, args.seed)
+    return add_lora(
+        setup.skeleton.model, args.rank, 2 * args.rank, args.seed, base_model=setup.base_name
+    )
 
 
 def clear_peer(args: argparse.Namespace) -> None:
@@ -201,8 +207,10 @@ class Run:
         """Prepare, train, report; returns the figures."""
         args = self.args
         workers = Workers.of(args)
-        ledger = open_ledger(args.out, args.out / "checkpoints", workers)
+        checkpoints = args.out / "checkpoints"
+        ledger = open_ledger(args.out, checkpoints, workers)
         setup = set_up(args)
+        require_room_for_run(setup.skeleton, args.rank, args.out, checkpoints)
         prepared, prepare_s = prepared_for(
             setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag,
         )  # fmt: skip
@@ -211,16 +219,19 @@ class Run:
         trainer = make_trainer(args, setup, prepared, model, private=True, ledger=ledger)
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
-        with private_session(
-            setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger, workers
-        ) as session:
+        with (
+            stopped_untainted(trainer),
+            private_session(
+                setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger, workers
+            ) as session,
+        ):
             self._estimate(setup, trainer, session)
             self._train(trainer, session, peer, trace)
         trainer.require_untainted()
-        if trace is not None:
-            trace.write(args.trace, f"real run: {setup.base.describe()}, {args.lanes} lane(s)")
         adapter = args.out / ("adapter-comparison" if args.compare_clear else "adapter")
         save_adapter(model, adapter, setup.base_name)
+        if trace is not None:
+            trace.write(args.trace, f"real run: {setup.base.describe()}, {args.lanes} lane(s)")
         if peer is not None:
             peer.close()
         return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
@@ -378,11 +389,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
     )  # fmt: skip
     add("--checkpoint-every", type=int, default=25, help="steps between checkpoints (25)")
-    add("--out", type=Path,
+    add("--out", type=output_directory,
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
         "(runs/llama1b-sim)")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=Path, metavar="FILE",
+    add("--trace", type=output_file, metavar="FILE",
         help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
     add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)
     add_worker_options(parser)
@@ -415,19 +426,20 @@ def main() -> None:
     args = parse(argv)
     with clean_exit(RemoteLinearError, *simulated.MENDABLE):
         if not (args.real_cpu or args.real_gpu):
+            output_directory(args.out)
             figures = simulated.run(args)
             simulated.print_report(figures)
-            record.write(args.json, figures)
-            return
-        if args.clear_peer:
+        elif args.clear_peer:
             clear_peer(args)
             return
-        use_kernel(args.kernel)
-        if args.fresh and not args.compare_clear:
-            remove_directory(args.out / "checkpoints")
-        figures = Run(args).run(argv)
-    print_report(figures)
-    record.write(args.json, figures)
+        else:
+            use_kernel(args.kernel)
+            with one_run(args.out):
+                if args.fresh and not args.compare_clear:
+                    remove_directory(args.out / "checkpoints")
+                figures = Run(args).run(argv)
+            print_report(figures)
+        record.write(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from backends.places import replaced_directory
+
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables: no code to learn from
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -219,7 +221,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help=precision_help
     )
-    parser.add_argument("--out", type=Path, default="scenarios/assets/tiny-llama", help=out_help)
+    parser.add_argument(
+        "--out", type=replaced_directory, default="scenarios/assets/tiny-llama", help=out_help
+    )
     args = parser.parse_args(namespace=argparse.Namespace(minutes=None))
     if args.steps < 1 or (args.minutes is not None and args.minutes <= 0):
         parser.error("--steps and --minutes must be above zero")

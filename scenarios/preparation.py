@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from backends.nn.base import open_base
 from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 from backends.nn.sources import Base, RandomBase
+from backends.places import named, output_directory
 from backends.units import human_bytes
 from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
@@ -45,9 +47,11 @@ def _cache(text: str) -> Path:
     """Of an option's text, or where prepared models live when there is none."""
     try:
         base = os.environ.get("XDG_CACHE_HOME")
-        place = Path(text or base or Path.home() / ".cache")
-        place = place if text else place / "private-lora"
+        place = named(text) if text else Path(base or Path.home() / ".cache") / "private-lora"
         place.exists()
+        there = next(each for each in (place, *place.parents) if os.path.lexists(each))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
     except (OSError, RuntimeError) as error:  # RuntimeError: of a user whom nobody knows
         why = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(
@@ -179,6 +183,7 @@ def prepared_for(
     if found:
         print(f"prepared model found in {directory}; checking its digests")
     else:
+        output_directory(directory)
         size = human_bytes(disk_bytes(skeleton.groups, parameters))
         require_faithful(skeleton)
         print(f"preparing the public set-up once: {size} in {directory}")

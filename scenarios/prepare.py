@@ -36,10 +36,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from backends.he.manifest import PreparationError
+from backends.he.manifest import NAME, PreparationError
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel, copy_worker_part
+from backends.places import replaced_directory
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
@@ -48,10 +49,10 @@ from scenarios.preparation import add_model_options, chosen_base, chosen_skeleto
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare or open, verify if asked; returns the figures."""
+    if args.worker_part is not None:
+        _require_free(args.worker_part, args.cache)
     base = chosen_base(args)
     skeleton = chosen_skeleton(args, base)
-    if args.worker_part is not None and args.worker_part.resolve().is_relative_to(args.cache):
-        raise PreparationError("--worker-part is a place of its own, outside the cache")
     prepared, seconds = prepared_for(
         skeleton, preset(args.preset), args.cache,
         owner_tag=args.owner_tag, anew=args.verify,
@@ -75,6 +76,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "verify_s": verify_s if verify_s else None,
         "peak_rss_mb": record.peak_rss_mb(),
     }
+
+
+def _require_free(part: Path, cache: Path) -> None:
+    """Raise PreparationError where a worker's part cannot go, before anything is prepared."""
+    if part.resolve().is_relative_to(cache.resolve()):
+        raise PreparationError("--worker-part is a place of its own, outside the cache")
+    if part.exists() and any(part.iterdir()) and not (part / NAME).is_file():
+        raise PreparationError(
+            f"{part} is there already, and is no worker's part; choose another name, or delete it"
+        )
 
 
 def sizes(prepared: PreparedModel) -> dict[str, int]:
@@ -125,7 +136,7 @@ def main() -> None:
         "--verify", action="store_true", help="verify plans and hints, whatever was found before"
     )
     parser.add_argument(
-        "--worker-part", type=Path, metavar="DIR",
+        "--worker-part", type=replaced_directory, metavar="DIR",
         help="also put what a worker needs into DIR, for copying it to another machine",
     )  # fmt: skip
     add_kernel_option(parser)
@@ -134,8 +145,8 @@ def main() -> None:
     with clean_exit():
         use_kernel(args.kernel)
         figures = run(args)
-    print_report(figures, args.worker_part)
-    record.write(args.json, figures)
+        print_report(figures, args.worker_part)
+        record.write(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ from peft import PeftModel
 from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
-from backends.nn.adapters import add_lora, save_adapter
+from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.base import open_base
 from backends.nn.data import pack, read_texts
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
+from backends.places import output_directory, output_file
 from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
@@ -46,8 +47,11 @@ from scenarios.session import (
     Live,
     Workers,
     add_worker_options,
+    one_run,
     open_ledger,
     private_session,
+    require_room_for_run,
+    stopped_untainted,
     train_with_bar,
 )
 
@@ -118,7 +122,8 @@ class Quickstart:
         }
 
     def _lora(self, model: torch.nn.Module) -> PeftModel:
-        return add_lora(model, self.args.rank, 2 * self.args.rank, self.args.seed)
+        rank = self.args.rank
+        return add_lora(model, rank, 2 * rank, self.args.seed, base_model=base_name(str(BASE)))
 
     def _trainer(self, model: PeftModel, name: str, **more: Any) -> Trainer:
         identity = {"rank": self.args.rank, "base": self.base.identity(), "role": name}
@@ -133,6 +138,8 @@ class Quickstart:
     def private(self) -> list[float]:
         """Fine-tune through the worker on ciphertexts; saves the adapter."""
         skeleton = build_skeleton(self.base)
+        checkpoints = self.out / "checkpoints-private"
+        require_room_for_run(skeleton, self.args.rank, self.out, checkpoints)
         parameters = preset(self.args.preset)
         self.prepared, self.figures["prepare_s"] = prepared_for(
             skeleton, parameters, self.args.cache,
@@ -144,14 +151,15 @@ class Quickstart:
             ledger=self.ledger,
         )  # fmt: skip
         trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
-        with private_session(
+        session_of = private_session(
             skeleton,
             self.prepared,
             self.args.lanes,
             trace,
             ledger=self.ledger,
             workers=self.workers,
-        ) as session:
+        )
+        with stopped_untainted(trainer), session_of as session:
             before, done_before = session.usage(), trainer.progress.step
             shape = Shape(
                 self.base.config, self.training.micro_batch * SEQUENCE, SEQUENCE, self.args.lanes,
@@ -165,11 +173,11 @@ class Quickstart:
             self.figures["private_loss"] = self._evaluate(model)
             self.figures["completion_after"] = completion(model, self.tokenizer)
         trainer.require_untainted()
+        adapter = self.out / "adapter"
+        save_adapter(model, adapter, base_name(str(BASE)))
+        self.figures["adapter_dir"] = str(adapter)
         if trace is not None:
             trace.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
-        adapter = self.out / "adapter"
-        save_adapter(model, adapter, str(BASE))
-        self.figures["adapter_dir"] = str(adapter)
         return losses
 
     def _count(self, trainer: Trainer, used: Any, steps: int) -> None:
@@ -216,10 +224,10 @@ class Quickstart:
         self.figures["losses"], self.figures["clear_losses"] = private, clear
         self.figures["total_s"] = time.perf_counter() - start
         self.figures["plot"] = str(self.out / "losses.png")
-        report.plot_losses(Path(self.figures["plot"]), private, clear, self.figures)
         text = summary(self.figures)
+        print(text)  # before what a full disk may refuse
         report.write_text(self.out / "report.md", text)
-        print(text)
+        report.plot_losses(Path(self.figures["plot"]), private, clear, self.figures)
         # The run is complete: the next one is a new run, not a resumed one.
         self._drop_checkpoints()
         return self.figures
@@ -284,9 +292,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of adapters and data order (0), never of secrets")
     add("--held-out", type=int, default=32, help="held-out sequences of 256 tokens (32)")
     add_preparation_options(parser)
-    add("--out", type=Path, default=Path("runs/quickstart"), help="report, adapter, checkpoints")
+    add("--out", type=output_directory, default="runs/quickstart",
+        help="report, adapter, checkpoints")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=Path, metavar="FILE",
+    add("--trace", type=output_file, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
     add_worker_options(parser)
     add_kernel_option(parser)
@@ -298,8 +307,9 @@ def main() -> None:
     args = parse()
     with clean_exit():
         use_kernel(args.kernel)
-        figures = Quickstart(args).run()
-    record.write(args.json, figures)
+        with one_run(args.out):
+            figures = Quickstart(args).run()
+        record.write(args.json, figures)
 
 
 if __name__ == "__main__":

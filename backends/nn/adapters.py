@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import re
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
+from backends.errors import UserError
 from backends.files import replacing_directory
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""By these names `peft` finds an adapter in a directory."""
 
-def add_lora(model: nn.Module, rank: int, alpha: int, seed: int, dropout: float = 0.0) -> PeftModel:
+_ADAPTER = "default"
+_ADAPTER_IN_NAME = re.compile(rf"\.{_ADAPTER}(?=(\.\w+)?$)")
+
+
+class AdapterError(UserError, RuntimeError):
+    """An adapter cannot be written; the text says what to do."""
+
+
+def base_name(weights: str) -> str:
+    """How an adapter names its base: the whole path of what is here, or the hub's id as it is."""
+    place = Path(weights)
+    return str(place.resolve()) if place.exists() else weights
+
+
+def add_lora(
+    model: nn.Module, rank: int, alpha: int, seed: int, dropout: float = 0.0,
+    base_model: str | None = None,
+) -> PeftModel:  # fmt: skip
     """Wrap every linear but the head with a LoRA adapter, initialised from `seed`.
+
+    base_model  what the adapter says it belongs to (`base_name`)
 
     Raises ValueError for dropout: lanes share one generator, so a run could not be repeated.
     """
@@ -25,7 +52,13 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int, dropout: float 
     )
     wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
+    config.base_model_name_or_path = base_model
     return wrapped
+
+
+def lora_parameters(shapes: list[tuple[int, int]], rank: int) -> int:
+    """Numbers in an adapter of linears with these (inputs, outputs)."""
+    return sum(rank * (inputs + outputs) for inputs, outputs in shapes)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -33,12 +66,36 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
 
 
+def stored_name(name: str) -> str:
+    """What `peft` calls a trainable parameter in an adapter's file."""
+    return _ADAPTER_IN_NAME.sub("", name)
+
+
+def config_text(model: nn.Module) -> bytes | None:
+    """The adapter_config.json of a model with an adapter; None for one without."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = copy(model.peft_config[_ADAPTER])
+    config.inference_mode = True
+    facts = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return json.dumps(facts, indent=2, sort_keys=True).encode()
+
+
 def save_adapter(model: PeftModel, directory: Path, base_model: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, whole or not at all.
 
-    base_model  directory or hub id of the base weights, as `peft` records it
+    base_model  what it says it belongs to (`base_name`)
+
+    Raises AdapterError when it cannot be written; what was there before is whole then.
     """
-    config: Any = model.peft_config["default"]
+    config: Any = model.peft_config[_ADAPTER]
     config.base_model_name_or_path = base_model
-    with replacing_directory(directory) as aside:
-        model.save_pretrained(str(aside), save_embedding_layers=False)
+    try:
+        with replacing_directory(directory) as aside:
+            model.save_pretrained(str(aside), save_embedding_layers=False)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise AdapterError(
+            f"the adapter cannot be written to {directory} ({why}); what was trained is in the "
+            "checkpoints: make room, and the same command writes it without training again"
+        ) from error

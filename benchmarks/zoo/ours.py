@@ -19,7 +19,7 @@ def open_skeleton(directory: Path) -> Any:
         from backends.nn.skeleton import build_skeleton
     except ImportError:
         from benchmarks.zoo.standin import build_skeleton, open_base, require_faithful
-    skeleton = build_skeleton(open_base(directory), dtype=torch.float32)
+    skeleton = build_skeleton(open_base(directory), least_remote=0.0)
     require_faithful(skeleton)
     return skeleton
 

@@ -49,12 +49,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from backends.machine import commit
+from backends.places import output_file
 from scenarios import record
 from scenarios.chaos import mutants
 from scenarios.chaos.log import EventLog
@@ -97,7 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="with --seed: print every event, write a timeline for ui.perfetto.dev",
     )

@@ -25,6 +25,7 @@ from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.places import output_directory
 from protocol.owner_memory import OwnerConfig
 from scenarios.cli import clean_exit, positive
 from scenarios.session import Workers, add_worker_options, open_ledger
@@ -98,7 +99,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="the prepared model")
     add("--prepare", action="store_true", help="make the prepared model, and nothing else")
-    add("--out", type=Path, default=Path("runs/crashes"), help="checkpoints and adapter")
+    add("--out", type=output_directory, default="runs/crashes", help="checkpoints and adapter")
     add("--steps", type=positive, default=24, help="optimiser steps (24)")
     add_worker_options(parser)
     args = parser.parse_args()

@@ -28,6 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from backends.files import replacing, write_json
+from backends.places import output_directory
 from backends.threads import core_count
 from scenarios import record
 from scenarios.cli import clean_exit
@@ -197,7 +198,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentPar
     add("--price-gb", type=float, metavar="USD", help="a GB out of the GPUs' site (0.05)")
     add("--price-mbps-month", type=float, metavar="USD", help="an owner's line (0.10)")
     add("--processes", type=int, default=core_count(), help="worlds at once (all cores)")
-    add("--out", type=Path, help="where to write (runs/whatif/NAME)")
+    add("--out", type=output_directory, help="where to write (runs/whatif/NAME)")
     record.add_json_option(parser)
     return parser.parse_args(argv), parser
 
@@ -226,7 +227,7 @@ def main() -> None:
     with clean_exit(*MENDABLE):
         study = study_from(args)
         name = Path(args.study).stem if args.study else "sweep"
-        out = args.out or Path("runs/whatif") / name
+        out = args.out or output_directory(Path("runs/whatif") / name)
         sweep = Sweep(study, prices_from(args, study.prices), args.processes, out)
         print(f"{study.title}: {len(sweep.settings)} settings")
         try:

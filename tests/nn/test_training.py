@@ -81,13 +81,15 @@ def test_interrupt_and_resume_is_one_uninterrupted_run(
 
 
 def test_checkpoints_hold_no_randomness_and_no_pickle(llama: Tiny, tmp_path: Path) -> None:
-    """Three files, two of them safetensors; at most two checkpoints are kept, and a key."""
+    """Four files, JSON and safetensors; at most two checkpoints are kept, and a key."""
     run(llama, "clear", directory=tmp_path, stop_after=1)
     run(llama, "clear", directory=tmp_path, stop_after=2)
     run(llama, "clear", directory=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.key", "step-000002", "step-000004"]
     names = sorted(p.name for p in (tmp_path / "step-000004").iterdir())
-    assert names == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
+    assert names == [
+        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
 
 
 def test_a_half_written_checkpoint_is_never_seen(
