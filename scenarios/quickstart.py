@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +31,14 @@ from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.nn.adapters import add_lora, save_adapter
-from backends.nn.data import pack, read_texts
+from backends.nn.corpus import pack
+from backends.nn.documents import pieces
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import SafetensorsSource
+from backends.nn.texts import find_texts
+from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from backends.units import human_bytes
 from scenarios import record, report
@@ -75,15 +77,17 @@ def private_text(tokenizer: Any, held_out: int) -> Private:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     root = Path(spec.submodule_search_locations[0])
-    parts: dict[bool, list[str]] = {True: [], False: []}
+    parts: dict[bool, list[Path]] = {True: [], False: []}
     files = sorted(f for f in root.rglob("*.py") if "tests" not in f.parts and f.stat().st_size)
     for file in files:
         name = file.relative_to(root).as_posix()
         bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
-        parts[bucket < 15] += read_texts(file)
+        parts[bucket < 15].append(file)
 
-    def packed(texts: list[str], seed: int) -> torch.Tensor:
-        sequences = pack(texts, tokenizer, SEQUENCE, tokenizer.eos_token_id)
+    marking = HubTokenizer(tokenizer)
+
+    def packed(files: list[Path], seed: int) -> torch.Tensor:
+        sequences = pack(pieces(find_texts(files), marking.chat), marking, SEQUENCE)
         generator = torch.Generator().manual_seed(seed)
         return sequences[torch.randperm(len(sequences), generator=generator)]
 
@@ -105,7 +109,6 @@ class Quickstart:
         self.workers = Workers.of(args)
         self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
-        self.tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
         self.config = AutoConfig.from_pretrained(BASE)
         self.source = SafetensorsSource(BASE)
         self.text = private_text(self.tokenizer, args.held_out)

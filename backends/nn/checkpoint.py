@@ -41,12 +41,14 @@ from backends.files import (
     write_json,
     write_secret,
 )
+from backends.nn.corpus import Sequences
 
 _NAME = re.compile(r"step-(\d{6})")
 _KEPT = 2
 _STATE_BYTES_MAX = 64 << 20
 _KEY_FILE = "data.key"
 _KEY_BYTES = 32
+_BLOCK_TOKENS = 1 << 20
 
 
 class ResumeError(UserError, ValueError):
@@ -66,7 +68,7 @@ class Progress:
     served: frozenset[str] = frozenset()
 
 
-def data_tag(directory: Path, sequences: torch.Tensor) -> str:
+def data_tag(directory: Path, sequences: Sequences) -> str:
     """HMAC-SHA256 of int64[n, S] under the directory's key, in hex digits.
 
     The key is drawn when there is none. Raises ResumeError when there are checkpoints without it.
@@ -87,9 +89,11 @@ def data_tag(directory: Path, sequences: torch.Tensor) -> str:
             f"{path} can be read by other users, who can try data against it; "
             "make it yours alone (chmod 600), or start over with --fresh"
         )
-    shape = json.dumps(list(sequences.shape)).encode()
-    data = sequences.contiguous().numpy().tobytes()
-    return hmac.digest(key, shape + data, "sha256").hex()
+    tag = hmac.new(key, json.dumps(list(sequences.shape)).encode(), "sha256")
+    rows = max(1, _BLOCK_TOKENS // sequences.shape[1])
+    for start in range(0, len(sequences), rows):
+        tag.update(sequences[start : start + rows].contiguous().numpy().tobytes())
+    return tag.hexdigest()
 
 
 def save(
