@@ -27,7 +27,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.files import opened, read_bounded, replacing_directory, require_own, write_json
+from backends.files import (
+    end_replacing,
+    opened,
+    read_bounded,
+    replacing_directory,
+    require_own,
+    write_json,
+)
 from backends.nn.documents import Piece, pieces
 from backends.nn.texts import DataError, Texts
 from backends.nn.tokenizer import Tokenizer
@@ -163,6 +170,8 @@ def corpus_of(
         return found
     tally = _Tally()
     try:
+        if directory.parent.is_dir():
+            end_replacing(directory.parent)  # what a run that was killed has left is private
         with replacing_directory(directory) as aside:
             key = os.urandom(_KEY_BYTES)
             _private_file(aside / "data.key", [key])

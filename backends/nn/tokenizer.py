@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from backends.errors import UserError
 from backends.nn.records import Message, RecordError
@@ -28,7 +28,7 @@ KEPT_LEAST = 0.5
 KEPT_SAID = 0.98
 """Of a sample's letters, how many must come back, and below which share it is said."""
 
-_PROBE = "a"
+_PROBES = ("a", "A", "1", "一", ".")
 _USUAL_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _OF_ITS_OWN_LEAST = 3  # tokens that are not special: nucleotides are four
 
@@ -110,9 +110,16 @@ class HubTokenizer:
         if stop is not None and self.end[-1:] != (stop,):
             self.end += (stop,)
         self.unknown: int | None = tokenizer.unk_token_id
+        self._plain = _is_plain(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """The ids of each text, without those around a document."""
+        if self._plain:
+            backend = self._tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         found = self._tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False,
             return_token_type_ids=False, verbose=False,
@@ -149,13 +156,23 @@ class HubTokenizer:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether calling it is calling its backend, which is nearly twice as fast by itself."""
+    fast = PreTrainedTokenizerFast
+    return isinstance(tokenizer, fast) and all(
+        getattr(type(tokenizer), name, None) is getattr(fast, name, None)
+        for name in ("__call__", "_encode_plus")
+    )
+
+
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special ids that it puts before and after a text."""
-    inner = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(_PROBE)["input_ids"]
-    for start in range(len(whole) - len(inner) + 1):
-        if whole[start : start + len(inner)] == inner:
-            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
+    for probe in _PROBES:
+        inner = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(probe)["input_ids"]
+        for start in range(len(whole) - len(inner) + 1 if inner else 0):
+            if whole[start : start + len(inner)] == inner:
+                return tuple(whole[:start]), tuple(whole[start + len(inner) :])
     return (), ()
 
 

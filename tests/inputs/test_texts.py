@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from backends.nn import documents as documents_module
 from backends.nn.documents import pieces, sample
@@ -135,3 +138,42 @@ def test_a_sample_is_of_files_all_over(tmp_path: Path) -> None:
     assert found == [f"{i}\n" for i in range(0, 40, 4)]
     (tmp_path / "a.txt").write_text(LINE * 100)
     assert len(sample(find_texts([tmp_path / "a.txt"]), lambda messages: None, 8, 100)) == 8
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(("text", "messages", "role", "content", "prompt", "completion", "from",
+                         "conversations", "instruction", "output", "input", "type", "tools", "x")),
+        inner, max_size=4,
+    ),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    content=st.binary(max_size=40)
+    | st.text(max_size=20).map(lambda text: text.encode("utf-16"))
+    | VALUES.map(lambda value: json.dumps(value).encode())
+    | st.lists(VALUES).map(lambda values: _lines(*values).encode()),
+    suffix=st.sampled_from((".txt", ".json", ".jsonl", "")),
+    in_folder=st.booleans(),
+)
+def test_any_file_is_read_or_refused_in_a_line(
+    content: bytes, suffix: str, in_folder: bool, tmp_path: Path
+) -> None:
+    """Whatever it holds, nothing but a DataError comes of it."""
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(content)
+    refusals: list[str] = []
+    try:
+        found = documents(find_texts([tmp_path if in_folder else path]))
+    except DataError as error:
+        found, refusals = [], [str(error)]
+    path.unlink()
+    assert not any("\n" in said for said in refusals)
+    assert not any("\0" in text for text in found)

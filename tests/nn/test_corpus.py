@@ -167,6 +167,15 @@ def test_what_cannot_be_a_corpus_is_said_and_leaves_nothing(
     assert not list((text.parent / "out").iterdir())
 
 
+def test_what_a_killed_run_has_left_goes(text: Path) -> None:
+    """It is private, and large."""
+    aside = text.parent / "out" / ".corpus.0123456789abcdef.tmp"
+    aside.mkdir(parents=True)
+    (aside / "tokens.int32").write_bytes(TEXT.encode())
+    kept(text)
+    assert [path.name for path in (text.parent / "out").iterdir()] == ["corpus"]
+
+
 def test_every_epoch_sees_every_sequence_once() -> None:
     """And the order is a function of seed and step alone."""
     seen = [i for step in range(5) for i in batch_indices(step, 4, 10, seed=3)]

@@ -80,9 +80,25 @@ def test_a_template_writes_a_conversation_or_says_that_it_cannot() -> None:
 def test_nothing_is_cut_off_by_a_tokenizer_that_would() -> None:
     """Neither its greatest length nor what its file says of truncation and padding."""
     found = word_tokenizer("$A", model_max_length=4)
+    tokenizer = HubTokenizer(found)
     found.backend_tokenizer.enable_truncation(4)
     found.backend_tokenizer.enable_padding(length=64)
-    assert ids(HubTokenizer(found), Piece("dog " * 50)) == [4] * 50 + [2]
+    assert ids(tokenizer, Piece("dog " * 50)) == [4] * 50 + [2]
+
+
+def test_a_tokenizer_with_a_way_of_its_own_keeps_it() -> None:
+    """Only one that adds nothing to its backend is called past `transformers`."""
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, **more: Any) -> Any:
+            return super()._encode_plus([one.replace("!", " cat") for one in text], **more)
+
+    plain = word_tokenizer("$A")
+    own = Shouting(
+        tokenizer_object=plain.backend_tokenizer, unk_token="<unk>", eos_token="</s>"
+    )  # fmt: skip
+    assert ids(HubTokenizer(own), Piece("a dog!")) == [3, 4, 5, 2]
+    assert ids(HubTokenizer(plain), Piece("a dog!")) == [3, 4, 0, 2]
 
 
 def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path) -> None:
