@@ -3,6 +3,7 @@
     python -m scenarios.llama1b                        simulated: an H200 behind a 1 Gb/s line
     python -m scenarios.llama1b --network home --lanes 8 --gpu l4
     python -m scenarios.llama1b --real-cpu --weights DIR_OR_HUB_ID --data DIR_OR_FILE
+    python -m scenarios.llama1b --preview --weights DIR_OR_HUB_ID --data DIR_OR_FILE
     python -m scenarios.llama1b --real-cpu --steps 2 --tokens 256 --compare-clear --json F
     python -m scenarios.llama1b --real-gpu --steps 5 --tokens 2048 --sequence 512 --compare-clear
 
@@ -32,14 +33,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from backends.files import remove_directory
@@ -49,11 +48,11 @@ from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, base_name, save_adapter
-from backends.nn.base import Checkpoint
-from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
+from backends.nn.corpus import Sequences
 from backends.nn.local import localise
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import Base
+from backends.nn.texts import DataError
 from backends.nn.trainer import TrainConfig, Trainer
 from backends.places import output_directory, output_file
 from backends.units import human_bytes
@@ -77,8 +76,7 @@ from scenarios.session import (
     stopped_untainted,
     train_with_bar,
 )
-
-DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
+from scenarios.texts import load_sequences, preview
 
 
 @dataclass
@@ -88,29 +86,9 @@ class Setup:
     hardware: Hardware
     base: Base
     skeleton: Skeleton
-    sequences: torch.Tensor
+    sequences: Sequences
     training: TrainConfig
     base_name: str
-
-
-def load_sequences(args: argparse.Namespace, base: Base) -> torch.Tensor:
-    """The private text as int64[n, sequence]."""
-    if args.data is not None:
-        texts = read_texts(args.data)
-    else:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        texts = [text for name in DEFAULT_TEXT for text in read_texts(library / name)]
-        print("no --data: training on sources of Python's own library")
-    if not isinstance(base, Checkpoint):
-        print("no tokenizer without --weights: one token a byte")
-        sequences = pack(texts, ByteTokenizer(), args.sequence, None)
-    else:
-        tokenizer = base.tokenizer()
-        sequences = pack(texts, tokenizer, args.sequence, tokenizer.eos_token_id)
-    vocabulary = base.config.get_text_config(decoder=True).vocab_size
-    if int(sequences.max()) >= vocabulary:
-        raise DataError(f"the tokenizer gives ids beyond the model's {vocabulary}")
-    return sequences
 
 
 def set_up(args: argparse.Namespace) -> Setup:
@@ -377,7 +355,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--host-frames", action="store_true",
         help="on a GPU: ciphertexts go through host memory, as to a worker elsewhere")  # fmt: skip
     add_model_options(parser)
-    add("--data", type=Path, metavar="FILE|DIR", help="private text, UTF-8")
+    add("--data", type=Path, metavar="FILE|DIR",
+        help="private text: a file, or a folder and all below (docs/texts.md)")  # fmt: skip
+    add("--preview", action="store_true",
+        help="only show what would be read, and the first tokens")  # fmt: skip
     add("--steps", type=int, help="optimiser steps (10; simulated: 2)")
     add("--tokens", type=int, default=256, help="tokens of one lane's micro-batch (256)")
     add("--sequence", type=int, default=256, help="tokens of a sequence (256)")
@@ -401,7 +382,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     record.add_json_option(parser)
     simulated.add_options(parser)
     args = parser.parse_args(argv)
-    real = args.real_cpu or args.real_gpu
+    real = args.real_cpu or args.real_gpu or args.preview
     args.steps = args.steps if args.steps is not None else 10 if real else 2
     args.lanes = args.lanes if args.lanes is not None else 1 if real else 4
     args.out = args.out or Path("runs/llama1b" if real else "runs/llama1b-sim")
@@ -425,6 +406,9 @@ def main() -> None:
     argv = sys.argv[1:]
     args = parse(argv)
     with clean_exit(RemoteLinearError, *simulated.MENDABLE):
+        if args.preview:
+            preview(args, chosen_base(args))
+            return
         if not (args.real_cpu or args.real_gpu):
             output_directory(args.out)
             figures = simulated.run(args)

@@ -25,16 +25,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import AutoTokenizer
 
 from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.base import open_base
-from backends.nn.data import pack, read_texts
+from backends.nn.corpus import pack
+from backends.nn.documents import pieces
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
+from backends.nn.texts import find_texts
+from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from backends.places import output_directory, output_file
 from backends.units import human_bytes
@@ -77,15 +81,17 @@ def private_text(tokenizer: Any, held_out: int) -> Private:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     root = Path(spec.submodule_search_locations[0])
-    parts: dict[bool, list[str]] = {True: [], False: []}
+    parts: dict[bool, list[Path]] = {True: [], False: []}
     files = sorted(f for f in root.rglob("*.py") if "tests" not in f.parts and f.stat().st_size)
     for file in files:
         name = file.relative_to(root).as_posix()
         bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
-        parts[bucket < 15] += read_texts(file)
+        parts[bucket < 15].append(file)
 
-    def packed(texts: list[str], seed: int) -> torch.Tensor:
-        sequences = pack(texts, tokenizer, SEQUENCE, tokenizer.eos_token_id)
+    marking = HubTokenizer(tokenizer)
+
+    def packed(files: list[Path], seed: int) -> torch.Tensor:
+        sequences = pack(pieces(find_texts(files), marking.chat), marking, SEQUENCE)
         generator = torch.Generator().manual_seed(seed)
         return sequences[torch.randperm(len(sequences), generator=generator)]
 
@@ -107,7 +113,7 @@ class Quickstart:
         self.workers = Workers.of(args)
         self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
         self.base = open_base(BASE)
-        self.tokenizer = self.base.tokenizer()
+        self.tokenizer = AutoTokenizer.from_pretrained(BASE)
         self.text = private_text(self.tokenizer, args.held_out)
         self.training = TrainConfig(
             steps=args.steps, batch=4, micro_batch=4 // args.lanes,

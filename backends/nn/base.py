@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import sys
 import tempfile
 import warnings
 import weakref
@@ -28,7 +27,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -45,6 +43,7 @@ from backends.nn.checkpoint_files import (
     weight_files,
 )
 from backends.nn.sources import Base, CheckpointError, Loaded, first_line, probe_tokens
+from backends.nn.tokenizer import HubTokenizer, load_tokenizer
 
 _GGUF = b"GGUF"
 
@@ -132,21 +131,10 @@ class Checkpoint(Base):
         self._place = files[0] if gguf else directory
         self._before: torch.Tensor | None = None
 
-    def tokenizer(self) -> Any:
-        """Its tokenizer, which cuts no text. Raises CheckpointError when it has none."""
-        try:
-            with _quiet():
-                found = AutoTokenizer.from_pretrained(
-                    self.directory, local_files_only=True, trust_remote_code=False,
-                    **({"gguf_file": self._gguf} if self._gguf else {}),
-                )  # fmt: skip
-        except Exception as error:  # of any tokenizer's own code, fed with any file
-            raise CheckpointError(
-                f"{self._place}: no usable tokenizer ({first_line(error)}); put the files "
-                "tokenizer.json and tokenizer_config.json of the model there"
-            ) from error
-        found.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
-        return found
+    def tokenizer(self) -> HubTokenizer:
+        """Its tokenizer. Raises TokenizerError when there is none, or an empty one."""
+        with _quiet():
+            return load_tokenizer(self.directory, self._gguf)
 
     def identity(self) -> str:
         """Of the files' bytes."""

@@ -45,6 +45,7 @@ from backends.files import (
     write_secret,
 )
 from backends.nn.adapters import CONFIG_FILE, WEIGHTS_FILE, stored_name
+from backends.nn.corpus import Sequences
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ _KEY_BYTES = 32
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SCHEDULE = ("steps", "warmup_steps")
 """What may change between the runs of one directory, where the number of steps does."""
+_BLOCK_TOKENS = 1 << 20
 
 
 class ResumeError(UserError, ValueError):
@@ -93,7 +95,7 @@ def room_bytes(parameters: int) -> int:
     return (3 * (_KEPT + 2) + 1) * 4 * parameters
 
 
-def data_tag(directory: Path, sequences: torch.Tensor) -> str:
+def data_tag(directory: Path, sequences: Sequences) -> str:
     """HMAC-SHA256 of int64[n, S] under the directory's key, in hex digits.
 
     The key is drawn when there is none. Raises ResumeError when there are checkpoints without it,
@@ -120,9 +122,11 @@ def data_tag(directory: Path, sequences: torch.Tensor) -> str:
             f"{path} can be read by other users, who can try data against it; "
             "make it yours alone (chmod 600), or start over with --fresh"
         )
-    shape = json.dumps(list(sequences.shape)).encode()
-    data = sequences.contiguous().numpy().tobytes()
-    return hmac.digest(key, shape + data, "sha256").hex()
+    tag = hmac.new(key, json.dumps(list(sequences.shape)).encode(), "sha256")
+    rows = max(1, _BLOCK_TOKENS // sequences.shape[1])
+    for start in range(0, len(sequences), rows):
+        tag.update(sequences[start : start + rows].contiguous().numpy().tobytes())
+    return tag.hexdigest()
 
 
 def save(

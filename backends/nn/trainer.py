@@ -29,7 +29,7 @@ from backends.ledger import WorkerLedger
 from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
 from backends.nn.checkpoint import Progress
-from backends.nn.data import batch_indices
+from backends.nn.corpus import Sequences, batch_indices
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def token_losses(
 
 
 def evaluate(
-    model: nn.Module, sequences: torch.Tensor, micro_batch: int, asked: int | None = None
+    model: nn.Module, sequences: Sequences, micro_batch: int, asked: int | None = None
 ) -> float:
     """Mean loss in nats per predicted token over int64[n, S].
 
@@ -135,7 +135,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        sequences: torch.Tensor,
+        sequences: Sequences,
         config: TrainConfig,
         lanes: int = 1,
         forget_lane: Callable[[], None] = lambda: None,
