@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -52,6 +53,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
+def require_writable(path: Path) -> None:
+    """Raise OSError when a file cannot be written at `path`. What it holds stays.
+
+    The file is replaced by itself: permissions tell only half of what can go wrong.
+    """
+    existed = path.exists()
+    if existed and not path.is_file():
+        code = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(code, os.strerror(code), str(path))
+    held = path.read_bytes() if existed else b""
+    with replacing(path) as file:
+        file.write(held)
+    if not existed:
+        path.unlink()
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Alone among processes that change `path`, by a lock file beside it."""
@@ -91,9 +108,10 @@ def sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
+    """Write indented JSON atomically. Raises ValueError for NaN and infinities: JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False)
     with replacing(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
+        file.write(text.encode() + b"\n")
 
 
 def write_secret(path: Path, value: bytes) -> None:

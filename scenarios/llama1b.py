@@ -52,9 +52,24 @@ from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
 from backends.nn.local import localise
+from backends.nn.sane import require_positions, require_rank
 from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import WeightSource
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.options import (
+    ALL,
+    LANES,
+    LEARNING_RATE,
+    RANK,
+    SEED,
+    SEQUENCE,
+    STEPS,
+    TOKENS,
+    Modes,
+    Parser,
+    place,
+    writable,
+)
 from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
@@ -75,6 +90,50 @@ from scenarios.session import (
 )
 
 DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
+
+
+def _active(args: argparse.Namespace) -> set[str]:
+    """The modes that a command line asks for."""
+    if not (args.real_cpu or args.real_gpu):
+        return {"simulated"}
+    found = {"real", "cpu" if args.real_cpu else "gpu"}
+    if not args.compare_clear:
+        found.add("training")
+    return found | {"elsewhere"} if args.worker else found
+
+
+MODES = Modes(
+    {
+        "simulated": "a simulated run (neither --real-cpu nor --real-gpu)",
+        "real": "--real-cpu and --real-gpu",
+        "cpu": "--real-cpu",
+        "gpu": "--real-gpu",
+        "training": "a real run without --compare-clear",
+        "elsewhere": "the line to a --worker",
+    },
+    _active,
+    {
+        **dict.fromkeys(
+            (
+                "--real-cpu", "--real-gpu", "--steps", "--tokens", "--sequence", "--lanes",
+                "--lm-head", "--seed", "--out", "--json",
+            ),
+            ALL,
+        ),
+        **dict.fromkeys(
+            (
+                "--weights", "--preset", "--owner-tag", "--cache", "--data", "--rank",
+                "--learning-rate", "--compare-clear", "--trace", "--clear-peer", "--worker",
+            ),
+            ("real",),
+        ),
+        **dict.fromkeys(("--checkpoint-every", "--fresh"), ("training",)),
+        **dict.fromkeys(("--network", *simulated.OPTIONS), ("simulated",)),
+        "--kernel": ("cpu",),
+        "--host-frames": ("gpu",),
+        "--tls": ("elsewhere",),
+    },
+)  # fmt: skip
 
 
 @dataclass
@@ -122,6 +181,10 @@ def set_up(args: argparse.Namespace) -> Setup:
     source, directory, config = base_source(args)
     sequences = load_sequences(args, directory, config)
     skeleton = build_skeleton(config, source, args.lm_head == "remote", hardware.dtype)
+    require_rank(skeleton.groups, args.rank)
+    warning = require_positions(skeleton.model, args.sequence)
+    if warning is not None:
+        print(warning)
     micro_batch = args.tokens // args.sequence
     training = TrainConfig(
         steps=args.steps,
@@ -359,11 +422,7 @@ def print_report(f: dict[str, Any]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.llama1b",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "scenarios.llama1b", MODES)
     add = parser.add_argument
     add("--real-cpu", action="store_true", help="run for real on this machine's CPU")
     add("--real-gpu", action="store_true",
@@ -371,47 +430,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--host-frames", action="store_true",
         help="on a GPU: ciphertexts go through host memory, as to a worker elsewhere")  # fmt: skip
     add_model_options(parser)
-    add("--data", type=Path, metavar="FILE|DIR", help="private text, UTF-8")
-    add("--steps", type=int, help="optimiser steps (10; simulated: 2)")
-    add("--tokens", type=int, default=256, help="tokens of one lane's micro-batch (256)")
-    add("--sequence", type=int, default=256, help="tokens of a sequence (256)")
-    add("--lanes", type=int, help="micro-batches of a step, all in flight (1; simulated: 4)")
-    add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
-    add("--learning-rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
-    add("--seed", type=int, default=0, help="seed of adapters, data order and random weights")
+    add("--data", type=place, metavar="FILE|DIR", help="private text, UTF-8")
+    add("--steps", type=STEPS, help="optimiser steps (10; simulated: 2)")
+    add("--tokens", type=TOKENS, default=256, help="tokens of one lane's micro-batch (256)")
+    add("--sequence", type=SEQUENCE, default=256, help="tokens of a sequence (256)")
+    add("--lanes", type=LANES, help="micro-batches of a step, all in flight (1; simulated: 4)")
+    add("--rank", type=RANK, default=16, help="LoRA rank (16); alpha is twice that")
+    add("--learning-rate", type=LEARNING_RATE, default=2e-4, help="peak learning rate (2e-4)")
+    add("--seed", type=SEED, default=0, help="seed of adapters, data order and random weights")
     add("--compare-clear", action="store_true",
         help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
     )  # fmt: skip
-    add("--checkpoint-every", type=int, default=25, help="steps between checkpoints (25)")
-    add("--out", type=Path,
+    add("--checkpoint-every", type=STEPS, default=25, help="steps between checkpoints (25)")
+    add("--out", type=place,
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
         "(runs/llama1b-sim)")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=Path, metavar="FILE",
+    add("--trace", type=writable, metavar="FILE",
         help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
     add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
     simulated.add_options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     real = args.real_cpu or args.real_gpu
     args.steps = args.steps if args.steps is not None else 10 if real else 2
     args.lanes = args.lanes if args.lanes is not None else 1 if real else 4
     args.out = args.out or Path("runs/llama1b" if real else "runs/llama1b-sim")
-    for name in ("steps", "tokens", "sequence", "lanes", "rank", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
     if args.real_cpu and args.real_gpu:
         parser.error("--real-cpu or --real-gpu, not both")
-    if args.kernel and not args.real_cpu:
-        parser.error("--kernel is for --real-cpu")
-    if args.worker and not real:
-        parser.error("--worker is for --real-cpu and --real-gpu")
-    if args.tls and not args.worker:
-        parser.error("--tls is for the line to a --worker")
-    if args.host_frames and not args.real_gpu:
-        parser.error("--host-frames is for --real-gpu")
     return args
 
 

@@ -33,6 +33,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from backends.options import SEED, STEPS, Number, place
+
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables: no code to learn from
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -213,16 +215,16 @@ def parse_args() -> argparse.Namespace:
     precision_help = "matrix products; choose fp32 on CPUs that do bf16 slowly"
     out_help = "folder to make; a model already there is replaced at the end"
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=4500, help=steps_help)
-    length.add_argument("--minutes", type=float, default=argparse.SUPPRESS, help=minutes_help)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order")
+    length.add_argument("--steps", type=STEPS, default=4500, help=steps_help)
+    length.add_argument(
+        "--minutes", type=Number(0.01, 10_080), default=argparse.SUPPRESS, help=minutes_help
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of the weights and the order")
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help=precision_help
     )
-    parser.add_argument("--out", type=Path, default="scenarios/assets/tiny-llama", help=out_help)
+    parser.add_argument("--out", type=place, default="scenarios/assets/tiny-llama", help=out_help)
     args = parser.parse_args(namespace=argparse.Namespace(minutes=None))
-    if args.steps < 1 or (args.minutes is not None and args.minutes <= 0):
-        parser.error("--steps and --minutes must be above zero")
     if args.out.exists() and not (args.out / "config.json").exists():
         parser.error(f"{args.out} exists and holds no model: name another folder")
     return args

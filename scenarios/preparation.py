@@ -25,6 +25,7 @@ from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import CheckpointError, WeightSource, source_for
+from backends.options import place
 from backends.units import human_bytes
 from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
@@ -46,7 +47,7 @@ def _cache(text: str) -> Path:
         place = Path(text or base or Path.home() / ".cache")
         place = place if text else place / "private-lora"
         place.exists()
-    except (OSError, RuntimeError) as error:  # RuntimeError: of a user whom nobody knows
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of an unknown user
         why = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(
             f"{text or 'no place of your own'}: {why}; name a directory that you can use"
@@ -67,11 +68,18 @@ def add_preparation_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """`--weights` and `--lm-head`: which model; and the above. `base_source` needs `--seed` too."""
     add = parser.add_argument
-    add("--weights", metavar="DIR|ID", help="Hugging Face checkpoint; random weights without")
+    add("--weights", type=_base, metavar="DIR|ID",
+        help="Hugging Face checkpoint; random weights without")  # fmt: skip
     add("--lm-head", choices=("local", "remote"), default="local",
         help="who multiplies by the head: remote saves the owner work and costs traffic and "
         "precision (see docs/design.md)")  # fmt: skip
     add_preparation_options(parser)
+
+
+def _base(text: str) -> str:
+    """A directory or a hub id. What is left empty, as by a variable that is not set, is neither."""
+    place(text)
+    return text
 
 
 def _owner_tag(text: str) -> bytes:

@@ -28,6 +28,7 @@ from backends.net.worker import WorkerServer
 from backends.nn.checkpoint import set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer
+from backends.options import place
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.hardware import CPU, Hardware
 from scenarios.line import LineWatch, waits_for, watched
@@ -100,7 +101,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "probes the line first, and says how long it will take",
     )  # fmt: skip
     parser.add_argument(
-        "--tls", type=Path, metavar="DIR",
+        "--tls", type=place, metavar="DIR",
         help="this side's ca.pem, cert.pem and key.pem, see `python -m scenarios.certs`; only "
         "workers on this machine can do without",
     )  # fmt: skip

@@ -15,14 +15,12 @@ others remain; of those that remain the faster half counts. Takes about 45 secon
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, TypeVar
 
@@ -33,6 +31,7 @@ from backends.files import write_json
 from backends.he.matmul.choice import KernelError, chosen_kernel
 from backends.he.params import Parameters, preset
 from backends.machine import busy_elsewhere_s, commit, machine
+from backends.options import Parser, writable
 from backends.threads import core_count
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
@@ -349,14 +348,12 @@ def calibrate(name: str) -> tuple[DeviceProfile, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sim.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(__doc__, "sim.calibrate")
+    parser.add_argument("--out", type=writable, metavar="FILE", help="write the profile here")
+    parser.add_argument(
+        "--json", type=writable, metavar="FILE", help="write cases and residuals here"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the profile here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write cases and residuals here")
-    args = parser.parse_args()
+    args = parser.parse()
     try:
         print(f"kernel: {chosen_kernel().name}")
     except KernelError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -84,6 +85,17 @@ def pack(
     return torch.tensor(stream[: count * length]).reshape(count, length)
 
 
+def order_seed(seed: int, epoch: int) -> int:
+    """Of the order of one epoch, for a torch generator, which takes 63 bits.
+
+    seed  from 0 to 2^63 - 1
+    """
+    mixed = (seed << 20) + epoch
+    if mixed < 1 << 63:
+        return mixed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:7], "big")
+
+
 def batch_indices(step: int, batch: int, count: int, seed: int) -> list[int]:
     """Which sequences step `step` (from 0) trains on: a fresh permutation every epoch.
 
@@ -92,6 +104,6 @@ def batch_indices(step: int, batch: int, count: int, seed: int) -> list[int]:
     chosen = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, count)
-        generator = torch.Generator().manual_seed((seed << 20) + epoch)
+        generator = torch.Generator().manual_seed(order_seed(seed, epoch))
         chosen.append(int(torch.randperm(count, generator=generator)[place]))
     return chosen

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from backends.he.manifest import GroupSpec
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
+from backends.nn.sane import require_finite
 from backends.nn.sources import WeightSource
 
 
@@ -87,6 +88,7 @@ def build_skeleton(
         model.tie_weights()
     model.requires_grad_(False)
     model.eval()
+    require_finite(model)
     groups = discover_groups(model, remote)
     return Skeleton(model, remote, groups, shapes, frozenset(transposed), aliases)
 

@@ -23,6 +23,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+mpl.rcParams["text.parse_math"] = False  # a name with a dollar in it is no formula
+
 BLUE, ORANGE, GREEN = "#1f6fb4", "#e0701e", "#2c9c69"
 PANELS_MAX = 6
 
