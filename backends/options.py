@@ -176,6 +176,8 @@ class Parser(argparse.ArgumentParser):
         """The options of a command line (this process's own). Ends the process, as argparse does,
         with what is wrong."""
         words = sys.argv[1:] if words is None else words
+        if any(word == "--" or word.endswith("=--") for word in words):
+            self.error("'--' is no value, and nothing comes after it")  # argparse makes [] of it
         parsed = self.parse_args(words)
         wrong = None if self.modes is None else self.modes.stranger(words, parsed)
         if wrong is not None:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from backends.options import SEED, STEPS, Number, place
+from backends.options import SEED, STEPS, Number, Parser, place
 
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables: no code to learn from
@@ -202,13 +202,15 @@ further notices of their own, as "History and License" in Python's documentation
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.make_tiny_llama",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Pre-train a tiny Llama, from random weights, on the source of the standard "
-        "library of this Python. It needs no network and no GPU.",
-        epilog="To try it out: --minutes 1 --out my-tiny-llama. The same --steps and --seed train "
-        "in the same way each time; --minutes depends on the speed of the machine.",
+    parser = Parser(
+        "Pre-train a tiny Llama, from random weights, on the source of the standard library of "
+        "this Python. It needs no network and no GPU.",
+        "scenarios.make_tiny_llama",
+    )
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.epilog = (
+        "To try it out: --minutes 1 --out my-tiny-llama. The same --steps and --seed train in the "
+        "same way each time; --minutes depends on the speed of the machine."
     )
     steps_help = f"optimizer steps, each on {BATCH} x {SEQ_LEN} tokens"
     minutes_help = "train for this long instead; the learning rate follows the clock"
@@ -224,7 +226,8 @@ def parse_args() -> argparse.Namespace:
         "--precision", choices=("bf16", "fp32"), default="bf16", help=precision_help
     )
     parser.add_argument("--out", type=place, default="scenarios/assets/tiny-llama", help=out_help)
-    args = parser.parse_args(namespace=argparse.Namespace(minutes=None))
+    args = parser.parse()
+    args.minutes = getattr(args, "minutes", None)
     if args.out.exists() and not (args.out / "config.json").exists():
         parser.error(f"{args.out} exists and holds no model: name another folder")
     return args

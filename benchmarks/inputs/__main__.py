@@ -153,6 +153,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Verdict]]:
     count: Counter[str] = Counter()
     by_command: dict[str, Counter[str]] = {entry.name: Counter() for entry in entries}
     found: list[Verdict] = []
+    long: list[str] = []
     with pool() as where, tqdm(total=args.cases, unit="case", dynamic_ncols=True) as bar:
         for verdict in verdicts(
             drawer.cases(args.cases, entries), where, args.processes, args.limit_s
@@ -161,6 +162,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Verdict]]:
             by_command[verdict.case.entry.name][verdict.kind] += 1
             if verdict.kind in BAD:
                 found.append(verdict)
+            elif verdict.kind == "long":
+                long.append(str(verdict.case))
             bar.set_postfix({_COUNTED[kind]: count[kind] for kind in BAD}, refresh=False)
             bar.update()
     found.sort(key=lambda verdict: verdict.case.number)
@@ -172,6 +175,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Verdict]]:
         "commands": {name: dict(kinds) for name, kinds in by_command.items()},
         "seconds": round(time.monotonic() - start, 1),
         "found": [as_json(verdict) for verdict in found],
+        "long_list": long,
     }
     return figures, found
 

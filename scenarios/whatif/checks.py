@@ -109,7 +109,7 @@ def require_sound(study: Study) -> None:
     if missing:
         raise SettingError(f"[answer] of kind {kind!r} needs {missing[0]}")
     _check(study, f"[answer] of kind {kind!r}", options, checks)
-    if kind == "cheaper" and {options["one"], options["other"]} != set(varying(study)):
+    if kind == "cheaper" and sorted((options["one"], options["other"])) != sorted(varying(study)):
         raise SettingError("[answer] of kind 'cheaper': one and other are the two knobs that vary")
     _check(study, "[plot]", study.plot, _PLOT)
     _check_axes(study)

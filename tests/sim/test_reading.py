@@ -29,11 +29,14 @@ def changed(keys: str, value: Any) -> str:
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        ("rates.int8", math.nan), ("rates.int8", math.inf), ("rates.int8", 0), ("rates.float", -1.0),
-        ("rates.float", "fast"), ("rates.value", True), ("rates.value", None), ("rates.int8", 1e-300),
+        ("rates.int8", math.nan), ("rates.int8", math.inf), ("rates.int8", 0),
+        ("rates.float", -1.0),
+        ("rates.float", "fast"), ("rates.value", True), ("rates.value", None),
+        ("rates.int8", 1e-300),
         ("rates", [1, 2]), ("bytes_per_s", math.nan), ("bytes_per_s", "1e9"), ("cores", 0),
         ("cores", 1e9), ("overhead_s.local", math.nan), ("overhead_s.local", 1e300),
-        ("overhead_s", 5), ("width.local", "1"), ("name", 7), ("origin", "here"), ("origin.when", 2026),
+        ("overhead_s", 5), ("width.local", "1"), ("name", 7), ("origin", "here"),
+        ("origin.when", 2026),
         ("origin.assumed", "everything"), ("origin.assumed", [1]), ("speed", 1.0),
     ],
 )  # fmt: skip
