@@ -145,9 +145,10 @@ def sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
+    """Write indented JSON atomically. Raises ValueError for NaN and infinities: JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False)
     with replacing(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
+        file.write(text.encode() + b"\n")
 
 
 def write_secret(path: Path, value: bytes) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     mendable  more errors that a user can mend, beside every UserError
     """
     private_process()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be any bytes
     try:
         yield
     except Interrupted as stopped:
@@ -43,7 +46,7 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         print("\ninterrupted; what was prepared or saved so far is kept")
         sys.exit(INTERRUPTED)
     except (UserError, FloatingPointError, *mendable) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).splitlines())}")
     except OSError as error:
         if error.errno == errno.EPIPE and _stdout_is_gone():
             sys.exit(1)
@@ -100,40 +103,3 @@ def use_kernel(name: str | None) -> Kernel:
     kernel = choose_kernel(name)
     print(f"kernel: {kernel.name}{kernel.warning and f' (slow: {kernel.warning})'}")
     return kernel
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, for an option's type."""
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
-
-
-def up_to(most: int) -> Callable[[str], int]:
-    """A whole number from 1 to `most`, also as a power such as '2^30', for an option's type."""
-
-    def parse(text: str) -> int:
-        base, power, exponent = text.partition("^")
-        parts = (base, exponent) if power else (base,)
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is no whole number from 1 to {most}")
-        # Refused by its length before it is computed: a power may have any number of digits.
-        long = any(len(part.lstrip("0")) > 20 for part in parts)
-        if long or (power and int(exponent) > most.bit_length()) or _power(parts) > most:
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is too large; at most {most}")
-        if not _power(parts):
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is no whole number from 1 to {most}")
-        return _power(parts)
-
-    return parse
-
-
-def _power(parts: tuple[str, ...]) -> int:
-    value = int(parts[0])
-    for exponent in parts[1:]:
-        value = int(value ** int(exponent))
-    return value
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -50,10 +50,24 @@ from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.corpus import Sequences
 from backends.nn.local import localise
+from backends.nn.sane import require_positions, require_rank
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import Base
 from backends.nn.texts import DataError
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.options import (
+    ALL,
+    LANES,
+    LEARNING_RATE,
+    RANK,
+    SEED,
+    SEQUENCE,
+    STEPS,
+    TOKENS,
+    Modes,
+    Parser,
+    place,
+)
 from backends.places import output_directory, output_file
 from backends.units import human_bytes
 from scenarios import record, simulated
@@ -79,6 +93,53 @@ from scenarios.session import (
 from scenarios.texts import load_sequences, preview
 
 
+def _active(args: argparse.Namespace) -> set[str]:
+    """The modes that a command line asks for."""
+    if args.preview:
+        return {"real"}
+    if not (args.real_cpu or args.real_gpu):
+        return {"simulated"}
+    found = {"real", "cpu" if args.real_cpu else "gpu"}
+    if not args.compare_clear:
+        found.add("training")
+    return found | {"elsewhere"} if args.worker else found
+
+
+MODES = Modes(
+    {
+        "simulated": "a simulated run (neither --real-cpu nor --real-gpu)",
+        "real": "--real-cpu, --real-gpu and --preview",
+        "cpu": "--real-cpu",
+        "gpu": "--real-gpu",
+        "training": "a real run without --compare-clear",
+        "elsewhere": "the line to a --worker",
+    },
+    _active,
+    {
+        **dict.fromkeys(
+            (
+                "--real-cpu", "--real-gpu", "--steps", "--tokens", "--sequence", "--lanes",
+                "--lm-head", "--seed", "--out", "--json", "--preview",
+            ),
+            ALL,
+        ),
+        **dict.fromkeys(
+            (
+                "--weights", "--preset", "--owner-tag", "--cache", "--data", "--rank",
+                "--learning-rate", "--least-remote", "--compare-clear", "--trace",
+                "--clear-peer", "--worker",
+            ),
+            ("real",),
+        ),
+        **dict.fromkeys(("--checkpoint-every", "--fresh"), ("training",)),
+        **dict.fromkeys(("--network", *simulated.OPTIONS), ("simulated",)),
+        "--kernel": ("cpu",),
+        "--host-frames": ("gpu",),
+        "--tls": ("elsewhere",),
+    },
+)  # fmt: skip
+
+
 @dataclass
 class Setup:
     """The run's place, model, data and training, before any role is taken."""
@@ -100,6 +161,10 @@ def set_up(args: argparse.Namespace) -> Setup:
         hardware = replace(hardware, dtype=DTYPES[args.clear_peer])
     base = chosen_base(args)
     skeleton = chosen_skeleton(args, base, hardware.dtype)
+    require_rank(skeleton.groups, args.rank)
+    warning = require_positions(skeleton.model, args.sequence)
+    if warning is not None:
+        print(warning)
     sequences = load_sequences(args, base)
     micro_batch = args.tokens // args.sequence
     training = TrainConfig(
@@ -343,11 +408,7 @@ def print_report(f: dict[str, Any]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.llama1b",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "scenarios.llama1b", MODES)
     add = parser.add_argument
     add("--real-cpu", action="store_true", help="run for real on this machine's CPU")
     add("--real-gpu", action="store_true",
@@ -355,21 +416,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--host-frames", action="store_true",
         help="on a GPU: ciphertexts go through host memory, as to a worker elsewhere")  # fmt: skip
     add_model_options(parser)
-    add("--data", type=Path, metavar="FILE|DIR",
+    add("--data", type=place, metavar="FILE|DIR",
         help="private text: a file, or a folder and all below (docs/texts.md)")  # fmt: skip
     add("--preview", action="store_true",
         help="only show what would be read, and the first tokens")  # fmt: skip
-    add("--steps", type=int, help="optimiser steps (10; simulated: 2)")
-    add("--tokens", type=int, default=256, help="tokens of one lane's micro-batch (256)")
-    add("--sequence", type=int, default=256, help="tokens of a sequence (256)")
-    add("--lanes", type=int, help="micro-batches of a step, all in flight (1; simulated: 4)")
-    add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
-    add("--learning-rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
-    add("--seed", type=int, default=0, help="seed of adapters, data order and random weights")
+    add("--steps", type=STEPS, help="optimiser steps (10; simulated: 2)")
+    add("--tokens", type=TOKENS, default=256, help="tokens of one lane's micro-batch (256)")
+    add("--sequence", type=SEQUENCE, default=256, help="tokens of a sequence (256)")
+    add("--lanes", type=LANES, help="micro-batches of a step, all in flight (1; simulated: 4)")
+    add("--rank", type=RANK, default=16, help="LoRA rank (16); alpha is twice that")
+    add("--learning-rate", type=LEARNING_RATE, default=2e-4, help="peak learning rate (2e-4)")
+    add("--seed", type=SEED, default=0, help="seed of adapters, data order and random weights")
     add("--compare-clear", action="store_true",
         help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
     )  # fmt: skip
-    add("--checkpoint-every", type=int, default=25, help="steps between checkpoints (25)")
+    add("--checkpoint-every", type=STEPS, default=25, help="steps between checkpoints (25)")
     add("--out", type=output_directory,
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
         "(runs/llama1b-sim)")  # fmt: skip
@@ -381,24 +442,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_kernel_option(parser)
     record.add_json_option(parser)
     simulated.add_options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     real = args.real_cpu or args.real_gpu or args.preview
     args.steps = args.steps if args.steps is not None else 10 if real else 2
     args.lanes = args.lanes if args.lanes is not None else 1 if real else 4
     args.out = args.out or Path("runs/llama1b" if real else "runs/llama1b-sim")
-    for name in ("steps", "tokens", "sequence", "lanes", "rank", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
     if args.real_cpu and args.real_gpu:
         parser.error("--real-cpu or --real-gpu, not both")
-    if args.kernel and not args.real_cpu:
-        parser.error("--kernel is for --real-cpu")
-    if args.worker and not real:
-        parser.error("--worker is for --real-cpu and --real-gpu")
-    if args.tls and not args.worker:
-        parser.error("--tls is for the line to a --worker")
-    if args.host_frames and not args.real_gpu:
-        parser.error("--host-frames is for --real-gpu")
     return args
 
 

@@ -28,6 +28,7 @@ from backends.nn.base import open_base
 from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 from backends.nn.sources import Base, RandomBase
+from backends.options import Number, place
 from backends.places import named, output_directory
 from backends.units import human_bytes
 from scenarios.hardware import CPU, Hardware
@@ -52,7 +53,7 @@ def _cache(text: str) -> Path:
         there = next(each for each in (place, *place.parents) if os.path.lexists(each))
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
-    except (OSError, RuntimeError) as error:  # RuntimeError: of a user whom nobody knows
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of an unknown user
         why = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(
             f"{text or 'no place of your own'}: {why}; name a directory that you can use"
@@ -71,10 +72,11 @@ def add_preparation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--weights` and `--lm-head`: which model; and the above. `base_source` needs `--seed` too."""
+    """`--weights` and `--lm-head`: which model; and the above. `chosen_base` needs `--seed` too."""
     add = parser.add_argument
     add(
         "--weights",
+        type=_base,
         metavar="DIR|FILE|ID",
         help="checkpoint: a directory, a GGUF file, or an id of the hub; random weights without",
     )
@@ -83,7 +85,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "precision (see docs/design.md)")  # fmt: skip
     add(
         "--least-remote",
-        type=_share,
+        type=Number(0, 1),
         default=LEAST_REMOTE,
         metavar="SHARE",
         help="refuse a model of whose frozen weights workers can compute less than this "
@@ -92,21 +94,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_preparation_options(parser)
 
 
+def _base(text: str) -> str:
+    """A directory or a hub id. What is left empty, as by a variable that is not set, is neither."""
+    place(text)
+    return text
+
+
 def _owner_tag(text: str) -> bytes:
     tag = os.fsencode(text)
     if not 1 <= len(tag) <= OWNER_TAG_BYTES:
         raise argparse.ArgumentTypeError(f"a tag has 1 to {OWNER_TAG_BYTES} bytes")
     return tag
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to 1")
-    return share
 
 
 def chosen_base(args: argparse.Namespace) -> Base:

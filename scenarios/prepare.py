@@ -40,11 +40,26 @@ from backends.he.manifest import NAME, PreparationError
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel, copy_worker_part
+from backends.options import ALL, SEED, Modes, Parser
 from backends.places import replaced_directory
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
+
+MODES = Modes(
+    {"random": "random weights (without --weights)"},
+    lambda args: ("random",) if args.weights is None else (),
+    {"--seed": ("random",)}
+    | dict.fromkeys(
+        (
+            "--weights", "--lm-head", "--least-remote", "--preset", "--owner-tag", "--cache",
+            "--verify",
+            "--worker-part", "--kernel", "--json",
+        ),
+        ALL,
+    ),
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,13 +140,9 @@ and there:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "scenarios.prepare", MODES)
     add_model_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of random weights (0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of random weights (0)")
     parser.add_argument(
         "--verify", action="store_true", help="verify plans and hints, whatever was found before"
     )
@@ -141,7 +152,7 @@ def main() -> None:
     )  # fmt: skip
     add_kernel_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     with clean_exit():
         use_kernel(args.kernel)
         figures = run(args)

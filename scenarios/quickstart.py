@@ -36,10 +36,12 @@ from backends.nn.corpus import pack
 from backends.nn.documents import pieces
 from backends.nn.generate import complete
 from backends.nn.local import localise
+from backends.nn.sane import require_rank
 from backends.nn.skeleton import build_skeleton
 from backends.nn.texts import find_texts
 from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
+from backends.options import ALL, LEARNING_RATE, RANK, SEED, STEPS, Modes, Parser, Whole
 from backends.places import output_directory, output_file
 from backends.units import human_bytes
 from scenarios import record, report
@@ -64,6 +66,20 @@ SEQUENCE = 256
 PRIVATE_PACKAGE = "networkx.algorithms"
 PROMPT = "    Examples\n    --------\n    >>> G = nx."
 COMPLETION_TOKENS = 40
+
+MODES = Modes(
+    {"elsewhere": "a run with --worker"},
+    lambda args: ("elsewhere",) if args.worker else (),
+    {"--tls": ("elsewhere",)}
+    | dict.fromkeys(
+        (
+            "--steps", "--lanes", "--learning-rate", "--rank", "--seed", "--held-out", "--preset",
+            "--owner-tag", "--cache", "--out", "--fresh", "--trace", "--worker", "--kernel",
+            "--json",
+        ),
+        ALL,
+    ),
+)  # fmt: skip
 
 
 @dataclass
@@ -144,6 +160,7 @@ class Quickstart:
     def private(self) -> list[float]:
         """Fine-tune through the worker on ciphertexts; saves the adapter."""
         skeleton = build_skeleton(self.base)
+        require_rank(skeleton.groups, self.args.rank)
         checkpoints = self.out / "checkpoints-private"
         require_room_for_run(skeleton, self.args.rank, self.out, checkpoints)
         parameters = preset(self.args.preset)
@@ -287,16 +304,17 @@ Loss curves: {f["plot"]}
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, "scenarios.quickstart", MODES)
     add = parser.add_argument
-    add("--steps", type=int, default=120, help="optimiser steps of 4 x 256 tokens (120)")
-    add("--lanes", type=int, default=1, choices=(1, 2, 4), help="micro-batches in flight (1)")
-    add("--learning-rate", type=float, default=4e-3, help="peak learning rate (4e-3)")
-    add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
-    add("--seed", type=int, default=0, help="seed of adapters and data order (0), never of secrets")
-    add("--held-out", type=int, default=32, help="held-out sequences of 256 tokens (32)")
+    add("--steps", type=STEPS, default=120, help="optimiser steps of 4 x 256 tokens (120)")
+    add("--lanes", type=Whole(1, 4), default=1, choices=(1, 2, 4),
+        help="micro-batches in flight (1)")  # fmt: skip
+    add("--learning-rate", type=LEARNING_RATE, default=4e-3, help="peak learning rate (4e-3)")
+    add("--rank", type=RANK, default=16, help="LoRA rank (16); alpha is twice that")
+    add("--seed", type=SEED, default=0,
+        help="seed of adapters and data order (0), never of secrets")  # fmt: skip
+    add("--held-out", type=Whole(1, 10_000), default=32,
+        help="held-out sequences of 256 tokens (32)")  # fmt: skip
     add_preparation_options(parser)
     add("--out", type=output_directory, default="runs/quickstart",
         help="report, adapter, checkpoints")  # fmt: skip
@@ -306,7 +324,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def main() -> None:

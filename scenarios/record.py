@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import sys
 import time
@@ -34,6 +35,8 @@ def command() -> str:
 def save(path: Path, figures: dict[str, Any], found: dict[str, Any] | None = None) -> None:
     """Write the figures and their origin as JSON. Raises WriteError when they cannot be.
 
+    A figure that is not finite becomes null, which is said: it costs none of the others.
+
     found  `machine()` of another process, for one that must not ask the GPU
     """
     origin = {
@@ -42,7 +45,7 @@ def save(path: Path, figures: dict[str, Any], found: dict[str, Any] | None = Non
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine() if found is None else found,
     }
-    write_json(path, figures | {"origin": origin})
+    write_json(path, told_finite(figures) | {"origin": origin})
 
 
 def write(
@@ -64,6 +67,28 @@ def write(
         sys.exit(f"error: {error}. The figures are printed above instead")
     if not quiet:
         print(f"figures written to {path}")
+
+
+def told_finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with null for whatever is not finite, after a warning that names it."""
+    strange: list[str] = []
+    found: dict[str, Any] = _finite(figures, "", strange)
+    if strange:
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        names = ", ".join(strange[:5])
+        print(f"warning: not finite, written as null: {names}{more}", file=sys.stderr)
+    return found
+
+
+def _finite(value: Any, name: str, strange: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v, f"{name}.{k}" if name else str(k), strange) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{name}.{i}", strange) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        strange.append(name)
+        return None
+    return value
 
 
 def peak_rss_mb() -> float:

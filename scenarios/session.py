@@ -32,6 +32,7 @@ from backends.nn.adapters import lora_parameters
 from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer, TrainingInterrupted
+from backends.options import place
 from backends.places import output_directory, require_room, taken_bytes
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.hardware import CPU, Hardware
@@ -105,7 +106,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "probes the line first, and says how long it will take",
     )  # fmt: skip
     parser.add_argument(
-        "--tls", type=Path, metavar="DIR",
+        "--tls", type=place, metavar="DIR",
         help="this side's ca.pem, cert.pem and key.pem, see `python -m scenarios.certs`; only "
         "workers on this machine can do without",
     )  # fmt: skip

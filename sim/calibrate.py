@@ -33,6 +33,7 @@ from backends.files import write_json
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import Parameters, preset
 from backends.machine import busy_elsewhere_s, commit, machine
+from backends.options import Parser
 from backends.places import output_file
 from backends.threads import core_count
 from sim.device import DeviceProfile, Origin, Work
@@ -350,16 +351,12 @@ def calibrate(name: str) -> tuple[DeviceProfile, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sim.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "sim.calibrate")
     parser.add_argument("--out", type=output_file, metavar="FILE", help="write the profile here")
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write cases and residuals here"
     )
-    args = parser.parse_args()
+    args = parser.parse()
     try:
         _run(args)
     except UserError as error:

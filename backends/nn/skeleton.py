@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from backends.he.manifest import GroupSpec
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
+from backends.nn.sane import require_finite
 from backends.nn.selfcheck import require_causal
 from backends.nn.sources import Base, CheckpointError, first_line
 
@@ -85,6 +86,7 @@ def build_skeleton(
     shells = _swap(model, names, remote, dtype)
     model.requires_grad_(False)
     _stay_in_evaluation(model)
+    require_finite(model)
     try:
         groups, unreached = discover_groups(model, remote)
     except Exception as error:  # of any model's own code

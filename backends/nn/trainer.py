@@ -56,6 +56,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.micro_batch < 1:
             raise ValueError("steps, batch and micro_batch are at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"a learning rate is positive and finite, not {self.learning_rate}")
         if self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} must divide batch {self.batch}")
 
@@ -300,9 +302,9 @@ class Trainer:
         for parameter, gradient in zip(self._parameters.values(), sums, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), config.max_grad_norm)
-        if not torch.isfinite(norm):
+        if not (torch.isfinite(norm) and math.isfinite(total)):
             raise FloatingPointError(
-                f"step {step + 1}: the gradient is not finite; lower the learning rate "
+                f"step {step + 1}: the loss or its gradient is not finite; lower the learning rate "
                 f"({config.learning_rate:g}) or look at the data"
             )
         for group in self._optimizer.param_groups:

@@ -29,7 +29,6 @@ a half. Its figures are in benchmarks/results/gpu-h100.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import signal
@@ -42,6 +41,7 @@ from typing import Any
 from backends.files import WriteError
 from backends.he.params import PRESETS, Parameters, preset
 from backends.machine import commit
+from backends.options import Parser
 from backends.places import output_file
 from benchmarks.gpu.parts import DEVICE, ESSENTIALS, PARTS, QUICK_LIMIT_S
 from benchmarks.gpu.runner import Plan, measure, run_part
@@ -128,12 +128,9 @@ def write_profile(
     print(f"device profile written to {path}")
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "benchmarks.gpu")
     names = [part.name for part in PARTS]
     parser.add_argument("--preset", default="standard", choices=sorted(PRESETS))
     parser.add_argument(
@@ -156,7 +153,7 @@ def options() -> argparse.ArgumentParser:
 
 def main() -> None:
     heed_signals()
-    args = options().parse_args()
+    args = options().parse()
     limit_s = QUICK_LIMIT_S if args.quick else float("inf")
     plan = Plan(args.preset, args.quick, time.monotonic() + limit_s)
     chosen = ESSENTIALS if args.quick else PARTS

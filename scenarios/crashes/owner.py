@@ -25,9 +25,10 @@ from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.options import ALL, STEPS, Modes, Parser, place
 from backends.places import output_directory
 from protocol.owner_memory import OwnerConfig
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit
 from scenarios.session import Workers, add_worker_options, open_ledger
 
 CONFIG = LlamaConfig(
@@ -48,6 +49,13 @@ PATIENCE = OwnerConfig(
     revive_s_max=2.0,
 )
 LANES, RANK, SEQUENCES, LENGTH = 2, 8, 64, 32
+
+MODES = Modes(
+    {"training": "training (without --prepare)"},
+    lambda args: () if args.prepare else ("training",),
+    {"--model": ALL, "--prepare": ALL}
+    | dict.fromkeys(("--out", "--steps", "--worker", "--tls"), ("training",)),
+)
 
 
 def prepared_model(directory: Path, skeleton: Skeleton) -> PreparedModel:
@@ -92,17 +100,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.crashes.owner", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "scenarios.crashes.owner", MODES)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="the prepared model")
+    add("--model", type=place, required=True, metavar="DIR", help="the prepared model")
     add("--prepare", action="store_true", help="make the prepared model, and nothing else")
     add("--out", type=output_directory, default="runs/crashes", help="checkpoints and adapter")
-    add("--steps", type=positive, default=24, help="optimiser steps (24)")
+    add("--steps", type=STEPS, default=24, help="optimiser steps (24)")
     add_worker_options(parser)
-    args = parser.parse_args()
+    args = parser.parse()
+    if not (args.prepare or args.worker):
+        parser.error("training needs a --worker")
     with clean_exit():
         if args.prepare:
             prepared_model(args.model, build_skeleton(BASE))

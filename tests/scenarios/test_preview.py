@@ -69,8 +69,7 @@ def test_sequences_are_kept_in_out(tmp_path: Path, capsys: pytest.CaptureFixture
         ["--real-cpu", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
          "--sequence", "32"]
     )  # fmt: skip
-    config = llama1b.base_source(args)[2]
-    sequences = load_sequences(args, TINY, config)
+    sequences = load_sequences(args, open_base(TINY))
     assert sequences.shape[1] == 32
     assert (tmp_path / "out" / "corpus" / "tokens.int32").exists()
     assert "warning" not in capsys.readouterr().out

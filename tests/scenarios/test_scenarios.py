@@ -153,7 +153,7 @@ def test_llama1b_compares_with_clear(tmp_path: Path, cache: Path) -> None:
     ("arguments", "message"),
     [
         (["--real-gpu", "--real-cpu"], "not both"),
-        (["--real-cpu", "--steps", "0"], "--steps is at least 1"),
+        (["--real-cpu", "--steps", "0"], "--steps: '0' is no whole number from 1"),
     ],
 )
 def test_llama1b_says_what_it_cannot_do(arguments: list[str], message: str) -> None:
