@@ -30,7 +30,10 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (".*layers_to_skip|num_kv_shared_layers|.*max_window_layers", None),
     ("(num_|n_)?(mtp|nextn_predict)_layers|num_mtp_layers|num_nextn_predict_layers", None),
     ("first_k_dense_replace|num_dense_layers|n_dense_layers", 1),
-    ("(.*_)?(num_hidden_layers|num_layers|n_layers?|num_blocks|(en|de)coder_layers|layers|depth)", 2),
+    (
+        "(.*_)?(num_hidden_layers|num_layers|n_layers?|num_blocks|(en|de)coder_layers|layers|depth)",
+        2,
+    ),
     ("mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
     ("mamba_d_ssm", 64),
     (".*kv_(n_)?heads|.*num_key_value_heads|.*num_kv_heads", 2),
@@ -75,6 +78,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"]},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_text": {"num_hidden_layers": 2},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
