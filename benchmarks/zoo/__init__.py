@@ -1,1 +1,1 @@
-"""A zoo of tiny random models: is every one the same through our path? `python -m benchmarks.zoo`."""
+"""A zoo of tiny random models, each through our path and in clear: `python -m benchmarks.zoo`."""

@@ -8,7 +8,8 @@ Each type is built tiny and random, with norms, biases and persistent buffers sh
 transformers, and compared: logits, and gradients of LoRA adapters, between transformers' own
 reading of the checkpoint and our skeleton over plain float products (no cipher, no int8).
 
-  exact       both within 2e-5, relative, in float32
+  exact       both within 2e-5, relative, in float32; where workers compute less than half of the
+              frozen weights, a run refuses it all the same unless --least-remote says otherwise
   refused     a UserError of one line, before any text is read
   wrong       something else, and nothing said
   traceback   an error that is not the user's
@@ -24,12 +25,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import transformers
 
+from backends.nn.skeleton import LEAST_REMOTE
 from benchmarks.zoo import layouts, types
 from benchmarks.zoo.children import Limits, Row, each
 from scenarios import record
@@ -47,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--only", nargs="+", metavar="TYPE", default=[],
-        help="only these model types; with --layouts, only layouts whose names begin so")  # fmt: skip
+        help="only these types; with --layouts, only those whose names begin so")  # fmt: skip
     add("--layouts", action="store_true", help="layouts instead of types")
     add("--seconds", type=positive, default=90, metavar="S", help="limit for one of them (90)")
     record.add_json_option(parser)
@@ -62,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # of other libraries, a screenful a model
     start = time.monotonic()
     limits = Limits(seconds=args.seconds)
     with clean_exit():
@@ -80,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     print(", ".join(f"{counts[s]} {s}" for s in STATUSES) + f"; {figures['seconds']} s")
+    figures["exact_but_mostly_local"] = sum(
+        row["status"] == "exact" and row["remote"] < LEAST_REMOTE for row in rows
+    )
+    print(f"{figures['exact_but_mostly_local']} of the exact ones need --least-remote")
     if args.layouts:
         figures["unexpected"] = sum(not row.get("expected", False) for row in rows)
         print(f"{figures['unexpected']} not as expected")

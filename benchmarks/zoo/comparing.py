@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from backends.errors import UserError
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.skeleton import LEAST_REMOTE
 from backends.nn.trainer import token_losses
 from benchmarks.zoo.configs import FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN
 from benchmarks.zoo.ours import open_skeleton, plain_products
@@ -56,12 +57,15 @@ def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     )
 
 
-def compare(directory: Path, reference: PreTrainedModel) -> Outcome:
+def compare(
+    directory: Path, reference: PreTrainedModel, least_remote: float = LEAST_REMOTE
+) -> Outcome:
     """Our path on a checkpoint, against the model it should be, in clear.
 
     Theirs is in evaluation mode. Ours is as a trainer has it, told to train.
 
-    reference  float32; adapters are added to it, in place
+    reference     float32; adapters are added to it, in place
+    least_remote  as `open_skeleton` takes it
     """
     try:
         causal = predicts_only(reference.eval())
@@ -73,7 +77,7 @@ def compare(directory: Path, reference: PreTrainedModel) -> Outcome:
     except Exception as error:
         theirs = Run(theirs.logits, lacks=last_line(error))
     try:
-        skeleton = open_skeleton(directory)
+        skeleton = open_skeleton(directory, least_remote)
         skeleton.model.train()
         with skeleton.remote.connected(plain_products(skeleton)):
             ours = Run(logits_of(skeleton.model))
@@ -87,7 +91,7 @@ def compare(directory: Path, reference: PreTrainedModel) -> Outcome:
         return Outcome("traceback", f"{last_line(error)} {place_of(error)}")
     if not causal:
         return Outcome("wrong", "it sees the tokens that it is to predict, and is not refused")
-    return judged(ours, theirs, float(skeleton.remote_share))
+    return judged(ours, theirs, skeleton.remote_share)
 
 
 def logits_of(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:

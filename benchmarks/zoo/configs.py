@@ -78,6 +78,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"]},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_text": {"num_hidden_layers": 2},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -1,30 +1,29 @@
-"""A checkpoint through our path without a cipher: the skeleton, and plain products for a worker's."""
+"""A checkpoint through our path without a cipher: plain products in place of a worker's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from backends.he.interface import Values
+from backends.nn.base import open_base
+from backends.nn.selfcheck import require_faithful
+from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 
 
-def open_skeleton(directory: Path) -> Any:
-    """What a run opens, as it opens it. Raises UserError for what it refuses."""
-    try:
-        from backends.nn.base import open_base
-        from backends.nn.selfcheck import require_faithful
-        from backends.nn.skeleton import build_skeleton
-    except ImportError:
-        from benchmarks.zoo.standin import build_skeleton, open_base, require_faithful
-    skeleton = build_skeleton(open_base(directory), least_remote=0.0)
+def open_skeleton(directory: Path, least_remote: float = LEAST_REMOTE) -> Skeleton:
+    """What a run opens, as it opens it. Raises UserError for what it refuses.
+
+    least_remote  the least share of the frozen weights that workers must compute
+    """
+    skeleton = build_skeleton(open_base(directory), least_remote=least_remote)
     require_faithful(skeleton)
     return skeleton
 
 
-def plain_products(skeleton: Any) -> Callable[[int, Values], Values]:
+def plain_products(skeleton: Skeleton) -> Callable[[int, Values], Values]:
     """(matrix index, float32[T, K]) -> float32[T, N] with the checkpoint's own float weights."""
     weights: dict[str, torch.Tensor] = {}
 

@@ -30,7 +30,8 @@ from tests.inputs.gguf import write_gguf
 WEIGHTS, INDEX, GGUF = "model.safetensors", "model.safetensors.index.json", "lfm2.gguf"
 LFS_POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
-    b"oid sha256:4f2ac5fdb8a5b1c60d1e9a3d1a2e1a1a6c8f5e0d9b3c2a1f0e9d8c7b6a5f4e3d\nsize 2471645608\n"
+    b"oid sha256:4f2ac5fdb8a5b1c60d1e9a3d1a2e1a1a6c8f5e0d9b3c2a1f0e9d8c7b6a5f4e3d\n"
+    b"size 2471645608\n"
 )
 
 

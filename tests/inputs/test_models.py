@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from backends.errors import UserError
 from benchmarks.zoo.comparing import compare
 from benchmarks.zoo.ours import open_skeleton
 from tests.inputs.models import PART
@@ -34,8 +35,6 @@ def test_what_is_brought(row: Row, tmp_path: Path) -> None:
         outcome = compare(brought.path, brought.truth)
         assert outcome.status == "exact", outcome
         return
-    from backends.errors import UserError
-
     with pytest.raises(UserError, match=row.refusal) as refused:
         open_skeleton(brought.path)
     assert "\n" not in str(refused.value)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from backends.nn.base import open_base
 from scenarios import llama1b
 from scenarios.texts import load_sequences
 
