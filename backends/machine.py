@@ -76,7 +76,7 @@ def commit() -> str:
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
         status = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", ".",
+            ["git", "--no-optional-locks", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", ".",
              ":!benchmarks/results"],
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip

@@ -331,8 +331,19 @@ def batch_indices(step: int, batch: int, count: int, seed: int) -> list[int]:
     return chosen
 
 
+def order_seed(seed: int, epoch: int) -> int:
+    """Of the order of one epoch, for a torch generator, which takes 63 bits.
+
+    seed  from 0 to 2^63 - 1
+    """
+    mixed = (seed << 20) + epoch
+    if mixed < 1 << 63:
+        return mixed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:7], "big")
+
+
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> torch.Tensor:
     """int64[count]; the same for all steps of an epoch, and drawn once for them."""
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    generator = torch.Generator().manual_seed(order_seed(seed, epoch))
     return torch.randperm(count, generator=generator)

@@ -128,6 +128,7 @@ ENTRIES = (
     _entry(
         "benchmarks.inputs", "benchmarks.inputs.__main__:run", module="benchmarks.inputs.__main__"
     ),
+    _entry("benchmarks.zoo", "benchmarks.zoo.__main__:each", module="benchmarks.zoo.__main__"),
 )
 COMMON = (
     "backends.he.preparation:_make",

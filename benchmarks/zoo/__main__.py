@@ -33,10 +33,11 @@ from typing import Any
 import transformers
 
 from backends.nn.skeleton import LEAST_REMOTE
+from backends.options import TIMES, Parser
 from benchmarks.zoo import layouts, types
 from benchmarks.zoo.children import Limits, Row, each
 from scenarios import record
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit
 
 STATUSES = ("exact", "refused", "wrong", "traceback", "not built", "died")
 BAD = ("wrong", "traceback", "died")
@@ -44,17 +45,14 @@ BAD = ("wrong", "traceback", "died")
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.zoo", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "benchmarks.zoo")
     add = parser.add_argument
     add("--only", nargs="+", metavar="TYPE", default=[],
         help="only these types; with --layouts, only those whose names begin so")  # fmt: skip
     add("--layouts", action="store_true", help="layouts instead of types")
-    add("--seconds", type=positive, default=90, metavar="S", help="limit for one of them (90)")
+    add("--seconds", type=TIMES, default=90, metavar="S", help="limit for one of them (90)")
     record.add_json_option(parser)
-    args = parser.parse_args(arguments)
+    args = parser.parse(arguments)
     unknown = [] if args.layouts else sorted(set(args.only) - set(types.TYPES))
     if unknown:
         parser.error(f"transformers {transformers.__version__} has no type {', '.join(unknown)}")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends.nn.data import batch_indices, order_seed
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 from backends.files import write_json
 from backends.net.addresses import AddressError, address_of
+from backends.nn.corpus import batch_indices, order_seed
 from backends.nn.sane import (
     DamagedWeightError,
     RankError,
