@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import io
@@ -51,22 +50,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         sync_directory(path.parent)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def require_writable(path: Path) -> None:
-    """Raise OSError when a file cannot be written at `path`. What it holds stays.
-
-    The file is replaced by itself: permissions tell only half of what can go wrong.
-    """
-    existed = path.exists()
-    if existed and not path.is_file():
-        code = errno.EISDIR if path.is_dir() else errno.EINVAL
-        raise OSError(code, os.strerror(code), str(path))
-    held = path.read_bytes() if existed else b""
-    with replacing(path) as file:
-        file.write(held)
-    if not existed:
-        path.unlink()
 
 
 @contextmanager

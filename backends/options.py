@@ -14,8 +14,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.files import require_writable
-
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
@@ -116,17 +114,6 @@ def place(text: str) -> Path:
         why = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(f"{shown(text)}: {why}") from error
     return Path(text)
-
-
-def writable(text: str) -> Path:
-    """A file that can be written, tried at once, for an option's type."""
-    path = Path(text)
-    try:
-        require_writable(path)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"cannot write to {shown(text)}: {why}") from error
-    return path
 
 
 ALL: tuple[str, ...] = ()

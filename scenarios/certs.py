@@ -208,7 +208,7 @@ The owner's stays here (--tls {out / "owner"}). The worker's goes to its machine
 
 def main() -> None:
     parser = Parser(__doc__, "scenarios.certs", MODES)
-    parser.add_argument("--out", type=place, default=Path("certs"), help="where to (certs)")
+    parser.add_argument("--out", type=Path, default=Path("certs"), help="where to (certs)")
     parser.add_argument(
         "--name", "--worker", action="append", metavar="HOST", type=host_name, default=[],
         help="a name or address of the worker (several times; localhost and 127.0.0.1 without any)",

@@ -68,7 +68,6 @@ from backends.options import (
     Modes,
     Parser,
     place,
-    writable,
 )
 from backends.units import human_bytes
 from scenarios import record, simulated
@@ -442,11 +441,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
     )  # fmt: skip
     add("--checkpoint-every", type=STEPS, default=25, help="steps between checkpoints (25)")
-    add("--out", type=place,
+    add("--out", type=Path,
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
         "(runs/llama1b-sim)")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=writable, metavar="FILE",
+    add("--trace", type=Path, metavar="FILE",
         help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
     add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)
     add_worker_options(parser)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from backends.options import SEED, STEPS, Number, Parser, place
+from backends.options import SEED, STEPS, Number, Parser
 
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables: no code to learn from
@@ -225,7 +225,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help=precision_help
     )
-    parser.add_argument("--out", type=place, default="scenarios/assets/tiny-llama", help=out_help)
+    parser.add_argument("--out", type=Path, default="scenarios/assets/tiny-llama", help=out_help)
     args = parser.parse()
     args.minutes = getattr(args, "minutes", None)
     if args.out.exists() and not (args.out / "config.json").exists():

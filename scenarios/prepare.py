@@ -41,7 +41,7 @@ from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel, copy_worker_part
 from backends.nn.skeleton import build_skeleton
-from backends.options import ALL, SEED, Modes, Parser, place
+from backends.options import ALL, SEED, Modes, Parser
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
@@ -136,7 +136,7 @@ def main() -> None:
         "--verify", action="store_true", help="verify plans and hints, whatever was found before"
     )
     parser.add_argument(
-        "--worker-part", type=place, metavar="DIR",
+        "--worker-part", type=Path, metavar="DIR",
         help="also put what a worker needs into DIR, for copying it to another machine",
     )  # fmt: skip
     add_kernel_option(parser)

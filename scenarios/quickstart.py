@@ -48,8 +48,6 @@ from backends.options import (
     Modes,
     Parser,
     Whole,
-    place,
-    writable,
 )
 from backends.units import human_bytes
 from scenarios import record, report
@@ -317,9 +315,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--held-out", type=Whole(1, 10_000), default=32,
         help="held-out sequences of 256 tokens (32)")  # fmt: skip
     add_preparation_options(parser)
-    add("--out", type=place, default=Path("runs/quickstart"), help="report, adapter, checkpoints")
+    add("--out", type=Path, default=Path("runs/quickstart"), help="report, adapter, checkpoints")
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=writable, metavar="FILE",
+    add("--trace", type=Path, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
     add_worker_options(parser)
     add_kernel_option(parser)

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from backends.files import write_json
 from backends.he.matmul.choice import KernelError, chosen_kernel
 from backends.he.params import Parameters, preset
 from backends.machine import busy_elsewhere_s, commit, machine
-from backends.options import Parser, writable
+from backends.options import Parser
 from backends.threads import core_count
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
@@ -349,10 +350,8 @@ def calibrate(name: str) -> tuple[DeviceProfile, dict[str, Any]]:
 
 def main() -> None:
     parser = Parser(__doc__, "sim.calibrate")
-    parser.add_argument("--out", type=writable, metavar="FILE", help="write the profile here")
-    parser.add_argument(
-        "--json", type=writable, metavar="FILE", help="write cases and residuals here"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the profile here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write cases and residuals here")
     args = parser.parse()
     try:
         print(f"kernel: {chosen_kernel().name}")

@@ -40,7 +40,7 @@ from typing import Any
 
 from backends.he.params import PRESETS, Parameters, preset
 from backends.machine import commit
-from backends.options import Parser, writable
+from backends.options import Parser
 from benchmarks.gpu.parts import DEVICE, ESSENTIALS, PARTS, QUICK_LIMIT_S
 from benchmarks.gpu.runner import Plan, measure, run_part
 from benchmarks.gpu.scale import FULL
@@ -136,7 +136,7 @@ def options() -> Parser:
         help=f"run only some of {', '.join(names)}; what FILE holds of the others is kept when it "
         "is of the same commit, known and without changes",
     )  # fmt: skip
-    parser.add_argument("--profile", type=writable, metavar="FILE", help="write a device profile")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write a device profile")
     record.add_json_option(parser)
     return parser
 

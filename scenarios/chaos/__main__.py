@@ -49,12 +49,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from backends.machine import commit
-from backends.options import ALL, PROCESSES, SEED, Modes, Parser, Whole, writable
+from backends.options import ALL, PROCESSES, SEED, Modes, Parser, Whole
 from scenarios import record
 from scenarios.chaos import mutants
 from scenarios.chaos.log import EventLog
@@ -122,7 +123,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--trace",
-        type=writable,
+        type=Path,
         metavar="FILE",
         help="with --seed: print every event, write a timeline for ui.perfetto.dev",
     )

@@ -103,7 +103,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=place, required=True, metavar="DIR", help="the prepared model")
     add("--prepare", action="store_true", help="make the prepared model, and nothing else")
-    add("--out", type=place, default=Path("runs/crashes"), help="checkpoints and adapter")
+    add("--out", type=Path, default=Path("runs/crashes"), help="checkpoints and adapter")
     add("--steps", type=STEPS, default=24, help="optimiser steps (24)")
     add_worker_options(parser)
     args = parser.parse()

@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from backends.files import replacing, write_json
-from backends.options import PROCESSES, Number, Parser, place
+from backends.options import PROCESSES, Number, Parser
 from backends.threads import core_count
 from scenarios import record
 from scenarios.cli import clean_exit
@@ -220,7 +220,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--price-gb", type=PRICE, metavar="USD", help="a GB out of the GPUs' site (0.05)")
     add("--price-mbps-month", type=PRICE, metavar="USD", help="an owner's line (0.10)")
     add("--processes", type=PROCESSES, default=core_count(), help="worlds at once (all cores)")
-    add("--out", type=place, help="where to write (runs/whatif/NAME)")
+    add("--out", type=Path, help="where to write (runs/whatif/NAME)")
     record.add_json_option(parser)
     return parser.parse(argv)
 
