@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -23,33 +22,6 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
         "--json", type=output_file, metavar="FILE",
         help="also write the figures, with machine and commit",
     )  # fmt: skip
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    try:
-        check(path)
-    except OSError as error:
-        why = error.strerror or error
-        raise argparse.ArgumentTypeError(f"cannot write to {text}: {why}") from error
-    return path
-
-
-def check(path: Path) -> None:
-    """Raise OSError when figures cannot be written to `path`. What it holds stays.
-
-    The file is replaced by itself, as figures will replace it: permissions tell only half of what
-    can go wrong.
-    """
-    existed = path.exists()
-    if existed and not path.is_file():
-        code = errno.EISDIR if path.is_dir() else errno.EINVAL
-        raise OSError(code, os.strerror(code), str(path))
-    held = path.read_bytes() if existed else b""
-    with replacing(path) as file:
-        file.write(held)
-    if not existed:
-        path.unlink()
 
 
 def command() -> str:
