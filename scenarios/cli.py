@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from backends.errors import Interrupted, UserError
 from backends.interrupts import INTERRUPTED
@@ -40,11 +41,9 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        print(f"\n{stopped}")
-        sys.exit(INTERRUPTED)
+        _leave(f"\n{stopped}")
     except KeyboardInterrupt:
-        print("\ninterrupted; what was prepared or saved so far is kept")
-        sys.exit(INTERRUPTED)
+        _leave("\ninterrupted; what was prepared or saved so far is kept")
     except (UserError, FloatingPointError, *mendable) as error:
         sys.exit(f"error: {' '.join(str(error).splitlines())}")
     except OSError as error:
@@ -58,6 +57,13 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         if not _device_memory_is_full(error):
             raise
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
+
+
+def _leave(text: str) -> NoReturn:
+    """End as after Ctrl-C."""
+    print(text)
+    gc.freeze()  # taking all that torch has loaded apart would last longer than the rest
+    sys.exit(INTERRUPTED)
 
 
 def _stdout_is_gone() -> bool:
