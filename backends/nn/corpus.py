@@ -49,7 +49,6 @@ _BATCH_CHARACTERS = 1 << 21
 _BATCH_PIECES = 1024
 _BLOCK_TOKENS = 1 << 20
 _CHUNK_BYTES = 1 << 20
-_MAPPED_BYTES_MAX = 64 << 20
 
 
 class Sequences(Protocol):
@@ -79,7 +78,6 @@ class Corpus:
                 raise ValueError(f"{path} is not {wanted_bytes} bytes long")
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._rows = np.frombuffer(self._map, _TOKEN).reshape(count, length)
-        self._used_bytes = 0
         self.unknown = unknown
 
     @property
@@ -92,12 +90,8 @@ class Corpus:
 
     def __getitem__(self, chosen: Any, /) -> torch.Tensor:
         found = self._rows[np.asarray(chosen) if isinstance(chosen, torch.Tensor) else chosen]
-        # What was looked at stays this process's memory until it is told to let go.
-        self._used_bytes += found.nbytes
         copied = torch.from_numpy(found.astype(np.int64))
-        if self._used_bytes > _MAPPED_BYTES_MAX:
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._used_bytes = 0
+        self._let_go()
         return copied
 
     def tag(self, key: bytes) -> str:
@@ -106,8 +100,12 @@ class Corpus:
         rows = max(1, _BLOCK_TOKENS // self.shape[1])
         for start in range(0, len(self), rows):
             tag.update(self._rows[start : start + rows].tobytes())
-            self._map.madvise(mmap.MADV_DONTNEED)
+            self._let_go()
         return tag.hexdigest()
+
+    def _let_go(self) -> None:
+        """What was looked at, and the system's guess at what comes next, would stay in memory."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass

@@ -76,8 +76,7 @@ def test_sequences_do_not_depend_on_how_text_comes(monkeypatch: pytest.MonkeyPat
 def test_a_mapped_corpus_is_the_one_in_memory(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sequence for sequence and in its tag, also when memory is let go all the time."""
-    monkeypatch.setattr(corpus, "_MAPPED_BYTES_MAX", 100)
+    """Sequence for sequence, and in its tag."""
     mapped, plain = kept(text), in_memory(text)
     assert mapped.shape == tuple(plain.shape)
     assert len(mapped) == len(plain) > 10

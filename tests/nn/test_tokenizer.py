@@ -149,13 +149,18 @@ def test_a_missing_tokenizer_is_refused_by_name(
     assert "tokenizer.json first of all" in str(refused.value)
 
 
-def test_code_in_a_tokenizers_directory_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_tokenizers_directory_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor is anybody asked whether it may be."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
     config = {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
     with pytest.raises(TokenizerError):
         load_tokenizer(tmp_path)
+    assert not asked
 
 
 def test_a_text_that_a_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
