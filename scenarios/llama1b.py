@@ -51,6 +51,7 @@ from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.corpus import Sequences
 from backends.nn.local import localise
 from backends.nn.sane import require_positions, require_rank
+from backends.nn.selfcheck import require_trainable
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import Base
 from backends.nn.texts import DataError
@@ -204,8 +205,9 @@ def make_trainer(
 def adapted(args: argparse.Namespace, setup: Setup) -> PeftModel:
     """The owner's model with fresh adapters."""
     return add_lora(
-        setup.skeleton.model, args.rank, 2 * args.rank, args.seed, base_model=setup.base_name
-    )
+        setup.skeleton.model, args.rank, 2 * args.rank, args.seed, base_model=setup.base_name,
+        linears=setup.skeleton.shapes,
+    )  # fmt: skip
 
 
 def clear_peer(args: argparse.Namespace) -> None:
@@ -254,10 +256,11 @@ class Run:
         ledger = open_ledger(args.out, checkpoints, workers)
         setup = set_up(args)
         require_room_for_run(setup.skeleton, args.rank, args.out, checkpoints)
+        model = adapted(args, setup)
+        require_trainable(model, setup.skeleton)
         prepared, prepare_s = prepared_for(
             setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag,
         )  # fmt: skip
-        model = adapted(args, setup)
         room = self._room(setup, prepared, model)
         trainer = make_trainer(args, setup, prepared, model, private=True, ledger=ledger)
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from backends.errors import UserError
 from backends.files import replacing_directory
+from backends.nn.remote import RemoteLinear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -25,7 +27,7 @@ _ADAPTER_IN_NAME = re.compile(rf"\.{_ADAPTER}(?=(\.\w+)?$)")
 
 
 class AdapterError(UserError, RuntimeError):
-    """An adapter cannot be written; the text says what to do."""
+    """An adapter cannot be made or written; the text says why and what to do."""
 
 
 def base_name(weights: str) -> str:
@@ -36,24 +38,43 @@ def base_name(weights: str) -> str:
 
 def add_lora(
     model: nn.Module, rank: int, alpha: int, seed: int, dropout: float = 0.0,
-    base_model: str | None = None,
+    base_model: str | None = None, linears: Collection[str] | None = None,
 ) -> PeftModel:  # fmt: skip
-    """Wrap every linear but the head with a LoRA adapter, initialised from `seed`.
+    """Wrap linears with a LoRA adapter, initialised from `seed`.
 
     base_model  what the adapter says it belongs to (`base_name`)
+    linears     names of those to adapt; None takes the remote ones, or, of a model without any,
+                all but the head
 
-    Raises ValueError for dropout: lanes share one generator, so a run could not be repeated.
+    Raises ValueError for dropout: lanes share one generator, so a run could not be repeated;
+    AdapterError for a model that `peft` cannot adapt.
     """
     if dropout:
         raise ValueError("LoRA dropout is not reproducible with lanes; leave it at 0")
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, target_modules=_targets(model, linears), task_type="CAUSAL_LM"
     )
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise AdapterError(f"peft cannot adapt this {type(model).__name__}: {said}") from error
     assert isinstance(wrapped, PeftModel)
     config.base_model_name_or_path = base_model
     return wrapped
+
+
+def _targets(model: nn.Module, linears: Collection[str] | None) -> list[str] | str:
+    """For `peft`: the last parts of the names where they are those of no other module."""
+    names = {name for name, m in model.named_modules() if isinstance(m, RemoteLinear)}
+    if linears is not None:
+        names = set(linears)
+    if not names:
+        return "all-linear"
+    leaves = {name.rpartition(".")[2] for name in names}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return sorted(leaves if matched == names else names)
 
 
 def lora_parameters(shapes: list[tuple[int, int]], rank: int) -> int:

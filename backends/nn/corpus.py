@@ -169,7 +169,9 @@ def corpus_of(
     tally = _Tally()
     try:
         if directory.parent.is_dir():
-            end_replacing(directory.parent)  # what a run that was killed has left is private
+            end_replacing(
+                directory.parent, {directory.name}
+            )  # what a run that was killed has left is private
         with replacing_directory(directory) as aside:
             key = os.urandom(_KEY_BYTES)
             _private_file(aside / "data.key", [key])

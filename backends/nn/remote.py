@@ -102,8 +102,10 @@ class Remote:
         kept: dict[int, _Outputs] = self._lane.__dict__.setdefault("kept", {})
         outputs = kept.get(group.index)
         if outputs is None or outputs.x is not x or slot not in outputs.waiting:
-            y = _GroupProduct.apply(x, self, group)  # type: ignore[no-untyped-call]
-            parts = torch.split(y, list(group.spec.out_features), dim=-1)
+            # Whoever is first may want no gradients; the others do.
+            with torch.set_grad_enabled(x.requires_grad):
+                y = _GroupProduct.apply(x, self, group)  # type: ignore[no-untyped-call]
+                parts = torch.split(y, list(group.spec.out_features), dim=-1)
             outputs = kept[group.index] = _Outputs(x, parts, set(range(len(parts))))
         outputs.waiting.discard(slot)
         if not outputs.waiting:

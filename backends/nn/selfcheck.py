@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from backends.he.interface import Values
@@ -76,6 +77,25 @@ def require_faithful(skeleton: Skeleton) -> None:
         )
 
 
+def require_trainable(model: PeftModel, skeleton: Skeleton) -> None:
+    """Raises CheckpointError when gradients do not reach every adapter.
+
+    Tried like `require_causal`, forward and backward.
+    """
+    tokens = probe_tokens(skeleton.model.config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with skeleton.remote.connected(_low_rank(skeleton.groups, _SCALES[1])), torch.enable_grad():
+            torch.autograd.grad(_logits(skeleton.model, tokens).square().mean(), parameters)
+    except Exception as error:  # of any model's own code
+        raise CheckpointError(
+            f"adapters of {type(skeleton.model).__name__} cannot be trained with its linears "
+            f"elsewhere: {first_line(error)}"
+        ) from error
+    finally:
+        skeleton.remote.forget_lane()
+
+
 def exact_linear(skeleton: Skeleton) -> LinearFunction:
     """The remote linears in floating point, without rounding or encryption, forward and backward.
 
@@ -111,10 +131,13 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _low_rank(groups: list[GroupSpec], scale: float) -> LinearFunction:
     def linear(matrix: int, x: Values) -> Values:
         group = groups[matrix // 2]
+        inputs, outputs = group.in_features, group.total_out
+        if matrix % 2:
+            inputs, outputs = outputs, inputs
         generator = torch.Generator().manual_seed(matrix)
         rows = torch.as_tensor(x).cpu()
-        inward = torch.randn(group.in_features, _RANK, generator=generator)
-        outward = torch.randn(_RANK, group.total_out, generator=generator)
-        return _like(x, scale * (rows @ inward @ outward) / group.in_features**0.5)
+        inward = torch.randn(inputs, _RANK, generator=generator)
+        outward = torch.randn(_RANK, outputs, generator=generator)
+        return _like(x, scale * (rows @ inward @ outward) / inputs**0.5)
 
     return linear

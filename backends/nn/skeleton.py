@@ -9,7 +9,7 @@ which expert takes which token would show in what is sent.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ class Skeleton:
 
     shapes        [out, in] of every remote module, by name
     transposed    names of remote modules whose stored weight is [in, out] (Conv1D)
-    remote_share  of the frozen weights but embeddings and head, workers compute this, 0 to 1
+    remote_share  of the frozen weights that text meets, but embeddings and head, workers compute
+                  this, 0 to 1
     notes         what a user should know of the model, a line each
     """
 
@@ -99,7 +100,7 @@ def build_skeleton(
     )
     for name in unreached:
         _restore(skeleton, name, dtype)
-    skeleton.remote_share = _require_share(skeleton, least_remote)
+    skeleton.remote_share = _require_share(skeleton, least_remote, unreached)
     skeleton.notes += _remarks(model, unreached)
     if checked:
         require_causal(model, remote, groups)
@@ -172,12 +173,14 @@ def _stay_in_evaluation(model: PreTrainedModel) -> None:
     model.train = types.MethodType(train, model)  # type: ignore[method-assign]
 
 
-def _require_share(skeleton: Skeleton, least: float) -> float:
+def _require_share(skeleton: Skeleton, least: float, unreached: Collection[str]) -> float:
     model = skeleton.model
     apart = {id(model.get_input_embeddings()), id(_head(model))}
     kept: dict[str, int] = {}
     for name, module in model.named_modules():
-        if id(module) in apart or isinstance(module, nn.Embedding | RemoteLinear):
+        if id(module) in apart or name in unreached:
+            continue
+        if isinstance(module, nn.Embedding | RemoteLinear):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:

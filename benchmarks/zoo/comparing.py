@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from backends.errors import UserError
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.selfcheck import require_trainable
 from backends.nn.skeleton import LEAST_REMOTE
 from backends.nn.trainer import token_losses
 from benchmarks.zoo.configs import FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN
@@ -73,15 +75,15 @@ def compare(
     except Exception as error:
         return Outcome("not built", f"its own pass: {last_line(error)}")
     try:
-        add_gradients(theirs, reference)
-    except Exception as error:
-        theirs = Run(theirs.logits, lacks=last_line(error))
-    try:
         skeleton = open_skeleton(directory, least_remote)
         skeleton.model.train()
+        linears = list(skeleton.shapes)
         with skeleton.remote.connected(plain_products(skeleton)):
             ours = Run(logits_of(skeleton.model))
-            add_gradients(ours, skeleton.model, theirs.gradients)
+        adapted = add_lora(skeleton.model, rank=4, alpha=8, seed=0, linears=linears)
+        require_trainable(adapted, skeleton)
+        with skeleton.remote.connected(plain_products(skeleton)):
+            add_gradients(ours, adapted)
     except UserError as error:
         text = str(error)
         if "\n" in text.strip():
@@ -89,6 +91,10 @@ def compare(
         return Outcome("refused", text)
     except Exception as error:
         return Outcome("traceback", f"{last_line(error)} {place_of(error)}")
+    try:
+        add_gradients(theirs, add_lora(reference, rank=4, alpha=8, seed=0, linears=linears))
+    except Exception as error:
+        theirs = Run(theirs.logits, lacks=last_line(error))
     if not causal:
         return Outcome("wrong", "it sees the tokens that it is to predict, and is not refused")
     return judged(ours, theirs, skeleton.remote_share)
@@ -110,21 +116,13 @@ def predicts_only(model: PreTrainedModel) -> bool:
     return relative(logits_of(model, other)[:, :-1], logits_of(model, ids)[:, :-1]) < 1e-3
 
 
-def add_gradients(run: Run, model: PreTrainedModel, names: Collection[str] | None = None) -> None:
-    """Adapters on a model: one pass, forward and backward; its logits beside those without.
-
-    names  of the adapter tensors that are not neutral; None for all
-
-    Raises what `peft` says to a model that it cannot adapt.
-    """
-    training = model.training
-    adapted = add_lora(model, rank=4, alpha=8, seed=0).train(training)
+def add_gradients(run: Run, adapted: PeftModel) -> None:
+    """One pass of a model with shaken adapters, forward and backward; its logits beside those
+    without."""
     found = trainable(adapted)
     with torch.no_grad():
         for name, parameter in found.items():
-            scale = 0.3 * parameter.shape[-1] ** -0.5
-            if names is None or name in names:
-                parameter.copy_(scale * noise(name, parameter, 1))
+            parameter.copy_(0.3 * parameter.shape[-1] ** -0.5 * noise(name, parameter, 1))
     token_losses(adapted, tokens()).backward()  # type: ignore[no-untyped-call]
     run.logits = torch.stack([run.logits, logits_of(adapted)])
     run.gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in found.items()}
