@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Verdict]]:
     by_command: dict[str, Counter[str]] = {entry.name: Counter() for entry in entries}
     found: list[Verdict] = []
     long: list[str] = []
-    with pool() as where, tqdm(total=args.cases, unit="case", dynamic_ncols=True) as bar:
+    with (
+        pool() as where,
+        tqdm(total=args.cases, unit="case", dynamic_ncols=True) as bar,
+        suppress(KeyboardInterrupt),  # what was found by then is told
+    ):
         for verdict in verdicts(
             drawer.cases(args.cases, entries), where, args.processes, args.limit_s
         ):

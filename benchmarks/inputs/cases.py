@@ -187,7 +187,10 @@ def _places(name: str) -> list[Value]:
 
 
 def _weights(command: str) -> list[Value]:
-    never = [f"{{pool}}/weights/{name}" for name in bring.DAMAGE if name not in bring.UNDECIDED]
+    undecided = list(bring.UNDECIDED)
+    if command == "scenarios.prepare":  # which needs no tokenizer
+        undecided += [name for name in bring.DAMAGE if "tokenizer" in name]
+    never = [f"{{pool}}/weights/{name}" for name in bring.DAMAGE if name not in undecided]
     never += [f"{{pool}}/weights/{name}" for name in ("empty", "a-file.safetensors", "model.gguf")]
     never += [
         "{pool}/weights/nowhere",
@@ -198,7 +201,7 @@ def _weights(command: str) -> list[Value]:
         "x" * 300,
         "http://x",
     ]
-    fine = ["{pool}/weights/good", *(f"{{pool}}/weights/{name}" for name in bring.UNDECIDED)]
+    fine = ["{pool}/weights/good", *(f"{{pool}}/weights/{name}" for name in undecided)]
     return _both(fine, never)
 
 

@@ -127,11 +127,11 @@ class Child:
         if kind in ("passed", "ended", "long") and self.case.nonsense:
             kind = "silent"
         shutil.rmtree(self._place, ignore_errors=True)
-        return Verdict(self.case, kind, status, text, seconds)
+        return Verdict(self.case, kind, status, text[-_TOLD:], seconds)
 
     def _text(self) -> str:
         path = self._place / "said"
-        return path.read_text(errors="backslashreplace")[-_TOLD:] if path.exists() else ""
+        return path.read_text(errors="backslashreplace") if path.exists() else ""
 
     def _said(self, status: int) -> bool:
         """Whether the last line says what is wrong."""

@@ -112,7 +112,7 @@ ENTRIES = (
         "benchmarks.fidelity:real_cases",
         "benchmarks.fidelity_network:require_line",
     ),
-    _entry("benchmarks.network_owner", "benchmarks.network_owner:session"),
+    _entry("benchmarks.network_owner", "benchmarks.network_owner:wait_for_quiet"),
     _entry("benchmarks.floors", "benchmarks.floors:measure"),
     _entry("benchmarks.fuzz", "benchmarks.fuzz.__main__:run", module="benchmarks.fuzz.__main__"),
     _entry(

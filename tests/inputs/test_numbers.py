@@ -74,7 +74,7 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
         ["--learning-rate", "nan"], ["--learning-rate", "0"], ["--learning-rate=-1"],
         ["--learning-rate", "1e400"], ["--steps", "0"], ["--steps", "1000000"], ["--rank", "0"],
         ["--rank", "9999999"], ["--held-out", "0"], ["--lanes", "3"], ["--seed", str(2**63)],
-        ["--seed=-1"], ["--out", ""], ["--cache", "x" * 300], ["--tls", "nowhere"], ["--step", "3"],
+        ["--seed=-1"], ["--cache", "x" * 300], ["--tls", "nowhere"], ["--step", "3"],
     ],
 )  # fmt: skip
 def test_the_quickstart_refuses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
