@@ -30,7 +30,8 @@ class Outcome:
     why         the refusal, the last line of the traceback, or what differs
     logits      relative error of the logits (2-norm)
     gradients   relative error of all adapters' gradients together
-    remote      share of the frozen linear weights that a worker computes
+    remote      share of the frozen weights that a worker computes
+    causal      whether transformers' model leaves out what comes after
     """
 
     status: str
@@ -38,6 +39,7 @@ class Outcome:
     logits: float | None = None
     gradients: float | None = None
     remote: float | None = None
+    causal: bool | None = None
 
 
 @dataclass
@@ -64,11 +66,11 @@ def compare(
 
     Theirs is in evaluation mode. Ours is as a trainer has it, told to train.
 
-    reference     float32; adapters are added to it, in place
+    reference     float32, in evaluation mode; adapters are added to it, in place
     least_remote  as `open_skeleton` takes it
     """
     try:
-        causal = predicts_only(reference.eval())
+        causal = predicts_only(reference)
         theirs = Run(logits_of(reference))
     except Exception as error:
         return Outcome("not built", f"its own pass: {last_line(error)}")
@@ -76,12 +78,22 @@ def compare(
         add_gradients(theirs, reference)
     except Exception as error:
         theirs = Run(theirs.logits, lacks=last_line(error))
+    outcome = _ours(directory, theirs, least_remote)
+    outcome.causal = causal
+    if outcome.status == "exact" and not causal:
+        outcome.status = "wrong"
+        outcome.why = "it sees the tokens that it is to predict, and is not refused"
+    return outcome
+
+
+def _ours(directory: Path, theirs: Run, least_remote: float) -> Outcome:
     try:
         skeleton = open_skeleton(directory, least_remote)
         skeleton.model.train()
         with skeleton.remote.connected(plain_products(skeleton)):
             ours = Run(logits_of(skeleton.model))
             add_gradients(ours, skeleton.model, theirs.gradients)
+        return judged(ours, theirs, skeleton.remote_share)
     except UserError as error:
         text = str(error)
         if "\n" in text.strip():
@@ -89,9 +101,6 @@ def compare(
         return Outcome("refused", text)
     except Exception as error:
         return Outcome("traceback", f"{last_line(error)} {place_of(error)}")
-    if not causal:
-        return Outcome("wrong", "it sees the tokens that it is to predict, and is not refused")
-    return judged(ours, theirs, skeleton.remote_share)
 
 
 def logits_of(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from backends.nn.base import open_base
-from backends.nn.selfcheck import require_faithful
 
 from backends.he.interface import Values
+from backends.nn.base import open_base
+from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 
 
@@ -38,6 +38,6 @@ def plain_products(skeleton: Skeleton) -> Callable[[int, Values], Values]:
         if matrix % 2 == 0:
             return torch.cat([x @ weight(m).t() for m in group.members], dim=1)
         parts = torch.split(x, list(group.out_features), dim=1)
-        return sum(p @ weight(m) for p, m in zip(parts, group.members, strict=True))  # type: ignore[return-value]
+        return sum(p @ weight(m) for p, m in zip(parts, group.members, strict=True))
 
     return linear
