@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers
+from transformers.utils import logging as quiet
 
 from backends.nn.skeleton import LEAST_REMOTE
 from backends.options import TIMES, Parser
@@ -48,30 +49,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, "benchmarks.zoo")
     add = parser.add_argument
     add("--only", nargs="+", metavar="TYPE", default=[],
-        help="only these types; with --layouts, only those whose names begin so")  # fmt: skip
+        help="only these types; with --layouts, only layouts whose names begin so")  # fmt: skip
     add("--layouts", action="store_true", help="layouts instead of types")
     add("--seconds", type=TIMES, default=90, metavar="S", help="limit for one of them (90)")
     record.add_json_option(parser)
     args = parser.parse(arguments)
     unknown = [] if args.layouts else sorted(set(args.only) - set(types.TYPES))
     if unknown:
-        parser.error(f"transformers {transformers.__version__} has no type {', '.join(unknown)}")
+        parser.error(f"transformers {transformers.__version__} has no {', '.join(unknown)}")
+    args.names = [
+        n for n in names if not args.only or any(_asked(n, t, args.layouts) for t in args.only)
+    ]
     return args
+
+
+def _asked(name: str, text: str, begins: bool) -> bool:
+    return name.startswith(text) if begins else name == text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet.set_verbosity_error()  # type: ignore[no-untyped-call]
+    quiet.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore")  # of other libraries, a screenful a model
     start = time.monotonic()
-    limits = Limits(seconds=args.seconds)
     with clean_exit():
-        if args.layouts:
-            names = [n for n in layouts.NAMES if not args.only or n.startswith(tuple(args.only))]
-            rows = [shown(row) for row in each(names, layouts.row, limits)]
-        else:
-            rows = [shown(row) for row in each(args.only or types.TYPES, types.row, limits)]
+        work = layouts.row if args.layouts else types.row
+        rows = [shown(row) for row in each(args.names, work, Limits(seconds=args.seconds))]
     rows.sort(key=lambda row: row["name"])
     counts = Counter(row["status"] for row in rows)
     figures: dict[str, Any] = {status.replace(" ", "_"): counts[status] for status in STATUSES}

@@ -32,7 +32,8 @@ class Outcome:
     why         the refusal, the last line of the traceback, or what differs
     logits      relative error of the logits (2-norm)
     gradients   relative error of all adapters' gradients together
-    remote      share of the frozen linear weights that a worker computes
+    remote      share of the frozen weights that a worker computes
+    causal      whether transformers' model leaves out what comes after
     """
 
     status: str
@@ -40,6 +41,7 @@ class Outcome:
     logits: float | None = None
     gradients: float | None = None
     remote: float | None = None
+    causal: bool | None = None
 
 
 @dataclass
@@ -66,11 +68,11 @@ def compare(
 
     Theirs is in evaluation mode. Ours is as a trainer has it, told to train.
 
-    reference     float32; adapters are added to it, in place
+    reference     float32, in evaluation mode; adapters are added to it, in place
     least_remote  as `open_skeleton` takes it
     """
     try:
-        causal = predicts_only(reference.eval())
+        causal = predicts_only(reference)
         theirs = Run(logits_of(reference))
     except Exception as error:
         return Outcome("not built", f"its own pass: {last_line(error)}")

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+
+def shaken(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal language model of a config, float32, in evaluation mode; the same every time."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    shake(model)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def shake(model: nn.Module, seed: int = 0) -> None:

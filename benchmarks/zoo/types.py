@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from benchmarks.zoo.comparing import Outcome, compare, last_line, logits_of, relative
 from benchmarks.zoo.configs import tiny_config
-from benchmarks.zoo.shaking import shake
+from benchmarks.zoo.shaking import shaken
 
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
@@ -28,12 +28,10 @@ def row(model_type: str, place: Path) -> dict[str, Any]:
     """
     saved = None
     try:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
-        shake(model)
+        model = shaken(tiny_config(model_type))
         model.save_pretrained(place)
         reference = clear_model(place)
-        saved = relative(logits_of(reference), logits_of(model.eval()))
+        saved = relative(logits_of(reference), logits_of(model))
         del model
     except Exception as error:
         outcome = Outcome("not built", last_line(error))
@@ -45,4 +43,4 @@ def row(model_type: str, place: Path) -> dict[str, Any]:
 def clear_model(directory: Path) -> PreTrainedModel:
     """The model as transformers reads it, float32, in evaluation mode."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.eval()
+    return model

@@ -6,25 +6,28 @@ should be where there is one.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 
+from backends.nn.adapters import add_lora
 from benchmarks.zoo.configs import tiny_config
-from benchmarks.zoo.shaking import shake
+from benchmarks.zoo.layouts import Write, edit_config, one_file
+from benchmarks.zoo.shaking import shaken
 from tests.inputs.gguf import write_gguf
 
 WEIGHTS, INDEX, GGUF = "model.safetensors", "model.safetensors.index.json", "lfm2.gguf"
@@ -52,63 +55,21 @@ def tiny(model_type: str, **values: Any) -> PreTrainedModel:
     config = tiny_config(model_type)
     for name, value in values.items():
         setattr(config, name, value)
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    shake(model)
-    return model.eval()
+    return shaken(config)
 
 
 # --- whole ---------------------------------------------------------------------------------------
 
 
-def saved(model_type: str, shard: str = "5GB", **values: Any) -> Maker:
-    """As `save_pretrained` writes it."""
+def saved(write: Write = one_file, model_type: str = "llama", **values: Any) -> Maker:
+    """A model in a layout, and what it is."""
 
     def make(place: Path) -> Brought:
         model = tiny(model_type, **values)
-        model.save_pretrained(place, max_shard_size=shard)
+        write(model, place)
         return Brought(place, model)
 
     return make
-
-
-def half(dtype: torch.dtype) -> Maker:
-    """A Llama of a half type, which is what it is in float32 too."""
-
-    def make(place: Path) -> Brought:
-        model = tiny("llama")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(dtype))
-        model.to(dtype).save_pretrained(place)
-        return Brought(place, reread(place))
-
-    return make
-
-
-def reread(place: Path) -> PreTrainedModel:
-    """As transformers reads a checkpoint, in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-    return model.eval()
-
-
-def base_only(model_type: str, tied: bool) -> Maker:
-    """As `AutoModel` saves it: names without the prefix, no head."""
-
-    def make(place: Path) -> Brought:
-        model = tiny(model_type, tie_word_embeddings=tied)
-        model.base_model.save_pretrained(place)
-        return Brought(place, model)
-
-    return make
-
-
-def head_of_its_own(place: Path) -> Brought:
-    """A config that says tied, over a file with a head."""
-    model = tiny("llama", tie_word_embeddings=False)
-    model.save_pretrained(place)
-    edit_config(tie_word_embeddings=True)(place)
-    return Brought(place, model)
 
 
 def gguf(*damages: Damage) -> Maker:
@@ -162,43 +123,15 @@ def _lfm2_parts(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch
     return metadata, tensors
 
 
-# --- quantised -----------------------------------------------------------------------------------
-
-
-def codes(dtype: torch.dtype, scale: str, config: dict[str, Any] | None) -> Maker:
-    """A Llama whose linears are codes of a dtype, with a scale beside each.
-
-    config  the checkpoint's `quantization_config`, if it says anything
-    """
-
-    def make(place: Path) -> Brought:
-        model = tiny("llama")
-        model.save_pretrained(place)
-        stored = load_file(place / WEIGHTS)
-        for name in [n for n in stored if n.endswith("_proj.weight")]:
-            weight = stored[name]
-            one = (weight.abs().max() / 100).reshape(1, 1)
-            stored[name] = (weight / one).round().to(dtype)
-            stored[name.removesuffix("weight") + scale] = one
-            with torch.no_grad():
-                model.get_parameter(name).copy_(stored[name].float() * one)
-        save_file(stored, place / WEIGHTS, metadata={"format": "pt"})
-        if config is not None:
-            edit_config(quantization_config=config)(place)
-        return Brought(place, model)
-
-    return make
-
-
 # --- other kinds ---------------------------------------------------------------------------------
 
 
-def other_kind(config: PretrainedConfig) -> Maker:
+def other_kind(kind: PretrainedConfig) -> Maker:
     """A model of a config that is no causal language model, as `AutoModel` saves it."""
 
     def make(place: Path) -> Brought:
         torch.manual_seed(0)
-        AutoModel.from_config(config).save_pretrained(place)
+        AutoModel.from_config(kind).save_pretrained(place)  # type: ignore[no-untyped-call]
         return Brought(place)
 
     return make
@@ -206,8 +139,7 @@ def other_kind(config: PretrainedConfig) -> Maker:
 
 def adapter(place: Path) -> Brought:
     """What `peft` saves, given for a base model."""
-    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(tiny("llama"), config).save_pretrained(place)
+    add_lora(tiny("llama"), rank=2, alpha=4, seed=0).save_pretrained(place)
     return Brought(place)
 
 
@@ -218,13 +150,23 @@ def damaged(*damages: Damage, model_type: str = "llama", shard: str = "5GB") -> 
     """A checkpoint to which these are done in turn; its path is the directory's."""
 
     def make(place: Path) -> Brought:
-        model = tiny(model_type)
-        model.save_pretrained(place, max_shard_size=shard)
+        model, files = _whole(model_type, shard)
+        for name, content in files.items():
+            (place / name).write_bytes(content)
         for damage in damages:
             damage(place)
-        return Brought(place, model)
+        return Brought(place, copy.deepcopy(model))
 
     return make
+
+
+@cache
+def _whole(model_type: str, shard: str) -> tuple[PreTrainedModel, dict[str, bytes]]:
+    """A model, and the files it is saved as."""
+    model = tiny(model_type)
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place, max_shard_size=shard)
+        return model, {path.name: path.read_bytes() for path in Path(place).iterdir()}
 
 
 def named(name: str, make: Maker) -> Maker:
@@ -242,20 +184,18 @@ def nothing(place: Path) -> Brought:
     return Brought(place)
 
 
-def edit_config(**values: Any) -> Damage:
+def config(**values: Any) -> Damage:
     """Other values in config.json; a None goes."""
-
-    def change(place: Path) -> None:
-        path = place / "config.json"
-        facts = json.loads(path.read_text()) | values
-        path.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
-
-    return change
+    return lambda place: edit_config(place, **values)
 
 
 def write(name: str, content: bytes) -> Damage:
     """Other content in a file, or a new file."""
-    return lambda place: (place / name).write_bytes(content) and None
+
+    def change(place: Path) -> None:
+        (place / name).write_bytes(content)
+
+    return change
 
 
 def cut(name: str, keep: float | int) -> Damage:
@@ -287,12 +227,6 @@ def into_subfolder(place: Path) -> None:
     below.mkdir()
     for file in files:
         shutil.move(file, below)
-
-
-def pickled(place: Path) -> None:
-    """pytorch_model.bin in place of safetensors."""
-    torch.save(load_file(place / WEIGHTS), place / "pytorch_model.bin")
-    (place / WEIGHTS).unlink()
 
 
 def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Damage:
