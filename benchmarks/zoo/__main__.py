@@ -34,7 +34,7 @@ import transformers
 from transformers.utils import logging as quiet
 
 from backends.nn.skeleton import LEAST_REMOTE
-from backends.options import TIMES, Parser
+from backends.options import SECONDS, Parser
 from benchmarks.zoo import layouts, types
 from benchmarks.zoo.children import Limits, Row, each
 from scenarios import record
@@ -51,10 +51,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", metavar="TYPE", default=[],
         help="only these types; with --layouts, only layouts whose names begin so")  # fmt: skip
     add("--layouts", action="store_true", help="layouts instead of types")
-    add("--seconds", type=TIMES, default=90, metavar="S", help="limit for one of them (90)")
+    add("--seconds", type=SECONDS, default=90, metavar="S", help="limit for one of them (90)")
     record.add_json_option(parser)
     args = parser.parse(arguments)
-    unknown = [] if args.layouts else sorted(set(args.only) - set(types.TYPES))
+    names = layouts.NAMES if args.layouts else types.TYPES
+    unknown = [t for t in args.only if not any(_asked(name, t, args.layouts) for name in names)]
     if unknown:
         parser.error(f"transformers {transformers.__version__} has no {', '.join(unknown)}")
     args.names = [
