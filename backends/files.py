@@ -12,16 +12,66 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.errors import UserError
+
 _ASIDE = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)")
 """A name that `replacing` and `replacing_directory` make."""
+
+
+class WriteError(UserError, OSError):
+    """A file or directory cannot be written: what was there before is whole.
+
+    Has the `errno` and `strerror` of its cause.
+    """
+
+    def __init__(self, path: Path, cause: OSError) -> None:
+        super().__init__(cause.errno, cause.strerror or str(cause))
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be written: {self.strerror}; mend that, or name another place"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses is a WriteError of `path`, within a `with` for writing it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
+def _claim(descriptor: int) -> None:
+    """Show by a lock that a living process is at work on an aside, where there are locks."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _claimed(aside: Path) -> bool:
+    """Whether a living process is at work on it, as far as a lock can tell."""
+    try:
+        descriptor = os.open(aside, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager
@@ -30,26 +80,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     It has the permissions of the one it replaces, or those of a new file. Its own name until then
     is new and nobody's guess: what somebody else has put there is not written through.
+
+    Raises WriteError when it cannot be written; `path` is then as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-    except FileNotFoundError:
-        mode = None
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(aside, flags, 0o666)  # less the process's mask
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_directory(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+        except FileNotFoundError:
+            mode = None
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(aside, flags, 0o666)  # less the process's mask
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                _claim(descriptor)
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+            sync_directory(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -91,9 +145,10 @@ def sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
+    """Write indented JSON atomically. Raises ValueError for NaN and infinities: JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False)
     with replacing(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
+        file.write(text.encode() + b"\n")
 
 
 def write_secret(path: Path, value: bytes) -> None:
@@ -178,54 +233,62 @@ def write_array(
 def replacing_directory(path: Path) -> Iterator[Path]:
     """A new directory that takes the place of `path` at the end of the `with`, or never.
 
-    Only its owner can look into it.
+    Only its owner can look into it. Raises WriteError when it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    aside.mkdir(mode=0o700)
-    try:
-        yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        sync_directory(aside)
-        if path.exists():
-            # A directory cannot be replaced in one step; the old one goes last.
-            old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
-            path.rename(old)
-            aside.rename(path)
-            shutil.rmtree(old)
-        else:
-            aside.rename(path)
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        aside.mkdir(mode=0o700)
+        descriptor = os.open(aside, os.O_RDONLY)
+        try:
+            _claim(descriptor)
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            sync_directory(aside)
+            if path.exists():
+                # A directory cannot be replaced in one step; the old one goes last.
+                old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
+                path.rename(old)
+                aside.rename(path)
+                shutil.rmtree(old)
+            else:
+                aside.rename(path)
+            sync_directory(path.parent)
+        finally:
+            os.close(descriptor)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
     """Delete a directory, if it is there. To whoever looks for its name it is whole, or gone.
 
-    A crash leaves the rest of it to `end_replacing`.
+    A crash leaves the rest of it to `end_replacing`. Raises WriteError when it cannot be deleted.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(aside)
+    with writing(path):
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(aside)
 
 
-def end_replacing(directory: Path) -> None:
+def end_replacing(directory: Path, names: Collection[str] | None = None) -> None:
     """Clear up in `directory` after a crash within `replacing` or `replacing_directory`.
 
     What was moved aside to be replaced, and was not, comes back; what was never finished is
-    deleted. Only for whoever alone writes there: another's unfinished work looks the same.
+    deleted. What a living process is at work on stays, where the file system has locks to tell it
+    by; where it has none, this is only for whoever alone writes there.
+
+    names  of what was to be replaced; None takes all
     """
     found = {path: _ASIDE.fullmatch(path.name) for path in directory.iterdir()}
     # Old ones first: they are worth more than what was to replace them.
     for path, name in sorted(found.items(), key=lambda item: item[0].suffix != ".old"):
-        if name is None:
+        if name is None or not (names is None or name[1] in names) or _claimed(path):
             continue
         target = directory / name[1]
         if name[2] == "old" and not target.exists():

@@ -76,8 +76,8 @@ def commit() -> str:
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
         status = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", ".",
-             ":!benchmarks/results"],
+            ["git", "--no-optional-locks", "-C", root, "status", "--porcelain",
+             "--untracked-files=no", "--", ".", ":!benchmarks/results"],
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):

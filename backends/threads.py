@@ -62,23 +62,25 @@ def run_ahead(jobs: Iterable[Job[T]], threads: int, budget_bytes: int) -> Genera
     alone). With one thread, jobs run one after the other in order.
 
     A job's exception is raised in its turn. However this ends, all begun jobs have ended by then,
-    and `jobs`, if it is a generator, is closed. Who may leave early closes this generator too.
+    those that no thread has taken up are dropped, and `jobs`, if it is a generator, is closed. Who
+    may leave early closes this generator too.
     """
     waiting: deque[tuple[int, Future[T]]] = deque()
     held_bytes = 0
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
-            for job in jobs:
-                while waiting and (
-                    len(waiting) > threads or held_bytes + job.size_bytes > budget_bytes
-                ):
-                    size_bytes, future = waiting.popleft()
-                    yield future.result()
-                    held_bytes -= size_bytes
-                waiting.append((job.size_bytes, pool.submit(job.run)))
-                held_bytes += job.size_bytes
-            for _, future in waiting:
+        for job in jobs:
+            while waiting and (
+                len(waiting) > threads or held_bytes + job.size_bytes > budget_bytes
+            ):
+                size_bytes, future = waiting.popleft()
                 yield future.result()
+                held_bytes -= size_bytes
+            waiting.append((job.size_bytes, pool.submit(job.run)))
+            held_bytes += job.size_bytes
+        for _, future in waiting:
+            yield future.result()
     finally:
+        pool.shutdown(cancel_futures=True)
         if isinstance(jobs, Generator):
             jobs.close()

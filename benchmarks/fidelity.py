@@ -19,7 +19,6 @@ C compiler; a quarter of an hour). See `benchmarks/fidelity_network.py`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Iterator
@@ -30,23 +29,25 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from backends.he.params import preset
 from backends.nn.adapters import add_lora
+from backends.nn.base import open_base
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource, SafetensorsSource, WeightSource
+from backends.nn.sources import Base, RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.options import ALL, SECONDS, TIMES, Modes, Number, Parser, place
 from benchmarks import fidelity_network
 from benchmarks.fidelity_network import NoLineError
 from benchmarks.steps import Steps
 from scenarios import record
-from scenarios.cli import clean_exit, positive, use_kernel
+from scenarios.cli import clean_exit, use_kernel
 from scenarios.preparation import add_cache_option, prepared_for
 from scenarios.quickstart import BASE
 from scenarios.session import private_session
 from sim.calibrate import Calibration, Samples, explanations, report
-from sim.device import DeviceProfile
+from sim.device import DeviceProfile, ProfileError
 from sim.models import MODELS
 from sim.workload import trace_step
 from sim.world import WorldConfig, simulate
@@ -57,6 +58,17 @@ RANK = 16
 ENOUGH = 5
 """Undisturbed steps of every case that end the rounds."""
 
+MODES = Modes(
+    {"here": "a run in this process (without --network)", "network": "--network"},
+    lambda args: ("network",) if args.network else ("here",),
+    {
+        "--minutes": ("here",), "--network": ALL, "--cache": ALL, "--json": ALL,
+        **dict.fromkeys(
+            ("--rounds", "--seconds", "--patience", "--congestion", "--profile"), ("network",)
+        ),
+    },
+)  # fmt: skip
+
 
 def narrowed(config: PretrainedConfig, layers: int, vocabulary: int) -> PretrainedConfig:
     """The same width, fewer layers and tokens: a stack that fits a benchmark."""
@@ -66,12 +78,12 @@ def narrowed(config: PretrainedConfig, layers: int, vocabulary: int) -> Pretrain
     return stack
 
 
-def models() -> dict[str, tuple[PretrainedConfig, WeightSource]]:
+def models() -> dict[str, Base]:
     """What is trained, by name."""
     stack = narrowed(MODELS["llama-3.2-1b"](), layers=2, vocabulary=4096)
     return {
-        "quickstart": (AutoConfig.from_pretrained(BASE), SafetensorsSource(BASE)),
-        "1b-width": (stack, RandomSource(0)),
+        "quickstart": open_base(BASE),
+        "1b-width": RandomBase(stack, 0),
     }
 
 
@@ -101,10 +113,10 @@ def real_cases(cache: Path) -> Iterator[list[Case]]:
     """All trainings, connected and warmed up."""
     cases = []
     with ExitStack() as stack:
-        for name, (config, source) in models().items():
+        for name, base in models().items():
             for lanes in LANES:
-                skeleton = build_skeleton(config, source)
-                prepared, _ = prepared_for(skeleton, config, source, preset("standard"), cache)
+                config, skeleton = base.config, build_skeleton(base)
+                prepared, _ = prepared_for(skeleton, preset("standard"), cache)
                 model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
                 stack.enter_context(private_session(skeleton, prepared, lanes))
                 for tokens in TOKENS:
@@ -165,26 +177,26 @@ def measure(cases: list[Case], calibration: Calibration, minutes: float) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the rounds (6)")
+    parser = Parser(__doc__, "benchmarks.fidelity", MODES)
+    parser.add_argument("--minutes", type=Number(0.01, 1440), default=6.0,
+        help="time limit of the rounds (6)")  # fmt: skip
     parser.add_argument("--network", action="store_true", help="over real lines, see above")
     group = parser.add_argument_group("with --network")
-    group.add_argument("--rounds", type=positive, default=1, help="visits to every line (1)")
-    group.add_argument("--seconds", type=float, default=20.0, help="of steps a cell and visit (20)")
-    group.add_argument("--patience", type=float, default=60.0,
+    group.add_argument("--rounds", type=TIMES, default=1, help="visits to every line (1)")
+    group.add_argument("--seconds", type=SECONDS, default=20.0,
+        help="of steps a cell and visit (20)")  # fmt: skip
+    group.add_argument("--patience", type=SECONDS, default=60.0,
         help="seconds that a cell waits for other processes to end (60)")  # fmt: skip
     group.add_argument("--congestion", default="cubic", metavar="NAME",
         help="TCP's congestion control at both ends (cubic, as most systems have)")  # fmt: skip
-    group.add_argument("--profile", type=Path, metavar="FILE",
+    group.add_argument("--profile", type=place, metavar="FILE",
         help="one core's profile, of an earlier `taskset -c 0 python -m sim.calibrate --out FILE`",
     )  # fmt: skip
     add_cache_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     if args.network:
-        with clean_exit(NoLineError):
+        with clean_exit(NoLineError, ProfileError):
             use_kernel(None)
             fidelity_network.run(args)
         return

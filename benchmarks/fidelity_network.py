@@ -27,7 +27,7 @@ from typing import Any
 
 from backends.he.params import preset
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from benchmarks.network_owner import RANK, TOKENS, network_model
 from benchmarks.shaped_line import (
     ADDRESSES,
@@ -224,7 +224,8 @@ def print_table(figures: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure every cell and compare. Raises NoLineError."""
+    """Measure every cell and compare. Raises NoLineError, or ProfileError for `--profile`."""
+    given = None if args.profile is None else DeviceProfile.load(args.profile)
     require_line()
     if len(os.sched_getaffinity(0)) < 2:
         raise NoLineError("two sides need two cores; this process may use one")
@@ -240,13 +241,10 @@ def run(args: argparse.Namespace) -> None:
         directory, authority = Path(name), Authority()
         authority.issue(directory / "owner")
         authority.issue(directory / "worker", [ADDRESSES[1]])
-        config, source = network_model(), RandomSource(0)
-        skeleton = build_skeleton(config, source)
-        prepared, _ = prepared_for(skeleton, config, source, preset("standard"), args.cache)
-        if args.profile is None:
-            profile = calibrated(directory, min(os.sched_getaffinity(0)))
-        else:
-            profile = DeviceProfile.load(args.profile)
+        base = RandomBase(network_model(), 0)
+        skeleton = build_skeleton(base)
+        prepared, _ = prepared_for(skeleton, preset("standard"), args.cache)
+        profile = given or calibrated(directory, min(os.sched_getaffinity(0)))
         for _ in range(args.rounds):
             for shape in dict.fromkeys(cell.shape for cell in cells):
                 here = [cell for cell in cells if cell.shape == shape]

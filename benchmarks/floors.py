@@ -17,7 +17,6 @@ multiply, as AMD's Zen 3 and 4 do; on other processors read them as a yardstick 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from statistics import median
@@ -34,8 +33,9 @@ from backends.he.params import preset
 from backends.he.ring import inverse_tables, mask_tile_kernel, secret_to_ntt
 from backends.he.vector import LANES
 from backends.machine import cpu_flags
+from backends.options import TIMES, Parser
 from scenarios import record
-from scenarios.cli import add_kernel_option, clean_exit, positive, use_kernel
+from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 
 FLOORS = {"worker": 2 / 32, "fp32": 1 / 16, "ring": 776.0, "seal": 2.0, "open": 1.0}
 _PARAMETERS = preset("standard")
@@ -142,14 +142,11 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.floors", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=positive, default=31, help="rounds (31)")
+    parser = Parser(__doc__, "benchmarks.floors")
+    parser.add_argument("--rounds", type=TIMES, default=31, help="rounds (31)")
     add_kernel_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     with clean_exit():
         kernel = use_kernel(args.kernel)
         found = measure(args.rounds)

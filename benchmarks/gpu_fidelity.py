@@ -17,7 +17,6 @@ both sides are sums of the same parts, set side by side:
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 
+from backends.files import read_bounded
+from backends.options import Parser, place
 from scenarios import record
 from scenarios.cli import clean_exit
 from scenarios.whatif.setting import MENDABLE, profile_of
@@ -33,6 +34,34 @@ from sim.hosts import Costs
 from sim.models import MODELS
 from sim.workload import Linear, Workload, trace_step
 from sim.world import WorldConfig, simulate
+
+_FIGURES_BYTES_MAX = 1 << 26
+_NUMBERS = ("private_step_s", "remote_wait_s", "owner_s", "worker_s")
+_LONGEST_S = 1e6
+_TOKENS_MAX = 1 << 20
+
+
+def recorded(path: Path) -> tuple[dict[str, Any], Any]:
+    """(the training step, the origin) in a file of `benchmarks.gpu`.
+
+    Raises OSError when it cannot be read, ValueError when it holds no such step.
+    """
+    try:
+        figures = json.loads(read_bounded(path, _FIGURES_BYTES_MAX))
+        if "step" not in figures:
+            raise ValueError("there is none")
+        step, origin = dict(figures["step"]), figures["origin"]
+        numbers = [step[name] for name in _NUMBERS]
+        tokens, _, _ = step["tokens_per_step"], step["lanes"], step["lm_head"]
+        if not all(isinstance(n, int | float) and 0 < n < _LONGEST_S for n in numbers):
+            raise ValueError(f"{', '.join(_NUMBERS)} are seconds above 0")
+        if type(tokens) is not int or not 2 <= tokens <= _TOKENS_MAX:
+            raise ValueError(f"tokens_per_step is a whole number from 2 to {_TOKENS_MAX}")
+        sequence_of(step["arguments"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} holds no training step of benchmarks.gpu: {why}") from error
+    return step, origin
 
 
 def sequence_of(arguments: str) -> int:
@@ -115,24 +144,19 @@ def print_table(f: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_fidelity", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--figures", type=Path, required=True, metavar="FILE",
+    parser = Parser(__doc__, "benchmarks.gpu_fidelity")
+    parser.add_argument("--figures", type=place, required=True, metavar="FILE",
         help="what `python -m benchmarks.gpu` wrote, the part `step` among it")  # fmt: skip
     parser.add_argument("--gpu", required=True, nargs="+", metavar="PROFILE",
         help="device profiles by name, or JSON files")  # fmt: skip
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     with clean_exit(*MENDABLE, OSError, ValueError):
-        recorded = json.loads(args.figures.read_text("utf-8"))
-        if "step" not in recorded:
-            raise ValueError(f"{args.figures} holds no training step of benchmarks.gpu")
-        cases = [compare(recorded["step"], profile_of(name)) for name in args.gpu]
+        step, origin = recorded(args.figures)
+        cases = [compare(step, profile_of(name)) for name in args.gpu]
     for case in cases:
         print_table(case)
-    record.write(args.json, {"cases": cases, "measured": recorded["origin"]})
+    record.write(args.json, {"cases": cases, "measured": origin})
 
 
 if __name__ == "__main__":

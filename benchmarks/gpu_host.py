@@ -13,7 +13,6 @@ quickest round is beside them, because other programs on the machine only ever a
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +37,7 @@ from backends.he.plan import plan_matrix
 from backends.he.public import PublicMatrix, public_seed
 from backends.he.ring import tiles_of
 from backends.he.vector import LANES
+from backends.options import TIMES, Parser
 from benchmarks.null_cuda import null_gpu
 from protocol.errors import WrongAnswerError
 from scenarios import record
@@ -142,14 +142,10 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=21, help="of 200 calls each (21)")
+    parser = Parser(__doc__, "benchmarks.gpu_host")
+    parser.add_argument("--rounds", type=TIMES, default=21, help="of 200 calls each (21)")
     record.add_json_option(parser)
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds is at least 1")
+    args = parser.parse()
     figures = measure(args.rounds)
     for part in ("worker", "owner"):
         for name, row in figures[part].items():

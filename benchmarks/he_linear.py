@@ -30,11 +30,14 @@ from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
 from backends.he.quantise import dequantise, quantise
 from backends.machine import cpu_flags
+from backends.options import TIMES, Parser, Whole, shown
 from scenarios import record
-from scenarios.cli import add_kernel_option, clean_exit, positive, use_kernel
+from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048), (2048, 512))
 TOKENS = (1, 64, 256, 1024)
+_SIDE = Whole(1, 1 << 17)
+_MOST_WEIGHTS = 1 << 28  # in four copies: 5 GB
 
 
 def heavy_tailed(tokens: int, inputs: int, seed: int) -> NDArray[np.float32]:
@@ -147,26 +150,29 @@ def print_table(cases: list[dict[str, Any]]) -> None:
 def shape(text: str) -> tuple[int, int]:
     """(inputs, outputs) of "2048x8192"."""
     inputs, _, outputs = text.partition("x")
-    if not (inputs.isdigit() and outputs.isdigit() and int(inputs) and int(outputs)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write INPUTSxOUTPUTS, 2048x8192")
-    return int(inputs), int(outputs)
+    try:
+        sides = _SIDE(inputs), _SIDE(outputs)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no shape; write INPUTSxOUTPUTS, as in 2048x8192: {error}"
+        ) from error
+    if sides[0] * sides[1] > _MOST_WEIGHTS:
+        raise argparse.ArgumentTypeError(f"{shown(text)} has more than {_MOST_WEIGHTS} weights")
+    return sides
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.he_linear", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "benchmarks.he_linear")
     add = parser.add_argument
     add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
-    add("--rounds", type=positive, default=15, help="rounds per case (15)")
-    add("--tokens", type=positive, nargs="+", default=TOKENS, metavar="N",
+    add("--rounds", type=TIMES, default=15, help="rounds per case (15)")
+    add("--tokens", type=Whole(1, 1 << 16), nargs="+", default=TOKENS, metavar="N",
         help=f"tokens of a request ({' '.join(map(str, TOKENS))})")  # fmt: skip
     add("--shape", type=shape, nargs="+", default=SHAPES, metavar="INxOUT",
         help=f"layers ({' '.join(f'{i}x{o}' for i, o in SHAPES)})")  # fmt: skip
     add_kernel_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     parameters = preset(args.preset)
     cases = []
     with clean_exit():

@@ -9,7 +9,6 @@ that size, averaged over the attacks. Secret rows are drawn anew every few attac
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,10 +25,11 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import PRESETS, Parameters, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
+from backends.options import TIMES, Parser, Whole
 from benchmarks.he_linear import heavy_tailed
 from protocol.errors import WrongAnswerError
 from scenarios import record
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit
 
 Answer = NDArray[np.uint16]
 Rng = np.random.Generator
@@ -341,17 +341,14 @@ def bias_found(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.integrity", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "benchmarks.integrity")
     add = parser.add_argument
     add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
-    add("--attacks", type=positive, default=100_000, help="attacks in total (100000)")
-    add("--honest", type=positive, default=10_000_000, help="honest tokens (10000000)")
-    add("--biased", type=positive, default=3, help="runs under a small bias (3)")
+    add("--attacks", type=Whole(), default=100_000, help="attacks in total (100000)")
+    add("--honest", type=Whole(), default=10_000_000, help="honest tokens (10000000)")
+    add("--biased", type=TIMES, default=3, help="runs under a small bias (3)")
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     parameters = preset(args.preset)
     start = time.perf_counter()
     with clean_exit():

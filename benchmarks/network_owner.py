@@ -19,11 +19,13 @@ from transformers import LlamaConfig
 
 from backends.he.params import preset
 from backends.machine import busy_elsewhere_s
+from backends.net.addresses import address_of
 from backends.net.tls import Tls
 from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.options import LANES, SECONDS, Parser, Whole, place
 from benchmarks.steps import Steps
 from scenarios.cli import clean_exit, use_kernel
 from scenarios.estimate import Shape
@@ -68,9 +70,10 @@ def wait_for_quiet(patience_s: float) -> None:
 
 def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
     """Steps of one session: seconds each took, what was sent, what else the machine did."""
-    config, source = network_model(), RandomSource(0)
-    skeleton = build_skeleton(config, source)
-    prepared, _ = prepared_for(skeleton, config, source, preset("standard"), args.cache)
+    config = network_model()
+    base = RandomBase(config, 0)
+    skeleton = build_skeleton(base)
+    prepared, _ = prepared_for(skeleton, preset("standard"), args.cache)
     model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
     workers = Workers((args.worker,), Tls(args.tls))
     text = torch.randint(
@@ -105,17 +108,19 @@ def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__, "benchmarks.network_owner")
     parser.add_argument("--worker", required=True, metavar="HOST:PORT")
-    parser.add_argument("--tls", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--seconds", type=float, default=25.0, help="of a session, about")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for others")
-    parser.add_argument("--ours", type=int, nargs="*", default=[], metavar="PID",
+    parser.add_argument("--tls", type=place, required=True, metavar="DIR")
+    parser.add_argument("--lanes", type=LANES, nargs="+", default=[1, 4])
+    parser.add_argument("--seconds", type=SECONDS, default=25.0, help="of a session, about")
+    parser.add_argument("--patience", type=SECONDS, default=0.0, help="seconds to wait for others")
+    parser.add_argument("--ours", type=Whole(1, 1 << 22), nargs="*", default=[], metavar="PID",
         help="processes whose work is no disturbance")  # fmt: skip
     add_cache_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     with clean_exit():
+        address_of(args.worker)
+        Tls(args.tls).require_current()
         use_kernel(None)
         for lanes in args.lanes:
             wait_for_quiet(args.patience)

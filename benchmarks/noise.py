@@ -10,7 +10,6 @@ standard errors a figure is from the law.
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass, replace
 from math import inf, isnan
@@ -26,9 +25,10 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import ERROR_BITS, PRESETS, Parameters, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
+from backends.options import Parser, Whole
 from benchmarks.he_linear import heavy_tailed
 from scenarios import record
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit
 
 Float64Array = NDArray[np.float64]
 
@@ -243,15 +243,12 @@ def print_case(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.noise", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "benchmarks.noise")
     add = parser.add_argument
     add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
-    add("--samples", type=positive, default=50_000_000, help="results of each case (50000000)")
+    add("--samples", type=Whole(), default=50_000_000, help="results of each case (50000000)")
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     start = time.perf_counter()
     cases = []
     with clean_exit():

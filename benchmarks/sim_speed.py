@@ -13,12 +13,12 @@ Expected: a tenth of a second on one core of a 2023 server, some 4,500 events.
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from backends.options import TIMES, Parser
 from scenarios import record
 from scenarios.whatif.setting import Setting, workload_for, world_of
 from sim.world import simulate
@@ -55,14 +55,10 @@ def measure(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=21, help="worlds simulated (21)")
+    parser = Parser(__doc__, "benchmarks.sim_speed")
+    parser.add_argument("--repeats", type=TIMES, default=21, help="worlds simulated (21)")
     record.add_json_option(parser)
-    args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error("--repeats is at least 1")
+    args = parser.parse()
     f = measure(args.repeats)
     print(f"one step of {f['model']}, {f['lanes']} lanes of {f['tokens']} tokens:")
     print(

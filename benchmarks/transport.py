@@ -13,7 +13,6 @@ of others' processes in the meantime are told, because they make speeds, not cos
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import multiprocessing as mp
 import os
@@ -29,10 +28,11 @@ from typing import Any, TypeAlias
 from backends.net.dialling import Dialler
 from backends.net.listening import Listener
 from backends.net.tls import Tls
+from backends.options import ALL, TIMES, Modes, Parser, Whole
 from benchmarks import two_processes
 from protocol.messages import Bytes, Multiply, Product, decode, encode
 from scenarios.certs import Authority
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit
 
 TOKENS, WIDTH = 256, 2048
 UP_BYTES, DOWN_BYTES = 3 * TOKENS * WIDTH, 2 * TOKENS * WIDTH
@@ -41,6 +41,13 @@ _FRAME_MAX = UP_BYTES + 1024
 SESSION = bytes(16)
 NAMES = {"tls": "mutual TLS 1.3", "plain": "plain TCP", "grpc": "gRPC, mutual TLS 1.3"}
 PREFIX = {"tls": "", "plain": "plain_", "grpc": "grpc_"}
+
+MODES = Modes(
+    {"links": "measuring links (without --llama1b)"},
+    lambda args: () if args.llama1b else ("links",),
+    {"--llama1b": ALL, "--json": ALL}
+    | dict.fromkeys(("--seconds", "--rounds", "--grpc"), ("links",)),
+)
 
 
 Send: TypeAlias = Callable[[bytes], object]
@@ -168,12 +175,11 @@ def main() -> None:
     # Only here: it loads torch, for which every worker's process would have to wait.
     from scenarios import record
 
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.transport", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=positive, default=5, help="of each measurement (5)")
-    parser.add_argument("--rounds", type=positive, default=3, help="medians over these (3)")
+    parser = Parser(__doc__, "benchmarks.transport", MODES)
+    parser.add_argument(
+        "--seconds", type=Whole(1, 86_400), default=5, help="of each measurement (5)"
+    )
+    parser.add_argument("--rounds", type=TIMES, default=3, help="medians over these (3)")
     parser.add_argument("--llama1b", action="store_true", help="a training step of the 1B's shape")
     parser.add_argument(
         "--grpc", action="store_true",
@@ -181,7 +187,7 @@ def main() -> None:
         "grpcio, and DIR on PYTHONPATH",
     )  # fmt: skip
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     if args.llama1b:
         with clean_exit():
             figures = two_processes.measure(two_processes.Size())

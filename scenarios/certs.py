@@ -35,12 +35,20 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backends.errors import UserError
-from backends.files import replacing_directory
-from backends.net.tls import Tls, identity
-from scenarios.cli import clean_exit, up_to
+from backends.files import remove_directory, replacing_directory
+from backends.net.tls import CertificateError, Tls, identity
+from backends.options import ALL, Modes, Parser, Whole, place
+from backends.places import output_directory
+from scenarios.cli import clean_exit
 
 _DAYS = 365
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+
+MODES = Modes(
+    {"making": "making certificates (without --check)"},
+    lambda args: ("making",) if args.check is None else (),
+    {"--out": ("making",), "--days": ("making",), "--name": ALL, "--worker": ALL, "--check": ALL},
+)
 
 
 class OutError(UserError):
@@ -163,6 +171,8 @@ def check(directory: Path, hosts: Sequence[str]) -> str:
         names = [str(name.value) for name in found]
     except x509.ExtensionNotFound:
         names = []
+    except ValueError as error:
+        raise CertificateError(f"{directory / 'cert.pem'} cannot be read: {error}") from error
     missing = [host for host in hosts if host not in names]
     if missing:
         named = ", ".join(names) or "no host at all, as an owner's does"
@@ -188,7 +198,11 @@ def make(out: Path, hosts: Sequence[str], days: int) -> str:
             raise OutError(f"{out / side} is there already; choose another --out")
     authority = Authority(days)
     authority.issue(out / "owner")
-    authority.issue(out / "worker", hosts)
+    try:
+        authority.issue(out / "worker", hosts)
+    except BaseException:  # half of it would be in the way of another try
+        remove_directory(out / "owner")
+        raise
     there = f"umask 077 && mkdir -p {shlex.quote(out.name)} && tar -C {shlex.quote(out.name)} -x"
     return f"""{check(out / "owner", [])}
 {check(out / "worker", hosts)}
@@ -198,25 +212,24 @@ The owner's stays here (--tls {out / "owner"}). The worker's goes to its machine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.certs", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("certs"), help="where to (certs)")
+    parser = Parser(__doc__, "scenarios.certs", MODES)
+    parser.add_argument("--out", type=output_directory, help="where to (certs)")
     parser.add_argument(
         "--name", "--worker", action="append", metavar="HOST", type=host_name, default=[],
         help="a name or address of the worker (several times; localhost and 127.0.0.1 without any)",
     )  # fmt: skip
-    parser.add_argument("--days", type=up_to(3650), default=_DAYS, help="they are good for (365)")
+    days = Whole(1, 3650)
+    parser.add_argument("--days", type=days, default=_DAYS, help="they are good for (365)")
     parser.add_argument(
-        "--check", type=Path, metavar="DIR", help="make nothing; look at a side's certificate"
+        "--check", type=place, metavar="DIR", help="make nothing; look at a side's certificate"
     )
-    args = parser.parse_args()
+    args = parser.parse()
     with clean_exit():
         if args.check is not None:
             print(check(args.check, args.name))
         else:
-            print(make(args.out, args.name or ["localhost", "127.0.0.1"], args.days))
+            out = args.out or output_directory("certs")
+            print(make(out, args.name or ["localhost", "127.0.0.1"], args.days))
 
 
 if __name__ == "__main__":

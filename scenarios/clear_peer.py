@@ -73,7 +73,11 @@ class ClearPeer:
     def __init__(self, argv: list[str], dtype: str) -> None:
         command = [sys.executable, "-m", "scenarios.llama1b", *argv, "--clear-peer", dtype]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process; the other ends with its input
         )
         self._reply("ready")
 

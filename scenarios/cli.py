@@ -7,19 +7,24 @@ imports), and nothing that takes long to load before it is needed.
 from __future__ import annotations
 
 import argparse
+import errno
+import gc
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from backends.errors import Interrupted, UserError
+from backends.interrupts import INTERRUPTED
 from scenarios.privacy import private_process
 
 if TYPE_CHECKING:
     from backends.he.matmul.interface import Kernel
 
 MEMORY_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -31,20 +36,44 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     mendable  more errors that a user can mend, beside every UserError
     """
     private_process()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be any bytes
     try:
         yield
     except Interrupted as stopped:
-        print(f"\n{stopped}; the same command goes on from there")
-        sys.exit(130)
+        _leave(f"\n{stopped}")
     except KeyboardInterrupt:
-        print("\ninterrupted; what was prepared or saved so far is kept")
-        sys.exit(130)
+        _leave("\ninterrupted; what was prepared or saved so far is kept")
     except (UserError, FloatingPointError, *mendable) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).splitlines())}")
+    except OSError as error:
+        if error.errno == errno.EPIPE and _stdout_is_gone():
+            sys.exit(1)
+        if error.errno not in _FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(f"error: {error.strerror}{where}; make room: what was saved so far is whole")
     except RuntimeError as error:
         if not _device_memory_is_full(error):
             raise
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
+
+
+def _leave(text: str) -> NoReturn:
+    """End as after Ctrl-C."""
+    print(text)
+    gc.freeze()  # taking all that torch has loaded apart would last longer than the rest
+    sys.exit(INTERRUPTED)
+
+
+def _stdout_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`; then it goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _device_memory_is_full(error: RuntimeError) -> bool:
@@ -80,40 +109,3 @@ def use_kernel(name: str | None) -> Kernel:
     kernel = choose_kernel(name)
     print(f"kernel: {kernel.name}{kernel.warning and f' (slow: {kernel.warning})'}")
     return kernel
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, for an option's type."""
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
-
-
-def up_to(most: int) -> Callable[[str], int]:
-    """A whole number from 1 to `most`, also as a power such as '2^30', for an option's type."""
-
-    def parse(text: str) -> int:
-        base, power, exponent = text.partition("^")
-        parts = (base, exponent) if power else (base,)
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is no whole number from 1 to {most}")
-        # Refused by its length before it is computed: a power may have any number of digits.
-        long = any(len(part.lstrip("0")) > 20 for part in parts)
-        if long or (power and int(exponent) > most.bit_length()) or _power(parts) > most:
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is too large; at most {most}")
-        if not _power(parts):
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is no whole number from 1 to {most}")
-        return _power(parts)
-
-    return parse
-
-
-def _power(parts: tuple[str, ...]) -> int:
-    value = int(parts[0])
-    for exponent in parts[1:]:
-        value = int(value ** int(exponent))
-    return value
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")

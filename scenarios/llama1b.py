@@ -3,6 +3,7 @@
     python -m scenarios.llama1b                        simulated: an H200 behind a 1 Gb/s line
     python -m scenarios.llama1b --network home --lanes 8 --gpu l4
     python -m scenarios.llama1b --real-cpu --weights DIR_OR_HUB_ID --data DIR_OR_FILE
+    python -m scenarios.llama1b --preview --weights DIR_OR_HUB_ID --data DIR_OR_FILE
     python -m scenarios.llama1b --real-cpu --steps 2 --tokens 256 --compare-clear --json F
     python -m scenarios.llama1b --real-gpu --steps 5 --tokens 2048 --sequence 512 --compare-clear
 
@@ -32,16 +33,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PretrainedConfig
 
 from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
@@ -49,19 +47,36 @@ from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.owner import RemoteLinearError
-from backends.nn.adapters import add_lora, save_adapter
-from backends.nn.data import ByteTokenizer, DataError, pack, read_texts
+from backends.nn.adapters import add_lora, base_name, save_adapter
+from backends.nn.corpus import Sequences
 from backends.nn.local import localise
-from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import WeightSource
+from backends.nn.sane import require_positions, require_rank
+from backends.nn.selfcheck import require_trainable
+from backends.nn.skeleton import Skeleton
+from backends.nn.sources import Base
+from backends.nn.texts import DataError
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.options import (
+    ALL,
+    LANES,
+    LEARNING_RATE,
+    RANK,
+    SEED,
+    SEQUENCE,
+    STEPS,
+    TOKENS,
+    Modes,
+    Parser,
+    place,
+)
+from backends.places import output_directory, output_file
 from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.estimate import Shape
 from scenarios.hardware import Hardware, check_memory, chosen
-from scenarios.preparation import add_model_options, base_source, prepared_for
+from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
     Live,
@@ -69,12 +84,61 @@ from scenarios.session import (
     Usage,
     Workers,
     add_worker_options,
+    one_run,
     open_ledger,
     private_session,
+    require_room_for_run,
+    stopped_untainted,
     train_with_bar,
 )
+from scenarios.texts import load_sequences, preview
 
-DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
+
+def _active(args: argparse.Namespace) -> set[str]:
+    """The modes that a command line asks for."""
+    if args.preview:
+        return {"real"}
+    if not (args.real_cpu or args.real_gpu):
+        return {"simulated"}
+    found = {"real", "cpu" if args.real_cpu else "gpu"}
+    if not args.compare_clear:
+        found.add("training")
+    return found | {"elsewhere"} if args.worker else found
+
+
+MODES = Modes(
+    {
+        "simulated": "a simulated run (neither --real-cpu nor --real-gpu)",
+        "real": "--real-cpu, --real-gpu and --preview",
+        "cpu": "--real-cpu",
+        "gpu": "--real-gpu",
+        "training": "a real run without --compare-clear",
+        "elsewhere": "the line to a --worker",
+    },
+    _active,
+    {
+        **dict.fromkeys(
+            (
+                "--real-cpu", "--real-gpu", "--steps", "--tokens", "--sequence", "--lanes",
+                "--lm-head", "--seed", "--out", "--json", "--preview",
+            ),
+            ALL,
+        ),
+        **dict.fromkeys(
+            (
+                "--weights", "--preset", "--owner-tag", "--cache", "--data", "--rank",
+                "--learning-rate", "--least-remote", "--compare-clear", "--trace",
+                "--clear-peer", "--worker",
+            ),
+            ("real",),
+        ),
+        **dict.fromkeys(("--checkpoint-every", "--fresh"), ("training",)),
+        **dict.fromkeys(("--network", *simulated.OPTIONS), ("simulated",)),
+        "--kernel": ("cpu",),
+        "--host-frames": ("gpu",),
+        "--tls": ("elsewhere",),
+    },
+)  # fmt: skip
 
 
 @dataclass
@@ -82,34 +146,11 @@ class Setup:
     """The run's place, model, data and training, before any role is taken."""
 
     hardware: Hardware
-    config: PretrainedConfig
-    source: WeightSource
+    base: Base
     skeleton: Skeleton
-    sequences: torch.Tensor
+    sequences: Sequences
     training: TrainConfig
     base_name: str
-
-
-def load_sequences(
-    args: argparse.Namespace, directory: Path | None, config: PretrainedConfig
-) -> torch.Tensor:
-    """The private text as int64[n, sequence]."""
-    if args.data is not None:
-        texts = read_texts(args.data)
-    else:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        texts = [text for name in DEFAULT_TEXT for text in read_texts(library / name)]
-        print("no --data: training on sources of Python's own library")
-    if directory is None:
-        print("no tokenizer without --weights: one token a byte")
-        sequences = pack(texts, ByteTokenizer(), args.sequence, None)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
-        sequences = pack(texts, tokenizer, args.sequence, tokenizer.eos_token_id)
-    if int(sequences.max()) >= config.vocab_size:
-        raise DataError(f"the tokenizer gives ids beyond the model's {config.vocab_size}")
-    return sequences
 
 
 def set_up(args: argparse.Namespace) -> Setup:
@@ -119,9 +160,13 @@ def set_up(args: argparse.Namespace) -> Setup:
     hardware = chosen(args.real_gpu, args.host_frames)
     if args.clear_peer:
         hardware = replace(hardware, dtype=DTYPES[args.clear_peer])
-    source, directory, config = base_source(args)
-    sequences = load_sequences(args, directory, config)
-    skeleton = build_skeleton(config, source, args.lm_head == "remote", hardware.dtype)
+    base = chosen_base(args)
+    skeleton = chosen_skeleton(args, base, hardware.dtype)
+    require_rank(skeleton.groups, args.rank)
+    warning = require_positions(skeleton.model, args.sequence)
+    if warning is not None:
+        print(warning)
+    sequences = load_sequences(args, base)
     micro_batch = args.tokens // args.sequence
     training = TrainConfig(
         steps=args.steps,
@@ -130,8 +175,8 @@ def set_up(args: argparse.Namespace) -> Setup:
         learning_rate=args.learning_rate,
         seed=args.seed,
     )
-    base = args.weights or f"random-{args.seed}"
-    return Setup(hardware, config, source, skeleton, sequences, training, base)
+    name = f"random-{args.seed}" if args.weights is None else base_name(args.weights)
+    return Setup(hardware, base, skeleton, sequences, training, name)
 
 
 def make_trainer(
@@ -159,15 +204,17 @@ def make_trainer(
 
 def adapted(args: argparse.Namespace, setup: Setup) -> PeftModel:
     """The owner's model with fresh adapters."""
-    return add_lora(setup.skeleton.model, args.rank, 2 * args.rank, args.seed)
+    return add_lora(
+        setup.skeleton.model, args.rank, 2 * args.rank, args.seed, base_model=setup.base_name,
+        linears=setup.skeleton.shapes,
+    )  # fmt: skip
 
 
 def clear_peer(args: argparse.Namespace) -> None:
     """The other end of `ClearPeer`: trains in clear, one step per line of standard input."""
     setup = set_up(args)
     prepared, _ = prepared_for(
-        setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
-        setup.hardware, args.owner_tag,
+        setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag,
     )  # fmt: skip
     localise(setup.skeleton, prepared)
     trainer = make_trainer(args, setup, prepared, adapted(args, setup), private=False)
@@ -205,27 +252,32 @@ class Run:
         """Prepare, train, report; returns the figures."""
         args = self.args
         workers = Workers.of(args)
-        ledger = open_ledger(args.out, args.out / "checkpoints", workers)
+        checkpoints = args.out / "checkpoints"
+        ledger = open_ledger(args.out, checkpoints, workers)
         setup = set_up(args)
-        prepared, prepare_s = prepared_for(
-            setup.skeleton, setup.config, setup.source, preset(args.preset), args.cache,
-            setup.hardware, args.owner_tag,
-        )  # fmt: skip
+        require_room_for_run(setup.skeleton, args.rank, args.out, checkpoints)
         model = adapted(args, setup)
+        require_trainable(model, setup.skeleton)
+        prepared, prepare_s = prepared_for(
+            setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag,
+        )  # fmt: skip
         room = self._room(setup, prepared, model)
         trainer = make_trainer(args, setup, prepared, model, private=True, ledger=ledger)
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
-        with private_session(
-            setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger, workers
-        ) as session:
+        with (
+            stopped_untainted(trainer),
+            private_session(
+                setup.skeleton, prepared, args.lanes, trace, setup.hardware, room, ledger, workers
+            ) as session,
+        ):
             self._estimate(setup, trainer, session)
             self._train(trainer, session, peer, trace)
         trainer.require_untainted()
-        if trace is not None:
-            trace.write(args.trace, f"real run: {setup.source.describe()}, {args.lanes} lane(s)")
         adapter = args.out / ("adapter-comparison" if args.compare_clear else "adapter")
         save_adapter(model, adapter, setup.base_name)
+        if trace is not None:
+            trace.write(args.trace, f"real run: {setup.base.describe()}, {args.lanes} lane(s)")
         if peer is not None:
             peer.close()
         return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
@@ -250,12 +302,12 @@ class Run:
         if gpu is None:
             return None
         tokens = args.tokens * args.lanes
-        return check_memory(gpu, setup.config, prepared, tokens, model, args.compare_clear)
+        return check_memory(gpu, setup.base.config, prepared, tokens, model, args.compare_clear)
 
     def _estimate(self, setup: Setup, trainer: Trainer, session: PrivateSession) -> None:
         args = self.args
         shape = Shape(
-            setup.config, args.tokens, args.sequence, args.lanes, args.rank, args.preset,
+            setup.base.config, args.tokens, args.sequence, args.lanes, args.rank, args.preset,
             args.lm_head == "remote",
         )  # fmt: skip
         left = setup.training.steps - trainer.progress.step
@@ -288,7 +340,7 @@ class Run:
         tokens = setup.training.batch * args.sequence
         figures: dict[str, Any] = {
             "kernel": chosen_kernel().name,
-            "weights": setup.source.describe(),
+            "weights": setup.base.describe(),
             "hardware": setup.hardware.label,
             "host_frames": setup.hardware.host_frames,
             "lm_head": args.lm_head,
@@ -359,11 +411,7 @@ def print_report(f: dict[str, Any]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.llama1b",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "scenarios.llama1b", MODES)
     add = parser.add_argument
     add("--real-cpu", action="store_true", help="run for real on this machine's CPU")
     add("--real-gpu", action="store_true",
@@ -371,47 +419,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--host-frames", action="store_true",
         help="on a GPU: ciphertexts go through host memory, as to a worker elsewhere")  # fmt: skip
     add_model_options(parser)
-    add("--data", type=Path, metavar="FILE|DIR", help="private text, UTF-8")
-    add("--steps", type=int, help="optimiser steps (10; simulated: 2)")
-    add("--tokens", type=int, default=256, help="tokens of one lane's micro-batch (256)")
-    add("--sequence", type=int, default=256, help="tokens of a sequence (256)")
-    add("--lanes", type=int, help="micro-batches of a step, all in flight (1; simulated: 4)")
-    add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
-    add("--learning-rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
-    add("--seed", type=int, default=0, help="seed of adapters, data order and random weights")
+    add("--data", type=place, metavar="FILE|DIR",
+        help="private text: a file, or a folder and all below (docs/texts.md)")  # fmt: skip
+    add("--preview", action="store_true",
+        help="only show what would be read, and the first tokens")  # fmt: skip
+    add("--steps", type=STEPS, help="optimiser steps (10; simulated: 2)")
+    add("--tokens", type=TOKENS, default=256, help="tokens of one lane's micro-batch (256)")
+    add("--sequence", type=SEQUENCE, default=256, help="tokens of a sequence (256)")
+    add("--lanes", type=LANES, help="micro-batches of a step, all in flight (1; simulated: 4)")
+    add("--rank", type=RANK, default=16, help="LoRA rank (16); alpha is twice that")
+    add("--learning-rate", type=LEARNING_RATE, default=2e-4, help="peak learning rate (2e-4)")
+    add("--seed", type=SEED, default=0, help="seed of adapters, data order and random weights")
     add("--compare-clear", action="store_true",
         help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
     )  # fmt: skip
-    add("--checkpoint-every", type=int, default=25, help="steps between checkpoints (25)")
-    add("--out", type=Path,
+    add("--checkpoint-every", type=STEPS, default=25, help="steps between checkpoints (25)")
+    add("--out", type=output_directory,
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
         "(runs/llama1b-sim)")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=Path, metavar="FILE",
+    add("--trace", type=output_file, metavar="FILE",
         help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
     add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
     simulated.add_options(parser)
-    args = parser.parse_args(argv)
-    real = args.real_cpu or args.real_gpu
+    args = parser.parse(argv)
+    real = args.real_cpu or args.real_gpu or args.preview
     args.steps = args.steps if args.steps is not None else 10 if real else 2
     args.lanes = args.lanes if args.lanes is not None else 1 if real else 4
     args.out = args.out or Path("runs/llama1b" if real else "runs/llama1b-sim")
-    for name in ("steps", "tokens", "sequence", "lanes", "rank", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
     if args.real_cpu and args.real_gpu:
         parser.error("--real-cpu or --real-gpu, not both")
-    if args.kernel and not args.real_cpu:
-        parser.error("--kernel is for --real-cpu")
-    if args.worker and not real:
-        parser.error("--worker is for --real-cpu and --real-gpu")
-    if args.tls and not args.worker:
-        parser.error("--tls is for the line to a --worker")
-    if args.host_frames and not args.real_gpu:
-        parser.error("--host-frames is for --real-gpu")
     return args
 
 
@@ -419,20 +459,24 @@ def main() -> None:
     argv = sys.argv[1:]
     args = parse(argv)
     with clean_exit(RemoteLinearError, *simulated.MENDABLE):
+        if args.preview:
+            preview(args, chosen_base(args))
+            return
         if not (args.real_cpu or args.real_gpu):
+            output_directory(args.out)
             figures = simulated.run(args)
             simulated.print_report(figures)
-            record.write(args.json, figures)
-            return
-        if args.clear_peer:
+        elif args.clear_peer:
             clear_peer(args)
             return
-        use_kernel(args.kernel)
-        if args.fresh and not args.compare_clear:
-            remove_directory(args.out / "checkpoints")
-        figures = Run(args).run(argv)
-    print_report(figures)
-    record.write(args.json, figures)
+        else:
+            use_kernel(args.kernel)
+            with one_run(args.out):
+                if args.fresh and not args.compare_clear:
+                    remove_directory(args.out / "checkpoints")
+                figures = Run(args).run(argv)
+            print_report(figures)
+        record.write(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from backends.options import SEED, STEPS, Number, Parser
+from backends.places import replaced_directory
+
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 SKIPPED_DIRS |= {"encodings", "pydoc_data"}  # generated tables: no code to learn from
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -200,29 +203,34 @@ further notices of their own, as "History and License" in Python's documentation
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.make_tiny_llama",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Pre-train a tiny Llama, from random weights, on the source of the standard "
-        "library of this Python. It needs no network and no GPU.",
-        epilog="To try it out: --minutes 1 --out my-tiny-llama. The same --steps and --seed train "
-        "in the same way each time; --minutes depends on the speed of the machine.",
+    parser = Parser(
+        "Pre-train a tiny Llama, from random weights, on the source of the standard library of "
+        "this Python. It needs no network and no GPU.",
+        "scenarios.make_tiny_llama",
+    )
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.epilog = (
+        "To try it out: --minutes 1 --out my-tiny-llama. The same --steps and --seed train in the "
+        "same way each time; --minutes depends on the speed of the machine."
     )
     steps_help = f"optimizer steps, each on {BATCH} x {SEQ_LEN} tokens"
     minutes_help = "train for this long instead; the learning rate follows the clock"
     precision_help = "matrix products; choose fp32 on CPUs that do bf16 slowly"
     out_help = "folder to make; a model already there is replaced at the end"
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=4500, help=steps_help)
-    length.add_argument("--minutes", type=float, default=argparse.SUPPRESS, help=minutes_help)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order")
+    length.add_argument("--steps", type=STEPS, default=4500, help=steps_help)
+    length.add_argument(
+        "--minutes", type=Number(0.01, 10_080), default=argparse.SUPPRESS, help=minutes_help
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of the weights and the order")
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help=precision_help
     )
-    parser.add_argument("--out", type=Path, default="scenarios/assets/tiny-llama", help=out_help)
-    args = parser.parse_args(namespace=argparse.Namespace(minutes=None))
-    if args.steps < 1 or (args.minutes is not None and args.minutes <= 0):
-        parser.error("--steps and --minutes must be above zero")
+    parser.add_argument(
+        "--out", type=replaced_directory, default="scenarios/assets/tiny-llama", help=out_help
+    )
+    args = parser.parse()
+    args.minutes = getattr(args, "minutes", None)
     if args.out.exists() and not (args.out / "config.json").exists():
         parser.error(f"{args.out} exists and holds no model: name another folder")
     return args

@@ -46,9 +46,10 @@ from backends.he.params import (
 )
 from backends.he.plan import MatrixPlan, plan_matrix
 from backends.he.quantise import quantise
+from backends.options import Parser, Whole
 from backends.units import human_bytes
 from scenarios import record
-from scenarios.cli import clean_exit, up_to
+from scenarios.cli import clean_exit
 
 # Of the stand-in weight, at most; its figures hardly change with more rows.
 _SAMPLE_ROWS, _SAMPLE_VALUES = 4096, 1 << 24
@@ -187,22 +188,21 @@ def refusal(error: InsecureParametersError, rank: int, blocks: int) -> str:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, "scenarios.params")
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--preset", default="standard", choices=PRESETS, help="(standard)")
-    which.add_argument("--rank", type=up_to(8), metavar="R", help="another module rank, 1 to 8")
-    width = up_to(MAX_INPUTS)
+    which.add_argument("--rank", type=Whole(1, 8), metavar="R", help="another module rank, 1 to 8")
+    width = Whole(1, MAX_INPUTS, powers=True)
     add("--in", dest="inputs", type=width, default=2048, metavar="K", help="inputs (2048)")
     add("--out", dest="outputs", type=width, metavar="N", help="outputs (as many as inputs)")
-    add("--tokens", type=up_to(_MOST_TOKENS), default=256, help="tokens of a request (256)")
-    count = up_to(MOST_BLOCKS)
+    tokens = Whole(1, _MOST_TOKENS, powers=True)
+    add("--tokens", type=tokens, default=256, help="tokens of a request (256)")
+    count = Whole(1, MOST_BLOCKS, powers=True)
     add("--owners", type=count, default=1, help="owners who share the public matrix (1)")
     add("--blocks", type=count, default=BLOCKS, help="blocks that each encrypts (2^30)")
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     if args.owners * args.blocks < 2:
         parser.error("--owners times --blocks is at least 2")
     if args.owners * args.blocks > MOST_BLOCKS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -12,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
 
 from backends.he.cuda.device import require_memory
 from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
@@ -23,8 +24,12 @@ from backends.he.preparation import Arithmetic, disk_bytes, prepare, work_units
 from backends.he.store import PreparedModel
 from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
-from backends.nn.skeleton import Skeleton
-from backends.nn.sources import CheckpointError, WeightSource, source_for
+from backends.nn.base import open_base
+from backends.nn.selfcheck import require_faithful
+from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
+from backends.nn.sources import Base, RandomBase
+from backends.options import Number, place
+from backends.places import named, output_directory
 from backends.units import human_bytes
 from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
@@ -43,10 +48,12 @@ def _cache(text: str) -> Path:
     """Of an option's text, or where prepared models live when there is none."""
     try:
         base = os.environ.get("XDG_CACHE_HOME")
-        place = Path(text or base or Path.home() / ".cache")
-        place = place if text else place / "private-lora"
+        place = named(text) if text else Path(base or Path.home() / ".cache") / "private-lora"
         place.exists()
-    except (OSError, RuntimeError) as error:  # RuntimeError: of a user whom nobody knows
+        there = next(each for each in (place, *place.parents) if os.path.lexists(each))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of an unknown user
         why = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(
             f"{text or 'no place of your own'}: {why}; name a directory that you can use"
@@ -65,13 +72,32 @@ def add_preparation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--weights` and `--lm-head`: which model; and the above. `base_source` needs `--seed` too."""
+    """`--weights` and `--lm-head`: which model; and the above. `chosen_base` needs `--seed` too."""
     add = parser.add_argument
-    add("--weights", metavar="DIR|ID", help="Hugging Face checkpoint; random weights without")
+    add(
+        "--weights",
+        type=_base,
+        metavar="DIR|FILE|ID",
+        help="checkpoint: a directory, a GGUF file, or an id of the hub; random weights without",
+    )
     add("--lm-head", choices=("local", "remote"), default="local",
         help="who multiplies by the head: remote saves the owner work and costs traffic and "
         "precision (see docs/design.md)")  # fmt: skip
+    add(
+        "--least-remote",
+        type=Number(0, 1),
+        default=LEAST_REMOTE,
+        metavar="SHARE",
+        help="refuse a model of whose frozen weights workers can compute less than this "
+        f"({LEAST_REMOTE:g})",
+    )
     add_preparation_options(parser)
+
+
+def _base(text: str) -> str:
+    """A directory or a hub id. What is left empty, as by a variable that is not set, is neither."""
+    place(text)
+    return text
 
 
 def _owner_tag(text: str) -> bytes:
@@ -81,19 +107,28 @@ def _owner_tag(text: str) -> bytes:
     return tag
 
 
-def base_source(args: argparse.Namespace) -> tuple[WeightSource, Path | None, PretrainedConfig]:
-    """Weights, the directory of their checkpoint if any, and the config, said in a line.
+def chosen_base(args: argparse.Namespace) -> Base:
+    """The base that `--weights` names, or the 1B shape with random weights; said in a line.
 
-    Raises CheckpointError when they cannot be had.
+    Raises CheckpointError when it cannot be had.
     """
-    source, directory = source_for(args.weights, args.seed)
-    print(f"weights: {source.describe()}")
-    if directory is None:
-        return source, None, model_config("llama-3.2-1b")
-    try:
-        return source, directory, AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: no usable config.json ({error})") from error
+    if args.weights is None:
+        base: Base = RandomBase(model_config("llama-3.2-1b"), args.seed)
+    else:
+        base = open_base(args.weights)
+    print(f"weights: {base.describe()}")
+    return base
+
+
+def chosen_skeleton(
+    args: argparse.Namespace, base: Base, dtype: torch.dtype = torch.float32
+) -> Skeleton:
+    """The owner's model of a base; says what goes to workers. Raises CheckpointError."""
+    skeleton = build_skeleton(base, args.lm_head == "remote", dtype, least_remote=args.least_remote)
+    print(f"workers compute {skeleton.remote_share:.1%} of the weights of the model's layers")
+    for note in skeleton.notes:
+        print(note)
+    return skeleton
 
 
 @contextmanager
@@ -116,8 +151,6 @@ def _verifying(reason: str, total: int) -> Iterator[Progress]:
 
 def prepared_for(
     skeleton: Skeleton,
-    config: PretrainedConfig,
-    source: WeightSource,
     parameters: Parameters,
     cache: Path,
     hardware: Hardware = CPU,
@@ -136,19 +169,21 @@ def prepared_for(
     """
     facts = json.dumps(
         [
-            source.identity(), asdict(parameters), [asdict(g) for g in skeleton.groups],
+            skeleton.base.identity(), asdict(parameters), [asdict(g) for g in skeleton.groups],
             owner_tag.hex(),
         ],
         sort_keys=True,
     )  # fmt: skip
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    directory = cache / f"{config.model_type}-{parameters.name}-{key}"
+    directory = cache / f"{skeleton.base.config.model_type}-{parameters.name}-{key}"
     start = time.perf_counter()
     found = is_finished(directory)
     if found:
         print(f"prepared model found in {directory}; checking its digests")
     else:
+        output_directory(directory)
         size = human_bytes(disk_bytes(skeleton.groups, parameters))
+        require_faithful(skeleton)
         print(f"preparing the public set-up once: {size} in {directory}")
     arithmetic = None if found else _arithmetic_of(hardware, skeleton, parameters)
     # A model that is there is at most verified, which has a bar of its own.
@@ -158,7 +193,7 @@ def prepared_for(
         prepared = prepare(
             directory,
             skeleton.groups,
-            lambda module: skeleton.load_weight(source, module),
+            skeleton.load_weight,
             parameters,
             advance,
             owner_tag,

@@ -36,32 +36,47 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from backends.he.manifest import PreparationError
+from backends.he.manifest import NAME, PreparationError
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel, copy_worker_part
-from backends.nn.skeleton import build_skeleton
+from backends.options import ALL, SEED, Modes, Parser
+from backends.places import replaced_directory
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.preparation import add_model_options, base_source, prepared_for
+from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
+
+MODES = Modes(
+    {"random": "random weights (without --weights)"},
+    lambda args: ("random",) if args.weights is None else (),
+    {"--seed": ("random",)}
+    | dict.fromkeys(
+        (
+            "--weights", "--lm-head", "--least-remote", "--preset", "--owner-tag", "--cache",
+            "--verify",
+            "--worker-part", "--kernel", "--json",
+        ),
+        ALL,
+    ),
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare or open, verify if asked; returns the figures."""
-    source, _, config = base_source(args)
-    skeleton = build_skeleton(config, source, args.lm_head == "remote")
-    if args.worker_part is not None and args.worker_part.resolve().is_relative_to(args.cache):
-        raise PreparationError("--worker-part is a place of its own, outside the cache")
+    if args.worker_part is not None:
+        _require_free(args.worker_part, args.cache)
+    base = chosen_base(args)
+    skeleton = chosen_skeleton(args, base)
     prepared, seconds = prepared_for(
-        skeleton, config, source, preset(args.preset), args.cache,
+        skeleton, preset(args.preset), args.cache,
         owner_tag=args.owner_tag, anew=args.verify,
     )  # fmt: skip
     verify_s = prepared.verification_s
     if args.worker_part is not None:
         copy_worker_part(prepared.directory, args.worker_part)
     return {
-        "weights": source.describe(),
+        "weights": base.describe(),
         "kernel": chosen_kernel().name,
         "preset": args.preset,
         "owner_tag": args.owner_tag.decode(errors="backslashreplace"),
@@ -76,6 +91,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "verify_s": verify_s if verify_s else None,
         "peak_rss_mb": record.peak_rss_mb(),
     }
+
+
+def _require_free(part: Path, cache: Path) -> None:
+    """Raise PreparationError where a worker's part cannot go, before anything is prepared."""
+    if part.resolve().is_relative_to(cache.resolve()):
+        raise PreparationError("--worker-part is a place of its own, outside the cache")
+    if part.exists() and any(part.iterdir()) and not (part / NAME).is_file():
+        raise PreparationError(
+            f"{part} is there already, and is no worker's part; choose another name, or delete it"
+        )
 
 
 def sizes(prepared: PreparedModel) -> dict[str, int]:
@@ -115,28 +140,24 @@ and there:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "scenarios.prepare", MODES)
     add_model_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of random weights (0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of random weights (0)")
     parser.add_argument(
         "--verify", action="store_true", help="verify plans and hints, whatever was found before"
     )
     parser.add_argument(
-        "--worker-part", type=Path, metavar="DIR",
+        "--worker-part", type=replaced_directory, metavar="DIR",
         help="also put what a worker needs into DIR, for copying it to another machine",
     )  # fmt: skip
     add_kernel_option(parser)
     record.add_json_option(parser)
-    args = parser.parse_args()
+    args = parser.parse()
     with clean_exit():
         use_kernel(args.kernel)
         figures = run(args)
-    print_report(figures, args.worker_part)
-    record.write(args.json, figures)
+        print_report(figures, args.worker_part)
+        record.write(args.json, figures)
 
 
 if __name__ == "__main__":

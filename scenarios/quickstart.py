@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,18 +25,24 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from backends.files import remove_directory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
-from backends.nn.adapters import add_lora, save_adapter
-from backends.nn.data import pack, read_texts
+from backends.nn.adapters import add_lora, base_name, save_adapter
+from backends.nn.base import open_base
+from backends.nn.corpus import pack
+from backends.nn.documents import pieces
 from backends.nn.generate import complete
 from backends.nn.local import localise
+from backends.nn.sane import require_rank
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import SafetensorsSource
+from backends.nn.texts import find_texts
+from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
+from backends.options import ALL, LEARNING_RATE, RANK, SEED, STEPS, Modes, Parser, Whole
+from backends.places import output_directory, output_file
 from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
@@ -48,8 +53,11 @@ from scenarios.session import (
     Live,
     Workers,
     add_worker_options,
+    one_run,
     open_ledger,
     private_session,
+    require_room_for_run,
+    stopped_untainted,
     train_with_bar,
 )
 
@@ -58,6 +66,20 @@ SEQUENCE = 256
 PRIVATE_PACKAGE = "networkx.algorithms"
 PROMPT = "    Examples\n    --------\n    >>> G = nx."
 COMPLETION_TOKENS = 40
+
+MODES = Modes(
+    {"elsewhere": "a run with --worker"},
+    lambda args: ("elsewhere",) if args.worker else (),
+    {"--tls": ("elsewhere",)}
+    | dict.fromkeys(
+        (
+            "--steps", "--lanes", "--learning-rate", "--rank", "--seed", "--held-out", "--preset",
+            "--owner-tag", "--cache", "--out", "--fresh", "--trace", "--worker", "--kernel",
+            "--json",
+        ),
+        ALL,
+    ),
+)  # fmt: skip
 
 
 @dataclass
@@ -75,15 +97,17 @@ def private_text(tokenizer: Any, held_out: int) -> Private:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     root = Path(spec.submodule_search_locations[0])
-    parts: dict[bool, list[str]] = {True: [], False: []}
+    parts: dict[bool, list[Path]] = {True: [], False: []}
     files = sorted(f for f in root.rglob("*.py") if "tests" not in f.parts and f.stat().st_size)
     for file in files:
         name = file.relative_to(root).as_posix()
         bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
-        parts[bucket < 15] += read_texts(file)
+        parts[bucket < 15].append(file)
 
-    def packed(texts: list[str], seed: int) -> torch.Tensor:
-        sequences = pack(texts, tokenizer, SEQUENCE, tokenizer.eos_token_id)
+    marking = HubTokenizer(tokenizer)
+
+    def packed(files: list[Path], seed: int) -> torch.Tensor:
+        sequences = pack(pieces(find_texts(files), marking.chat), marking, SEQUENCE)
         generator = torch.Generator().manual_seed(seed)
         return sequences[torch.randperm(len(sequences), generator=generator)]
 
@@ -104,10 +128,8 @@ class Quickstart:
         self.out: Path = args.out
         self.workers = Workers.of(args)
         self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
+        self.base = open_base(BASE)
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
-        self.tokenizer.model_max_length = sys.maxsize  # texts are cut into sequences afterwards
-        self.config = AutoConfig.from_pretrained(BASE)
-        self.source = SafetensorsSource(BASE)
         self.text = private_text(self.tokenizer, args.held_out)
         self.training = TrainConfig(
             steps=args.steps, batch=4, micro_batch=4 // args.lanes,
@@ -122,10 +144,11 @@ class Quickstart:
         }
 
     def _lora(self, model: torch.nn.Module) -> PeftModel:
-        return add_lora(model, self.args.rank, 2 * self.args.rank, self.args.seed)
+        rank = self.args.rank
+        return add_lora(model, rank, 2 * rank, self.args.seed, base_model=base_name(str(BASE)))
 
     def _trainer(self, model: PeftModel, name: str, **more: Any) -> Trainer:
-        identity = {"rank": self.args.rank, "base": self.source.identity(), "role": name}
+        identity = {"rank": self.args.rank, "base": self.base.identity(), "role": name}
         return Trainer(
             model, self.text.train, self.training, identity=identity,
             checkpoints=self.out / f"checkpoints-{name}", **more,
@@ -136,10 +159,13 @@ class Quickstart:
 
     def private(self) -> list[float]:
         """Fine-tune through the worker on ciphertexts; saves the adapter."""
-        skeleton = build_skeleton(self.config, self.source)
+        skeleton = build_skeleton(self.base)
+        require_rank(skeleton.groups, self.args.rank)
+        checkpoints = self.out / "checkpoints-private"
+        require_room_for_run(skeleton, self.args.rank, self.out, checkpoints)
         parameters = preset(self.args.preset)
         self.prepared, self.figures["prepare_s"] = prepared_for(
-            skeleton, self.config, self.source, parameters, self.args.cache,
+            skeleton, parameters, self.args.cache,
             owner_tag=self.args.owner_tag,
         )  # fmt: skip
         model = self._lora(skeleton.model)
@@ -148,17 +174,18 @@ class Quickstart:
             ledger=self.ledger,
         )  # fmt: skip
         trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
-        with private_session(
+        session_of = private_session(
             skeleton,
             self.prepared,
             self.args.lanes,
             trace,
             ledger=self.ledger,
             workers=self.workers,
-        ) as session:
+        )
+        with stopped_untainted(trainer), session_of as session:
             before, done_before = session.usage(), trainer.progress.step
             shape = Shape(
-                self.config, self.training.micro_batch * SEQUENCE, SEQUENCE, self.args.lanes,
+                self.base.config, self.training.micro_batch * SEQUENCE, SEQUENCE, self.args.lanes,
                 self.args.rank, self.args.preset,
             )  # fmt: skip
             self.figures |= session.say_estimate(shape, self.training.steps - done_before)
@@ -169,11 +196,11 @@ class Quickstart:
             self.figures["private_loss"] = self._evaluate(model)
             self.figures["completion_after"] = completion(model, self.tokenizer)
         trainer.require_untainted()
+        adapter = self.out / "adapter"
+        save_adapter(model, adapter, base_name(str(BASE)))
+        self.figures["adapter_dir"] = str(adapter)
         if trace is not None:
             trace.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
-        adapter = self.out / "adapter"
-        save_adapter(model, adapter, str(BASE))
-        self.figures["adapter_dir"] = str(adapter)
         return losses
 
     def _count(self, trainer: Trainer, used: Any, steps: int) -> None:
@@ -194,7 +221,7 @@ class Quickstart:
 
     def clear(self) -> list[float]:
         """The same fine-tuning in plain torch, on the same int8 base weights."""
-        skeleton = build_skeleton(self.config, self.source)
+        skeleton = build_skeleton(self.base)
         localise(skeleton, self.prepared)
         self.figures["base_loss"] = self._evaluate(skeleton.model)
         self.figures["completion_before"] = completion(skeleton.model, self.tokenizer)
@@ -220,10 +247,10 @@ class Quickstart:
         self.figures["losses"], self.figures["clear_losses"] = private, clear
         self.figures["total_s"] = time.perf_counter() - start
         self.figures["plot"] = str(self.out / "losses.png")
-        report.plot_losses(Path(self.figures["plot"]), private, clear, self.figures)
         text = summary(self.figures)
+        print(text)  # before what a full disk may refuse
         report.write_text(self.out / "report.md", text)
-        print(text)
+        report.plot_losses(Path(self.figures["plot"]), private, clear, self.figures)
         # The run is complete: the next one is a new run, not a resumed one.
         self._drop_checkpoints()
         return self.figures
@@ -277,33 +304,36 @@ Loss curves: {f["plot"]}
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, "scenarios.quickstart", MODES)
     add = parser.add_argument
-    add("--steps", type=int, default=120, help="optimiser steps of 4 x 256 tokens (120)")
-    add("--lanes", type=int, default=1, choices=(1, 2, 4), help="micro-batches in flight (1)")
-    add("--learning-rate", type=float, default=4e-3, help="peak learning rate (4e-3)")
-    add("--rank", type=int, default=16, help="LoRA rank (16); alpha is twice that")
-    add("--seed", type=int, default=0, help="seed of adapters and data order (0), never of secrets")
-    add("--held-out", type=int, default=32, help="held-out sequences of 256 tokens (32)")
+    add("--steps", type=STEPS, default=120, help="optimiser steps of 4 x 256 tokens (120)")
+    add("--lanes", type=Whole(1, 4), default=1, choices=(1, 2, 4),
+        help="micro-batches in flight (1)")  # fmt: skip
+    add("--learning-rate", type=LEARNING_RATE, default=4e-3, help="peak learning rate (4e-3)")
+    add("--rank", type=RANK, default=16, help="LoRA rank (16); alpha is twice that")
+    add("--seed", type=SEED, default=0,
+        help="seed of adapters and data order (0), never of secrets")  # fmt: skip
+    add("--held-out", type=Whole(1, 10_000), default=32,
+        help="held-out sequences of 256 tokens (32)")  # fmt: skip
     add_preparation_options(parser)
-    add("--out", type=Path, default=Path("runs/quickstart"), help="report, adapter, checkpoints")
+    add("--out", type=output_directory, default="runs/quickstart",
+        help="report, adapter, checkpoints")  # fmt: skip
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=Path, metavar="FILE",
+    add("--trace", type=output_file, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def main() -> None:
     args = parse()
     with clean_exit():
         use_kernel(args.kernel)
-        figures = Quickstart(args).run()
-    record.write(args.json, figures)
+        with one_run(args.out):
+            figures = Quickstart(args).run()
+        record.write(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
+import json
+import math
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from backends.files import replacing, write_json
+from backends.files import WriteError, write_json
 from backends.machine import commit, machine
+from backends.places import output_file
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """The `--json FILE` option. A FILE that cannot be written is an error before anything runs."""
     parser.add_argument(
-        "--json", type=_writable, metavar="FILE",
+        "--json", type=output_file, metavar="FILE",
         help="also write the figures, with machine and commit",
     )  # fmt: skip
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    try:
-        check(path)
-    except OSError as error:
-        why = error.strerror or error
-        raise argparse.ArgumentTypeError(f"cannot write to {text}: {why}") from error
-    return path
-
-
-def check(path: Path) -> None:
-    """Raise OSError when figures cannot be written to `path`. What it holds stays.
-
-    The file is replaced by itself, as figures will replace it: permissions tell only half of what
-    can go wrong.
-    """
-    existed = path.exists()
-    if existed and not path.is_file():
-        code = errno.EISDIR if path.is_dir() else errno.EINVAL
-        raise OSError(code, os.strerror(code), str(path))
-    held = path.read_bytes() if existed else b""
-    with replacing(path) as file:
-        file.write(held)
-    if not existed:
-        path.unlink()
 
 
 def command() -> str:
@@ -58,27 +32,63 @@ def command() -> str:
     return " ".join([head, *sys.argv[1:]])
 
 
-def write(
-    path: Path | None,
-    figures: dict[str, Any],
-    quiet: bool = False,
-    found: dict[str, Any] | None = None,
-) -> None:
-    """Write the figures and their origin as JSON, when a path was given; `quiet` says nothing.
+def save(path: Path, figures: dict[str, Any], found: dict[str, Any] | None = None) -> None:
+    """Write the figures and their origin as JSON. Raises WriteError when they cannot be.
+
+    A figure that is not finite becomes null, which is said: it costs none of the others.
 
     found  `machine()` of another process, for one that must not ask the GPU
     """
-    if path is None:
-        return
     origin = {
         "command": command(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine() if found is None else found,
     }
-    write_json(path, figures | {"origin": origin})
+    write_json(path, told_finite(figures) | {"origin": origin})
+
+
+def write(
+    path: Path | None,
+    figures: dict[str, Any],
+    quiet: bool = False,
+    found: dict[str, Any] | None = None,
+) -> None:
+    """`save` the figures when a path was given, at the end of a command; `quiet` says nothing.
+
+    Where they cannot be written they are printed, and the command ends as one that failed.
+    """
+    if path is None:
+        return
+    try:
+        save(path, figures, found)
+    except WriteError as error:
+        print(json.dumps(figures))
+        sys.exit(f"error: {error}. The figures are printed above instead")
     if not quiet:
         print(f"figures written to {path}")
+
+
+def told_finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with null for whatever is not finite, after a warning that names it."""
+    strange: list[str] = []
+    found: dict[str, Any] = _finite(figures, "", strange)
+    if strange:
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        names = ", ".join(strange[:5])
+        print(f"warning: not finite, written as null: {names}{more}", file=sys.stderr)
+    return found
+
+
+def _finite(value: Any, name: str, strange: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v, f"{name}.{k}" if name else str(k), strange) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{name}.{i}", strange) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        strange.append(name)
+        return None
+    return value
 
 
 def peak_rss_mb() -> float:

@@ -33,11 +33,12 @@ def plot_losses(
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.4), width_ratios=(2.4, 1), layout="constrained"
     )
-    steps = range(1, len(private) + 1)
+    # One may have been trained for more steps than the other.
+    steps, clear_steps = range(1, len(private) + 1), range(1, len(clear) + 1)
     left.plot(steps, private, color="#1f6fb4", alpha=0.25, linewidth=1)
     left.plot(steps, smooth(private), color="#1f6fb4", linewidth=2.6, label="private (encrypted)")
     left.plot(
-        steps, smooth(clear), color="#e08a1e", linewidth=1.6, linestyle="--", label="in clear"
+        clear_steps, smooth(clear), color="#e08a1e", linewidth=1.6, linestyle="--", label="in clear"
     )
     left.set_xlabel("optimiser step")
     left.set_ylabel("training loss (nats per token)")

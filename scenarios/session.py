@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from backends.files import end_replacing, writing
 from backends.he.interface import OwnerCipher, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.lock import alone
 from backends.net.addresses import address_of
 from backends.net.audit import Audit
 from backends.net.inprocess import in_process, worker_name
@@ -25,9 +28,12 @@ from backends.net.owner import OwnerClient
 from backends.net.remote import connected
 from backends.net.tls import Tls, require_loopback
 from backends.net.worker import WorkerServer
-from backends.nn.checkpoint import set_aside
+from backends.nn.adapters import lora_parameters
+from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
-from backends.nn.trainer import Trainer
+from backends.nn.trainer import Trainer, TrainingInterrupted
+from backends.options import place
+from backends.places import output_directory, require_room, taken_bytes
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.hardware import CPU, Hardware
 from scenarios.line import LineWatch, waits_for, watched
@@ -100,7 +106,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "probes the line first, and says how long it will take",
     )  # fmt: skip
     parser.add_argument(
-        "--tls", type=Path, metavar="DIR",
+        "--tls", type=place, metavar="DIR",
         help="this side's ca.pem, cert.pem and key.pem, see `python -m scenarios.certs`; only "
         "workers on this machine can do without",
     )  # fmt: skip
@@ -117,6 +123,54 @@ def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> Worker
     # Workers elsewhere are known by their keys, which they show when they are connected.
     ledger.require_one_of([] if workers.addresses else [worker_name(0)])
     return ledger
+
+
+_MADE = (
+    "adapter", "adapter-comparison", "report.md", "losses.png", "retired-workers.json",
+    "checkpoints", "checkpoints-private", "checkpoints-clear",
+)  # fmt: skip
+"""What a run puts into its directory."""
+_FINISHING = b"\nfinishing the step in work; Ctrl-C again ends at once (the last save stays)\n"
+
+
+@contextmanager
+def one_run(out: Path) -> Iterator[None]:
+    """The one run in directory `out`, which is made; what a dead one has left unfinished goes.
+
+    Raises PlaceError or WriteError when nothing can be written there, HeldError when another
+    process is at work there.
+    """
+    output_directory(out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    mend = "wait until it has ended, stop it, or choose another --out"
+    with alone(out / "run.lock", mend) as certain:
+        if certain:
+            with writing(out):
+                end_replacing(out, _MADE)
+        yield
+
+
+def require_room_for_run(skeleton: Skeleton, rank: int, out: Path, checkpoints: Path) -> None:
+    """Raise PlaceError when the adapter and its checkpoints will not fit on the disk of `out`."""
+    shapes = [
+        (group.in_features, outputs) for group in skeleton.groups for outputs in group.out_features
+    ]
+    needed = room_bytes(lora_parameters(shapes, rank)) - taken_bytes(checkpoints)
+    require_room(out, needed, "this run", "choose another place with --out")
+
+
+@contextmanager
+def stopped_untainted(trainer: Trainer) -> Iterator[None]:
+    """Around a session: what Ctrl-C leaves as an adapter obeys the rule of the finished one.
+
+    Raises TaintedError instead of TrainingInterrupted when it rests on a worker that was caught.
+    """
+    try:
+        yield
+    except TrainingInterrupted:
+        trainer.require_untainted()
+        raise
 
 
 class PrivateSession:
@@ -297,7 +351,7 @@ def train_with_bar(
     live  says beside the loss how fast it goes, and what it waits for
     """
     with tqdm(
-        total=trainer.config.steps,
+        total=max(trainer.config.steps, trainer.progress.step),
         initial=trainer.progress.step,
         desc=label,
         unit="step",
@@ -316,10 +370,13 @@ def train_with_bar(
             bar.update(trainer.progress.step - bar.n)
             bar.write(why)
 
+        def on_stop() -> None:  # in a signal's handler, amid whatever the bar prints
+            os.write(2, _FINISHING)
+
         if trace is None:
-            return trainer.train(on_step, on_return)
+            return trainer.train(on_step, on_return, on_stop)
         trace.start()
         try:
-            return trainer.train(on_step, on_return)
+            return trainer.train(on_step, on_return, on_stop)
         finally:
             trace.stop()

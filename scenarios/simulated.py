@@ -40,9 +40,10 @@ NETWORKS = {
     "home": (100e6, 0.020, "100 Mb/s both ways"),
     "dsl": (40e6, 0.030, "VDSL by its upload, 40 Mb/s"),
 }
-OPTIONS = (
+_KNOBS = (
     "bandwidth", "rtt", "loss", "jitter", "workers", "owners", "gpu", "owner-device", "model",
 )  # fmt: skip
+OPTIONS = tuple(f"--{name}" for name in _KNOBS)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the simulated run (neither --real-cpu nor --real-gpu)")
     known = ", ".join(f"{name}: {what[2]}" for name, what in NETWORKS.items())
     group.add_argument("--network", choices=tuple(NETWORKS), default="default", help=known)
-    for name in OPTIONS:
+    for name in _KNOBS:
         group.add_argument(f"--{name}", metavar=name.upper(), help=KEYS[name].meaning)
 
 
@@ -61,7 +62,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         tokens=args.tokens, sequence=args.sequence, lanes=args.lanes, steps=args.steps,
         head=args.lm_head, bandwidth_bps=bandwidth_bps, rtt_s=rtt_s,
     )  # fmt: skip
-    for name in OPTIONS:
+    for name in _KNOBS:
         text = getattr(args, name.replace("-", "_"))
         if text is not None:
             values = values_of(name, text)

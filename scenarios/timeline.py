@@ -17,6 +17,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+mpl.rcParams["text.parse_math"] = False  # a name with a dollar in it is no formula
+
 COLOURS = {
     "owner": "#3b7dd8", "up": "#e0701e", "worker": "#2c9c69", "down": "#9a5fc4", "idle": "#c3c9d0",
 }  # fmt: skip

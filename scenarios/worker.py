@@ -50,11 +50,27 @@ from backends.net.listening import Limits
 from backends.net.pages import StatusPages
 from backends.net.serving import Service, serving
 from backends.net.tls import Tls, require_loopback
+from backends.options import ALL, SECONDS, Modes, Parser, Whole, place
 from protocol.worker import WorkerConfig
-from scenarios.cli import add_kernel_option, choose_kernel, clean_exit, positive
+from scenarios.cli import add_kernel_option, choose_kernel, clean_exit
 from scenarios.worker_log import FORMATS, EventLog, capture_logging
 
 _SOON_DAYS = 14
+LINKS = Whole(1, 10_000)
+"""Each takes two connections, and their threads."""
+
+MODES = Modes(
+    {"cpu": "--backend cpu"},
+    lambda args: (args.backend,),
+    {"--kernel": ("cpu",)}
+    | dict.fromkeys(
+        (
+            "--model", "--listen", "--tls", "--backend", "--max-tokens", "--links-per-owner",
+            "--links", "--drain-s", "--metrics", "--log-format", "--verbose",
+        ),
+        ALL,
+    ),
+)  # fmt: skip
 
 
 class ListenError(UserError):
@@ -207,21 +223,18 @@ def drain(service: Service, drain_s: float, log: EventLog) -> None:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.worker", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "scenarios.worker", MODES)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR",
+    add("--model", type=place, required=True, metavar="DIR",
         help="a prepared model, or a worker's part of one")  # fmt: skip
     add("--listen", default="localhost:7443", metavar="HOST:PORT", help="where (localhost:7443)")
-    add("--tls", type=Path, metavar="DIR", help="this side's ca.pem, cert.pem and key.pem")
+    add("--tls", type=place, metavar="DIR", help="this side's ca.pem, cert.pem and key.pem")
     add("--backend", choices=("cpu", "cuda"), default="cpu", help="what multiplies (cpu)")
-    add("--max-tokens", type=positive, default=4096, help="of one request (4096)")
-    add("--links-per-owner", type=positive, default=4, metavar="N",
+    add("--max-tokens", type=Whole(1, 1 << 20), default=4096, help="of one request (4096)")
+    add("--links-per-owner", type=LINKS, default=4, metavar="N",
         help="links of one certificate; an owner's process opens one (4)")  # fmt: skip
-    add("--links", type=positive, default=64, metavar="N", help="of all together (64)")
-    add("--drain-s", type=seconds, default=20.0, metavar="S",
+    add("--links", type=LINKS, default=64, metavar="N", help="of all together (64)")
+    add("--drain-s", type=SECONDS, default=20.0, metavar="S",
         help="seconds to finish the requests in hand when told to stop (20)")  # fmt: skip
     add("--metrics", type=with_host, metavar="[HOST:]PORT",
         help="serve /metrics, /healthz and /readyz there, over plain HTTP to whoever can reach it "
@@ -229,23 +242,12 @@ def parsed() -> argparse.Namespace:
     add("--log-format", choices=FORMATS, default="text", help="of a line an event (text)")
     add("--verbose", action="store_true", help="also say which frames are dropped, and why")
     add_kernel_option(parser)
-    return parser.parse_args()
+    return parser.parse()
 
 
 def with_host(text: str) -> str:
     """An address, or a port of this machine only."""
     return text if ":" in text else f"127.0.0.1:{text}"
-
-
-def seconds(text: str) -> float:
-    """A number of seconds from 0 to a day, for an option's type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to a day")
-    return value
 
 
 def main() -> None:

@@ -22,17 +22,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
 
+from backends.errors import UserError
 from backends.files import write_json
-from backends.he.matmul.choice import KernelError, chosen_kernel
+from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import Parameters, preset
 from backends.machine import busy_elsewhere_s, commit, machine
+from backends.options import Parser
+from backends.places import output_file
 from backends.threads import core_count
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
@@ -349,18 +351,21 @@ def calibrate(name: str) -> tuple[DeviceProfile, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sim.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(__doc__, "sim.calibrate")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the profile here")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write cases and residuals here"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the profile here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write cases and residuals here")
-    args = parser.parse_args()
+    args = parser.parse()
     try:
-        print(f"kernel: {chosen_kernel().name}")
-    except KernelError as error:
+        _run(args)
+    except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Measure, and write what was asked for."""
+    print(f"kernel: {chosen_kernel().name}")
     name = args.out.stem if args.out else f"cpu-{core_count()}core"
     profile, figures = calibrate(name)
     if args.out:

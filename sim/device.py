@@ -24,7 +24,6 @@ Kinds of operations (the keys of `Work.operations` and `DeviceProfile.rates`):
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from backends.files import write_json
+from sim.reading import read_profile
 
 if TYPE_CHECKING:
     import simpy
@@ -191,10 +191,11 @@ class DeviceProfile:
     def load(cls, path: Path) -> DeviceProfile:
         """The profile in a JSON file. Raises ProfileError, naming the file, for a bad one."""
         try:
-            facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            facts = read_profile(path)
             return cls(**{**facts, "origin": Origin(**facts["origin"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ProfileError(f"{path} holds no device profile: {error}") from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ProfileError(f"{path} holds no device profile: {why}") from error
 
     @classmethod
     def builtin(cls, name: str) -> DeviceProfile:

@@ -39,7 +39,7 @@ from backends.he.public import HintBuilder, PublicMatrix
 from backends.he.store import shapes_of
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from protocol.catalogue import Catalogue
 from protocol.events import (
     CancelTimer,
@@ -148,7 +148,7 @@ class Rehearsal:
     """One small model, its worker, and as many lanes as it is told to; close it after use."""
 
     def __init__(self, config: PretrainedConfig, parameters: Parameters, lanes: int) -> None:
-        skeleton = build_skeleton(config, RandomSource(0))
+        skeleton = build_skeleton(RandomBase(config, 0))
         self._model = add_lora(skeleton.model, _RANK, 2 * _RANK, 0)
         self._model.train()
         self.remote = skeleton.remote

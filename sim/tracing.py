@@ -8,7 +8,7 @@ does, down to the first layer's products that autograd leaves out in backward.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from backends.he.manifest import GroupSpec
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import WeightSource
+from backends.nn.sources import Base, Loaded
 from sim.device import Work
 from sim.tally import CpuAttention, Tally
 
@@ -47,11 +47,15 @@ class LaneTrace:
     parameters: Mapping[str, tuple[int, ...]]
 
 
-class MetaSource(WeightSource):
-    """Tensors that have a shape and no numbers."""
+class OutlineBase(Base):
+    """A model whose tensors have a shape and no numbers."""
 
-    def get(self, name: str, shape: torch.Size) -> torch.Tensor:
-        return torch.empty(shape, device="meta")
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+
+    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
+        model = self.outline(dtype)
+        return Loaded(model, lambda module: model.get_parameter(f"{module}.weight"))
 
     def identity(self) -> str:
         return "meta"
@@ -91,7 +95,7 @@ def trace_lane(
     # `add_lora` seeds torch's generator: whoever traces does not notice.
     with torch.random.fork_rng(devices=[]), tally, _on_meta():
         tally.counting = False
-        skeleton = build_skeleton(config, MetaSource(), remote_head, dtype, remote)
+        skeleton = build_skeleton(OutlineBase(config), remote_head, dtype, remote, least_remote=0.0)
         remote.groups = skeleton.groups
         model = add_lora(skeleton.model, lora_rank, 2 * lora_rank, seed=0)
         model.train()

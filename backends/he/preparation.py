@@ -12,7 +12,7 @@ thread.
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.files import require_own, write_array, write_json
+from backends.files import WriteError, end_replacing, require_own, write_array, write_json
 from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array
 from backends.he.manifest import (
@@ -47,7 +47,11 @@ from backends.he.ring import tiles_of
 from backends.he.store import PreparedModel, array_path, map_stored
 from backends.he.vector import LANES
 from backends.he.verification import Progress, Trust, open_trusted
+from backends.lock import alone
+from backends.places import PlaceError, require_room, taken_bytes
 from backends.threads import Job, core_count, run_ahead
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _CPU = torch.device("cpu")
@@ -56,6 +60,7 @@ HINT_SLAB = 4096
 
 _WRITERS = 8  # threads that hash and write, on a machine with as many cores
 _AHEAD_BYTES = 1 << 30  # that may wait to be computed, and as much to be written
+_LOCK = "preparing.lock"
 
 
 class BuildsHints(Protocol):
@@ -106,6 +111,7 @@ def prepare(
     owner_tag: bytes = b"",
     arithmetic: Arithmetic | None = None,
     trust: Trust | None = None,
+    on_wait: Callable[[str], None] = log.warning,
 ) -> PreparedModel:
     """Quantise the groups' weights and build their hints, keeping what a former run finished.
 
@@ -116,6 +122,7 @@ def prepare(
     owner_tag    gives the owner a public matrix A, and hints, of its own; public
     arithmetic   where to compute; None is the CPU
     trust        how what this process did not compute is trusted; None verifies it every time
+    on_wait      is told in a line when another process is making it, which is waited for
 
     The whole is verified at the end, whoever made which part of it, unless this owner has done that
     before: what is on the disk by then is what will be used.
@@ -130,14 +137,40 @@ def prepare(
     if not is_finished(directory):
         require_descriptors(len(groups) * (4 if parameters else 2))
         try:
-            _check_room(directory, groups, parameters)
-            require_own(directory, directory / "worker", directory / "owner")
-            _make(directory, wanted, load_weight, progress, arithmetic or Arithmetic())
+            _make_alone(directory, wanted, load_weight, progress, arithmetic, on_wait)
+        except PlaceError as error:
+            raise PreparationError(str(error)) from error
         except OSError as error:
+            what = error.strerror if isinstance(error, WriteError) else error
+            where = error.path if isinstance(error, WriteError) else directory
             raise PreparationError(
-                f"preparing in {directory} failed: {error}; mend that and run it again"
+                f"preparing in {where} failed: {what}; mend that and run it again: it goes on with "
+                "the file after the last finished one"
             ) from error
     return open_trusted(directory, wanted, trust)
+
+
+def _make_alone(
+    directory: Path,
+    wanted: Wanted,
+    load_weight: Callable[[str], torch.Tensor],
+    progress: Progress,
+    arithmetic: Arithmetic | None,
+    on_wait: Callable[[str], None],
+) -> None:
+    """Make what is missing, while no other process does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = (directory, directory / "worker", directory / "owner")
+    require_own(*parts)
+    with alone(directory / _LOCK, "", on_wait) as certain:
+        if is_finished(directory):
+            return  # by the one that was waited for
+        if certain:
+            for part in filter(Path.is_dir, parts):
+                end_replacing(part)
+        needed = disk_bytes(wanted.groups, wanted.parameters) - taken_bytes(directory)
+        require_room(directory, needed, "preparation", "choose another place with --cache")
+        _make(directory, wanted, load_weight, progress, arithmetic or Arithmetic())
 
 
 def _make(
@@ -168,20 +201,6 @@ def _write_behind(jobs: Iterator[Job[_T]]) -> closing[Generator[_T, None, None]]
 
 def _read_ahead(jobs: Iterator[Job[_T]], readers: int = 1) -> closing[Generator[_T, None, None]]:
     return closing(run_ahead(jobs, readers, _AHEAD_BYTES))
-
-
-def _check_room(
-    directory: Path, groups: Sequence[GroupSpec], parameters: Parameters | None
-) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    done = sum(file.stat().st_size for file in directory.rglob("*.npy") if file.is_file())
-    needed = disk_bytes(groups, parameters) - done
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise PreparationError(
-            f"preparation needs {needed / 1e9:.1f} GB more in {directory}, which has "
-            f"{free / 1e9:.1f} GB free; make room or choose another place with --cache"
-        )
 
 
 def _quantise_all(

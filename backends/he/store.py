@@ -242,7 +242,7 @@ def copy_worker_part(directory: Path, out: Path) -> None:
     """
     manifest = (directory / NAME).read_bytes()
     try:
-        if out.exists():
+        if out.exists() and any(out.iterdir()):
             if not (out / NAME).is_file() or (out / NAME).read_bytes() != manifest:
                 raise PreparationError(f"{out} is there already, and is not this model's; choose "
                                        "another name, or delete it")  # fmt: skip

@@ -20,6 +20,7 @@ _WAIT_S = (0.2, 15.0)
 """Between attempts to open a link: first, and most; it doubles."""
 _DOUBLINGS = 30
 """More than it takes to come to the most, and few enough for a float."""
+_LOOK_S = 0.2
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Dialler:
                 if not line.lost:
                     with self._lock:
                         line.opening = True
-                    self._open(worker, line)
+                    self._open_aside(worker, line)
             lines = self._lines.values()
             if any(line.link for line in lines) or all(line.lost for line in lines):
                 return
@@ -141,6 +142,16 @@ class Dialler:
             links = [line.link for line in self._lines.values() if line.link is not None]
         for link in links:
             link.close("the owner closes")
+
+    def _open_aside(self, worker: str, line: _Line) -> None:
+        """Open a link and wait for it, so that Ctrl-C does not: looking up a name cannot be
+        interrupted."""
+        thread = threading.Thread(
+            target=self._open, args=(worker, line), name=f"dial-{worker}", daemon=True
+        )
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK_S)
 
     def _open(self, worker: str, line: _Line) -> None:
         self._closed.wait(max(0.0, line.next_try - time.monotonic()))

@@ -18,7 +18,7 @@ from typing import Any
 
 from backends.errors import UserError
 from backends.he.interface import AnyPayload, OwnerCipher, OwnerMatrix, Values, carried
-from backends.ledger import WorkerLedger
+from backends.ledger import LedgerError, WorkerLedger
 from backends.net.audit import Audit
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
@@ -221,10 +221,11 @@ class OwnerClient:
         identity = self._identity_of(worker)
         try:
             self._ledger.retire(identity, found)
-        except OSError as error:
+        except (OSError, LedgerError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
             self._fail_all(
                 f"worker {worker!r} gave a wrong answer, and that cannot be written down "
-                f"({error.strerror}): a restart would trust it again"
+                f"({why}): a restart would trust it again"
             )
         self._on_caught(identity)
 

@@ -28,6 +28,7 @@ MAX_TOKENS = 4096
 """Tokens of one request: what an owner will take an answer to."""
 REACHED_S = 30.0
 """Within so many seconds one of the workers must answer, before anything is computed."""
+_GOODBYE_S, _HURRIED_S = 10.0, 0.5
 
 
 class _Identities:
@@ -124,8 +125,12 @@ def connected(
         dialler.close()
         raise
     client.start()
+    goodbye_s = _GOODBYE_S
     try:
         yield client
+    except BaseException:
+        goodbye_s = _HURRIED_S  # whoever has stopped waits for nobody
+        raise
     finally:
-        client.close()
+        client.close(goodbye_s)
         dialler.close()

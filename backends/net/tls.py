@@ -74,8 +74,11 @@ class Tls:
     def require_current(self) -> datetime:
         """When this side's certificate ends. Raises CertificateError unless it is good now."""
         path = self.directory / "cert.pem"
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
-        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        try:
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+            begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        except (ValueError, OSError) as error:
+            raise CertificateError(f"{path} cannot be read: {error}") from error
         now = datetime.now(timezone.utc)
         if now > end:
             raise CertificateError(

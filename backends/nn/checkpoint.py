@@ -1,27 +1,30 @@
 """Training checkpoints: whole or absent, without pickle, and without anything random.
 
-    DIR/step-000040/adapter.safetensors     the adapter's parameters
-    DIR/step-000040/optimizer.safetensors   AdamW's moments
-    DIR/step-000040/state.json              step, losses, the run's configuration, who computed
-    DIR/data.key                            32 random bytes: the configuration holds a tag of the
-                                            private data, which nobody can try data against
-                                            without them
+    DIR/step-000040/adapter_model.safetensors   the adapter's parameters, as `peft` names them
+    DIR/step-000040/adapter_config.json         with it plain `peft` loads a checkpoint
+    DIR/step-000040/optimizer.safetensors       AdamW's moments
+    DIR/step-000040/state.json                  step, losses, the run's configuration, who computed
+    DIR/data.key                                32 random bytes: the configuration holds a tag of
+                                                the private data, which nobody can try data against
+                                                without them
 
 The learning rate and the data order are pure functions of the step, so the step restores them.
 Cipher randomness is never saved: a resumed run starts a new incarnation.
 
 A checkpoint names the workers it rests on: those of whom an answer is in it. When one of them turns
 out to be lying, the newest checkpoint that does not rest on it is the one to go back to, so that
-one is kept for each worker; the others are set aside as `distrusted-...`.
+one is kept for each worker; the others are set aside as `distrusted-...`. One that is damaged is
+never gone on from: the newest whole one is, and those after it are set aside as `damaged-...`.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +44,28 @@ from backends.files import (
     write_json,
     write_secret,
 )
+from backends.nn.adapters import CONFIG_FILE, WEIGHTS_FILE, stored_name
+from backends.nn.corpus import Sequences
 
-_NAME = re.compile(r"step-(\d{6})")
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{6,})")
 _KEPT = 2
 _STATE_BYTES_MAX = 64 << 20
 _KEY_FILE = "data.key"
 _KEY_BYTES = 32
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_SCHEDULE = ("steps", "warmup_steps")
+"""What may change between the runs of one directory, where the number of steps does."""
+_BLOCK_TOKENS = 1 << 20
 
 
 class ResumeError(UserError, ValueError):
     """A checkpoint cannot be resumed by this run; the text says what differs."""
+
+
+class DamagedError(ResumeError):
+    """A checkpoint is not what `save` wrote."""
 
 
 class SaveError(UserError, RuntimeError):
@@ -66,12 +81,29 @@ class Progress:
     served: frozenset[str] = frozenset()
 
 
-def data_tag(directory: Path, sequences: torch.Tensor) -> str:
+def place_of(directory: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return directory / f"step-{step:06d}"
+
+
+def room_bytes(parameters: int) -> int:
+    """Disk that the checkpoints of so many float32 parameters take, and an adapter beside them.
+
+    One is kept from before any worker's answer, two are the newest, one is being written; each has
+    two moments a parameter.
+    """
+    return (3 * (_KEPT + 2) + 1) * 4 * parameters
+
+
+def data_tag(directory: Path, sequences: Sequences) -> str:
     """HMAC-SHA256 of int64[n, S] under the directory's key, in hex digits.
 
-    The key is drawn when there is none. Raises ResumeError when there are checkpoints without it.
+    The key is drawn when there is none. Raises ResumeError when there are checkpoints without it,
+    or no place for it.
     """
     path = directory / _KEY_FILE
+    if directory.exists() and not directory.is_dir():
+        raise ResumeError(f"{directory} is a file where checkpoints would be; use another --out")
     if not path.exists():
         if _found(directory):
             raise ResumeError(
@@ -79,7 +111,10 @@ def data_tag(directory: Path, sequences: torch.Tensor) -> str:
                 "this data; put it back, use another --out, or start over with --fresh"
             )
         write_secret(path, os.urandom(_KEY_BYTES))
-    key = read_bounded(path, _KEY_BYTES) if path.stat().st_size == _KEY_BYTES else b""
+    try:
+        key = read_bounded(path, _KEY_BYTES) if path.stat().st_size == _KEY_BYTES else b""
+    except OSError as error:
+        raise ResumeError(f"{path} cannot be read ({error.strerror or error})") from error
     if len(key) != _KEY_BYTES:
         raise ResumeError(f"{path} is no key of this program; start over with --fresh")
     if path.stat().st_mode & 0o077:
@@ -87,9 +122,11 @@ def data_tag(directory: Path, sequences: torch.Tensor) -> str:
             f"{path} can be read by other users, who can try data against it; "
             "make it yours alone (chmod 600), or start over with --fresh"
         )
-    shape = json.dumps(list(sequences.shape)).encode()
-    data = sequences.contiguous().numpy().tobytes()
-    return hmac.digest(key, shape + data, "sha256").hex()
+    tag = hmac.new(key, json.dumps(list(sequences.shape)).encode(), "sha256")
+    rows = max(1, _BLOCK_TOKENS // sequences.shape[1])
+    for start in range(0, len(sequences), rows):
+        tag.update(sequences[start : start + rows].contiguous().numpy().tobytes())
+    return tag.hexdigest()
 
 
 def save(
@@ -98,22 +135,27 @@ def save(
     run: dict[str, Any],
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    adapter_config: bytes | None = None,
 ) -> None:
     """Write a checkpoint. Kept are the newest two, and for each worker one to go back to.
+
+    adapter_config  what lets `peft` load it as an adapter (`adapters.config_text`)
 
     Raises SaveError when it cannot be written; nothing of it is left then.
     """
     moments = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
-            moments[f"{name}::{key}"] = torch.as_tensor(value).contiguous()
-    weights = {name: p.detach().contiguous() for name, p in parameters.items()}
+            moments[f"{stored_name(name)}::{key}"] = torch.as_tensor(value).contiguous()
+    weights = {stored_name(name): p.detach().contiguous() for name, p in parameters.items()}
     served = sorted(progress.served)
     state = {"step": progress.step, "losses": progress.losses, "served": served, "run": run}
     try:
-        with replacing_directory(directory / f"step-{progress.step:06d}") as aside:
-            save_file(weights, aside / "adapter.safetensors")
+        with replacing_directory(place_of(directory, progress.step)) as aside:
+            save_file(weights, aside / WEIGHTS_FILE, {"format": "pt"})
             save_file(moments, aside / "optimizer.safetensors")
+            if adapter_config is not None:
+                (aside / CONFIG_FILE).write_bytes(adapter_config)
             write_json(aside / "state.json", state)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
@@ -126,17 +168,26 @@ def save(
 
 def _drop_old(directory: Path, served: frozenset[str]) -> None:
     found = _found(directory)
-    rests_on = {path: _state(path)["served"] for path in found}
+    rests_on = {path: _rests_on(path) for path in found}
     kept = set(found[-_KEPT:])
     for worker in served:
-        before = [path for path in found if worker not in rests_on[path]]
+        before = [path for path, who in rests_on.items() if who is not None and worker not in who]
         kept |= set(before[-1:])
     for old in set(found) - kept:
         remove_directory(old)
 
 
+def _rests_on(checkpoint: Path) -> list[str] | None:
+    """The workers that it rests on; None for a damaged one, of which nobody knows."""
+    try:
+        served: list[str] = _state(checkpoint)["served"]
+    except DamagedError:
+        return None
+    return served
+
+
 def _state(checkpoint: Path) -> dict[str, Any]:
-    """What its state.json says. Raises ResumeError when that is not what `save` wrote."""
+    """What its state.json says. Raises DamagedError when that is not what `save` wrote."""
     path = checkpoint / "state.json"
     try:
         state: dict[str, Any] = json.loads(read_bounded(path, _STATE_BYTES_MAX))
@@ -145,13 +196,20 @@ def _state(checkpoint: Path) -> dict[str, Any]:
         numbers = type(losses) is list and all(type(loss) is float for loss in losses)
         if not (names and numbers and type(state["run"]) is dict):
             raise ValueError("an entry of another form")
-        if state["step"] != len(losses) or checkpoint.name != f"step-{len(losses):06d}":
+        if state["step"] != len(losses) or checkpoint != place_of(checkpoint.parent, len(losses)):
             raise ValueError("losses of another number of steps")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ResumeError(
-            f"{path} is damaged ({error}); delete {checkpoint} to resume from the one before"
-        ) from error
+        raise DamagedError(f"{path} is damaged ({error})") from error
     return state
+
+
+@dataclass
+class _Whole:
+    """A checkpoint in memory, every part of it read."""
+
+    state: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
 
 
 def restore(
@@ -160,76 +218,162 @@ def restore(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     distrusted: Collection[str] = (),
+    say: Callable[[str], None] = log.warning,
 ) -> Progress | None:
-    """Load the newest checkpoint into the parameters and the optimiser; None without one.
+    """Load the newest whole checkpoint into the parameters and the optimiser; None without any.
 
     What a crash has left of unfinished ones is cleared away: one process at a time saves here.
+    Newer ones that are damaged are set aside. The number of steps may be another than before; the
+    schedule is that of the new one, from the first step on.
 
     distrusted  workers on whose answers it must not rest; newer ones that do are set aside
+    say         is told in a line what is not as expected: damage, another number of steps
 
-    Raises ResumeError when it belongs to a run with another configuration, is damaged, or when all
-    of them rest on a distrusted worker.
+    Raises ResumeError when it belongs to a run with another configuration, or when all of them are
+    damaged or rest on a distrusted worker.
     """
     if directory.is_dir():
         end_replacing(directory)
-    found = _found(directory)
-    if not found:
+    if not _found(directory):
         return None
     set_aside(directory, distrusted)
-    left = _found(directory)
-    if not left:
-        raise ResumeError(
-            f"every checkpoint in {directory} rests on answers of a worker that was caught giving "
-            f"wrong ones ({', '.join(sorted(distrusted))}); start over with --fresh"
-        )
-    newest = left[-1]
-    state = _state(newest)
-    differing = [key for key in run if state["run"].get(key) != run[key]]
+    newest, whole = _newest_whole(directory, distrusted, say)
+    state, weights, moments = whole.state, whole.weights, whole.moments
+    differing = _differing(state["run"], run)
     if differing:
         raise ResumeError(
-            f"{newest} was made with other settings ({', '.join(differing)}); use the same ones, "
+            f"{newest} was made with other settings ({'; '.join(differing)}); use the same ones, "
             "another --out, or start over with --fresh"
         )
-    weights = _load(newest / "adapter.safetensors")
-    moments = _load(newest / "optimizer.safetensors")
-    if {name: p.shape for name, p in parameters.items()} != {
+    if {stored_name(name): p.shape for name, p in parameters.items()} != {
         n: w.shape for n, w in weights.items()
     }:
         raise ResumeError(f"{newest} holds another adapter; start over with --fresh")
+    _say_steps(state, run, say)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[stored_name(name)])
             # AdamW's step count stays on the CPU, its moments go where the parameter is.
             optimizer.state[parameter] = {
                 key.rpartition("::")[2]: value.to(parameter.device) if value.dim() else value
                 for key, value in moments.items()
-                if key.rpartition("::")[0] == name
+                if key.rpartition("::")[0] == stored_name(name)
             }
     return Progress(state["step"], state["losses"], frozenset(state["served"]))
 
 
-def set_aside(directory: Path, distrusted: Collection[str]) -> None:
-    """Rename the checkpoints that rest on these workers: no run goes on from them any more."""
-    for path in _found(directory):
-        if set(distrusted).isdisjoint(_state(path)["served"]):
+def _newest_whole(
+    directory: Path, distrusted: Collection[str], say: Callable[[str], None]
+) -> tuple[Path, _Whole]:
+    """The newest one that can be read; those after it are set aside.
+
+    Raises ResumeError when there is none. Then all stay where they are: whoever tries again must
+    not be taken for somebody who starts.
+    """
+    damaged: dict[Path, DamagedError] = {}
+    for path in reversed(_found(directory)):
+        try:
+            whole = _read(path)
+        except DamagedError as error:
+            damaged[path] = error
             continue
-        aside = path.with_name(f"distrusted-{path.name}")
-        while aside.exists() or aside.is_symlink():
-            aside = aside.with_name(f"{aside.name}-again")
-        path.rename(aside)
-        sync_directory(directory)
+        for other, what in damaged.items():
+            say(f"{what}: going on from {path.name} instead; {_put_aside(other, 'damaged')}")
+        return path, whole
+    if damaged:
+        raise ResumeError(
+            f"no checkpoint in {directory} is whole ({next(iter(damaged.values()))}); put back a "
+            "whole one, or start over with --fresh"
+        )
+    raise ResumeError(
+        f"every checkpoint in {directory} rests on answers of a worker that was caught giving "
+        f"wrong ones ({', '.join(sorted(distrusted))}); start over with --fresh"
+    )
+
+
+def _read(path: Path) -> _Whole:
+    """All of a checkpoint. Raises DamagedError when a part is missing, cut, or of another one."""
+    state, weights = _state(path), _load(path / WEIGHTS_FILE)
+    moments = _load(path / "optimizer.safetensors")
+    names = {f"{name}::{key}" for name in weights for key in _MOMENTS if state["step"]}
+    if moments.keys() != names or any(
+        moments[f"{name}::{key}"].shape != weight.shape
+        for name, weight in weights.items() for key in _MOMENTS[1:] if state["step"]
+    ):  # fmt: skip
+        raise DamagedError(f"{path / 'optimizer.safetensors'} is damaged (not of this adapter)")
+    return _Whole(state, weights, moments)
+
+
+def _differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Settings that may not differ and do, a phrase each, with both values."""
+    keys = [key for key in wanted if found.get(key) != wanted[key]]
+    if "steps" in keys:
+        keys = [key for key in keys if key not in _SCHEDULE]
+    return [
+        "data: another text, or read otherwise" if key == "data"
+        else f"{key} {_shown(found.get(key))}, not {_shown(wanted[key])}"
+        for key in keys
+    ]  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _say_steps(state: dict[str, Any], run: dict[str, Any], say: Callable[[str], None]) -> None:
+    before, now, done = state["run"].get("steps"), run.get("steps"), state["step"]
+    if before == now:
+        return
+    if now is not None and done >= now:
+        say(
+            f"{done} steps are done, and {now} are asked for: nothing is left to train; the "
+            f"adapter is that of step {done}"
+        )
+    else:
+        say(
+            f"this run was to have {_shown(before)} steps and has {now} now: from step {done + 1} "
+            f"on the learning rate is that of a run of {now} steps"
+        )
+
+
+def set_aside(directory: Path, distrusted: Collection[str]) -> None:
+    """Rename the checkpoints that rest on these workers: no run goes on from them any more.
+
+    Of a damaged one nobody knows on whom it rests; no run goes on from it either.
+    """
+    for path in _found(directory):
+        if set(distrusted).isdisjoint(_rests_on(path) or ()):
+            continue
+        _put_aside(path, "distrusted")
+
+
+def _put_aside(checkpoint: Path, why: str) -> str:
+    """Rename a checkpoint, for good; says so."""
+    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    while aside.exists() or aside.is_symlink():
+        aside = aside.with_name(f"{aside.name}-again")
+    try:
+        checkpoint.rename(aside)
+        sync_directory(checkpoint.parent)
+    except OSError as error:
+        raise ResumeError(
+            f"{checkpoint} is not to be used any more ({why}), and cannot be renamed "
+            f"({error.strerror}); delete it"
+        ) from error
+    return f"it is kept as {aside.name}"
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ResumeError(
-            f"{path} is damaged ({error}); delete {path.parent} to resume from the one before"
-        ) from error
+        raise DamagedError(f"{path} is damaged ({error})") from error
 
 
 def _found(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+    found = {path: _NAME.fullmatch(path.name) for path in directory.iterdir()}
+    steps = {path: int(name[1]) for path, name in found.items() if name}
+    return sorted(steps, key=steps.__getitem__)

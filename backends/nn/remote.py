@@ -102,8 +102,10 @@ class Remote:
         kept: dict[int, _Outputs] = self._lane.__dict__.setdefault("kept", {})
         outputs = kept.get(group.index)
         if outputs is None or outputs.x is not x or slot not in outputs.waiting:
-            y = _GroupProduct.apply(x, self, group)  # type: ignore[no-untyped-call]
-            parts = torch.split(y, list(group.spec.out_features), dim=-1)
+            # Whoever is first may want no gradients; the others do.
+            with torch.set_grad_enabled(x.requires_grad):
+                y = _GroupProduct.apply(x, self, group)  # type: ignore[no-untyped-call]
+                parts = torch.split(y, list(group.spec.out_features), dim=-1)
             outputs = kept[group.index] = _Outputs(x, parts, set(range(len(parts))))
         outputs.waiting.discard(slot)
         if not outputs.waiting:
@@ -161,19 +163,21 @@ class RemoteLinear(nn.Linear):
         return f"in={self.in_features}, out={self.out_features}, remote"
 
 
-def discover_groups(model: nn.Module, remote: Remote, head: str | None = None) -> list[GroupSpec]:
+def discover_groups(model: nn.Module, remote: Remote) -> tuple[list[GroupSpec], list[str]]:
     """Find which remote linears share an input, from one dry run, and tell each its group.
 
     The run feeds a few tokens through the model with zeros for every product; modules called in
     a row with the same tensor object form a group. Nothing is assumed about the architecture.
 
-    Raises ValueError when a remote linear was not reached.
+    Returns the groups, and the names of the remote linears that were not reached.
     """
+    device = next(model.parameters()).device
     calls: list[tuple[RemoteLinear, torch.Tensor]] = []
     remote.recorder = lambda module, x: calls.append((module, x))
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+            tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
+            model(input_ids=tokens, use_cache=False)
     finally:
         remote.recorder = None
     groups: list[list[RemoteLinear]] = []
@@ -188,8 +192,6 @@ def discover_groups(model: nn.Module, remote: Remote, head: str | None = None) -
         previous = x
     reached = {module for group in groups for module in group}
     lost = [m.name for m in model.modules() if isinstance(m, RemoteLinear) and m not in reached]
-    if lost:
-        raise ValueError(f"a dry run of the model never reached {', '.join(lost[:3])}")
     specs = []
     for index, members in enumerate(groups):
         spec = GroupSpec(
@@ -202,7 +204,7 @@ def discover_groups(model: nn.Module, remote: Remote, head: str | None = None) -
         shared = RemoteGroup(index, spec)
         for slot, module in enumerate(members):
             module.group, module.slot = shared, slot
-    return specs
+    return specs, lost
 
 
 def _group_name(names: list[str]) -> str:

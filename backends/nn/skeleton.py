@@ -1,122 +1,217 @@
 """Builds the owner's side of a model: everything local real, every frozen linear remote.
 
-The transformer is made on the meta device, its linears are swapped for weightless remote ones,
-and only what the owner keeps (embeddings, norms, biases, the head unless it is remote) is read
-from the checkpoint. The model is never in memory whole.
+transformers loads the model, but for the weights of its linears, which stay where they are. The
+linears are swapped for weightless remote ones. What text never reaches (a vision tower) stays with
+the owner whole, and so do weights that are in no linear, such as those of a mixture's experts:
+which expert takes which token would show in what is sent.
 """
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from backends.he.manifest import GroupSpec
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
-from backends.nn.sources import WeightSource
+from backends.nn.sane import require_finite
+from backends.nn.selfcheck import require_causal
+from backends.nn.sources import Base, CheckpointError, first_line
+
+LEAST_REMOTE = 0.5
+"""Of a model's frozen weights, so many must be computed by workers: otherwise it is refused."""
 
 
 @dataclass
 class Skeleton:
     """An owner's model before adapters are added.
 
-    shapes      [out, in] of every remote module, by name
-    transposed  names of remote modules whose stored weight is [in, out] (Conv1D)
-    aliases     tensors stored under another name: a tied head is the embedding
+    shapes        [out, in] of every remote module, by name
+    transposed    names of remote modules whose stored weight is [in, out] (Conv1D)
+    remote_share  of the frozen weights that text meets, but embeddings and head, workers compute
+                  this, 0 to 1
+    notes         what a user should know of the model, a line each
     """
 
+    base: Base
     model: PreTrainedModel
     remote: Remote
     groups: list[GroupSpec]
     shapes: dict[str, torch.Size]
     transposed: frozenset[str]
-    aliases: dict[str, str]
+    remote_share: float
+    notes: tuple[str, ...]
+    read: Callable[[str], torch.Tensor]
 
-    def load_weight(self, source: WeightSource, module: str) -> torch.Tensor:
-        """The float weight [out, in] of a remote module."""
-        shape = self.shapes[module]
-        name = f"{module}.weight"
-        name = self.aliases.get(name, name)
-        if module in self.transposed:
-            return source.get(name, torch.Size(reversed(shape))).t()
-        return source.get(name, shape)
+    def load_weight(self, module: str) -> torch.Tensor:
+        """The floating weight [out, in] of a remote module, on the CPU.
+
+        Raises CheckpointError for one that is not finite.
+        """
+        weight = self.read(module)
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"{module}.weight of the base model holds NaN or infinity: it is damaged"
+            )
+        return weight.t() if module in self.transposed else weight
 
 
 def build_skeleton(
-    config: PretrainedConfig,
-    source: WeightSource,
+    base: Base,
     remote_head: bool = False,
     dtype: torch.dtype = torch.float32,
     remote: Remote | None = None,
+    least_remote: float = LEAST_REMOTE,
 ) -> Skeleton:
-    """The owner's model for a causal-LM config.
+    """The owner's model of a base.
 
-    remote_head  send the language-model head to the worker too
-    remote       what computes the remote linears, where it is not a plain `Remote`
-    Raises CheckpointError when the source lacks a tensor, ValueError for no linear to send.
+    remote_head   send the language-model head to the workers too
+    remote        what computes the remote linears, where it is not a plain `Remote`; the model is
+                  then not tried
+    least_remote  the least `remote_share` that is accepted
+
+    Raises CheckpointError when the base cannot be loaded or is of a kind that does not work here.
     """
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    remote = remote or Remote()
-    head = model.get_output_embeddings()
-    aliases = {}
-    if config.tie_word_embeddings:
-        aliases[f"{_name(model, head)}.weight"] = (
-            f"{_name(model, model.get_input_embeddings())}.weight"
-        )
-    transposed = set()
-    shapes: dict[str, torch.Size] = {}
-    for name, module in list(model.named_modules()):
-        if module is head and not remote_head:
-            continue
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
-        swapped = _shell(remote, name, module, dtype)
-        if isinstance(module, Conv1D):
-            transposed.add(name)
-        model.set_submodule(name, swapped)
-        shapes[name] = torch.Size((swapped.out_features, swapped.in_features))
-    if not shapes:
-        raise ValueError(f"{type(model).__name__} has no linear layer to compute remotely")
-    _load_local(model, source, dtype, skip=frozenset(aliases))
-    if config.tie_word_embeddings and not remote_head:
-        model.tie_weights()
+    checked = remote is None
+    outline = base.outline(dtype)
+    names = _linears(outline, remote_head)
+    loaded = base.load(dtype, names)
+    model, remote = loaded.model, remote or Remote()
+    transposed = frozenset(n for n in names if isinstance(model.get_submodule(n), Conv1D))
+    shells = _swap(model, names, remote, dtype)
     model.requires_grad_(False)
-    model.eval()
-    groups = discover_groups(model, remote)
-    return Skeleton(model, remote, groups, shapes, frozenset(transposed), aliases)
+    _stay_in_evaluation(model)
+    require_finite(model)
+    try:
+        groups, unreached = discover_groups(model, remote)
+    except Exception as error:  # of any model's own code
+        raise CheckpointError(
+            f"{type(model).__name__} does not work with its linears elsewhere: {first_line(error)}"
+        ) from error
+    shapes = {n: torch.Size((s.out_features, s.in_features)) for n, s in shells.items()}
+    skeleton = Skeleton(
+        base, model, remote, groups, shapes, transposed, 0.0, loaded.notes, loaded.read
+    )
+    for name in unreached:
+        _restore(skeleton, name, dtype)
+    skeleton.remote_share = _require_share(skeleton, least_remote, unreached)
+    skeleton.notes += _remarks(model, unreached)
+    if checked:
+        require_causal(model, remote, groups)
+    return skeleton
 
 
-def _name(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+def _linears(model: PreTrainedModel, remote_head: bool) -> list[str]:
+    head = _head(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and (remote_head or module is not head)
+    ]
 
 
-def _shell(
-    remote: Remote, name: str, module: nn.Linear | Conv1D, dtype: torch.dtype
-) -> RemoteLinear:
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    """Its language-model head; where it does not say, the linear as wide as the vocabulary."""
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None:
+        return head
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    wide = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == vocabulary]
+    return wide[-1] if wide else None
+
+
+def _swap(
+    model: nn.Module, names: Iterable[str], remote: Remote, dtype: torch.dtype
+) -> dict[str, RemoteLinear]:
+    """Put shells in the place of these linears, wherever they are."""
+    shells = {name: _shell(remote, name, model.get_submodule(name), dtype) for name in names}
+    by_module = {id(model.get_submodule(name)): shell for name, shell in shells.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in by_module:
+            model.set_submodule(name, by_module[id(module)])
+    return shells
+
+
+def _shell(remote: Remote, name: str, module: Any, dtype: torch.dtype) -> RemoteLinear:
     if isinstance(module, Conv1D):
         inputs, outputs = module.weight.shape
     else:
         outputs, inputs = module.weight.shape
     shell = RemoteLinear(remote, name, inputs, outputs, dtype)
     if module.bias is not None:
-        shell.bias = nn.Parameter(torch.empty(outputs, device="meta"), requires_grad=False)
+        shell.bias = module.bias
     return shell
 
 
-def _load_local(
-    model: nn.Module, source: WeightSource, dtype: torch.dtype, skip: frozenset[str]
-) -> None:
-    """Replace every meta parameter, but those to skip, by the checkpoint's tensor."""
-    for name, parameter in list(model.named_parameters()):
-        if parameter.device.type != "meta":
+def _restore(skeleton: Skeleton, name: str, dtype: torch.dtype) -> None:
+    """Give a module that is not to be remote its weights back."""
+    shell: Any = skeleton.model.get_submodule(name)
+    outputs, inputs = skeleton.shapes.pop(name)
+    with torch.device("meta"):
+        linear = nn.Linear(inputs, outputs, bias=False)
+    weight = skeleton.load_weight(name).to(dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = shell.bias
+    for other, module in list(skeleton.model.named_modules(remove_duplicate=False)):
+        if module is shell:
+            skeleton.model.set_submodule(other, linear)
+
+
+def _stay_in_evaluation(model: PreTrainedModel) -> None:
+    """The base never trains: its dropout would differ between lanes, and on resuming."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return nn.Module.train(self, False)
+
+    model.eval()  # type: ignore[no-untyped-call]
+    model.train = types.MethodType(train, model)  # type: ignore[method-assign]
+
+
+def _require_share(skeleton: Skeleton, least: float, unreached: Collection[str]) -> float:
+    model = skeleton.model
+    apart = {id(model.get_input_embeddings()), id(_head(model))}
+    kept: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if id(module) in apart or name in unreached:
             continue
-        if name in skip:
+        if isinstance(module, nn.Embedding | RemoteLinear):
             continue
-        tensor = source.get(name, parameter.shape).to(dtype)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                kept[f"{name}.{leaf}"] = parameter.numel()
+    there = sum(shape.numel() for shape in skeleton.shapes.values())
+    share = there / max(1, there + sum(kept.values()))
+    if not there:
+        raise CheckpointError(f"{type(model).__name__} has no linear that workers could compute")
+    if share < least:
+        largest = max(kept, key=kept.__getitem__)
+        experts = " (experts: which one takes a token would show in what is sent)"
+        raise CheckpointError(
+            f"workers could compute only {share:.0%} of the weights of this "
+            f"{type(model).__name__}, less than {least:.0%}: the rest is in no linear, as "
+            f"{largest}{experts if 'expert' in largest else ''}; choose a dense model, or lower "
+            "--least-remote and compute the rest yourself"
+        )
+    return share
+
+
+def _remarks(model: PreTrainedModel, unreached: list[str]) -> tuple[str, ...]:
+    remarks = []
+    rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    for key, value in model.config.get_text_config(decoder=True).to_dict().items():
+        if ("drop" in key) and isinstance(value, float) and value > 0:
+            rates.add(value)
+    if rates:
+        shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
+        remarks.append(f"the base's own dropout ({shown}) is off, in training too")
+    if unreached:
+        remarks.append(
+            f"{len(unreached)} linears that text did not reach stay with you ({unreached[0]}, ...)"
+        )
+    return tuple(remarks)

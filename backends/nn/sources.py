@@ -1,31 +1,59 @@
-"""Where a model's public weights come from: a Hugging Face checkpoint, or a seed.
+"""A public base model, wherever its weights come from: what the owner's side is built from.
 
-Tensors are read one at a time, so a checkpoint is never in memory twice (or once).
+`backends.nn.base` opens checkpoints. Here is what all bases have in common, and those that need no
+file: seeded random weights, and a model that is in memory already.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from backends.errors import UserError
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint is missing, incomplete or not what its config says."""
+    """A base model is missing, incomplete, not what its config says, or of a kind that does not
+    work here; the text says which and what to do."""
 
 
-class WeightSource(ABC):
-    """Named tensors of one model."""
+@dataclass
+class Loaded:
+    """A base model whose remote linears have no weights, and where those are.
+
+    read  name of a remote linear -> its weight as the module stores it: [out, in], or of a Conv1D
+          [in, out]; floating, on the CPU. May be called in several threads.
+    notes what a user should know of the loading, a line each
+    """
+
+    model: PreTrainedModel
+    read: Callable[[str], torch.Tensor]
+    notes: tuple[str, ...] = ()
+
+
+class Base(ABC):
+    """One public base model."""
+
+    config: PretrainedConfig
+
+    def outline(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model without numbers: parameters on the meta device, buffers real.
+
+        Raises CheckpointError when transformers cannot make one of this config.
+        """
+        return outline_of(self.config, dtype)
 
     @abstractmethod
-    def get(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """The tensor called `name`, in its stored dtype. Raises CheckpointError without it."""
+    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
+        """The model in `dtype`; weights of the linears named in `remote` stay where they are."""
 
     @abstractmethod
     def identity(self) -> str:
@@ -35,21 +63,80 @@ class WeightSource(ABC):
     def describe(self) -> str:
         """One line for people: where the weights are from."""
 
+    def logits(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """What the model says in clear to int64[B, S], by the code of transformers alone.
 
-class RandomSource(WeightSource):
+        float[B, S, vocabulary]; None where there is no independent way to it.
+        """
+        return None
+
+
+def outline_of(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model of a config, its parameters on the meta device.
+
+    Raises CheckpointError with what transformers says when it cannot make one.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except Exception as error:  # of any model's own code, fed with any config
+        raise CheckpointError(
+            f"transformers cannot build a causal language model of this config "
+            f"({config.model_type}): {first_line(error)}"
+        ) from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    """An error of somebody else's code, short enough for one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a model's parameter or buffer this value, frozen."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+
+class RandomBase(Base):
     """Seeded random weights of the right shapes, for systems work without a checkpoint."""
 
-    def __init__(self, seed: int, deviation: float = 0.02) -> None:
+    def __init__(self, config: PretrainedConfig, seed: int, deviation: float = 0.02) -> None:
+        self.config = config
         self._seed = seed
         self._deviation = deviation
 
     def get(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """The tensor of that name: fp32 of `shape`."""
         if "norm" in name or name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         text = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(text[:7], "big"))
         out = torch.empty(shape)
         return out.normal_(0.0, self._deviation, generator=generator)
+
+    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
+        """Tied weights are one tensor, named as the model names it first."""
+        model = self.outline(dtype)
+        shapes = {f"{name}.weight": model.get_parameter(f"{name}.weight").shape for name in remote}
+        tied = model.all_tied_weights_keys if self.config.tie_word_embeddings else {}
+        for name, parameter in list(model.named_parameters()):
+            if name not in tied and name not in shapes:
+                set_tensor(model, name, self.get(name, parameter.shape).to(dtype))
+        model.tie_weights()
+
+        def read(module: str) -> torch.Tensor:
+            name = f"{module}.weight"
+            return self.get(tied.get(name, name), shapes[name])
+
+        return Loaded(model, read)
 
     def identity(self) -> str:
         return hashlib.sha256(f"random:{self._seed}:{self._deviation}".encode()).hexdigest()
@@ -58,87 +145,73 @@ class RandomSource(WeightSource):
         return f"random weights from seed {self._seed} (no checkpoint was given)"
 
 
-class SafetensorsSource(WeightSource):
-    """A checkpoint directory as `transformers` saves it: one .safetensors file or an index."""
+class HeldBase(Base):
+    """A model that is in memory already. It is changed in place.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files = self._locate(directory)
-        self._dtypes_seen: set[torch.dtype] = set()
+    Raises CheckpointError for one that is quantised, or already has adapters.
+    """
 
-    @staticmethod
-    def _locate(directory: Path) -> dict[str, Path]:
-        index = directory / "model.safetensors.index.json"
-        single = directory / "model.safetensors"
-        if index.exists():
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            files = {name: directory / file for name, file in names.items()}
-            missing = sorted({file.name for file in files.values() if not file.exists()})
-            if missing:
-                raise CheckpointError(
-                    f"{directory}: {', '.join(missing)} named in the index is not there; the "
-                    "download is incomplete"
-                )
-            return files
-        if single.exists():
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        raise CheckpointError(
-            f"{directory} holds no model.safetensors (nor an index of shards); give a directory "
-            "that `save_pretrained` or `huggingface-cli download` made"
-        )
-
-    def get(self, name: str, shape: torch.Size) -> torch.Tensor:
-        stored = name
-        if stored not in self._files:
-            # Some hub checkpoints leave out the base model's prefix ("transformer.", "model.").
-            stored = name.partition(".")[2]
-        if stored not in self._files:
-            raise CheckpointError(f"{self._directory}: no tensor {name!r} in the checkpoint")
-        with safe_open(self._files[stored], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored)
-        if tensor.shape != shape:
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
             raise CheckpointError(
-                f"{self._directory}: {name!r} is {list(tensor.shape)}, the config says "
-                f"{list(shape)}"
+                f"a {type(model).__name__} is no PreTrainedModel of transformers; give the base "
+                "model, and add adapters afterwards"
             )
-        return tensor
+        if any("lora_" in name for name, _ in model.named_parameters()):
+            raise CheckpointError("the model has adapters already; add them afterwards")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D) and not module.weight.is_floating_point():
+                raise CheckpointError(
+                    f"{name} holds {module.weight.dtype}: the model was loaded quantised; load it "
+                    "in a floating type, workers make int8 weights of their own"
+                )
+        self.config = model.config
+        self._model = model
+        self._identity: str | None = None
+        self._before: torch.Tensor | None = None
+
+    def outline(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model itself, which has numbers."""
+        return self._model
+
+    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
+        """It keeps the type it has."""
+        self.identity()
+        self._before = self._clear_logits(probe_tokens(self.config))
+        weights = {name: self._model.get_parameter(f"{name}.weight").detach() for name in remote}
+        return Loaded(self._model, lambda module: weights[module].cpu())
+
+    def _clear_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self._model.eval()  # type: ignore[no-untyped-call]
+            found = self._model(input_ids=tokens.to(self._model.device), use_cache=False)
+        logits: torch.Tensor = found.logits
+        return logits.float().cpu()
 
     def identity(self) -> str:
-        digest = hashlib.sha256()
-        for path in sorted(set(self._files.values())):
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        """Of all its tensors, as they were before it was changed."""
+        if self._identity is None:
+            digest = hashlib.sha256()
+            for name, tensor in self._model.state_dict().items():
+                digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+                whole = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(whole.view(torch.uint8).numpy())
+            self._identity = digest.hexdigest()
+        return self._identity
 
     def describe(self) -> str:
-        size = sum(path.stat().st_size for path in set(self._files.values()))
-        return f"checkpoint {self._directory} ({size / 1e9:.2f} GB)"
+        name = self.config.name_or_path
+        return f"the {type(self._model).__name__} in memory{f' ({name})' if name else ''}"
+
+    def logits(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """As it answered to `probe_tokens` before it was changed."""
+        return self._before
 
 
-def source_for(weights: str | None, seed: int) -> tuple[WeightSource, Path | None]:
-    """(source, directory of config and tokenizer) for `--weights`: a directory or a hub id.
-
-    None gives random weights and no directory. Raises CheckpointError with what to do.
-    """
-    if weights is None:
-        return RandomSource(seed), None
-    directory = Path(weights)
-    if not directory.is_dir():
-        directory = _download(weights)
-    return SafetensorsSource(directory), directory
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{hub_id!r} is neither a directory here nor a model the hub gave "
-            f"({type(error).__name__}); check the spelling, the connection, and your access"
-        ) from error
+def probe_tokens(config: PretrainedConfig) -> torch.Tensor:
+    """int64[2, 6]: what a model is tried with. Both rows agree but for their last token."""
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    first = torch.tensor([5, 17, 3, 11, 29, 7]) % vocabulary
+    second = first.clone()
+    second[-1] = (first[-1] + 1 + vocabulary // 2) % vocabulary
+    return torch.stack((first, second))

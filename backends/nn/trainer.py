@@ -27,9 +27,9 @@ from torch.nn import functional
 from backends.errors import Interrupted, UserError
 from backends.ledger import WorkerLedger
 from backends.nn import checkpoint
-from backends.nn.adapters import trainable
+from backends.nn.adapters import config_text, trainable
 from backends.nn.checkpoint import Progress
-from backends.nn.data import batch_indices
+from backends.nn.corpus import Sequences, batch_indices
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ class TrainConfig:
     """What decides a run's result.
 
     batch, micro_batch  sequences of a step, and of one forward/backward pass
-    learning_rate       peak; linear warm-up, then cosine to zero
+    learning_rate       peak; linear warm-up, then cosine to zero. All of it is a function of
+                        `steps`, those of earlier runs included: a run that goes on with more of
+                        them is from there on as one that was to have so many from the start
     """
 
     steps: int
@@ -54,6 +56,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.micro_batch < 1:
             raise ValueError("steps, batch and micro_batch are at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"a learning rate is positive and finite, not {self.learning_rate}")
         if self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} must divide batch {self.batch}")
 
@@ -71,7 +75,7 @@ class TaintedError(UserError, RuntimeError):
 
 
 class TrainingInterrupted(Interrupted):
-    """The user asked to stop; the work so far is in a checkpoint if one was asked for."""
+    """The user asked to stop; the text says what there is, and how to go on."""
 
 
 def token_losses(
@@ -90,7 +94,7 @@ def token_losses(
 
 
 def evaluate(
-    model: nn.Module, sequences: torch.Tensor, micro_batch: int, asked: int | None = None
+    model: nn.Module, sequences: Sequences, micro_batch: int, asked: int | None = None
 ) -> float:
     """Mean loss in nats per predicted token over int64[n, S].
 
@@ -127,12 +131,13 @@ class Trainer:
     pool            makes the executor of so many lanes: threads, or a simulated world's
     ledger          who serves and who was caught; when one that served is caught, training goes
                     back to the newest checkpoint from before its first answer
+    say             is told in a line what is unexpected in a checkpoint that is resumed
     """
 
     def __init__(
         self,
         model: nn.Module,
-        sequences: torch.Tensor,
+        sequences: Sequences,
         config: TrainConfig,
         lanes: int = 1,
         forget_lane: Callable[[], None] = lambda: None,
@@ -141,6 +146,7 @@ class Trainer:
         identity: dict[str, Any] | None = None,
         pool: Callable[[int], Executor] = lane_threads,
         ledger: WorkerLedger | None = None,
+        say: Callable[[str], None] = log.warning,
     ) -> None:
         self.config = config
         self.step_seconds: list[float] = []
@@ -157,6 +163,8 @@ class Trainer:
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self._run = asdict(config) | (identity or {})
+        self._adapter_config = config_text(model) if checkpoints is not None else None
+        self._say = say
         self.progress = Progress(0, [])
         if checkpoints is not None:
             self._run["data"] = checkpoint.data_tag(checkpoints, sequences)
@@ -166,11 +174,14 @@ class Trainer:
         self,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
         on_return: Callable[[str], None] = log.warning,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> list[float]:
         """Run the steps that are left; returns the mean loss of every step.
 
         on_step    receives (steps done, mean loss)
         on_return  receives why training went back to an earlier step, `progress.step`
+        on_stop    is called at the first Ctrl-C, within a signal's handler: the step in work is
+                   finished first; the second ends it at once
 
         Raises TrainingInterrupted after Ctrl-C, when the step in work has been finished and saved,
         TaintedError when a worker that served was caught and there is no checkpoint to go back to.
@@ -178,7 +189,7 @@ class Trainer:
         self._model.train()
         if self.progress.step == 0:
             self._save()  # what rests on no worker at all
-        with stop_on_interrupt() as stop, self._pool(self._lanes) as pool:
+        with stop_on_interrupt(on_stop) as stop, _lanes(self._pool(self._lanes)) as pool:
             while self.progress.step < self.config.steps:
                 start = time.perf_counter()
                 try:
@@ -198,7 +209,7 @@ class Trainer:
                 if last or stop.is_set() or self.progress.step % self._every == 0:
                     self._save()
                 if stop.is_set() and not last:
-                    raise TrainingInterrupted(f"stopped after step {self.progress.step}")
+                    raise TrainingInterrupted(self._stopped())
         return self.progress.losses
 
     def require_untainted(self) -> None:
@@ -206,10 +217,19 @@ class Trainer:
         if self._caught():
             self._distrust()
             raise TaintedError(
-                f"{self._who()}, after the last step; what was trained rests on its answers and "
-                "is not saved as a result. Run the same command again: training goes back to a "
-                "checkpoint from before its first answer"
+                f"{self._who()}, after step {self.progress.step}; what was trained rests on its "
+                "answers and is not saved as a result. Run the same command again: training goes "
+                "back to a checkpoint from before its first answer"
             )
+
+    def _stopped(self) -> str:
+        """After Ctrl-C: how far it came, what there is of it, and how to go on."""
+        step = f"stopped after step {self.progress.step} of {self.config.steps}"
+        if self._checkpoints is None:
+            return f"{step}; no checkpoints are kept, so that nothing is left of it"
+        place = checkpoint.place_of(self._checkpoints, self.progress.step)
+        so_far = f"; {place} is an adapter that peft loads" if self._adapter_config else ""
+        return f"{step}{so_far}; the same command goes on from there"
 
     def _rests_on(self) -> frozenset[str]:
         return self.progress.served | self._ledger.served
@@ -242,7 +262,12 @@ class Trainer:
         if self._checkpoints is None:
             return False
         found = checkpoint.restore(
-            self._checkpoints, self._run, self._parameters, self._optimizer, self._ledger.retired
+            self._checkpoints,
+            self._run,
+            self._parameters,
+            self._optimizer,
+            self._ledger.retired,
+            self._say,
         )
         self.progress = found or self.progress
         return found is not None
@@ -277,9 +302,9 @@ class Trainer:
         for parameter, gradient in zip(self._parameters.values(), sums, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), config.max_grad_norm)
-        if not torch.isfinite(norm):
+        if not (torch.isfinite(norm) and math.isfinite(total)):
             raise FloatingPointError(
-                f"step {step + 1}: the gradient is not finite; lower the learning rate "
+                f"step {step + 1}: the loss or its gradient is not finite; lower the learning rate "
                 f"({config.learning_rate:g}) or look at the data"
             )
         for group in self._optimizer.param_groups:
@@ -302,12 +327,34 @@ class Trainer:
     def _save(self) -> None:
         if self._checkpoints is not None:
             checkpoint.save(
-                self._checkpoints, self.progress, self._run, self._parameters, self._optimizer
+                self._checkpoints,
+                self.progress,
+                self._run,
+                self._parameters,
+                self._optimizer,
+                self._adapter_config,
             )
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
+def _lanes(pool: Executor) -> Iterator[Executor]:
+    """Waits for the lanes at the end; not after Ctrl-C, when they wait for a worker themselves.
+
+    Those end when the session does.
+    """
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
+        pool.shutdown()
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def stop_on_interrupt(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
     """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -318,6 +365,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        on_stop()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

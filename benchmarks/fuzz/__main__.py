@@ -29,13 +29,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from backends.options import SEED, Parser, Whole
 from benchmarks.fuzz.attacks import PLAN
 from benchmarks.fuzz.campaign import LIVE_SHARE, attack_lines
 from benchmarks.fuzz.live import Bounds
 from benchmarks.fuzz.machines import throw_at_machines
 from benchmarks.fuzz.verdict import Verdict
 from scenarios import record
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit
 
 _PATIENCE_S = 45.0
 """Of attacks that work by waiting: longer than a good owner may have to wait."""
@@ -43,18 +44,15 @@ _PATIENCE_S = 45.0
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fuzz", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "benchmarks.fuzz")
     add = parser.add_argument
-    add("--inputs", type=positive, default=100_000, metavar="N", help="how many (100000)")
-    add("--seed", type=int, default=0, metavar="S", help="what they are drawn from (0)")
+    add("--inputs", type=Whole(), default=100_000, metavar="N", help="how many (100000)")
+    add("--seed", type=SEED, default=0, metavar="S", help="what they are drawn from (0)")
     add("--only", nargs="+", default=[], metavar="ATTACK",
         choices=sorted({attack.__name__ for _, _, attack in PLAN}),
         help="only these, on the live worker, each with its usual share of the inputs")  # fmt: skip
     record.add_json_option(parser)
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def run(args: argparse.Namespace) -> Verdict:

@@ -29,7 +29,6 @@ a half. Its figures are in benchmarks/results/gpu-h100.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import signal
@@ -39,8 +38,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from backends.files import WriteError
 from backends.he.params import PRESETS, Parameters, preset
 from backends.machine import commit
+from backends.options import Parser
+from backends.places import output_file
 from benchmarks.gpu.parts import DEVICE, ESSENTIALS, PARTS, QUICK_LIMIT_S
 from benchmarks.gpu.runner import Plan, measure, run_part
 from benchmarks.gpu.scale import FULL
@@ -78,10 +80,13 @@ def known_figures(path: Path | None, gpu: str, preset_name: str) -> Figures:
 def saved(path: Path | None, figures: Figures, quiet: bool, machine: dict[str, Any]) -> bool:
     """Write FILE. One that cannot be written now is said, and is no reason to stop measuring."""
     try:
-        record.write(path, figures, quiet, machine)
+        if path is not None:
+            record.save(path, figures, machine)
     except OSError as error:
         print(f"error: figures are not written to {path}: {error.strerror or error}", flush=True)
         return False
+    if path is not None and not quiet:
+        print(f"figures written to {path}")
     return True
 
 
@@ -116,16 +121,16 @@ def write_profile(
     from benchmarks.gpu.profile import profile  # loads the simulator, which nothing else needs
 
     where = f"{figures['gpu']}, torch {machine['torch']}, CUDA {machine.get('cuda')}"
-    profile(path.stem, where, figures, parameters, FULL).save(path)
+    try:
+        profile(path.stem, where, figures, parameters, FULL).save(path)
+    except WriteError as error:
+        sys.exit(f"error: {error}")
     print(f"device profile written to {path}")
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "benchmarks.gpu")
     names = [part.name for part in PARTS]
     parser.add_argument("--preset", default="standard", choices=sorted(PRESETS))
     parser.add_argument(
@@ -139,14 +144,16 @@ def options() -> argparse.ArgumentParser:
         help=f"run only some of {', '.join(names)}; what FILE holds of the others is kept when it "
         "is of the same commit, known and without changes",
     )  # fmt: skip
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="write a device profile")
+    parser.add_argument(
+        "--profile", type=output_file, metavar="FILE", help="write a device profile"
+    )
     record.add_json_option(parser)
     return parser
 
 
 def main() -> None:
     heed_signals()
-    args = options().parse_args()
+    args = options().parse()
     limit_s = QUICK_LIMIT_S if args.quick else float("inf")
     plan = Plan(args.preset, args.quick, time.monotonic() + limit_s)
     chosen = ESSENTIALS if args.quick else PARTS

@@ -49,46 +49,72 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from backends.machine import commit
+from backends.options import ALL, PROCESSES, SEED, Modes, Parser, Whole
+from backends.places import output_file
 from scenarios import record
 from scenarios.chaos import mutants
 from scenarios.chaos.log import EventLog
 from scenarios.chaos.options import draw_options
-from scenarios.chaos.planted import hunt
+from scenarios.chaos.planted import PatchError, hunt
 from scenarios.chaos.search import Bench, Result, scratch, search
+from scenarios.cli import clean_exit
 from sim.trace import write_perfetto
+
+
+def _active(options: argparse.Namespace) -> tuple[str, ...]:
+    """The mode that a command line asks for."""
+    if options.planted:
+        return ("planted",)
+    if options.mutants:
+        return ("mutants",)
+    return ("one",) if options.seed is not None else ("many",)
+
+
+MODES = Modes(
+    {
+        "many": "many seeds (without --seed)", "one": "--seed", "planted": "--planted",
+        "mutants": "--mutants",
+    },
+    _active,
+    {
+        "--planted": ALL, "--mutants": ALL, "--json": ALL,
+        "--seeds": ("many",), "--first": ("many",), "--stop-at-first": ("many",),
+        "--seed": ("one", "mutants"), "--trace": ("one",), "--trace-hash": ("one",),
+        "--only": ("planted",), "--count": ("mutants",), "--chaos-seeds": ("mutants",),
+        "--processes": ("many", "planted", "mutants"),
+    },
+)  # fmt: skip
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.chaos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "scenarios.chaos", MODES)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--seeds", type=int, metavar="N", help="run so many seeds (200)")
+    what.add_argument("--seeds", type=Whole(1, 100_000_000), metavar="N",
+        help="run so many seeds (200)")  # fmt: skip
     what.add_argument("--planted", action="store_true", help="look for every planted defect")
     what.add_argument("--mutants", action="store_true", help="look for changes nobody planted")
     parser.add_argument(
-        "--seed", type=int, metavar="S",
+        "--seed", type=SEED, metavar="S",
         help="run one seed in this process; with --mutants: what they are drawn from (0)",
     )  # fmt: skip
     parser.add_argument(
-        "--count", type=int, default=200, metavar="N", help="with --mutants: so many; 0 for all"
-    )
+        "--count", type=Whole(0, 1_000_000), default=200, metavar="N",
+        help="with --mutants: so many; 0 for all",
+    )  # fmt: skip
     parser.add_argument(
-        "--chaos-seeds", type=int, default=100, metavar="N",
+        "--chaos-seeds", type=Whole(0, 1_000_000), default=100, metavar="N",
         help="with --mutants: seeds for each that the tests let live (100)",
     )  # fmt: skip
-    parser.add_argument("--first", type=int, default=0, metavar="K", help="first of the seeds")
+    parser.add_argument("--first", type=Whole(0, 2**62), default=0, metavar="K",
+        help="first of the seeds")  # fmt: skip
     parser.add_argument(
-        "--processes", type=int, metavar="P",
+        "--processes", type=PROCESSES, metavar="P",
         help="run seeds on so many cores (all); without a number, see above",
     )  # fmt: skip
     parser.add_argument("--stop-at-first", action="store_true", help="end at the first violation")
@@ -97,7 +123,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="with --seed: print every event, write a timeline for ui.perfetto.dev",
     )
@@ -105,16 +131,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--trace-hash", action="store_true", help="with --seed: print the SHA-256 of all events"
     )
     record.add_json_option(parser)
-    options = parser.parse_args(arguments)
-    if options.seed is not None and (options.seeds is not None or options.planted):
-        parser.error("--seed is one seed, or that of --mutants")
+    options = parser.parse(arguments)
     options.seeds = 200 if options.seeds is None else options.seeds
-    if options.count < 0 or options.chaos_seeds < 0:
-        parser.error("--count and --chaos-seeds are not negative")
-    if (options.seed is None or options.mutants) and (options.trace or options.trace_hash):
-        parser.error("--trace and --trace-hash belong to --seed")
-    if options.seeds < 1 or (options.processes is not None and options.processes < 1):
-        parser.error("--seeds and --processes are at least 1")
     return options
 
 
@@ -226,24 +244,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # A polite request to end is taken like Ctrl-C: processes and scratch files are cleared away.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if options.planted:
-            status = hunt(options.json, options.processes, options.only)
-        elif options.mutants:
-            status = mutants.hunt(
-                options.json, options.seed or 0, options.count, options.processes,
-                options.chaos_seeds,
-            )  # fmt: skip
-        elif options.seed is not None:
-            status = single(options)
-        else:
-            status = many(options)
-    except mutants.MutantError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted")
-        status = 130
-    sys.exit(status)
+    with clean_exit(mutants.MutantError, PatchError):
+        sys.exit(chosen(options))
+
+
+def chosen(options: argparse.Namespace) -> int:
+    """Do what was asked for; returns the exit status."""
+    if options.planted:
+        return hunt(options.json, options.processes, options.only)
+    if options.mutants:
+        return mutants.hunt(
+            options.json, options.seed or 0, options.count, options.processes,
+            options.chaos_seeds,
+        )  # fmt: skip
+    return single(options) if options.seed is not None else many(options)
 
 
 if __name__ == "__main__":

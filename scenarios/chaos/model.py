@@ -30,7 +30,7 @@ from backends.he.store import PreparedModel
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 
 VOCABULARY = 32
@@ -40,7 +40,6 @@ SEQUENCE = 6
 MICRO_BATCH = 2
 RANK = 2
 TOKENS = SEQUENCE * MICRO_BATCH
-SOURCE = RandomSource(0, deviation=0.3)
 KINDS = ("plain", "llama")
 
 LLAMA = LlamaConfig(
@@ -48,6 +47,7 @@ LLAMA = LlamaConfig(
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=SEQUENCE,
     tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
+BASE = RandomBase(LLAMA, 0, deviation=0.3)
 
 
 class _Adapted(nn.Module):
@@ -69,7 +69,7 @@ class PlainModel(nn.Module):
     def __init__(self, remote: Remote) -> None:
         super().__init__()
         self.embedding = nn.Parameter(
-            SOURCE.get("embedding", torch.Size((VOCABULARY, HIDDEN))), requires_grad=False
+            BASE.get("embedding", torch.Size((VOCABULARY, HIDDEN))), requires_grad=False
         )
         self.gain = nn.Parameter(torch.ones(HIDDEN))
 
@@ -94,7 +94,7 @@ def _plain_weight(groups: Sequence[GroupSpec], module: str) -> torch.Tensor:
     """The frozen weight [out, in] of a linear of the plain model."""
     group = next(group for group in groups if module in group.members)
     outputs = group.out_features[group.members.index(module)]
-    return SOURCE.get(module, torch.Size((outputs, group.in_features)))
+    return BASE.get(module, torch.Size((outputs, group.in_features)))
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class Subject:
         if kind == "plain":
             self.remote = Remote()
             self.model: nn.Module = PlainModel(self.remote)
-            self._groups = discover_groups(self.model, self.remote)
+            self._groups, _ = discover_groups(self.model, self.remote)
             self._load_weight = lambda name: _plain_weight(self._groups, name)
         else:
-            skeleton = build_skeleton(LLAMA, SOURCE)
+            skeleton = build_skeleton(BASE)
             self.remote, self._groups = skeleton.remote, skeleton.groups
             self.model = add_lora(skeleton.model, RANK, 2 * RANK, seed=0)
-            self._load_weight = lambda name: skeleton.load_weight(SOURCE, name)
+            self._load_weight = skeleton.load_weight
         self.parameters = trainable(self.model)
         # Away from zero, where AdamW would turn the cipher's noise into steps of full size.
         generator = torch.Generator().manual_seed(0)

@@ -184,8 +184,16 @@ def _by_test(tree: Path, test: str) -> tuple[bool, int, str]:
 
 
 def hunt(json_path: Path | None, processes: int | None, names: Sequence[str] = ()) -> int:
-    """Look for all defects (or those named) on all cores; returns the exit status."""
-    chosen = [p for p in all_planted() if not names or p.name in names]
+    """Look for all defects (or those named) on all cores; returns the exit status.
+
+    Raises PatchError for a name that no defect has.
+    """
+    known = all_planted()
+    strange = sorted(set(names) - {p.name for p in known})
+    if strange or not known:
+        there = ", ".join(p.name for p in known) or f"none in {PATCHES}"
+        raise PatchError(f"no planted defect {', '.join(strange)}; there are {there}")
+    chosen = [p for p in known if not names or p.name in names]
     wanted = max(1, min(len(chosen), processes or core_count()))
     trees: queue.Queue[Path] = queue.Queue()
 

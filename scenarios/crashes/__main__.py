@@ -35,6 +35,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from backends.options import ALL, SEED, STEPS, Modes, Parser, Whole
 from scenarios import record
 from scenarios.certs import Authority
 from scenarios.crashes import campaign, quickstart
@@ -42,23 +43,25 @@ from scenarios.crashes.line import HOST
 from scenarios.crashes.training import Failure
 from scenarios.crashes.zygote import Zygote
 
+MODES = Modes(
+    {"kills": "killing small trainings (without --quickstart)"},
+    lambda options: () if options.quickstart else ("kills",),
+    {"--kills": ("kills",)} | dict.fromkeys(("--quickstart", "--steps", "--seed", "--json"), ALL),
+)
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.chaos --processes", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "scenarios.chaos --processes", MODES)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--kills", type=int, default=200, metavar="N", help="so many kills (200)")
+    what.add_argument("--kills", type=Whole(1, 100_000), default=200, metavar="N",
+        help="so many kills (200)")  # fmt: skip
     what.add_argument("--quickstart", action="store_true", help="disturb the quickstart instead")
-    parser.add_argument("--steps", type=int, metavar="N", help="of each training (24; 120)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="draws the faults (0)")
+    parser.add_argument("--steps", type=Whole(8, STEPS.most), metavar="N",
+        help="of each training (24; 120)")  # fmt: skip
+    parser.add_argument("--seed", type=SEED, default=0, metavar="S", help="draws the faults (0)")
     record.add_json_option(parser)
-    options = parser.parse_args(arguments)
-    if options.kills < 1 or (options.steps is not None and options.steps < 8):
-        parser.error("--kills is at least 1, --steps at least 8")
-    return options
+    return parser.parse(arguments)
 
 
 def certificates(place: Path) -> Path:

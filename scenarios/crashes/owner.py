@@ -23,10 +23,12 @@ from backends.he.store import PreparedModel
 from backends.net.remote import connected
 from backends.nn.adapters import add_lora, save_adapter
 from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.options import ALL, STEPS, Modes, Parser, place
+from backends.places import output_directory
 from protocol.owner_memory import OwnerConfig
-from scenarios.cli import clean_exit, positive
+from scenarios.cli import clean_exit
 from scenarios.session import Workers, add_worker_options, open_ledger
 
 CONFIG = LlamaConfig(
@@ -34,7 +36,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
-SOURCE = RandomSource(0, deviation=0.1)
+BASE = RandomBase(CONFIG, 0, deviation=0.1)
 # The line is cut and workers die all the time, and come back: in a second, or, on a machine that is
 # busy with other things, in a minute.
 PATIENCE = OwnerConfig(
@@ -48,11 +50,18 @@ PATIENCE = OwnerConfig(
 )
 LANES, RANK, SEQUENCES, LENGTH = 2, 8, 64, 32
 
+MODES = Modes(
+    {"training": "training (without --prepare)"},
+    lambda args: () if args.prepare else ("training",),
+    {"--model": ALL, "--prepare": ALL}
+    | dict.fromkeys(("--out", "--steps", "--worker", "--tls"), ("training",)),
+)
+
 
 def prepared_model(directory: Path, skeleton: Skeleton) -> PreparedModel:
     """The public set-up, made or found. Raises PreparationError when it is damaged."""
     return prepare(
-        directory, skeleton.groups, lambda module: skeleton.load_weight(SOURCE, module),
+        directory, skeleton.groups, skeleton.load_weight,
         preset("standard"), lambda label, done: None,
     )  # fmt: skip
 
@@ -62,7 +71,7 @@ def train(args: argparse.Namespace) -> None:
     workers = Workers.of(args)
     checkpoints: Path = args.out / "checkpoints"
     ledger = open_ledger(args.out, checkpoints, workers)
-    skeleton = build_skeleton(CONFIG, SOURCE)
+    skeleton = build_skeleton(BASE)
     prepared = prepared_model(args.model, skeleton)
     cipher = MlweOwner(preset("standard"), prepared.public_matrix())
     prepared.guard(cipher)
@@ -91,20 +100,19 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.crashes.owner", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__, "scenarios.crashes.owner", MODES)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="the prepared model")
+    add("--model", type=place, required=True, metavar="DIR", help="the prepared model")
     add("--prepare", action="store_true", help="make the prepared model, and nothing else")
-    add("--out", type=Path, default=Path("runs/crashes"), help="checkpoints and adapter")
-    add("--steps", type=positive, default=24, help="optimiser steps (24)")
+    add("--out", type=output_directory, default="runs/crashes", help="checkpoints and adapter")
+    add("--steps", type=STEPS, default=24, help="optimiser steps (24)")
     add_worker_options(parser)
-    args = parser.parse_args()
+    args = parser.parse()
+    if not (args.prepare or args.worker):
+        parser.error("training needs a --worker")
     with clean_exit():
         if args.prepare:
-            prepared_model(args.model, build_skeleton(CONFIG, SOURCE))
+            prepared_model(args.model, build_skeleton(BASE))
         else:
             train(args)
 

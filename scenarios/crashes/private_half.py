@@ -11,14 +11,16 @@ from __future__ import annotations
 from backends.files import write_json
 from scenarios import quickstart
 from scenarios.cli import clean_exit, use_kernel
+from scenarios.session import one_run
 
 
 def main() -> None:
     args = quickstart.parse()
     with clean_exit():
         use_kernel(args.kernel)
-        run = quickstart.Quickstart(args)
-        losses = run.private()
+        with one_run(args.out):
+            run = quickstart.Quickstart(args)
+            losses = run.private()
     write_json(
         args.out / "private.json",
         {"losses": losses, "held_out_loss": run.figures["private_loss"]},

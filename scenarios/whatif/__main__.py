@@ -28,14 +28,28 @@ from typing import Any
 from tqdm import tqdm
 
 from backends.files import replacing, write_json
+from backends.options import PROCESSES, Number, Parser
+from backends.places import output_directory
 from backends.threads import core_count
 from scenarios import record
 from scenarios.cli import clean_exit
 from scenarios.simulated import describe_profile
 from scenarios.whatif.answers import Answer, Row, answer
+from scenarios.whatif.checks import require_sound, too_large_to_draw
 from scenarios.whatif.plots import plot_study
-from scenarios.whatif.setting import KEYS, MENDABLE, Prices, SettingError, profile_of, shown
+from scenarios.whatif.setting import (
+    KEYS,
+    MENDABLE,
+    PRICE_MOST,
+    Prices,
+    SettingError,
+    profile_of,
+    shown,
+)
 from scenarios.whatif.study import Study, load_study, prepare, run_all, study_names
+
+PRICE = Number(0, PRICE_MOST)
+"""US dollars."""
 
 COLUMNS = (
     ("p50 s", "step_p50_s", "{:.3g}"),
@@ -150,14 +164,28 @@ class Sweep:
 
     def write(self, found: Answer | None) -> dict[str, Any]:
         """CSV, JSON and, with an answer, the picture; returns the figures."""
-        figures = self.figures()
+        figures = record.told_finite(self.figures())
         with replacing(self.out / "rows.csv") as file:
             file.write(csv_text(self.rows).encode())
         if found is not None:
             figures |= {"headline": found.headline, "answer": found.text}
-            plot_study(self.out / "picture.png", self.study, self.rows, found)
         write_json(self.out / "rows.json", figures)
+        if found is not None:
+            self._draw(found)
         return figures
+
+    def _draw(self, found: Answer) -> None:
+        """The picture, where there is anything to see in one."""
+        if too_large_to_draw(self.study):
+            print("no picture: it would have more values than anybody can look at")
+            return
+        failed = sum("error" in row for row in self.rows)
+        try:
+            plot_study(self.out / "picture.png", self.study, self.rows, found)
+        except (ValueError, LookupError, ArithmeticError):
+            if not failed:
+                raise
+            print(f"no picture: {failed} of {len(self.rows)} settings could not be trained")
 
 
 def print_answer(sweep: Sweep, found: Answer) -> None:
@@ -180,26 +208,22 @@ def print_answer(sweep: Sweep, found: Answer) -> None:
     print(f"See {sweep.out / 'picture.png'}, rows.csv, rows.json")
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     knobs = "\n".join(f"  {name:<16}{key.meaning}" for name, key in KEYS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m scenarios.whatif",
-        description=__doc__,
-        epilog=f"knobs:\n{knobs}\n\nstudies: {', '.join(study_names())}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "scenarios.whatif")
+    parser.epilog = f"knobs:\n{knobs}\n\nstudies: {', '.join(study_names())}"
     add = parser.add_argument
     add("--study", metavar="NAME|FILE", help="a study of the project, or a TOML file")
     add("--sweep", action="append", default=[], metavar="KNOB=VALUES", help="a,b,c or a range")
     add("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob that stays")
-    add("--price-gpu-hour", type=float, metavar="USD", help="rent of a GPU (typical rents)")
-    add("--price-gb", type=float, metavar="USD", help="a GB out of the GPUs' site (0.05)")
-    add("--price-mbps-month", type=float, metavar="USD", help="an owner's line (0.10)")
-    add("--processes", type=int, default=core_count(), help="worlds at once (all cores)")
-    add("--out", type=Path, help="where to write (runs/whatif/NAME)")
+    add("--price-gpu-hour", type=PRICE, metavar="USD", help="rent of a GPU (typical rents)")
+    add("--price-gb", type=PRICE, metavar="USD", help="a GB out of the GPUs' site (0.05)")
+    add("--price-mbps-month", type=PRICE, metavar="USD", help="an owner's line (0.10)")
+    add("--processes", type=PROCESSES, default=core_count(), help="worlds at once (all cores)")
+    add("--out", type=output_directory, help="where to write (runs/whatif/NAME)")
     record.add_json_option(parser)
-    return parser.parse_args(argv), parser
+    return parser.parse(argv)
 
 
 def study_from(args: argparse.Namespace) -> Study:
@@ -207,26 +231,27 @@ def study_from(args: argparse.Namespace) -> Study:
     if not args.study and not args.sweep:
         raise SettingError(f"say what to sweep: --study {study_names()[0]}, or --sweep lanes=1,2,4")
     study = load_study(args.study) if args.study else Study("sweep", "", {}, {})
-    return study.with_sweeps(args.sweep, args.set)
+    study = study.with_sweeps(args.sweep, args.set)
+    try:
+        require_sound(study)
+    except SettingError as error:
+        raise SettingError(f"{args.study}: {error}" if args.study else str(error)) from None
+    return study
 
 
 def prices_from(args: argparse.Namespace, prices: Prices) -> Prices:
-    """Prices of the command line over those of the study. Raises SettingError."""
+    """Prices of the command line over those of the study."""
     given = {"gpu_hour": args.price_gpu_hour, "gb_out": args.price_gb,
              "mbps_month": args.price_mbps_month}  # fmt: skip
-    if any(value is not None and value < 0 for value in given.values()):
-        raise SettingError("prices are at least 0")
     return replace(prices, **{name: value for name, value in given.items() if value is not None})
 
 
 def main() -> None:
-    args, parser = parse(sys.argv[1:])
-    if args.processes < 1:
-        parser.error("--processes is at least 1")
+    args = parse(sys.argv[1:])
     with clean_exit(*MENDABLE):
         study = study_from(args)
         name = Path(args.study).stem if args.study else "sweep"
-        out = args.out or Path("runs/whatif") / name
+        out = args.out or output_directory(Path("runs/whatif") / name)
         sweep = Sweep(study, prices_from(args, study.prices), args.processes, out)
         print(f"{study.title}: {len(sweep.settings)} settings")
         try:

@@ -61,6 +61,11 @@ def answer(study: Study, rows: Sequence[Row]) -> Answer:
         return _KINDS[kind](study, good, **options)
     except TypeError as error:
         raise SettingError(f"[answer] of kind {kind!r}: {error}") from None
+    except (ValueError, LookupError, ArithmeticError, StopIteration):
+        if len(good) == len(rows):
+            raise
+        failed = f"{len(rows) - len(good)} of {len(rows)} settings could not be trained"
+        return Answer(f"no answer: {failed}, and too few are left", "", {})
 
 
 def words_of(value: str) -> tuple[str, str, bool, str]:

@@ -23,6 +23,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+mpl.rcParams["text.parse_math"] = False  # a name with a dollar in it is no formula
+
 BLUE, ORANGE, GREEN = "#1f6fb4", "#e0701e", "#2c9c69"
 PANELS_MAX = 6
 
@@ -64,7 +66,8 @@ def _facts(study: Study, rows: Sequence[Row], left_out: Sequence[str]) -> str:
 def _lines(study: Study, rows: Sequence[Row], knob: str, answer: Answer) -> Figure:
     """Step times on the left, speed on the right, against the knob."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-    rows = sorted(rows, key=lambda row: study.sweep[knob].index(of(row, knob))) if rows else []
+    if knob in study.sweep:
+        rows = sorted(rows, key=lambda row: study.sweep[knob].index(of(row, knob)))
     values = [of(row, knob) for row in rows]
     numeric = all(isinstance(v, int | float) for v in values)
     at: list[Any] = list(values) if numeric else list(range(len(values)))

@@ -16,7 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from backends.options import shown
+
 Value: TypeAlias = str | int | float
+
+MOST_VALUES = 10_000
+"""Values of one knob."""
+_BPS = (1e3, 1e15)
+_SECONDS_MOST = 3600.0
+_COUNT_MOST = 1 << 20
+_LONGEST = 4096  # characters of a value: a path, at most
 
 _NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(.*)", re.IGNORECASE)
 _RANGE = re.compile(r"(.+?)\.\.(.+?)(?:\s*x\s*(\d+)(?:\s+(lin|log))?)?", re.IGNORECASE)
@@ -25,13 +34,14 @@ _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def bandwidth_bps(text: str) -> float:
-    """Bits per second of "100Mb/s". Bytes per second (MB/s) are refused, not guessed at."""
-    return _with_unit(text, _RATES, "a bandwidth in bits per second")
+    """Bits per second of "100Mb/s", 1 kb/s to 1000 Tb/s. Bytes per second (MB/s) are refused, not
+    guessed at."""
+    return _with_unit(text, _RATES, "bandwidth in bits per second", *_BPS)
 
 
 def duration_s(text: str) -> float:
-    """Seconds of "20ms"."""
-    return _with_unit(text, _TIMES, "a duration", zero=True)
+    """Seconds of "20ms", an hour at most."""
+    return _with_unit(text, _TIMES, "duration", 0.0, _SECONDS_MOST)
 
 
 def fraction(text: str) -> float:
@@ -41,14 +51,15 @@ def fraction(text: str) -> float:
         value = float(found[1]) / (100 if found[2] else 1)
         if value < 1:
             return value
-    raise ValueError(f"{text!r} is no fraction; write 0.001 or 0.1%, less than 1")
+    raise ValueError(f"{shown(text)} is no fraction; write 0.001 or 0.1%, less than 1")
 
 
 def count(text: str) -> int:
-    """A whole number, at least 1."""
-    if re.fullmatch(r"[0-9]+", text.strip()) and int(text) >= 1:
-        return int(text)
-    raise ValueError(f"{text!r} is no whole number of at least 1")
+    """A whole number from 1 to 2^20."""
+    digits = text.strip().lstrip("0")
+    if re.fullmatch(r"[0-9]{1,7}", digits) and int(digits) <= _COUNT_MOST:
+        return int(digits)
+    raise ValueError(f"{shown(text)} is no whole number of at least 1 and at most {_COUNT_MOST}")
 
 
 def show_bandwidth(bps: float) -> str:
@@ -82,7 +93,12 @@ class Form:
         """The values of "a,b,c" or of a range, in order, each once."""
         found: list[Value] = []
         for part in text.split(","):
-            span = _RANGE.fullmatch(part.strip()) if self.numeric else None
+            if len(part) > _LONGEST:
+                raise ValueError(f"{shown(part)} is longer than any value")
+            if len(found) > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES} values")
+            numeric = self.numeric and len(part) < 100
+            span = _RANGE.fullmatch(part.strip()) if numeric else None
             found += self._range(span, part.strip()) if span else [self.read(part.strip())]
         return list(dict.fromkeys(found))
 
@@ -94,11 +110,13 @@ class Form:
             raise ValueError(f"{text!r}: a range goes upwards")
         if span[3] is None:
             if self.whole:
+                if last - first >= MOST_VALUES:
+                    raise ValueError(f"{text!r}: a range has at most {MOST_VALUES} values")
                 return list(range(int(first), int(last) + 1))
             raise ValueError(f"{text!r}: say how many values, {text} x5")
-        steps = int(span[3])
-        if steps < 2:
-            raise ValueError(f"{text!r}: a range has at least 2 values")
+        steps = int(span[3]) if len(span[3]) < 9 else MOST_VALUES + 1
+        if not 2 <= steps <= MOST_VALUES:
+            raise ValueError(f"{text!r}: a range has 2 to {MOST_VALUES} values")
         if span[4] != "lin" and first <= 0:
             raise ValueError(f"{text!r}: from 0 only in equal distances, {text} lin")
         return list(dict.fromkeys(self._spaced(first, last, steps, span[4] == "lin")))
@@ -114,14 +132,18 @@ class Form:
         return [round(value) for value in values] if self.whole else values
 
 
-def _with_unit(text: str, units: dict[str, float], what: str, zero: bool = False) -> float:
+def _with_unit(text: str, units: dict[str, float], what: str, least: float, most: float) -> float:
     found = _NUMBER.fullmatch(text.strip())
     unit = found[2].strip() if found else ""
     value = float(found[1]) * units[unit] if found and unit in units else math.nan
-    if value > 0 or (zero and value == 0):
+    if least <= value <= most:
         return value
-    raise ValueError(f"{text!r} is no {what.partition(' ')[2]}; write a number and one of "
-                     f"{', '.join(units)}")  # fmt: skip
+    names = ", ".join(units)
+    if math.isnan(value):
+        raise ValueError(f"{shown(text)} is no {what}; write a number and one of {names}")
+    raise ValueError(
+        f"{shown(text)} is no {what} from {_shown(least, units)} to {_shown(most, units)}"
+    )
 
 
 def _shown(value: float, units: dict[str, float]) -> str:

@@ -30,6 +30,9 @@ CHOICES = {
     "head": ("local", "remote"),
 }
 SITE_LAN = Link(bandwidth_bps=400e9, delay_s=5e-6)
+PASSES_MOST = 1_000_000
+"""Micro-batches of a world: some hours to simulate."""
+WORKERS_MOST = 10_000
 
 
 class SettingError(ValueError):
@@ -80,6 +83,14 @@ class Setting:
                 raise SettingError(
                     f"{knob}={getattr(self, knob)!r}: it is one of {', '.join(choices)}"
                 )
+        passes = self.owners * self.lanes * self.steps
+        if passes > PASSES_MOST:
+            raise SettingError(
+                f"owners={self.owners}, lanes={self.lanes}, steps={self.steps} are {passes} "
+                f"micro-batches to simulate; at most {PASSES_MOST}"
+            )
+        if self.workers > WORKERS_MOST:
+            raise SettingError(f"workers={self.workers}: at most {WORKERS_MOST}")
         if self.sites not in (1, 2):
             raise SettingError(f"sites={self.sites}: there are 1 or 2")
         if self.sites > self.workers:
@@ -288,6 +299,8 @@ class Prices:
                 f"no price is known for gpu={gpu!r}: give --price-gpu-hour"
             ) from None
 
+
+PRICE_MOST = 1e6
 
 GPU_HOUR = {"h200": 3.5, "h100": 2.5, "a100": 1.8, "l4": 0.7, "rtx4090": 0.4}
 """Typical rents in $/h; assumptions, not quotes."""

@@ -28,9 +28,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from backends.files import read_bounded
 from scenarios.whatif.quantities import Value
 from scenarios.whatif.setting import (
     KEYS,
+    PRICE_MOST,
     Prices,
     Setting,
     SettingError,
@@ -50,6 +52,7 @@ else:
     import tomli as tomllib
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
+_STUDY_BYTES_MAX = 1 << 20
 _SECTIONS = ("title", "question", "fixed", "sweep", "prices", "answer", "plot")
 _PRICES = {"gpu-hour": "gpu_hour", "gb-out": "gb_out", "mbps-month": "mbps_month"}
 
@@ -115,9 +118,10 @@ def load_study(name: str) -> Study:
             f"no study {name!r}; there are {', '.join(study_names())}, or give a .toml file"
         )
     try:
-        facts = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError(f"{path}: {error}") from None
+        facts = tomllib.loads(read_bounded(path, _STUDY_BYTES_MAX).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SettingError(f"{path}: {why}") from None
     try:
         return _study(path.stem, facts)
     except SettingError as error:
@@ -156,9 +160,10 @@ def _listed(knob: str, given: object) -> list[Value]:
 
 def _prices(given: Mapping[str, Any]) -> Prices:
     for name, value in given.items():
-        if name not in _PRICES or not isinstance(value, int | float) or value < 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in _PRICES or not number or not 0 <= value <= PRICE_MOST:
             raise SettingError(
-                f"[prices] {name} = {value!r}: prices are numbers of at least 0 called "
+                f"[prices] {name} = {value!r}: prices are numbers from 0 to {PRICE_MOST:g} called "
                 f"{', '.join(_PRICES)}"
             )
     return Prices(**{_PRICES[name]: float(value) for name, value in given.items()})

@@ -11,7 +11,7 @@ import torch
 from backends.he.cuda.device import Gpu, GpuError, emulated
 from scenarios.hardware import Hardware, activation_bytes, check_memory
 from scenarios.preparation import prepared_for
-from tests.nn.conftest import LLAMA, SOURCE, Tiny, make_tiny
+from tests.nn.conftest import LLAMA, Tiny, make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_what_is_left_is_for_hints(llama: Tiny) -> None:
 def test_preparing_on_the_gpu_writes_the_same_bytes(llama: Tiny, gpu: Gpu, tmp_path: Path) -> None:
     """Through the scenarios' own door; every digest is in the manifest."""
     made, _ = prepared_for(
-        llama.skeleton(), LLAMA, SOURCE, llama.prepared["mlwe"].parameters, tmp_path,
+        llama.skeleton(), llama.prepared["mlwe"].parameters, tmp_path,
         Hardware(gpu.device, torch.float32, gpu),
     )  # fmt: skip
     theirs = (llama.prepared["mlwe"].directory / "manifest.json").read_bytes()
@@ -68,7 +68,7 @@ def test_preparing_without_room_says_what_to_do(llama: Tiny, tmp_path: Path) -> 
     gpu = small_gpu(1 << 16)
     with pytest.raises(GpuError, match="--real-cpu once"):
         prepared_for(
-            llama.skeleton(), LLAMA, SOURCE, llama.prepared["mlwe"].parameters, tmp_path,
+            llama.skeleton(), llama.prepared["mlwe"].parameters, tmp_path,
             Hardware(gpu.device, torch.float32, gpu),
         )  # fmt: skip
     assert not list(tmp_path.rglob("*.npy"))

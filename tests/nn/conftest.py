@@ -22,7 +22,7 @@ from backends.ledger import WorkerLedger
 from backends.net.inprocess import in_process
 from backends.net.owner import OwnerClient
 from backends.nn.skeleton import Skeleton, build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 
 LLAMA = LlamaConfig(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
@@ -34,7 +34,7 @@ GPT2 = GPT2Config(
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
 )  # fmt: skip
 CONFIGS: dict[str, PretrainedConfig] = {"llama": LLAMA, "gpt2": GPT2}
-SOURCE = RandomSource(0, deviation=0.1)
+BASES = {name: RandomBase(config, 0, deviation=0.1) for name, config in CONFIGS.items()}
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Tiny:
 
     def skeleton(self) -> Skeleton:
         """A fresh owner's model."""
-        return build_skeleton(self.config, SOURCE)
+        return build_skeleton(RandomBase(self.config, 0, deviation=0.1))
 
     @contextmanager
     def connected(
@@ -84,13 +84,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def make_tiny(name: str, directory: Path) -> Tiny:
     """Prepare one architecture for `clear` and `mlwe`."""
     config = CONFIGS[name]
-    skeleton = build_skeleton(config, SOURCE)
+    skeleton = build_skeleton(BASES[name])
     prepared = {}
     for backend, parameters in (("clear", None), ("mlwe", preset("standard"))):
         prepared[backend] = prepare(
             directory / backend,
             skeleton.groups,
-            lambda module: skeleton.load_weight(SOURCE, module),
+            skeleton.load_weight,
             parameters,
             lambda label, done: None,
         )

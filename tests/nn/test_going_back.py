@@ -227,19 +227,38 @@ def test_a_run_whose_checkpoints_vanished_does_not_pretend_to_go_back(
         lambda path: (path / "state.json").write_text('{"served": "worker0"}'),
         lambda path: served_by(path, "worker0"),
         lambda path: path.rename(path.with_name("step-000009")),
-        lambda path: (path / "adapter.safetensors").write_bytes(b""),
+        lambda path: (path / "adapter_model.safetensors").write_bytes(b""),
         lambda path: (path / "optimizer.safetensors").write_bytes(b"x" * 100),
     ],
 )
-def test_a_damaged_checkpoint_is_explained(
-    llama: Tiny, tmp_path: Path, spoil: Callable[[Path], Any]
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    llama: Tiny, tmp_path: Path, spoil: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What, where and what to do, whichever file it is."""
+    """The one before it is, and it is said, whichever file it is."""
     place = tmp_path / "checkpoints"
     stopped_after(2, Run(llama, place, WorkerLedger()), ClearWorker())
     spoil(place / "step-000002")
-    with pytest.raises(ResumeError, match=r"checkpoints.*damaged.*delete"):
-        Run(llama, place, WorkerLedger())
+    assert Run(llama, place, WorkerLedger()).trainer.progress.step == 1
+    assert "is damaged" in caplog.text
+    assert "going on from step-000001" in caplog.text
+    assert len(list(place.glob("damaged-*"))) == 1
+
+
+def test_a_liar_is_not_lost_with_a_damaged_ledger(
+    llama: Tiny, tmp_path: Path, products: int
+) -> None:
+    """It cannot be written down: one line says so, and nothing that rests on it is gone on from."""
+    place, path = tmp_path / "checkpoints", tmp_path / "retired.json"
+    run = Run(llama, place, WorkerLedger(path))
+    path.write_text("{")
+    with pytest.raises(RemoteLinearError) as told:
+        run.train(Turncoat(2 * products), ClearWorker())
+    said = str(told.value)
+    assert "worker 'worker0' gave a wrong answer, and that cannot be written down" in said
+    assert "retired.json is damaged" in said
+    assert "restore it, or delete it" in said
+    assert "\n" not in said
+    assert set(rests_on(place)) == {0}
 
 
 def served_by(path: Path, workers: object) -> None:

@@ -10,6 +10,7 @@ from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.local import localise
 from backends.nn.remote import NotConnectedError, RemoteLinear
+from backends.nn.selfcheck import exact_linear
 from backends.nn.trainer import token_losses
 from tests.nn.conftest import Tiny, tokens
 
@@ -115,3 +116,18 @@ def test_generation_runs_through_the_worker(llama: Tiny) -> None:
     with llama.connected(skeleton, "clear"), torch.no_grad():
         found = skeleton.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     assert np.array_equal(found, expected)
+
+
+def test_a_group_first_asked_for_without_gradients_still_has_them(llama: Tiny) -> None:
+    """As by an indexer that only chooses, before the attention that is trained."""
+    skeleton = llama.skeleton()
+    attention = skeleton.model.model.layers[1].self_attn
+    x = torch.randn(1, 3, 48, requires_grad=True)
+    with skeleton.remote.connected(exact_linear(skeleton)):
+        with torch.no_grad():
+            attention.q_proj(x)
+        found = torch.autograd.grad(attention.k_proj(x).square().sum(), x)[0]
+        attention.v_proj(x)
+    weight = skeleton.load_weight("model.layers.1.self_attn.k_proj")
+    expected = 2 * (x @ weight.T) @ weight
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)

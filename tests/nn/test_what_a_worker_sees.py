@@ -13,9 +13,11 @@ from backends.he.clear import ClearOwner, ClearWorker
 from backends.net.inprocess import in_process
 from backends.net.loop import Hooks
 from backends.nn.adapters import add_lora
-from backends.nn.data import ByteTokenizer, pack
+from backends.nn.corpus import pack
+from backends.nn.documents import Piece
 from backends.nn.generate import complete
 from backends.nn.local import localise
+from backends.nn.tokenizer import ByteTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from protocol.events import MultiplyCiphertext, Task
 from tests.nn.conftest import Tiny, tokens
@@ -69,7 +71,7 @@ def test_requests_depend_on_public_sizes_only(
     """Steps, sequence length and micro-batches are public; texts and their lengths are not."""
     plain = seen(llama, tokens(10, 12), tokens(8, 12), stop=-1)
     text = letters * (1 + sequences * 12 // len(letters.encode()))
-    packed = pack([text], ByteTokenizer(), 12, 0)[:, :] % 96
+    packed = pack([Piece(text)], ByteTokenizer(end=(0,)), 12) % 96
     for data in (tokens(sequences, 12, seed), packed):
         assert seen(llama, data, tokens(held_out, 12, seed), stop) == plain
 

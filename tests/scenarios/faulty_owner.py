@@ -57,11 +57,13 @@ def update_lost() -> None:
 
     save = checkpoint.save
 
-    def saved(directory: Path, progress: Any, run: Any, parameters: Any, optimizer: Any) -> None:
+    def saved(
+        directory: Path, progress: Any, run: Any, parameters: Any, optimizer: Any, *more: Any
+    ) -> None:
         kept = {name: p.detach().clone() for name, p in parameters.items()}
         for name, parameter in parameters.items():
             parameter.data.copy_(before[0][name] if before else kept[name])
-        save(directory, progress, run, parameters, optimizer)
+        save(directory, progress, run, parameters, optimizer, *more)
         for name, parameter in parameters.items():
             parameter.data.copy_(kept[name])
 

@@ -19,7 +19,7 @@ from backends.he.store import WorkerPart
 from backends.net.serving import serving
 from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 from protocol.catalogue import MatrixShape
 from scenarios.estimate import Estimate, Shape, spoken
@@ -109,9 +109,8 @@ def _session(cache: Path) -> Iterator[tuple[PrivateSession, Trainer]]:
     import torch
 
     chosen_kernel()
-    source = RandomSource(0)
-    skeleton = build_skeleton(CONFIG, source)
-    prepared, _ = prepared_for(skeleton, CONFIG, source, preset("standard"), cache)
+    skeleton = build_skeleton(RandomBase(CONFIG, 0))
+    prepared, _ = prepared_for(skeleton, preset("standard"), cache)
     part = WorkerPart.open(prepared.directory)
     with (
         serving(part, MlweWorker(preset("standard")), "127.0.0.1", 0, None) as service,

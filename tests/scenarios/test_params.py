@@ -17,8 +17,8 @@ from backends.he.estimate.verdict import BLOCKS, judged
 from backends.he.matmul.interface import MAX_INPUTS
 from backends.he.params import PRESETS
 from backends.he.quantise import quantise
+from backends.options import Whole
 from scenarios import params
-from scenarios.cli import up_to
 from scenarios.params import MOST_BLOCKS, Shape, exactness, main, table, traffic
 from tests.scenarios.commands import run
 
@@ -150,7 +150,7 @@ def test_blocks_are_counted_in_whole_numbers() -> None:
 
 def test_counts_are_written_as_people_do() -> None:
     """A number, or a power."""
-    count = up_to(1 << 64)
+    count = Whole(1, 1 << 64, powers=True)
     assert [count(text) for text in ("12", "2^30", "10^3", "11^2", "2^64", "5^0", "007")] == [
         12, 2**30, 1000, 121, 2**64, 1, 7,
     ]  # fmt: skip

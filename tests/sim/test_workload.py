@@ -20,7 +20,7 @@ from backends.he.preparation import prepare
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomSource
+from backends.nn.sources import RandomBase
 from backends.nn.trainer import token_losses
 from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Origin, Work
@@ -39,7 +39,10 @@ from sim.workload import (
     trace_step,
 )
 
-SOURCE = RandomSource(0, deviation=0.1)
+
+def based(config: PretrainedConfig) -> RandomBase:
+    """Random weights for a config."""
+    return RandomBase(config, 0, deviation=0.1)
 
 
 def tiny_llama(layers: int = 2, tied: bool = True) -> LlamaConfig:
@@ -108,7 +111,7 @@ def test_the_trace_is_the_cost_of_a_real_pass(name: str, remote_head: bool) -> N
     """The same operations, counted while the model computes real numbers on the CPU."""
     tally = Tally()
     remote = CpuRecorder(tally)
-    skeleton = build_skeleton(CONFIGS[name], SOURCE, remote_head, remote=remote)
+    skeleton = build_skeleton(based(CONFIGS[name]), remote_head, remote=remote)
     remote.groups = skeleton.groups
     model = add_lora(skeleton.model, 4, 8, seed=1)
     model.train()
@@ -129,7 +132,7 @@ def test_the_trace_is_the_cost_of_a_real_pass(name: str, remote_head: bool) -> N
 def test_a_lane_asks_for_the_matrices_that_a_session_is_asked_for(name: str) -> None:
     """The order of the requests that leave a connected model, sizes included."""
     workload = trace_step(CONFIGS[name], 24, 12, lora_rank=4)
-    skeleton = build_skeleton(CONFIGS[name], SOURCE)
+    skeleton = build_skeleton(based(CONFIGS[name]))
     model = add_lora(skeleton.model, 4, 8, seed=1)
     asked: list[int] = []
 
@@ -148,11 +151,11 @@ def test_a_lane_asks_for_the_matrices_that_a_session_is_asked_for(name: str) -> 
 def test_matrices_are_those_of_a_prepared_model(tmp_path: Path) -> None:
     """Names, shapes and bytes equal the catalogue that owner and worker agree on."""
     config = tiny_llama(layers=1)
-    skeleton = build_skeleton(config, SOURCE)
+    skeleton = build_skeleton(based(config))
     prepared = prepare(
         tmp_path,
         skeleton.groups,
-        lambda module: skeleton.load_weight(SOURCE, module),
+        skeleton.load_weight,
         preset("conservative"),
         lambda label, done: None,
     )

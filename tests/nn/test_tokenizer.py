@@ -1,0 +1,176 @@
+"""Tokenizers of `transformers`: marks once, nothing cut off, and which are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from backends.nn.corpus import first_tokens
+from backends.nn.documents import Piece, pieces
+from backends.nn.records import RecordError
+from backends.nn.texts import find_texts
+from backends.nn.tokenizer import (
+    HubTokenizer,
+    TokenizerError,
+    load_tokenizer,
+    require_round_trip,
+    round_trip,
+)
+
+TINY = Path(__file__).parents[2] / "scenarios" / "assets" / "tiny-llama"
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "dog": 4, "cat": 5, "user": 6, ":": 7}
+MESSAGES = [{"role": "user", "content": "a dog"}]
+
+
+def word_tokenizer(marks: str = "<s> $A", **more: Any) -> PreTrainedTokenizerFast:
+    """A word a token, in lower case, with these marks around a text."""
+    rules = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    rules.normalizer = normalizers.Lowercase()
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    rules.decoder = decoders.WordPiece()
+    rules.post_processor = processors.TemplateProcessing(
+        single=marks, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rules, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **more
+    )
+
+
+def ids(tokenizer: HubTokenizer, *documents: Piece) -> list[int]:
+    """Of these documents, with their marks."""
+    return first_tokens(documents, tokenizer, 1000)
+
+
+@pytest.mark.parametrize("marks", ["$A", "<s> $A", "<s> $A </s>"])
+def test_documents_have_each_mark_once(marks: str) -> None:
+    """What the tokenizer puts around a text by itself, and an end of text, whoever writes it."""
+    tokenizer = HubTokenizer(word_tokenizer(marks))
+    start = [1] if "<s>" in marks else []
+    document = [*start, 3, 4, 2]
+    assert ids(tokenizer, Piece("a dog"), Piece("a dog")) == document * 2
+    cut = [Piece("a", True, False), Piece("dog", False, True)]
+    assert ids(tokenizer, *cut) == document
+
+
+@pytest.mark.parametrize("template", ["<s>a dog</s>", "<s>a dog", "<s>a dog</s>\n"])
+def test_what_a_template_writes_gets_no_more_than_an_end(template: str) -> None:
+    """Its own marks count."""
+    tokenizer = HubTokenizer(word_tokenizer(chat_template=template))
+    text = tokenizer.chat(MESSAGES)
+    assert text is not None
+    assert ids(tokenizer, Piece(text, marked=True)) == [1, 3, 4, 2]
+
+
+def test_a_template_writes_a_conversation_or_says_that_it_cannot() -> None:
+    """It is a program of the checkpoint: whatever it raises is a refusal without the text."""
+    good = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    assert HubTokenizer(word_tokenizer(chat_template=good)).chat(MESSAGES) == "user: a dog"
+    assert HubTokenizer(word_tokenizer()).chat(MESSAGES) is None
+    bad = "{{ raise_exception(messages[0].content) }}"
+    with pytest.raises(RecordError, match="cannot write it") as refused:
+        HubTokenizer(word_tokenizer(chat_template=bad)).chat(MESSAGES)
+    assert "dog" not in str(refused.value)
+
+
+def test_nothing_is_cut_off_by_a_tokenizer_that_would() -> None:
+    """Neither its greatest length nor what its file says of truncation and padding."""
+    found = word_tokenizer("$A", model_max_length=4)
+    tokenizer = HubTokenizer(found)
+    found.backend_tokenizer.enable_truncation(4)
+    found.backend_tokenizer.enable_padding(length=64)
+    assert ids(tokenizer, Piece("dog " * 50)) == [4] * 50 + [2]
+
+
+def test_a_tokenizer_with_a_way_of_its_own_keeps_it() -> None:
+    """Only one that adds nothing to its backend is called past `transformers`."""
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, **more: Any) -> Any:
+            return super()._encode_plus([one.replace("!", " cat") for one in text], **more)
+
+    plain = word_tokenizer("$A")
+    own = Shouting(
+        tokenizer_object=plain.backend_tokenizer, unk_token="<unk>", eos_token="</s>"
+    )  # fmt: skip
+    assert ids(HubTokenizer(own), Piece("a dog!")) == [3, 4, 5, 2]
+    assert ids(HubTokenizer(plain), Piece("a dog!")) == [3, 4, 0, 2]
+
+
+def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    """With a byte-level tokenizer, cut before spaces and at line ends."""
+    (tmp_path / "a.py").write_text(Path(__file__).read_text() * 2)
+    tokenizer = load_tokenizer(TINY)
+    plain = AutoTokenizer.from_pretrained(TINY, model_max_length=10**9)
+    expected = plain((tmp_path / "a.py").read_text())["input_ids"] + [plain.eos_token_id]
+    documents = list(pieces(find_texts([tmp_path / "a.py"]), tokenizer.chat, 1000))
+    assert len(documents) > 10
+    assert first_tokens(documents, tokenizer, 10**6) == expected
+
+
+def test_a_tokenizers_identity_is_its_rules() -> None:
+    """The same for the same files, another one for anything that may change ids."""
+    assert load_tokenizer(TINY).identity() == load_tokenizer(TINY).identity()
+    found = [
+        HubTokenizer(word_tokenizer(marks, chat_template=template)).identity()
+        for marks in ("$A", "<s> $A") for template in (None, "a")
+    ]  # fmt: skip
+    assert len({*found, load_tokenizer(TINY).identity()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no usable tokenizer"),
+        (
+            {"config.json": LlamaConfig().to_json_string()},
+            r"no usable.*there is no tokenizer\.json",
+        ),
+        ({"config.json": '{"model_type": "gpt2"}'}, r"vocabulary is empty.*merges\.txt"),
+        ({"tokenizer.json": "{"}, "no usable tokenizer"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1"}, "no usable tokenizer"),
+        ({"config.json": "[]"}, "no usable tokenizer"),
+    ],
+    ids=["nothing", "llama without", "gpt2 without", "cut off", "pointer", "no config"],
+)
+def test_a_missing_tokenizer_is_refused_by_name(
+    files: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    """In a line that says which files there should be."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerError, match=message) as refused:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert "tokenizer.json first of all" in str(refused.value)
+
+
+def test_code_in_a_tokenizers_directory_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether it may be."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    config = {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(TokenizerError):
+        load_tokenizer(tmp_path)
+    assert not asked
+
+
+def test_a_text_that_a_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
+    """What is changed in case, accents and spaces counts as kept; what is lost does not."""
+    words = HubTokenizer(word_tokenizer())
+    assert round_trip(words, ["A  Dog\n", "a cat"]) == round_trip(words, ["a dog a cat"])
+    assert require_round_trip(words, ["a Dog\n\na cat " * 50], tmp_path) is None
+    remark = require_round_trip(words, ["a dog a cat " * 20 + "bird " * 5], tmp_path)
+    assert remark is not None
+    assert "% come back" in remark
+    with pytest.raises(TokenizerError, match="not for this text: 100% of the tokens"):
+        require_round_trip(words, ["日本 語"], tmp_path)
+    assert require_round_trip(load_tokenizer(TINY), ["日本語 é 🙂\n\tx = 1"], tmp_path) is None
