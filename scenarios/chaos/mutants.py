@@ -30,6 +30,7 @@ from backends.threads import core_count
 from scenarios import record
 from scenarios.chaos.equivalent import EQUIVALENT
 from scenarios.chaos.mutation import Mutant, all_mutants, sample
+from scenarios.chaos.nursery import NOT_RUN
 from scenarios.chaos.planted import ROOT, PatchError, chaos_finds, copy_tree
 
 TESTS = "tests/protocol"
@@ -106,6 +107,8 @@ class Bench:
 
     def _judge(self, changed: str) -> tuple[str, str]:
         run = self.test(changed)
+        if run["status"] == NOT_RUN:
+            raise MutantError(f"the tests cannot be run any more: {run['told']}")
         if run["status"]:
             named = _FAILED.search(run["told"])
             words = "took too long" if run["status"] == -1 else f"status {run['status']}"

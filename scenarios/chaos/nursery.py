@@ -20,6 +20,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+NOT_RUN = 71
+"""The status of a run that could not begin: nothing was tested."""
 _MEMORY_BYTES = 4 << 30
 _TOLD_BYTES = 3000
 
@@ -49,7 +51,7 @@ def run(arguments: list[str], timeout_s: float) -> dict[str, Any]:
 
 def _child(arguments: list[str], log: int) -> None:
     os.setpgid(0, 0)
-    status = 70
+    status = NOT_RUN
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -57,6 +59,7 @@ def _child(arguments: list[str], log: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
         import pytest
 
+        status = 70
         status = int(pytest.main(arguments))
         sys.stdout.flush()
         sys.stderr.flush()
