@@ -26,11 +26,12 @@ from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 from backends.options import LANES, SECONDS, Parser, Whole, place
+from backends.session import Workers
 from benchmarks.steps import Steps
 from scenarios.cli import clean_exit, use_kernel
 from scenarios.estimate import Shape
 from scenarios.preparation import add_cache_option, prepared_for
-from scenarios.session import Workers, private_session
+from scenarios.session import private_session
 from sim.calibrate import DISTURBED
 
 RANK = 16

@@ -23,7 +23,6 @@ from scenarios.privacy import private_process
 if TYPE_CHECKING:
     from backends.he.matmul.interface import Kernel
 
-MEMORY_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -56,6 +55,8 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     except RuntimeError as error:
         if not _device_memory_is_full(error):
             raise
+        from backends.hardware import MEMORY_ADVICE  # which imports torch
+
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
+from backends.hardware import Hardware
 from backends.threads import core_count
 from backends.units import human_bytes
-from scenarios.hardware import Hardware
 from scenarios.probe import LineProbe
 
 if TYPE_CHECKING:

@@ -42,6 +42,7 @@ from typing import Any
 from peft import PeftModel
 
 from backends.files import remove_directory
+from backends.hardware import Hardware, check_memory, chosen
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
@@ -70,20 +71,19 @@ from backends.options import (
     place,
 )
 from backends.places import output_directory, output_file
+from backends.session import Usage
 from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.estimate import Shape
-from scenarios.hardware import Hardware, check_memory, chosen
 from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
     Live,
     PrivateSession,
-    Usage,
-    Workers,
     add_worker_options,
+    chosen_workers,
     one_run,
     open_ledger,
     private_session,
@@ -251,7 +251,7 @@ class Run:
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Prepare, train, report; returns the figures."""
         args = self.args
-        workers = Workers.of(args)
+        workers = chosen_workers(args)
         checkpoints = args.out / "checkpoints"
         ledger = open_ledger(args.out, checkpoints, workers)
         setup = set_up(args)

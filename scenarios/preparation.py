@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from backends.hardware import CPU, Hardware
 from backends.he.cuda.device import require_memory
 from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
 from backends.he.manifest import OWNER_TAG_BYTES, is_finished
@@ -31,7 +32,6 @@ from backends.nn.sources import Base, RandomBase
 from backends.options import Number, place
 from backends.places import named, output_directory
 from backends.units import human_bytes
-from scenarios.hardware import CPU, Hardware
 from sim.models import model_config
 
 

@@ -51,8 +51,8 @@ from scenarios.preparation import add_preparation_options, prepared_for
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
     Live,
-    Workers,
     add_worker_options,
+    chosen_workers,
     one_run,
     open_ledger,
     private_session,
@@ -126,7 +126,7 @@ class Quickstart:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out: Path = args.out
-        self.workers = Workers.of(args)
+        self.workers = chosen_workers(args)
         self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
         self.base = open_base(BASE)
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)

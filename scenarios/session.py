@@ -5,96 +5,47 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from backends.files import end_replacing, writing
-from backends.he.interface import OwnerCipher, WorkerCipher
-from backends.he.mlwe_owner import MlweOwner
-from backends.he.mlwe_worker import MlweWorker
+from backends.hardware import CPU, Hardware
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.lock import alone
 from backends.net.addresses import address_of
-from backends.net.audit import Audit
-from backends.net.inprocess import in_process, worker_name
+from backends.net.inprocess import worker_name
 from backends.net.loop import Hooks
-from backends.net.owner import OwnerClient
-from backends.net.remote import connected
 from backends.net.tls import Tls, require_loopback
-from backends.net.worker import WorkerServer
 from backends.nn.adapters import lora_parameters
 from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.options import place
 from backends.places import output_directory, require_room, taken_bytes
+from backends.session import HERE, Session, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
-from scenarios.hardware import CPU, Hardware
 from scenarios.line import LineWatch, waits_for, watched
 from scenarios.probe import LineProbe, Prober
 from scenarios.real_trace import RealTrace
 
 
-@dataclass
-class Usage:
-    """Counters of a private session at one moment, or the difference of two.
+def chosen_workers(args: argparse.Namespace) -> Workers:
+    """What `add_worker_options` gave.
 
-    owner_s, worker_s  computing: of this machine's threads, or on the GPU, of its device time
-    copied_s           between host and GPU, in device time
-    waited_s           lanes blocked in remote linears, summed over lanes
+    Raises AddressError, or CertificateError for certificates that cannot be used.
     """
-
-    owner_s: float
-    worker_s: float
-    copied_s: float
-    waited_s: float
-    bytes_up: int
-    bytes_down: int
-    blocks: int
-
-    def since(self, before: Usage) -> Usage:
-        """What was used after `before`."""
-        return Usage(
-            self.owner_s - before.owner_s,
-            self.worker_s - before.worker_s,
-            self.copied_s - before.copied_s,
-            self.waited_s - before.waited_s,
-            self.bytes_up - before.bytes_up,
-            self.bytes_down - before.bytes_down,
-            self.blocks - before.blocks,
-        )
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Who multiplies: workers at these addresses, over TLS; without any, one in this process."""
-
-    addresses: tuple[str, ...] = ()
-    tls: Tls | None = None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Workers:
-        """What `add_worker_options` gave.
-
-        Raises AddressError, or CertificateError for certificates that cannot be used.
-        """
-        for text in args.worker:
-            host, _ = address_of(text)
-            if args.tls is None:
-                require_loopback(host)
-        tls = None if args.tls is None else Tls(args.tls)
-        if tls is not None:
-            tls.require_current()
-        return cls(tuple(args.worker), tls)
-
-
-HERE = Workers()
+    for text in args.worker:
+        host, _ = address_of(text)
+        if args.tls is None:
+            require_loopback(host)
+    tls = None if args.tls is None else Tls(args.tls)
+    if tls is not None:
+        tls.require_current()
+    return Workers(tuple(args.worker), tls)
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
@@ -174,59 +125,24 @@ def stopped_untainted(trainer: Trainer) -> Iterator[None]:
 
 
 class PrivateSession:
-    """An owner connected to workers, with real encryption.
+    """A session, and what a scenario knows of the line to its workers.
 
-    server   the worker in this process
     workers  how many there are elsewhere
-    watch    of the line to them
     """
 
-    def __init__(
-        self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer | None,
-        hardware: Hardware, workers: int = 0, watch: LineWatch | None = None,
-    ) -> None:  # fmt: skip
-        self._cipher = cipher
-        self._client = client
-        self._server = server
-        self._hardware = hardware
+    def __init__(self, session: Session, workers: int, watch: LineWatch) -> None:
+        self._session = session
         self._workers = workers
-        self.watch = watch or LineWatch()
+        self.watch = watch
+        self.usage = session.usage
         self.probed: LineProbe | None = None
         self.estimate: Estimate | None = None
-        self._spent_s = {"owner": 0.0, "worker": 0.0, "copy": 0.0}
-
-    def usage(self) -> Usage:
-        """Counters so far."""
-        spent = self._spent_s
-        if self._hardware.gpu is None:
-            spent["owner"] = self._client.meter.total_busy_s()
-            spent["worker"] = self._server.meter.total_busy_s() if self._server else 0.0
-        else:
-            for name, seconds in self._hardware.gpu.clock.take().items():
-                spent[name] += seconds
-        return Usage(
-            spent["owner"],
-            spent["worker"],
-            spent["copy"],
-            self._client.waited_s,
-            self._client.meter.bytes_sent,
-            self._client.meter.bytes_received,
-            self._cipher.blocks,
-        )
-
-    def warm_up(self, prepared: PreparedModel) -> None:
-        """One product, so that compiling the kernels is not taken for a slow first step."""
-        self._ones(0, 1, prepared.groups[0].in_features)
-
-    def _ones(self, matrix: int, tokens: int, inputs: int) -> None:
-        ones = torch.ones(tokens, inputs, device=self._hardware.device)
-        self._client.linear(matrix, ones.numpy() if ones.device.type == "cpu" else ones)
 
     def probe(self, prepared: PreparedModel) -> None:
         """Look at the line to the workers elsewhere, for a few seconds and MB at most."""
-        shapes = prepared.catalogue().matrices
+        shapes, ones = prepared.catalogue().matrices, self._session.product_of_ones
         self.probed = Prober(
-            shapes, lambda m, tokens: self._ones(m, tokens, shapes[m].in_features),
+            shapes, lambda m, tokens: ones(m, tokens, shapes[m].in_features),
             lambda: self.watch.away_s, lambda: self.usage().owner_s,
         ).run()  # fmt: skip
 
@@ -237,31 +153,14 @@ class PrivateSession:
         """
         if self.probed is None or steps < 1:
             return {}
+        hardware = self._session.hardware
         try:
-            self.estimate = estimate(shape, self.probed, self._hardware, self._workers, steps)
+            self.estimate = estimate(shape, self.probed, hardware, self._workers, steps)
         except (ValueError, RuntimeError) as error:
             print(f"no estimate of this run: {error}")
             return {}
         print("\n".join(self.estimate.lines()))
         return {"estimate": self.estimate.figures()}
-
-
-def make_ciphers(
-    prepared: PreparedModel, hardware: Hardware, hint_bytes: int | None, workers: Workers
-) -> tuple[OwnerCipher, WorkerCipher]:
-    """The owner's and the worker's half, where `hardware` says."""
-    parameters, public = prepared.parameters, prepared.public_matrix()
-    assert parameters is not None
-    if hardware.gpu is None:
-        return MlweOwner(parameters, public), MlweWorker(parameters)
-    # Only here: they need Triton and CuPy, which only a GPU needs.
-    from backends.he.cuda.owner import CudaOwner
-    from backends.he.cuda.worker import CudaWorker
-
-    gpu = hardware.gpu
-    local = not (hardware.host_frames or workers.addresses)
-    owner = CudaOwner(parameters, public, gpu, local=local, hint_bytes=hint_bytes)
-    return owner, CudaWorker(parameters, gpu)
 
 
 @contextmanager
@@ -275,42 +174,23 @@ def private_session(
     ledger: WorkerLedger | None = None,
     workers: Workers = HERE,
 ) -> Iterator[PrivateSession]:
-    """Connects the skeleton's remote linears to workers under real encryption.
+    """A session (see `opened`) whose line is watched, and probed before it is used.
 
-    ledger      who serves and who was caught, shared with the trainer
-    trace       is told who did what when
-    hint_bytes  on a GPU: memory that hints may take there (None: half of what is free)
+    trace  is told who did what when
     """
-    owner, worker = make_ciphers(prepared, hardware, hint_bytes, workers)
-    prepared.guard(owner)
-    assert prepared.parameters is not None
-    audit = Audit(MlweWorker(prepared.parameters), prepared.worker_weights())
-    hooks = trace.hooks if trace else lambda side: Hooks()
-    with ExitStack() as stack:
-        stack.enter_context(hardware.timed())
-        server: WorkerServer | None = None
-        watch = LineWatch()
+    watch, known = LineWatch(), []
+
+    def hooks(side: str) -> Hooks:
+        made = trace.hooks(side) if trace else Hooks()
+        return watched(made, watch) if side == "owner" else made
+
+    def first(session: Session) -> None:
+        known.append(PrivateSession(session, len(workers.addresses), watch))
         if workers.addresses:
-            client = stack.enter_context(
-                connected(
-                    prepared, owner, workers.addresses, workers.tls, None, lanes,
-                    watched(hooks("owner"), watch), audit, ledger,
-                )
-            )  # fmt: skip
-        else:
-            client, (server,) = stack.enter_context(
-                in_process(
-                    prepared, owner, [worker], lanes=lanes, hooks=hooks, audit=audit, ledger=ledger
-                )
-            )
-        session = PrivateSession(owner, client, server, hardware, len(workers.addresses), watch)
-        session.warm_up(prepared)
-        if workers.addresses:
-            session.probe(prepared)
-        if ledger is not None:
-            ledger.start_over()  # nothing rests on those products
-        with skeleton.remote.connected(client.linear):
-            yield session
+            known[0].probe(prepared)
+
+    with opened(skeleton, prepared, lanes, hooks, hardware, hint_bytes, ledger, workers, first):
+        yield known[0]
 
 
 class Live:

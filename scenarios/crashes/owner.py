@@ -29,7 +29,7 @@ from backends.options import ALL, STEPS, Modes, Parser, place
 from backends.places import output_directory
 from protocol.owner_memory import OwnerConfig
 from scenarios.cli import clean_exit
-from scenarios.session import Workers, add_worker_options, open_ledger
+from scenarios.session import add_worker_options, chosen_workers, open_ledger
 
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1,
@@ -68,7 +68,7 @@ def prepared_model(directory: Path, skeleton: Skeleton) -> PreparedModel:
 
 def train(args: argparse.Namespace) -> None:
     """Train what is left to train; the adapter is in `--out` at the end."""
-    workers = Workers.of(args)
+    workers = chosen_workers(args)
     checkpoints: Path = args.out / "checkpoints"
     ledger = open_ledger(args.out, checkpoints, workers)
     skeleton = build_skeleton(BASE)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from backends.hardware import Hardware, activation_bytes, check_memory
 from backends.he.cuda.device import Gpu, GpuError, emulated
-from scenarios.hardware import Hardware, activation_bytes, check_memory
 from scenarios.preparation import prepared_for
 from tests.nn.conftest import LLAMA, Tiny, make_tiny
 

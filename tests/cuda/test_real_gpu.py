@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 
+from backends.hardware import Hardware
 from backends.he.cuda.device import Gpu
 from scenarios import llama1b
-from scenarios.hardware import Hardware
 from tests.nn.conftest import LLAMA
 
 pytestmark = pytest.mark.usefixtures("compiler")

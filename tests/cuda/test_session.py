@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 
+from backends.hardware import CPU, Hardware
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.owner import CudaOwner
 from backends.he.cuda.worker import CudaWorker
@@ -22,7 +23,6 @@ from backends.nn.adapters import add_lora
 from backends.nn.trainer import TrainConfig, Trainer
 from protocol.events import Effect, Event, Send
 from protocol.messages import HEADER_BYTES, LocalFrame
-from scenarios.hardware import CPU, Hardware
 from scenarios.session import private_session
 from tests.nn.conftest import Tiny, make_tiny, tokens
 

@@ -21,12 +21,13 @@ from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.session import Workers
 from protocol.catalogue import MatrixShape
 from scenarios.estimate import Estimate, Shape, spoken
 from scenarios.line import waits_for
 from scenarios.preparation import prepared_for
 from scenarios.probe import LineProbe, Prober, Sample, solved, telling
-from scenarios.session import Live, PrivateSession, Workers, private_session
+from scenarios.session import Live, PrivateSession, private_session
 from sim.network import Link, Network, star
 from sim.stream import Stream, Tcp
 

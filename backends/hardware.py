@@ -18,8 +18,8 @@ from backends.he.cuda.device import Gpu, find_gpu, require_memory
 from backends.he.cuda.tiling import TOKEN_CLASSES
 from backends.he.manifest import GroupSpec
 from backends.he.store import PreparedModel
-from scenarios.cli import MEMORY_ADVICE
 
+MEMORY_ADVICE = "lower --tokens or --lanes, or stop what else runs on this GPU (see nvidia-smi)"
 _SCRATCH_BYTES = 1 << 29
 """Of libraries, of streamed slabs, and of making the check's projections."""
 

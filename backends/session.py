@@ -1,0 +1,183 @@
+"""A private session: an owner's model, connected to workers under real encryption. Prints nothing.
+
+    with opened(skeleton, prepared, workers=Workers(("gpu.example:7443",), Tls(certs))) as session:
+        ...  # the skeleton's remote linears compute
+
+`private_lora` makes it usable on a model of transformers; scenarios add bars, probes and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from backends.hardware import CPU, Hardware
+from backends.he.interface import OwnerCipher, WorkerCipher
+from backends.he.mlwe_owner import MlweOwner
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.store import PreparedModel
+from backends.ledger import WorkerLedger
+from backends.net.audit import Audit
+from backends.net.inprocess import in_process
+from backends.net.loop import Hooks
+from backends.net.owner import OwnerClient
+from backends.net.remote import connected
+from backends.net.tls import Tls
+from backends.net.worker import WorkerServer
+from backends.nn.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who multiplies: workers at these addresses, over TLS; without any, one in this process."""
+
+    addresses: tuple[str, ...] = ()
+    tls: Tls | None = None
+
+
+HERE = Workers()
+
+
+@dataclass
+class Usage:
+    """Counters of a private session at one moment, or the difference of two.
+
+    owner_s, worker_s  computing: of this machine's threads, or on the GPU, of its device time
+    copied_s           between host and GPU, in device time
+    waited_s           lanes blocked in remote linears, summed over lanes
+    """
+
+    owner_s: float
+    worker_s: float
+    copied_s: float
+    waited_s: float
+    bytes_up: int
+    bytes_down: int
+    blocks: int
+
+    def since(self, before: Usage) -> Usage:
+        """What was used after `before`."""
+        return Usage(
+            self.owner_s - before.owner_s,
+            self.worker_s - before.worker_s,
+            self.copied_s - before.copied_s,
+            self.waited_s - before.waited_s,
+            self.bytes_up - before.bytes_up,
+            self.bytes_down - before.bytes_down,
+            self.blocks - before.blocks,
+        )
+
+
+class Session:
+    """An owner connected to workers.
+
+    server  the worker in this process, if there is one
+    """
+
+    def __init__(
+        self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer | None,
+        hardware: Hardware,
+    ) -> None:  # fmt: skip
+        self._cipher = cipher
+        self._client = client
+        self._server = server
+        self.hardware = hardware
+        self._spent_s = {"owner": 0.0, "worker": 0.0, "copy": 0.0}
+
+    def usage(self) -> Usage:
+        """Counters so far."""
+        spent = self._spent_s
+        if self.hardware.gpu is None:
+            spent["owner"] = self._client.meter.total_busy_s()
+            spent["worker"] = self._server.meter.total_busy_s() if self._server else 0.0
+        else:
+            for name, seconds in self.hardware.gpu.clock.take().items():
+                spent[name] += seconds
+        return Usage(
+            spent["owner"],
+            spent["worker"],
+            spent["copy"],
+            self._client.waited_s,
+            self._client.meter.bytes_sent,
+            self._client.meter.bytes_received,
+            self._cipher.blocks,
+        )
+
+    def product_of_ones(self, matrix: int, tokens: int, inputs: int) -> None:
+        """One product, whose result nobody needs: to compile kernels, or to look at the line."""
+        ones = torch.ones(tokens, inputs, device=self.hardware.device)
+        self._client.linear(matrix, ones.numpy() if ones.device.type == "cpu" else ones)
+
+
+def make_ciphers(
+    prepared: PreparedModel, hardware: Hardware, hint_bytes: int | None, workers: Workers
+) -> tuple[OwnerCipher, list[WorkerCipher]]:
+    """The owner's half, where `hardware` says, and beside it the worker's when it is here."""
+    parameters, public = prepared.parameters, prepared.public_matrix()
+    assert parameters is not None
+    elsewhere = bool(workers.addresses)
+    if hardware.gpu is None:
+        here: list[WorkerCipher] = [] if elsewhere else [MlweWorker(parameters)]
+        return MlweOwner(parameters, public), here
+    # Only here: they need Triton and CuPy, which only a GPU needs.
+    from backends.he.cuda.owner import CudaOwner
+    from backends.he.cuda.worker import CudaWorker
+
+    gpu = hardware.gpu
+    local = not (hardware.host_frames or elsewhere)
+    owner = CudaOwner(parameters, public, gpu, local=local, hint_bytes=hint_bytes)
+    return owner, [] if elsewhere else [CudaWorker(parameters, gpu)]
+
+
+@contextmanager
+def opened(
+    skeleton: Skeleton,
+    prepared: PreparedModel,
+    lanes: int = 1,
+    hooks: Callable[[str], Hooks] = lambda side: Hooks(),
+    hardware: Hardware = CPU,
+    hint_bytes: int | None = None,
+    ledger: WorkerLedger | None = None,
+    workers: Workers = HERE,
+    first: Callable[[Session], None] = lambda session: None,
+) -> Iterator[Session]:
+    """Connects the skeleton's remote linears to workers under real encryption.
+
+    lanes       micro-batches that may be in flight at once
+    hooks       makes those of "owner" and of the worker in this process
+    hint_bytes  on a GPU: memory that hints may take there (None: half of what is free)
+    ledger      who serves and who was caught, shared with whoever trains
+    first       is called when the session works, before anything rests on it
+
+    Raises what `backends.net.remote.connected` does.
+    """
+    owner, here = make_ciphers(prepared, hardware, hint_bytes, workers)
+    prepared.guard(owner)
+    assert prepared.parameters is not None
+    audit = Audit(MlweWorker(prepared.parameters), prepared.worker_weights())
+    with ExitStack() as stack:
+        stack.enter_context(hardware.timed())
+        server: WorkerServer | None = None
+        if workers.addresses:
+            client = stack.enter_context(
+                connected(
+                    prepared, owner, workers.addresses, workers.tls, None, lanes, hooks("owner"),
+                    audit, ledger,
+                )
+            )  # fmt: skip
+        else:
+            client, (server,) = stack.enter_context(
+                in_process(prepared, owner, here, lanes=lanes, hooks=hooks, audit=audit,
+                           ledger=ledger)
+            )  # fmt: skip
+        session = Session(owner, client, server, hardware)
+        # So that compiling the kernels is not taken for a slow first step.
+        session.product_of_ones(0, 1, prepared.groups[0].in_features)
+        first(session)
+        if ledger is not None:
+            ledger.start_over()  # nothing rests on those products
+        with skeleton.remote.connected(client.linear):
+            yield session
