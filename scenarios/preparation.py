@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from backends.door import place_of, prepared_at
 from backends.hardware import CPU, Hardware
 from backends.he.cuda.device import require_memory
 from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
 from backends.he.manifest import OWNER_TAG_BYTES, is_finished
 from backends.he.params import PRESETS, Parameters
-from backends.he.preparation import Arithmetic, disk_bytes, prepare, work_units
+from backends.he.preparation import Arithmetic, disk_bytes, work_units
 from backends.he.store import PreparedModel
 from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
 from backends.nn.base import open_base
-from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 from backends.nn.sources import Base, RandomBase
 from backends.options import Number, place
@@ -167,15 +164,7 @@ def prepared_for(
     Raises PreparationError when it cannot be made, or what lies there is damaged, wrong or not
     what is asked for.
     """
-    facts = json.dumps(
-        [
-            skeleton.base.identity(), asdict(parameters), [asdict(g) for g in skeleton.groups],
-            owner_tag.hex(),
-        ],
-        sort_keys=True,
-    )  # fmt: skip
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    directory = cache / f"{skeleton.base.config.model_type}-{parameters.name}-{key}"
+    directory = place_of(skeleton, parameters, cache, owner_tag)
     start = time.perf_counter()
     found = is_finished(directory)
     if found:
@@ -183,20 +172,18 @@ def prepared_for(
     else:
         output_directory(directory)
         size = human_bytes(disk_bytes(skeleton.groups, parameters))
-        require_faithful(skeleton)
         print(f"preparing the public set-up once: {size} in {directory}")
     arithmetic = None if found else _arithmetic_of(hardware, skeleton, parameters)
     # A model that is there is at most verified, which has a bar of its own.
     quiet = nullcontext(lambda label, done: None)
     total = work_units(skeleton.groups, parameters)
     with quiet if found else _bar("prepare", "weight", total) as advance:
-        prepared = prepare(
+        prepared = prepared_at(
             directory,
-            skeleton.groups,
-            skeleton.load_weight,
+            skeleton,
             parameters,
-            advance,
             owner_tag,
+            advance,
             arithmetic,
             Trust(owner_verdicts(), anew, _verifying),
         )

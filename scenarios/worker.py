@@ -40,8 +40,6 @@ from types import FrameType
 from backends.errors import UserError
 from backends.he.descriptors import require_descriptors
 from backends.he.interface import WorkerCipher
-from backends.he.manifest import PreparationError
-from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
 from backends.he.store import WorkerPart
 from backends.net.addresses import address_of
@@ -51,6 +49,7 @@ from backends.net.pages import StatusPages
 from backends.net.serving import Service, serving
 from backends.net.tls import Tls, require_loopback
 from backends.options import ALL, SECONDS, Modes, Parser, Whole, place
+from backends.serve import require_parameters, worker_cipher
 from protocol.worker import WorkerConfig
 from scenarios.cli import add_kernel_option, choose_kernel, clean_exit
 from scenarios.worker_log import FORMATS, EventLog, capture_logging
@@ -86,17 +85,10 @@ def cipher_of(args: argparse.Namespace, parameters: Parameters) -> tuple[WorkerC
 
     Raises GpuError for `cuda` without a usable GPU, KernelError for one that cannot run here.
     """
-    if args.backend == "cpu":
-        kernel = choose_kernel(args.kernel)
-        if kernel.warning:
-            logging.warning("%s", kernel.warning)
-        return MlweWorker(parameters, kernel), kernel.name
-    # Only here: they need torch, Triton and CuPy, which only a GPU needs.
-    from backends.he.cuda.device import find_gpu
-    from backends.he.cuda.worker import CudaWorker
-
-    gpu = find_gpu()
-    return CudaWorker(parameters, gpu), gpu.name
+    kernel = choose_kernel(args.kernel) if args.backend == "cpu" else None
+    if kernel is not None and kernel.warning:
+        logging.warning("%s", kernel.warning)
+    return worker_cipher(parameters, args.backend, kernel)
 
 
 def warn_of_expiry(directory: Path, end: datetime) -> None:
@@ -176,9 +168,7 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
     with status_pages(args.metrics, counts, state) as pages, ExitStack() as stack:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
         part = WorkerPart.open(args.model)
-        if part.parameters is None:
-            raise PreparationError(f"{args.model} was prepared for the clear backend")
-        cipher, multiplies = cipher_of(args, part.parameters)
+        cipher, multiplies = cipher_of(args, require_parameters(part))
         limits = Limits(min(args.links_per_owner, args.links), args.links)
         require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
         state.listen_to_signals()

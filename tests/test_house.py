@@ -95,13 +95,15 @@ def test_only_a_simulation_needs_simpy() -> None:
 
 
 SERVERS = (
-    "scenarios.worker", "backends.net.serving", "backends.net.listening", "backends.net.worker",
+    "scenarios.worker", "backends.serve", "backends.net.serving", "backends.net.listening",
+    "backends.net.worker",
     "backends.he.mlwe_worker", "backends.he.cuda.worker",
 )  # fmt: skip
 """What runs where the owner's text must never be."""
 OWNERS_ONLY = (
     "backends.nn", "backends.ledger", "backends.net.remote", "backends.net.dialling",
-    "backends.net.inprocess", "backends.he.preparation", "backends.he.verification",
+    "backends.net.inprocess", "backends.session", "backends.door", "backends.he.preparation",
+    "backends.he.verification",
     "scenarios.session", "scenarios.preparation", "sim",
 )  # fmt: skip
 """And what has no business there: models in torch, training, sessions, what an owner knows."""

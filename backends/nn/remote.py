@@ -151,12 +151,17 @@ class RemoteLinear(nn.Linear):
         # Not a submodule or attribute torch would copy or save.
         object.__setattr__(self, "_remote", remote)
 
+    @property
+    def remote(self) -> Remote:
+        """What computes it."""
+        found: Remote = self._remote  # type: ignore[assignment]
+        return found
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]. Raises ValueError for another last dimension."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self.name}: takes [..., {self.in_features}], got {list(x.shape)}")
-        remote: Remote = self._remote  # type: ignore[assignment]
-        y = remote.member_output(self, x)
+        y = self.remote.member_output(self, x)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -78,7 +78,7 @@ def require_faithful(skeleton: Skeleton) -> None:
 
 
 def require_trainable(model: PeftModel, skeleton: Skeleton) -> None:
-    """Raises CheckpointError when gradients do not reach every adapter.
+    """Raises CheckpointError when gradients cannot be computed, or reach no adapter.
 
     Tried like `require_causal`, forward and backward.
     """
@@ -86,7 +86,10 @@ def require_trainable(model: PeftModel, skeleton: Skeleton) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         with skeleton.remote.connected(_low_rank(skeleton.groups, _SCALES[1])), torch.enable_grad():
-            torch.autograd.grad(_logits(skeleton.model, tokens).square().mean(), parameters)
+            loss = _logits(skeleton.model, tokens).square().mean()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise RuntimeError("no gradient reaches any of them")
     except Exception as error:  # of any model's own code
         raise CheckpointError(
             f"adapters of {type(skeleton.model).__name__} cannot be trained with its linears "

@@ -169,6 +169,13 @@ class HeldBase(Base):
         self._model = model
         self._identity: str | None = None
         self._before: torch.Tensor | None = None
+        self._held: list[tuple[str, nn.Module]] = []
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        return self._model.dtype
 
     def outline(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model itself, which has numbers."""
@@ -178,8 +185,22 @@ class HeldBase(Base):
         """It keeps the type it has."""
         self.identity()
         self._before = self._clear_logits(probe_tokens(self.config))
+        wanted = {id(self._model.get_submodule(name)) for name in remote}
+        self._held = [
+            (name, module)
+            for name, module in self._model.named_modules(remove_duplicate=False)
+            if id(module) in wanted
+        ]
         weights = {name: self._model.get_parameter(f"{name}.weight").detach() for name in remote}
         return Loaded(self._model, lambda module: weights[module].cpu())
+
+    def give_back(self) -> None:
+        """Make the model what it was before `load`, in evaluation mode."""
+        for name, module in self._held:
+            self._model.set_submodule(name, module)
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._model.__dict__.pop("train", None)
 
     def _clear_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -319,7 +319,10 @@ class Trainer:
             # On this lane's own thread: autograd has one thread a GPU, on which the lanes would
             # wait for each other's remote linears.
             with torch.autograd.set_multithreading_enabled(False):
-                gradients = torch.autograd.grad(loss, list(self._parameters.values()))
+                # Adapters of what only chooses, as an indexer does, have none.
+                gradients = torch.autograd.grad(
+                    loss, list(self._parameters.values()), allow_unused=True, materialize_grads=True
+                )
         finally:
             self._forget_lane()
         return loss.item(), gradients
