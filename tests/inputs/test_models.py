@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import transformers
 
 from backends.errors import UserError
 from benchmarks.zoo.comparing import compare
@@ -14,17 +12,8 @@ from benchmarks.zoo.ours import open_skeleton
 from tests.inputs.models import PART
 from tests.inputs.table import Row
 
+pytestmark = pytest.mark.usefixtures("tiny_models")
 ROWS = {row.brings: row for row in PART.rows()}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No row asks the hub, and none is told of by transformers."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(verbosity)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -11,14 +11,14 @@ from backends.nn.tokenizer import TokenizerError, load_tokenizer
 from tests.inputs.table import Row
 from tests.inputs.tokenizers import PART
 
+pytestmark = pytest.mark.usefixtures("tiny_models")
 ROWS = {row.brings: row for row in PART.rows()}
 TEXT = "def f(x):\n    return x  # naïve\n"
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_what_is_brought(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asked of the hub."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_is_brought(row: Row, tmp_path: Path) -> None:
+    """Of files alone: nothing is asked of the hub."""
     if "without the package" in row.brings and find_spec("sentencepiece"):
         pytest.skip("the package is here")
     brought = row.make(tmp_path)
