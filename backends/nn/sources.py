@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from backends.errors import UserError
+from backends.nn.remote import RemoteLinear
 
 
 class CheckpointError(UserError, ValueError):
@@ -160,6 +161,11 @@ class HeldBase(Base):
         if any("lora_" in name for name, _ in model.named_parameters()):
             raise CheckpointError("the model has adapters already; add them afterwards")
         for name, module in model.named_modules():
+            if isinstance(module, RemoteLinear):
+                raise CheckpointError(
+                    f"{name} is remote already, and its weights are with the workers; load the "
+                    "model again"
+                )
             if isinstance(module, nn.Linear | Conv1D) and not module.weight.is_floating_point():
                 raise CheckpointError(
                     f"{name} holds {module.weight.dtype}: the model was loaded quantised; load it "
