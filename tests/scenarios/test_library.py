@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import threading
@@ -194,3 +195,11 @@ def test_the_door_has_what_it_names() -> None:
     code = "import sys, private_lora; print('torch' in sys.modules)"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "False"
+
+
+def test_the_page_names_what_there_is() -> None:
+    """docs/library.md calls nothing else."""
+    page = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
+    names = set(re.findall(r"\bpl\.(\w+)", page))
+    assert len(names) > 5
+    assert names <= set(pl.__all__)
