@@ -35,6 +35,7 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     mendable  more errors that a user can mend, beside every UserError
     """
     private_process()
+    told: tuple[type[Exception], ...] = (UserError, FloatingPointError, *mendable)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be any bytes
     try:
@@ -43,7 +44,7 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         _leave(f"\n{stopped}")
     except KeyboardInterrupt:
         _leave("\ninterrupted; what was prepared or saved so far is kept")
-    except (UserError, FloatingPointError, *mendable) as error:
+    except told as error:
         sys.exit(f"error: {' '.join(str(error).splitlines())}")
     except OSError as error:
         if error.errno == errno.EPIPE and _stdout_is_gone():

@@ -219,6 +219,8 @@ def clear_peer(args: argparse.Namespace) -> None:
     localise(setup.skeleton, prepared)
     trainer = make_trainer(args, setup, prepared, adapted(args, setup), private=False)
 
+    used_s: float
+
     def wait() -> None:
         if not sys.stdin.readline():
             sys.exit(0)

@@ -78,7 +78,7 @@ def train_tokenizer(texts: list[str]) -> FastTokenizer:
     bpe.train_from_iterator(texts, trainer)
     special = {"bos_token": END, "eos_token": END, "pad_token": PAD}
     options = {"model_max_length": 2 * SEQ_LEN, "clean_up_tokenization_spaces": False}
-    return FastTokenizer(tokenizer_object=bpe, **special, **options)
+    return FastTokenizer(tokenizer_object=bpe, **special, **options)  # type: ignore[no-untyped-call]
 
 
 def encode(tokenizer: FastTokenizer, texts: list[str]) -> list[list[int]]:
@@ -145,11 +145,11 @@ def train(
     with tqdm(total=None if args.minutes else args.steps, unit="step", desc="training") as bar:
         while progress < 1.0:
             if not pool:
-                pool = list(pack(documents, rng).split(BATCH))
+                pool = list(torch.split(pack(documents, rng), BATCH))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress)
             loss = mean_loss(model, pool.pop(), args.precision == "bf16")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -165,12 +165,15 @@ def train(
 def check(folder: Path, texts: list[str]) -> float:
     """Load the saved files as a user would; return the float32 loss on fixed held-out rows."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, FastTokenizer)
     for text in [*texts, "  \t a\n\n\r\n é漢🙂 \x00 ,. ' n't"]:
         if tokenizer.decode(tokenizer(text, verbose=False).input_ids) != text:
             raise RuntimeError("the saved tokenizer does not give a text back unchanged")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    model.eval()  # type: ignore[no-untyped-call]
     rows = pack(encode(tokenizer, texts), random.Random(0))[:VALID_ROWS]
-    parts = rows.split(BATCH)
+    parts = torch.split(rows, BATCH)
     return sum(mean_loss(model, part, False).item() * len(part) for part in parts) / len(rows)
 
 
@@ -255,7 +258,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
         fresh = Path(scratch, "new")
-        model.to(torch.bfloat16).save_pretrained(fresh)
+        model.to(torch.bfloat16).save_pretrained(fresh)  # type: ignore[arg-type]
         tokenizer.save_pretrained(fresh)
         valid_loss = check(fresh, held_out)
         facts = {

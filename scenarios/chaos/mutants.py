@@ -140,7 +140,7 @@ def _digest() -> str:
     return whole.hexdigest()
 
 
-def _earlier(path: Path | None, digest: str) -> dict[tuple[str, ...], dict[str, Any]]:
+def _earlier(path: Path | None, digest: str) -> dict[tuple[str | int, ...], dict[str, Any]]:
     """What an interrupted hunt of the same texts has found so far."""
     if path is None or not path.is_file():
         return {}

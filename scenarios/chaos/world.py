@@ -306,6 +306,7 @@ class World:
                 return TaskDone(run.task, (made.payload.data, made.sealed))
             result = self._cipher.decrypt(work.sealed, work.payload, matrix, work.worker)
         except WrongAnswerError as error:
+            assert isinstance(work, Decrypt)
             # At once, whatever becomes of the call, as the real driver does.
             self._ledger.retire(work.worker, str(error))
             self._caught.add(work.worker)

@@ -290,7 +290,7 @@ def _first_moves(
 
     Each row has the least of `one`; doubling either knob is tried from there.
     """
-    least = min(of(row, one) for row in rows)  # type: ignore[type-var]
+    least = min(of(row, one) for row in rows)
     line = sorted((r for r in rows if of(r, one) == least), key=lambda row: of(row, other))
     for row, more in pairwise(line):
         ahead = [r for r in rows if of(r, other) == of(row, other)]
@@ -333,7 +333,7 @@ def _against(
 def relative(study: Study, rows: Sequence[Row], knob: str, value: str) -> list[Row]:
     """Rows with a figure replaced by its change against the knob's first value: 0.1 for +10 %."""
     first = study.sweep[knob][0]
-    found = []
+    found: list[Row] = []
     for group in groups(rows, [k for k in varying(study) if k != knob]).values():
         base = next((row[value] for row in group if of(row, knob) == first), None)
         found += [{**row, value: row[value] / base - 1} for row in group if base]

@@ -22,7 +22,7 @@ import itertools
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,7 +198,7 @@ def _checked(what: str, action: Callable[[], object]) -> None:
 
 def run_all(
     settings: Sequence[Setting], prices: Prices, processes: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """(index, row) of every setting, as they come, from so many processes.
 
     A setting whose training cannot go on gives a row with its knobs and "error". Closing the
