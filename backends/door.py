@@ -175,6 +175,8 @@ def remote(model: PreTrainedModel | str | Path, public: Public) -> PreTrainedMod
     if skeleton.groups != public.prepared.groups:
         raise DoorError(f"{public.directory} was prepared by another version; prepare again")
     skeleton.read = _gone
+    if isinstance(base, HeldBase):
+        base.give_up()
     _KNOWN[skeleton.remote] = skeleton, public
     return skeleton.model
 

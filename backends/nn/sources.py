@@ -208,6 +208,10 @@ class HeldBase(Base):
             parameter.requires_grad_(True)
         self._model.__dict__.pop("train", None)
 
+    def give_up(self) -> None:
+        """Let go of the weights of the linears that went remote."""
+        self._held, self._trained = [], []
+
     def _clear_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             self._model.eval()  # type: ignore[no-untyped-call]

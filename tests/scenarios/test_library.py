@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,17 @@ def test_what_does_not_belong_together_is_refused(public: pl.Public, tmp_path: P
     dropping = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
     with pytest.raises(pl.Error, match="lora_dropout at 0"), pl.connect(dropping):
         pass
+
+
+def test_the_weights_are_given_up(public: pl.Public) -> None:
+    """Whoever made a model remote has the memory of its linears back."""
+    model = theirs()
+    weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    kept = model.get_input_embeddings().weight
+    made = pl.remote(model, public)
+    gc.collect()
+    assert weight() is None
+    assert made.get_input_embeddings().weight is kept
 
 
 def test_a_checkpoint_is_made_remote_without_its_weights(public: pl.Public, tmp_path: Path) -> None:
