@@ -48,7 +48,8 @@ def section(part: Part) -> Iterable[str]:
 
 def line(row: Row) -> str:
     """One line of a table."""
-    sees = row.sees if row.refusal is None else f"refused: {row.sees}"
+    refused = row.refusal is not None and not row.sees.startswith("refused")
+    sees = f"refused: {row.sees}" if refused else row.sees
     return f"| {row.brings} | {sees} |"
 
 
