@@ -91,7 +91,8 @@ def outline_of(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def first_line(error: BaseException) -> str:
     """An error of somebody else's code, short enough for one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    told = 2 if lines and lines[0].endswith(":") else 1  # what is wrong is below
+    text = " ".join(lines[:told]) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
