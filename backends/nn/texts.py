@@ -47,6 +47,7 @@ _AS_IT_IS = (".csv", ".tsv", ".ipynb")
 _LINES = (".jsonl", ".ndjson")
 _MACHINES = ("__pycache__", "node_modules")
 _ENVIRONMENTS = ("pyvenv.cfg", "conda-meta")
+_RUNS = ("data.key", "adapter_config.json")  # tokens and checkpoints; adapters
 _SUFFIX = re.compile(r"\.[A-Za-z0-9_+~-]{1,12}")
 _SUFFIXES_SHOWN = 4
 _KINDS_OF_FILE = (
@@ -239,6 +240,8 @@ def _reason_to_skip(entry: os.DirEntry[str], owned: Mapping[str, str]) -> str | 
             return entry.name
         if any(os.path.lexists(os.path.join(entry.path, name)) for name in _ENVIRONMENTS):
             return "virtual environment"
+        if any(os.path.lexists(os.path.join(entry.path, name)) for name in _RUNS):
+            return "of another run"
         return None
     return None if entry.is_file(follow_symlinks=False) else "neither file nor folder"
 
