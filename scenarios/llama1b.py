@@ -197,7 +197,11 @@ def make_trainer(
         # A comparison starts from the first step, and touches no checkpoint of a real run.
         checkpoints=args.out / "checkpoints" if private and not args.compare_clear else None,
         checkpoint_every=args.checkpoint_every,
-        identity={"rank": args.rank, "model": prepared.model_digest.hex()},
+        identity={
+            "rank": args.rank,
+            "model": prepared.model_digest.hex(),
+            "base": setup.base.identity(),
+        },  # the model's digest is of what goes to workers alone
         ledger=ledger,
     )
 
@@ -264,6 +268,8 @@ class Run:
             setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag,
         )  # fmt: skip
         room = self._room(setup, prepared, model)
+        if args.fresh:  # not before all that could be refused has been looked at
+            remove_directory(checkpoints)
         trainer = make_trainer(args, setup, prepared, model, private=True, ledger=ledger)
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
@@ -474,8 +480,6 @@ def main() -> None:
         else:
             use_kernel(args.kernel)
             with one_run(args.out):
-                if args.fresh and not args.compare_clear:
-                    remove_directory(args.out / "checkpoints")
                 figures = Run(args).run(argv)
             print_report(figures)
         record.write(args.json, figures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.options import place
-from backends.places import output_directory, require_room, taken_bytes
+from backends.places import PlaceError, output_directory, require_room, taken_bytes
 from backends.session import HERE, Session, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.line import LineWatch, waits_for, watched
@@ -78,9 +79,17 @@ def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> Worker
 
 _MADE = (
     "adapter", "adapter-comparison", "report.md", "losses.png", "retired-workers.json",
-    "checkpoints", "checkpoints-private", "checkpoints-clear",
+    "checkpoints", "checkpoints-private", "checkpoints-clear", "corpus",
 )  # fmt: skip
 """What a run puts into its directory."""
+_STEP = r"data\.key|((damaged|distrusted)-)?step-\d{6,}(-again)*|\..*"
+_REPLACED = {
+    "corpus": r"corpus\.json|data\.key|tokens\.int32",
+    "adapter": r"adapter_config\.json|adapter_model\.safetensors|README\.md",
+    "adapter-comparison": r"adapter_config\.json|adapter_model\.safetensors|README\.md",
+    "checkpoints": _STEP, "checkpoints-private": _STEP, "checkpoints-clear": _STEP,
+}  # fmt: skip
+"""Directories that a run replaces or deletes as a whole, and the names in them that are its own."""
 _FINISHING = b"\nfinishing the step in work; Ctrl-C again ends at once (the last save stays)\n"
 
 
@@ -88,10 +97,12 @@ _FINISHING = b"\nfinishing the step in work; Ctrl-C again ends at once (the last
 def one_run(out: Path) -> Iterator[None]:
     """The one run in directory `out`, which is made; what a dead one has left unfinished goes.
 
-    Raises PlaceError or WriteError when nothing can be written there, HeldError when another
-    process is at work there.
+    Raises PlaceError or WriteError when nothing can be written there, or what a run would replace
+    there is somebody's own, HeldError when another process is at work there.
     """
     output_directory(out)
+    for name, own in _REPLACED.items():
+        _require_replaceable(out / name, own)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     mend = "wait until it has ended, stop it, or choose another --out"
@@ -100,6 +111,25 @@ def one_run(out: Path) -> Iterator[None]:
             with writing(out):
                 end_replacing(out, _MADE)
         yield
+
+
+def _require_replaceable(place: Path, own: str) -> None:
+    """Raise PlaceError where anything is that no run has put there: it would be lost."""
+    what = None
+    if place.is_symlink():
+        what = "is a link"
+    elif place.is_dir():
+        names = sorted(path.name for path in place.iterdir())
+        foreign = [name for name in names if not re.fullmatch(own, name)]
+        if foreign:
+            what = f"holds {foreign[0]!r}, which no run has written"
+    elif place.exists():
+        what = "is a file"
+    if what is not None:
+        raise PlaceError(
+            f"{place} {what}, where a run keeps what is its own and replaces it; choose another "
+            "--out, or another name for that"
+        )
 
 
 def require_room_for_run(skeleton: Skeleton, rank: int, out: Path, checkpoints: Path) -> None:

@@ -14,7 +14,7 @@ import re
 import tempfile
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ from backends.nn.checkpoint_files import (
     DEQUANTISED,
     parsed_config,
     quantisation_of,
+    require_alone,
     require_causal_type,
+    require_once,
     require_plain,
     stated_config,
     weight_files,
@@ -78,11 +80,13 @@ def _file(path: Path) -> Checkpoint:
         path, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     )
     require_causal_type(path, config)
+    require_alone(path.parent, {})
     return Checkpoint(path.parent, config, [path], gguf=path.name)
 
 
 def _directory(directory: Path) -> Checkpoint:
     stated = stated_config(directory)
+    require_alone(directory, stated)
     config = parsed_config(
         directory, lambda: AutoConfig.from_pretrained(directory, trust_remote_code=False)
     )
@@ -130,6 +134,7 @@ class Checkpoint(Base):
         self._gguf = gguf
         self._place = files[0] if gguf else directory
         self._before: torch.Tensor | None = None
+        self._identity: str | None = None
 
     def tokenizer(self) -> HubTokenizer:
         """Its tokenizer. Raises TokenizerError when there is none, or an empty one."""
@@ -137,13 +142,16 @@ class Checkpoint(Base):
             return load_tokenizer(self.directory, self._gguf)
 
     def identity(self) -> str:
-        """Of the files' bytes."""
-        digest = hashlib.sha256()
-        for path in self._files:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        """Of the files' bytes, read once; what the config says is part of the model."""
+        if self._identity is None:
+            digest = hashlib.sha256()
+            config = [] if self._gguf else [self.directory / "config.json"]
+            for path in [*config, *self._files]:
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 24):
+                        digest.update(chunk)
+            self._identity = digest.hexdigest()
+        return self._identity
 
     def describe(self) -> str:
         size = sum(path.stat().st_size for path in self._files)
@@ -154,6 +162,8 @@ class Checkpoint(Base):
         """Raises CheckpointError when the files are not what the config says."""
         model, info, scratch = self._dispatched(dtype, remote)
         notes = self._notes(model, info)
+        if self._gguf is None:
+            require_once(self.directory, self._files, model)
         if self._gguf is not None:
             self._before = _answer(model, probe_tokens(self.config))
         read = _reader(model, remote, scratch.name)
@@ -195,7 +205,8 @@ class Checkpoint(Base):
             with _quiet():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     self.directory, config=self.config, dtype=dtype, output_loading_info=True,
-                    use_safetensors=True, local_files_only=True, trust_remote_code=False, **more,
+                    use_safetensors=True, local_files_only=True, trust_remote_code=False,
+                    ignore_mismatched_sizes=True, **more,  # they are told of, and refused
                 )  # fmt: skip
         except CheckpointError:
             raise
@@ -215,14 +226,22 @@ class Checkpoint(Base):
             stated = model.get_parameter(f"{name}.weight").shape
             found = read.shape(name)
             if found != stated:
-                raise CheckpointError(
-                    f"{self._place}: {name}.weight is {list(found)}, the config says "
-                    f"{list(stated)}; one of them is of another model"
-                )
+                raise self._of_other_shape(f"{name}.weight", found, stated)
+
+    def _of_other_shape(
+        self, name: str, found: Sequence[int], stated: Sequence[int]
+    ) -> CheckpointError:
+        return CheckpointError(
+            f"{self._place}: {name} is {list(found)}, the config says {list(stated)}; one of them "
+            "is of another model"
+        )
 
     def _notes(self, model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
         """Raises CheckpointError for weights that are missing, and for layers left out."""
         missing = sorted(info["missing_keys"])
+        if info["mismatched_keys"]:
+            name, found, stated = min(info["mismatched_keys"])
+            raise self._of_other_shape(name, found, stated)
         if missing:
             raise CheckpointError(
                 f"{self._place}: no tensor {missing[0]!r} in the checkpoint"
@@ -231,7 +250,8 @@ class Checkpoint(Base):
             )
         unused = sorted(info["unexpected_keys"])
         forms = {_form(name) for name in model.state_dict()}
-        cut = [name for name in unused if _form(name) in forms]
+        prefix = f"{model.base_model_prefix}."  # which files of the base model alone leave out
+        cut = [name for name in unused if {_form(name), _form(prefix + name)} & forms]
         if cut:
             raise CheckpointError(
                 f"{self._place}: the files hold {cut[0]!r} (and {len(cut) - 1} more), for which "
@@ -252,7 +272,7 @@ def _answer(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 def _form(name: str) -> str:
     """A tensor's name without the numbers of layers."""
-    return re.sub(r"\.\d+\.", ".#.", name)
+    return re.sub(r"(?<![^.])\d+(?=\.)", "#", name)
 
 
 def _places(model: PreTrainedModel, remote: Collection[str]) -> dict[str, str]:

@@ -3,7 +3,8 @@
     DIR/step-000040/adapter_model.safetensors   the adapter's parameters, as `peft` names them
     DIR/step-000040/adapter_config.json         with it plain `peft` loads a checkpoint
     DIR/step-000040/optimizer.safetensors       AdamW's moments
-    DIR/step-000040/state.json                  step, losses, the run's configuration, who computed
+    DIR/step-000040/state.json                  step, losses, the run's configuration, who computed,
+                                                SHA-256 of the two files of tensors
     DIR/data.key                                32 random bytes: the configuration holds a tag of
                                                 the private data, which nobody can try data against
                                                 without them
@@ -19,6 +20,7 @@ never gone on from: the newest whole one is, and those after it are set aside as
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import logging
@@ -54,10 +56,13 @@ _KEPT = 2
 _STATE_BYTES_MAX = 64 << 20
 _KEY_FILE = "data.key"
 _KEY_BYTES = 32
+_MOMENTS_FILE = "optimizer.safetensors"
+_TENSOR_FILES = (WEIGHTS_FILE, _MOMENTS_FILE)
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SCHEDULE = ("steps", "warmup_steps")
 """What may change between the runs of one directory, where the number of steps does."""
 _BLOCK_TOKENS = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 class ResumeError(UserError, ValueError):
@@ -153,7 +158,8 @@ def save(
     try:
         with replacing_directory(place_of(directory, progress.step)) as aside:
             save_file(weights, aside / WEIGHTS_FILE, {"format": "pt"})
-            save_file(moments, aside / "optimizer.safetensors")
+            save_file(moments, aside / _MOMENTS_FILE)
+            state["sha256"] = {name: _digest(aside / name) for name in _TENSOR_FILES}
             if adapter_config is not None:
                 (aside / CONFIG_FILE).write_bytes(adapter_config)
             write_json(aside / "state.json", state)
@@ -294,13 +300,15 @@ def _newest_whole(
 def _read(path: Path) -> _Whole:
     """All of a checkpoint. Raises DamagedError when a part is missing, cut, or of another one."""
     state, weights = _state(path), _load(path / WEIGHTS_FILE)
-    moments = _load(path / "optimizer.safetensors")
+    moments = _load(path / _MOMENTS_FILE)
+    if state.get("sha256") != {n: _digest(path / n) for n in _TENSOR_FILES}:
+        raise DamagedError(f"{path} is damaged (its tensors are not those that were saved)")
     names = {f"{name}::{key}" for name in weights for key in _MOMENTS if state["step"]}
     if moments.keys() != names or any(
         moments[f"{name}::{key}"].shape != weight.shape
         for name, weight in weights.items() for key in _MOMENTS[1:] if state["step"]
     ):  # fmt: skip
-        raise DamagedError(f"{path / 'optimizer.safetensors'} is damaged (not of this adapter)")
+        raise DamagedError(f"{path / _MOMENTS_FILE} is damaged (not of this adapter)")
     return _Whole(state, weights, moments)
 
 
@@ -362,6 +370,15 @@ def _put_aside(checkpoint: Path, why: str) -> str:
             f"({error.strerror}); delete it"
         ) from error
     return f"it is kept as {aside.name}"
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import quantization_config as quantisers
@@ -65,6 +66,21 @@ def stated_config(directory: Path) -> dict[str, Any]:
             f"{path}: transformers does not know the model type {stated['model_type']!r}{own}"
         )
     return stated
+
+
+def require_alone(directory: Path, stated: dict[str, Any]) -> None:
+    """Raises CheckpointError for what transformers would load beside or in place of the weights."""
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} holds an adapter beside the model, which transformers would put on it; "
+            "move adapter_config.json away for the base alone, or merge them (`merge_and_unload`)"
+        )
+    other = stated.get("transformers_weights")
+    if other is not None:
+        raise CheckpointError(
+            f"{directory}: its config names other weights (transformers_weights {other!r}); give "
+            "them the usual names, and take the entry out"
+        )
 
 
 def parsed_config(place: Path, read: Callable[[], Any]) -> PretrainedConfig:
@@ -164,7 +180,7 @@ def quantisation_of(directory: Path, stated: dict[str, Any]) -> str | None:
     if not found:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method not in DEQUANTISED:
+    if not isinstance(method, str) or method not in DEQUANTISED:
         raise CheckpointError(
             f"{directory} is quantised ({method or 'in an unknown way'}), which is not undone "
             f"here; {_GET_WHOLE}"
@@ -176,9 +192,42 @@ def require_plain(directory: Path, files: list[Path]) -> None:
     for path in files:
         with safe_open(path, framework="pt") as shard:
             for name in list(shard.keys()):
-                kind = shard.get_slice(name).get_dtype()
-                if kind in _CODES:
+                found = shard.get_slice(name)
+                kind, shape = found.get_dtype(), found.get_shape()
+                mask = len(shape) == 4 and shape[:2] == [1, 1]  # GPT-Neo and Pythia keep theirs
+                if kind in _CODES and not mask:
                     raise CheckpointError(
                         f"{directory}: {name} holds {kind}, so the checkpoint is quantised though "
                         f"its config does not say how; {_GET_WHOLE}"
                     )
+
+
+def require_once(directory: Path, files: list[Path], model: PreTrainedModel) -> None:
+    """Raises CheckpointError for a tensor of the model that the files hold twice, not the same.
+
+    Under one name in two shards, or with the base model's prefix and without: which of them is
+    loaded is chance.
+    """
+    here: dict[str, tuple[Path, str]] = {}
+    known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+    for path in files:
+        with safe_open(path, framework="pt") as shard:
+            for name in list(shard.keys()):
+                meant = prefix + name if prefix + name in known and name not in known else name
+                if meant.startswith(2 * prefix) and meant not in known:
+                    meant = meant.removeprefix(prefix)
+                other = here.setdefault(meant, (path, name))
+                if other != (path, name) and not _same(other, (path, name)):
+                    raise CheckpointError(
+                        f"{directory}: {meant} is there twice, as {other[1]} in {other[0].name} "
+                        f"and as {name} in {path.name}, and they differ; leave the wrong one out"
+                    )
+
+
+def _same(*places: tuple[Path, str]) -> bool:
+    """Whether the tensors of two files, by name, are the same."""
+    found = []
+    for path, name in places:
+        with safe_open(path, framework="pt") as shard:
+            found.append(shard.get_tensor(name))
+    return found[0].dtype == found[1].dtype and torch.equal(found[0], found[1])

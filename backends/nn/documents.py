@@ -16,7 +16,6 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 from backends.files import opened
@@ -161,13 +160,25 @@ def _parsed(text: str, where: str) -> object:
 
 
 def sample(texts: Texts, chat: Chat, count: int = 16, size: int = 1 << 12) -> list[str]:
-    """About `count` pieces of up to `size` characters, of files all over the texts.
+    """About `count` pieces of up to `size` characters, of files all over the texts, and of places
+    all over each.
 
     Raises DataError as `pieces` does.
     """
     chosen = texts.files[:: -(-len(texts.files) // count)]
     found = []
     for file in chosen:
-        begun = islice(pieces(Texts([file]), chat, size), -(-count // len(chosen)))
-        found += [piece.text for piece in begun if piece.text.strip()]
+        spread = _spread(file, chat, -(-count // len(chosen)), size)
+        found += [piece.text for piece in spread if piece.text.strip()]
     return found
+
+
+def _spread(file: TextFile, chat: Chat, count: int, size: int) -> Iterator[Piece]:
+    """So many pieces of a file at most: the first, and one after each such part of its bytes."""
+    taken = 0
+    for piece in pieces(Texts([file]), chat, size):
+        if piece.done_bytes * count >= file.size_bytes * taken:
+            yield piece
+            taken += 1
+            if taken == count:
+                break

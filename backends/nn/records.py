@@ -100,28 +100,33 @@ def _conversation(record: Mapping[str, Any]) -> tuple[list[Message], str] | None
         raise RecordError("it offers tools, which cannot be trained on; leave such records out")
     for key in _CHATS:
         if key in record:
-            messages = _messages(record[key], key)
+            messages = _led(record, _messages(record[key], key))
             return messages, _plain(messages)
     for asked, answered in _PAIRS:
         if asked not in record or answered not in record:
             continue
         question, answer = record[asked], record[answered]
         if isinstance(question, list) and isinstance(answer, list):
-            messages = _messages(question, asked) + _messages(answer, answered)
+            turns = _messages(question, asked) + _messages(answer, answered)
+            messages = _led(record, turns)
             return messages, _plain(messages)
         if not (isinstance(question, str) and isinstance(answer, str)):
             raise RecordError(f"{asked!r} and {answered!r} are neither two strings nor two lists")
         more = _optional(record, _MORE)
-        system = _optional(record, _SYSTEM)
         whole = f"{question}\n\n{more}" if more else question
-        messages = [{"role": "system", "content": system}] if system else []
-        messages += [
-            {"role": "user", "content": whole},
-            {"role": "assistant", "content": answer},
-        ]
+        turns = [{"role": "user", "content": whole}, {"role": "assistant", "content": answer}]
+        messages = _led(record, turns)
         as_it_is = (asked, answered) == ("prompt", "completion") and len(messages) == 2
         return messages, whole + answer if as_it_is else _plain(messages)
     return None
+
+
+def _led(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """With the system's turn that stands beside them, unless they have one."""
+    system = _optional(record, _SYSTEM)
+    if not system or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _messages(found: object, key: str) -> list[Message]:

@@ -24,6 +24,7 @@ from backends.nn.sane import require_finite
 from backends.nn.selfcheck import require_causal
 from backends.nn.sources import Base, CheckpointError, first_line
 
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEAST_REMOTE = 0.5
 """Of a model's frozen weights, so many must be computed by workers: otherwise it is refused."""
 
@@ -55,6 +56,11 @@ class Skeleton:
         Raises CheckpointError for one that is not finite.
         """
         weight = self.read(module)
+        if weight.dtype not in _FLOATING:
+            raise CheckpointError(
+                f"{module}.weight holds {weight.dtype}: it is quantised, and the scales that its "
+                "config promises are not there; give the checkpoint that it was quantised from"
+            )
         if not weight.isfinite().all():
             raise CheckpointError(
                 f"{module}.weight of the base model holds NaN or infinity: it is damaged"

@@ -7,6 +7,7 @@ file: seeded random weights, and a model that is in memory already.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def outline_of(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def first_line(error: BaseException) -> str:
     """An error of somebody else's code, short enough for one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    told = 2 if lines and lines[0].endswith(":") else 1  # what is wrong is below
+    text = " ".join(lines[:told]) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -220,9 +222,13 @@ class HeldBase(Base):
         return logits.float().cpu()
 
     def identity(self) -> str:
-        """Of all its tensors, as they were before it was changed."""
+        """Of its config, and all its tensors as they were before it was changed."""
         if self._identity is None:
-            digest = hashlib.sha256()
+            stated = self.config.to_dict()
+            for key in ("transformers_version", "_name_or_path"):
+                stated.pop(key, None)
+            text = json.dumps(stated, sort_keys=True, default=str)
+            digest = hashlib.sha256(text.encode())
             for name, tensor in self._model.state_dict().items():
                 digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
                 whole = tensor.detach().cpu().contiguous().reshape(-1)

@@ -39,12 +39,15 @@ _ENCODINGS = (
 )
 # Besides white space, text has: backspaces, escapes (terminal colours), and DOS's end of file.
 _CONTROLS = bytes({*range(1, 32), 127} - {*b"\b\t\n\v\f\r\x1a\x1b"})
+# What switches to two bytes a sign in ISO-2022, whose bytes are all ASCII; no terminal is told so.
+_SHIFTED = re.compile(rb"\x1b\$[@AB]|\x1b\$[()][A-D]")
 _CONTROLS_FEW = 8
 _CONTROLS_SHARE = 0.01
 _AS_IT_IS = (".csv", ".tsv", ".ipynb")
 _LINES = (".jsonl", ".ndjson")
 _MACHINES = ("__pycache__", "node_modules")
 _ENVIRONMENTS = ("pyvenv.cfg", "conda-meta")
+_RUNS = ("data.key", "adapter_config.json")  # tokens and checkpoints; adapters
 _SUFFIX = re.compile(r"\.[A-Za-z0-9_+~-]{1,12}")
 _SUFFIXES_SHOWN = 4
 _KINDS_OF_FILE = (
@@ -237,6 +240,8 @@ def _reason_to_skip(entry: os.DirEntry[str], owned: Mapping[str, str]) -> str | 
             return entry.name
         if any(os.path.lexists(os.path.join(entry.path, name)) for name in _ENVIRONMENTS):
             return "virtual environment"
+        if any(os.path.lexists(os.path.join(entry.path, name)) for name in _RUNS):
+            return "of another run"
         return None
     return None if entry.is_file(follow_symlinks=False) else "neither file nor folder"
 
@@ -290,6 +295,11 @@ def _read_through(file: BinaryIO, encoding: str, head: bytes, suffix: str) -> bo
         plain = chunk if encoding == "utf-8" else text.encode()
         if b"\0" in plain:
             raise _with_nuls(plain, head, suffix)
+        if _SHIFTED.search(plain):
+            raise _EncodingError(
+                "it looks like ISO-2022 (Japanese mail); convert it "
+                "(iconv -f ISO-2022-JP -t UTF-8 FILE > NEW) or leave it out"
+            )
         controls += _controls(plain)
         blank = blank and not text.strip()
     if controls > max(_CONTROLS_FEW, place * _CONTROLS_SHARE):

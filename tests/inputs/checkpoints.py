@@ -245,6 +245,45 @@ def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> 
     return apply
 
 
+def twice(name: str, other: str) -> Damage:
+    """A tensor under another name too, there with other values."""
+    return more(other, lambda stored: 2 * stored[name])
+
+
+def more(name: str, make: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> Damage:
+    """One tensor more."""
+
+    def apply(place: Path) -> None:
+        stored = load_file(place / WEIGHTS)
+        stored[name] = make(stored)
+        save_file(stored, place / WEIGHTS, metadata={"format": "pt"})
+
+    return apply
+
+
+def in_two_shards(name: str) -> Damage:
+    """A tensor in a shard that is not the one of the index too, with other values."""
+
+    def apply(place: Path) -> None:
+        where = json.loads((place / INDEX).read_text())["weight_map"]
+        other = place / next(file for file in where.values() if file != where[name])
+        stored = load_file(other) | {name: 2 * load_file(place / where[name])[name]}
+        save_file(stored, other, metadata={"format": "pt"})
+
+    return apply
+
+
+def beside(make: Maker) -> Damage:
+    """What this makes, in the same directory; the model's own files stay."""
+
+    def apply(place: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            make(Path(scratch))
+            shutil.copytree(scratch, place, dirs_exist_ok=True)
+
+    return apply
+
+
 def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """A tensor with this as its second element."""
 

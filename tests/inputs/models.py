@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, CLIPTextConfig, T5Config, ViTConfig
+from transformers import BertConfig, CLIPTextConfig, PreTrainedModel, T5Config, ViTConfig
 
 from benchmarks.zoo.layouts import (
     FP8,
     INT8,
     base_only,
+    edit_config,
     head_of_its_own,
     pickled,
     quantised,
@@ -23,16 +25,20 @@ from tests.inputs.checkpoints import (
     LFS_POINTER,
     WEIGHTS,
     adapter,
+    beside,
     config,
     cut,
     damaged,
     gguf,
+    in_two_shards,
     into_subfolder,
+    more,
     named,
     nothing,
     other_kind,
     saved,
     tensor,
+    twice,
     weight_map,
     with_value,
     without,
@@ -47,6 +53,11 @@ _QUANTISED = r"(?i)quanti[sz]ed"
 _FINITE = r"(?i)NaN or inf|finite|holds NaN"
 _DAMAGED = r"(?i)damaged|cut|download it again"
 _SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def _base_of_fewer_layers(model: PreTrainedModel, place: Path) -> None:
+    base_only(model, place)
+    edit_config(place, n_layer=1)
 
 
 def _shortened(names: dict[str, str]) -> dict[str, str]:
@@ -66,6 +77,9 @@ WHOLE = (
     Row("names without the base model's prefix, tied", _SAME,
         saved(base_only, tie_word_embeddings=True)),
     Row("GPT-NeoX and Pythia, whose head is `embed_out`", _SAME, saved(model_type="gpt_neox")),
+    Row("Pythia and GPT-Neo, with their causal masks as bytes in the file", "no weights, not used",
+        damaged(more("gpt_neox.layers.0.attention.bias", lambda _: torch.ones(
+            1, 1, 8, 8, dtype=torch.uint8)), model_type="gpt_neox")),
     Row("Gemma 4, whose layers have persistent buffers", "the buffers are read",
         saved(model_type="gemma4_text")),
     Row("GPT-2 with `Conv1D` for linears and dropout in its config", "dropout of the base is off",
@@ -82,6 +96,8 @@ QUANTISED = (
     Row("fp8 codes with scales, of which the config says nothing",
         "quantised, though its config does not say how",
         saved(quantised(torch.float8_e4m3fn, "weight_scale", None)), _QUANTISED),
+    Row("fp8 with scales of another name than its config means", "quantised; give the original",
+        saved(quantised(torch.float8_e4m3fn, "weight_scale", FP8)), _QUANTISED),
     Row("8-bit weights of bitsandbytes", "quantised by bitsandbytes; give the original",
         saved(quantised(torch.int8, "SCB", INT8)), r"(?i)bitsandbytes"),
     Row("int8 codes, of which the config says nothing",
@@ -90,6 +106,8 @@ QUANTISED = (
     Row("GPTQ or AWQ", "quantised by that method; give the original",
         damaged(config(quantization_config={"quant_method": "gptq", "bits": 4})),
         r"(?i)gptq"),
+    Row("a method that is no name", "quantised in a way that is not undone",
+        damaged(config(quantization_config={"quant_method": ["fp8"]})), _QUANTISED),
     Row("a method that nobody knows", "quantised in a way that is not undone",
         damaged(config(quantization_config={"quant_method": "mine"})), r"(?i)mine"),
 )  # fmt: skip
@@ -145,6 +163,13 @@ DAMAGED = (
         damaged(tensor(_QUERY, lambda old: old[:-1])), r"q_proj"),
     Row("a shard with a tensor of another shape", "which tensor, and both shapes",
         damaged(tensor(_QUERY, lambda old: old[:, :-1]), shard="20KB"), r"q_proj"),
+    Row("an embedding of another shape", "which tensor, and both shapes",
+        damaged(tensor("model.embed_tokens.weight", lambda old: old[:-1])),
+        r"embed_tokens.*\[\d+, \d+\].*\[\d+, \d+\]"),
+    Row("a tensor with the prefix and without, not the same", "which tensor, and where",
+        damaged(twice(_QUERY, _QUERY.removeprefix("model."))), r"q_proj.*twice"),
+    Row("a tensor in two shards, not the same", "which tensor, and where",
+        damaged(in_two_shards(_QUERY), shard="20KB"), r"q_proj.*twice"),
     Row("a tensor missing", "no such tensor", damaged(tensor(_QUERY, lambda old: None)),
         r"q_proj"),
     Row("NaN in a norm", "not finite, and where",
@@ -156,6 +181,9 @@ DAMAGED = (
         damaged(tensor(_QUERY, with_value(float("nan")))), _FINITE),
     Row("a config with fewer layers than the file", "the model would be cut short",
         damaged(config(num_hidden_layers=1)), r"(?i)layers"),
+    Row("the same, of names without the base model's prefix", "the model would be cut short",
+        saved(_base_of_fewer_layers, model_type="gpt2", tie_word_embeddings=True),
+        r"h\.1.*no layer"),
     Row("a config with more layers than the file", "no such tensor",
         damaged(config(num_hidden_layers=3)), r"layers\.2"),
     Row("a config of another width", "which tensor, and both shapes",
@@ -165,6 +193,8 @@ DAMAGED = (
         r"config\.json"),
     Row("config.json without a model type", "no model type",
         damaged(config(model_type=None, architectures=None)), r"model_type"),
+    Row("config.json with a size that is a string", "which entry, and what is wrong",
+        damaged(config(num_hidden_layers="2")), r"num_hidden_layers.*int"),
     Row("config.json with a size that makes no sense", "which config, and what is wrong",
         damaged(config(num_attention_heads=0)), r"(?i)config"),
 )  # fmt: skip
@@ -182,6 +212,11 @@ PLACES = (
         named(".", gguf()), r"lfm2\.gguf"),
     Row("a GGUF file that is cut", "the file cannot be read", gguf(cut(GGUF, 0.5)), r"lfm2\.gguf"),
     Row("an adapter's directory", "an adapter, not a base model", adapter, r"(?i)adapter"),
+    Row("a model with an adapter beside it", "merge them, or move the adapter away",
+        damaged(beside(adapter)), r"(?i)adapter.*beside"),
+    Row("a model whose config names other weights (`transformers_weights`)",
+        "give them the usual names",
+        damaged(config(transformers_weights="other.safetensors")), r"transformers_weights"),
     Row("a trainer's directory, with the model in `checkpoint-100`", "no config.json",
         damaged(into_subfolder), r"config\.json"),
     Row("a path that is not there", "no such directory, nor a model of the hub",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import json
@@ -13,8 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,9 +34,12 @@ from backends.net import dialling
 from backends.net.dialling import Dialler
 from backends.nn.adapters import AdapterError, add_lora, base_name, save_adapter, trainable
 from backends.nn.checkpoint import ResumeError, SaveError
+from backends.nn.corpus import corpus_of
+from backends.nn.texts import DataError, find_texts
+from backends.nn.tokenizer import ByteTokenizer
 from backends.nn.trainer import TaintedError, TrainConfig, Trainer, TrainingInterrupted
 from backends.places import PlaceError
-from scenarios import report
+from scenarios import llama1b, report
 from scenarios.session import one_run, require_room_for_run, stopped_untainted
 from sim.trace import write_perfetto
 from tests.he.small_model import GROUPS, TAG, quiet, weight_of
@@ -61,14 +67,15 @@ class Life:
     """One start of a run that trains in clear; Ctrl-C after a step when asked."""
 
     def __init__(
-        self, place: Path, config: TrainConfig = CONFIG, ledger: WorkerLedger | None = None
-    ) -> None:
+        self, place: Path, config: TrainConfig = CONFIG, ledger: WorkerLedger | None = None,
+        **identity: str,
+    ) -> None:  # fmt: skip
         self.model = adapted()
         self.said: list[str] = []
         self.rates: list[float] = []
         self.trainer = Trainer(
             self.model, DATA, config, checkpoints=place, checkpoint_every=1, ledger=ledger,
-            identity={"rank": 2}, say=self.said.append,
+            identity={"rank": 2, **identity}, say=self.said.append,
         )  # fmt: skip
 
     def train(self, stop_after: int = 0) -> Life:
@@ -195,13 +202,45 @@ def test_a_place_that_takes_no_lock(tmp_path: Path) -> None:
 def test_what_a_dead_run_left_is_cleared_away(tmp_path: Path) -> None:
     """What it had moved aside comes back; what is not ours, or of a living process, stays."""
     (tmp_path / f".adapter.{'1' * 16}.old").mkdir()
-    for name in ("adapter", "checkpoints"):
+    for name in ("adapter", "checkpoints", "corpus"):
         (tmp_path / f".{name}.{'2' * 16}.tmp").mkdir()
     (tmp_path / f".report.md.{'3' * 16}.tmp").write_text("half")
     (tmp_path / f".notes.{'4' * 16}.tmp").write_text("somebody else's")
     with replacing_directory(tmp_path / "losses.png") as living, one_run(tmp_path):
         left = {path.name for path in tmp_path.iterdir()}
     assert left == {"adapter", f".notes.{'4' * 16}.tmp", "run.lock", living.name}
+
+
+@pytest.mark.parametrize(
+    "name", ["corpus", "adapter", "adapter-comparison", "checkpoints", "checkpoints-private"]
+)
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_no_run_has_written_is_not_replaced(tmp_path: Path, name: str, kind: str) -> None:
+    """As of somebody who keeps texts in ./corpus, and says --data corpus --out ."""
+    place = tmp_path / name
+    if kind == "folder":
+        place.mkdir()
+        (place / "novel.txt").write_text("the only copy")
+    elif kind == "file":
+        place.write_text("the only copy")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(PlaceError, match=rf"{name} (holds|is a).*--out"), one_run(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_what_runs_have_written_is_replaced(tmp_path: Path, at_step_2: Path) -> None:
+    """Checkpoints, those set aside, the adapter and the tokens."""
+    shutil.copytree(at_step_2, tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "damaged-step-000002-again").mkdir()
+    save_adapter(adapted(), tmp_path / "adapter", "base")
+    (tmp_path / "a.txt").write_text("text " * 100)
+    corpus_of(find_texts([tmp_path / "a.txt"]), ByteTokenizer(), 8, 256, tmp_path / "corpus")
+    with one_run(tmp_path):
+        pass
 
 
 # --- preparation ------------------------------------------------------------------------------
@@ -329,6 +368,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def zeroed(path: Path) -> None:
+    """Room that a copy had made for tensors, and had not filled."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:start] + bytes(len(content) - start))
+
+
 def emptied(path: Path) -> None:
     """A file of the right form that holds nothing."""
     path.write_bytes((2).to_bytes(8, "little") + b"{}")
@@ -341,6 +387,8 @@ SPOILS: dict[str, Callable[[Path], Any]] = {
     "adapter cut": lambda place: cut(place / "adapter_model.safetensors"),
     "no moments": lambda place: (place / "optimizer.safetensors").unlink(),
     "moments cut": lambda place: cut(place / "optimizer.safetensors"),
+    "adapter zeroed": lambda place: zeroed(place / "adapter_model.safetensors"),
+    "moments zeroed": lambda place: zeroed(place / "optimizer.safetensors"),
     "moments empty": lambda place: emptied(place / "optimizer.safetensors"),
     "nothing copied": lambda place: [path.unlink() for path in place.iterdir()],
     "a file": lambda place: (shutil.rmtree(place), place.write_text("x")),
@@ -488,6 +536,48 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
             Life(tmp_path, other)
     with pytest.raises(ResumeError, match=r"\(data: another text, or read otherwise\)"):
         Trainer(adapted(), DATA[:5], CONFIG, checkpoints=tmp_path, identity={"rank": 2})
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    """By both their digests."""
+    with pytest.raises(TrainingInterrupted):
+        Life(tmp_path, base="one").train(2)
+    with pytest.raises(ResumeError, match="base 'one', not 'other'"):
+        Life(tmp_path, base="other")
+
+
+def test_what_goes_to_no_worker_is_of_the_base_too(tmp_path: Path) -> None:
+    """Norms and embeddings, which are not in the digest of a prepared model."""
+    args = llama1b.parse(["--real-cpu", "--out", str(tmp_path)])
+    prepared: Any = SimpleNamespace(model_digest=b"the same linears")
+
+    def begun(base: str) -> Trainer:
+        setup: Any = SimpleNamespace(
+            hardware=SimpleNamespace(device="cpu"), sequences=DATA, training=CONFIG,
+            skeleton=SimpleNamespace(remote=SimpleNamespace(forget_lane=lambda: None)),
+            base=SimpleNamespace(identity=lambda: base),
+        )  # fmt: skip
+        return llama1b.make_trainer(args, setup, prepared, adapted(), private=True)
+
+    begun("one")._save()
+    begun("one")
+    with pytest.raises(ResumeError, match="base 'one', not 'other'"):
+        begun("other")
+
+
+def test_who_starts_over_and_is_refused_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(args: argparse.Namespace) -> None:
+        raise DataError("no such text")
+
+    (tmp_path / "checkpoints" / "step-000009").mkdir(parents=True)
+    monkeypatch.setattr(llama1b, "set_up", refused)
+    monkeypatch.setattr(llama1b, "clean_exit", lambda *errors: nullcontext())
+    monkeypatch.setattr(sys, "argv", ["llama1b", "--real-cpu", "--fresh", "--out", str(tmp_path)])
+    with pytest.raises(DataError):
+        llama1b.main()
+    assert (tmp_path / "checkpoints" / "step-000009").exists()
 
 
 def test_a_million_steps(tmp_path: Path) -> None:

@@ -140,6 +140,20 @@ def test_a_sample_is_of_files_all_over(tmp_path: Path) -> None:
     assert len(sample(find_texts([tmp_path / "a.txt"]), lambda messages: None, 8, 100)) == 8
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_sample_is_of_places_all_over_a_file(tmp_path: Path, name: str) -> None:
+    """What a tokenizer loses may begin late."""
+    lines = [f"line {i}\n" for i in range(40_000)]
+    if name == "a.jsonl":
+        lines = [_lines({"text": line}) for line in lines]
+    (tmp_path / name).write_text("".join(lines))
+    found = sample(find_texts([tmp_path]), lambda messages: None, 8, 100)
+    places = [int(re.findall(r"line (\d+)\n", text)[0]) for text in found]
+    assert places == sorted(places)
+    assert len(places) == 8
+    assert max(b - a for a, b in zip(places, [*places[1:], 40_000], strict=True)) < 8_000
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3)

@@ -113,6 +113,7 @@ def _own_is_the_text(directory: Path) -> Brought:
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 SAFETENSORS = struct.pack("<Q", 2) + b"{}" + bytes(64)
 CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+SYSTEM = {"role": "system", "content": "Be kind."}
 WRITTEN = "user: Hello?\n\nassistant: Yes."
 ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2"}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
@@ -156,6 +157,12 @@ DATASETS = (
     Row('ShareGPT: `{"conversations": [{"from", "value"}, ...]}`', "the same",
         _file("a.jsonl", _lines({"conversations": [
             {"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]}), WRITTEN)),
+    Row("`system` beside a conversation", "the turn before it, unless it has one",
+        _file("a.jsonl", _lines({"messages": CHAT, "system": "Be kind."},
+                                {"conversations": CHAT, "system_prompt": "Be kind."},
+                                {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "Be kind."},
+                                {"messages": [SYSTEM, *CHAT], "system": "Be terse."}),
+              [f"system: Be kind.\n\n{WRITTEN}"] * 4)),
     Row("`prompt` and `completion`", "two turns; without a template joined as they are",
         _file("a.jsonl", _lines({"prompt": "Q: why?\nA:", "completion": " so"}),
               "Q: why?\nA: so")),
@@ -199,6 +206,12 @@ LEFT_OUT = (
         _folder({"a.txt": LINE, "env/pyvenv.cfg": "x", "env/b.py": "x", "__pycache__/c.pyc": "x",
                  "node_modules/d.js": "x", "conda/conda-meta/e.json": "{}"}, [LINE],
                 "left out 4: 2 virtual environment, 1 (__pycache__|node_modules), 1")),
+    Row("tokens, checkpoints and adapters of other runs among the texts", "left out, and said",
+        _folder({"a.txt": LINE, "runs/1/adapter/adapter_config.json": "{}",
+                 "runs/1/adapter/README.md": "x", "runs/1/corpus/data.key": "x",
+                 "runs/1/corpus/corpus.json": "{}", "runs/1/checkpoints/data.key": "x",
+                 "runs/1/checkpoints/step-000001/state.json": "{}"}, [LINE],
+                "left out 3: 3 of another run")),
     Row("the run's own `--out`, `--cache`, `--json`, `--trace`, `--tls` among the texts",
         "left out, and said",
         _folder({"a.txt": LINE, "run/adapter/README.md": "x"}, [LINE],
@@ -222,6 +235,9 @@ REFUSED = (
     Row("the same anywhere in a folder", "refused, naming the first such file",
         _folder({"a.txt": LINE, "b.txt": "straße\n".encode("latin-1"),
                  "c.txt": "日本".encode("shift-jis")}, []), r"b\.txt: not UTF-8.*and 1 more"),
+    Row("ISO-2022, as in Japanese mail: its bytes are all ASCII",
+        "refused with the `iconv` that converts it",
+        _file("a.eml", "日本語\n".encode("iso2022_jp")), r"ISO-2022.*iconv"),
     Row("a file cut off within a character", "refused",
         _file("a.txt", "straße"[:5].encode()[:-1]), r"not UTF-8 text \(byte 4\)"),
     Row("UTF-16 without a byte order mark", "refused with the `iconv` that converts it",

@@ -182,3 +182,16 @@ def test_a_name_that_is_nowhere_is_explained(monkeypatch: pytest.MonkeyPatch) ->
         open_base("nobody/no-such-model")
     with pytest.raises(CheckpointError, match="no such directory or file"):
         open_base("./nowhere")
+
+
+def test_another_config_is_another_base(tmp_path: Path) -> None:
+    """The weights alone do not make a model: rotary bases and norms are in the config."""
+    random_model("llama").save_pretrained(tmp_path)
+    before = open_base(tmp_path).identity()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
+    assert open_base(tmp_path).identity() != before
+    model = random_model("llama")
+    held = HeldBase(model).identity()
+    model.config.rms_norm_eps = 1e-3
+    assert HeldBase(model).identity() != held
