@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -598,6 +598,14 @@ def test_the_base_of_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def ordinary_interrupts() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt here, whatever a test before has made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted_after(seconds: float) -> threading.Timer:

@@ -19,12 +19,13 @@ from tests.scenarios.commands import ROOT
 
 SLOW = """
 import sys, time
+import backends.serve as serve
 import scenarios.worker as worker
-class Slow(worker.MlweWorker):
+class Slow(serve.MlweWorker):
     def multiply(self, payload, tokens, matrix):
         time.sleep({seconds})
         return super().multiply(payload, tokens, matrix)
-worker.MlweWorker = Slow
+serve.MlweWorker = Slow
 worker.main()
 """
 """The worker's command, every product of which takes a while."""
