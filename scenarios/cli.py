@@ -45,7 +45,7 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         _leave("\ninterrupted; what was prepared or saved so far is kept")
     except told as error:
-        sys.exit(f"error: {' '.join(str(error).splitlines())}")
+        sys.exit(f"error: {one_line(str(error))}")
     except OSError as error:
         if error.errno == errno.EPIPE and _stdout_is_gone():
             sys.exit(1)
@@ -59,6 +59,12 @@ def clean_exit(*mendable: type[Exception]) -> Iterator[None]:
         from backends.hardware import MEMORY_ADVICE  # which imports torch
 
         sys.exit(f"error: the GPU's memory is full; {MEMORY_ADVICE}")
+
+
+def one_line(text: str) -> str:
+    """Without line ends, or anything that a terminal would obey: names of files may hold it."""
+    line = " ".join(text.splitlines())
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
 
 
 def _leave(text: str) -> NoReturn:

@@ -27,6 +27,8 @@ _SINGLE = "model.safetensors"
 LFS = b"version https://git-lfs"
 _CODES = {"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
 """Types of safetensors that weights have when they are quantised."""
+_INTEGERS = {"I16", "I32", "I64", "U16", "U32", "U64", "BOOL"}
+"""And those that codes may be packed in, where a matrix belongs."""
 DEQUANTISED = {
     "fp8": quantisers.FineGrainedFP8Config,
     "mxfp4": quantisers.Mxfp4Config,
@@ -195,7 +197,8 @@ def require_plain(directory: Path, files: list[Path]) -> None:
                 found = shard.get_slice(name)
                 kind, shape = found.get_dtype(), found.get_shape()
                 mask = len(shape) == 4 and shape[:2] == [1, 1]  # GPT-Neo and Pythia keep theirs
-                if kind in _CODES and not mask:
+                integers = kind in _INTEGERS and len(shape) == 2 and name.endswith("weight")
+                if (kind in _CODES and not mask) or integers:
                     raise CheckpointError(
                         f"{directory}: {name} holds {kind}, so the checkpoint is quantised though "
                         f"its config does not say how; {_GET_WHOLE}"

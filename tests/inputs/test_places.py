@@ -26,6 +26,7 @@ from backends.places import (
 )
 from scenarios import certs, llama1b, prepare, quickstart, record
 from scenarios.chaos import __main__ as chaos
+from scenarios.cli import one_line
 from scenarios.preparation import add_cache_option
 from scenarios.whatif import __main__ as whatif
 from sim import calibrate
@@ -289,3 +290,8 @@ def test_half_of_the_certificates_is_not_left(here: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     assert listing(here / "certs") == []
     assert "identity" in certs.make(here / "certs", ["localhost"], 10)
+
+
+def test_an_error_obeys_no_terminal() -> None:
+    """Names of files may hold anything; the line is one line, and only shows it."""
+    assert one_line("a\x1b[2J\u202eb\nc") == "a\\x1b[2J\\u202eb c"
