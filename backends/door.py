@@ -35,8 +35,6 @@ from backends.he.store import PreparedModel
 from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
 from backends.ledger import WorkerLedger
-from backends.net.addresses import address_of
-from backends.net.tls import Tls, require_loopback
 from backends.nn.base import open_base
 from backends.nn.corpus import Sequences
 from backends.nn.remote import Remote, RemoteLinear
@@ -253,17 +251,11 @@ def connect(
     """
     skeleton, public = _of(model)
     _require_no_dropout(model)
-    for text in workers:
-        host, _ = address_of(text)
-        if tls is None:
-            require_loopback(host)
-    certificates = None if tls is None else Tls(Path(tls))
-    if certificates is not None:
-        certificates.require_current()
+    there = Workers.at(workers, None if tls is None else Path(tls))
     known = WorkerLedger(None if ledger is None else Path(ledger))
     with opened(
         skeleton, public.prepared, lanes, ledger=known,
-        workers=Workers(tuple(workers), certificates),
+        workers=there,
     ) as session:  # fmt: skip
         found = OpenSession(session, model, skeleton, lanes, known)
         try:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from backends.errors import UserError
 
+_CHUNK_BYTES = 1 << 24
 _ASIDE = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)")
 """A name that `replacing` and `replacing_directory` make."""
 
@@ -213,6 +214,16 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         if file.read(len(header)) != header:
             raise ValueError(f"it does not begin as an .npy file of {name} in C order does")
         return np.asarray(np.memmap(file, np.dtype(dtype), "r", len(header), shape))
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """SHA-256 of files' bytes, one after the other, in hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_array(

@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,12 +21,13 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.net.addresses import address_of
 from backends.net.audit import Audit
 from backends.net.inprocess import in_process
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.remote import connected
-from backends.net.tls import Tls
+from backends.net.tls import Tls, require_loopback
 from backends.net.worker import WorkerServer
 from backends.nn.skeleton import Skeleton
 
@@ -36,6 +38,22 @@ class Workers:
 
     addresses: tuple[str, ...] = ()
     tls: Tls | None = None
+
+    @classmethod
+    def at(cls, addresses: Sequence[str], certificates: Path | None) -> Workers:
+        """Workers at "host:port" each, and this side's certificates in a directory.
+
+        Raises AddressError, or CertificateError for certificates that cannot be used, and for
+        workers elsewhere without any.
+        """
+        for text in addresses:
+            host, _ = address_of(text)
+            if certificates is None:
+                require_loopback(host)
+        tls = None if certificates is None else Tls(certificates)
+        if tls is not None:
+            tls.require_current()
+        return cls(tuple(addresses), tls)
 
 
 HERE = Workers()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from backends.door import place_of, prepared_at
+from backends.door import cache_directory, place_of, prepared_at
 from backends.hardware import CPU, Hardware
 from backends.he.cuda.device import require_memory
 from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
@@ -44,8 +44,7 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
 def _cache(text: str) -> Path:
     """Of an option's text, or where prepared models live when there is none."""
     try:
-        base = os.environ.get("XDG_CACHE_HOME")
-        place = named(text) if text else Path(base or Path.home() / ".cache") / "private-lora"
+        place = named(text) if text else cache_directory()
         place.exists()
         there = next(each for each in (place, *place.parents) if os.path.lexists(each))
         if not there.is_dir():

@@ -17,10 +17,8 @@ from backends.hardware import CPU, Hardware
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.lock import alone
-from backends.net.addresses import address_of
 from backends.net.inprocess import worker_name
 from backends.net.loop import Hooks
-from backends.net.tls import Tls, require_loopback
 from backends.nn.adapters import lora_parameters
 from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
@@ -35,18 +33,8 @@ from scenarios.real_trace import RealTrace
 
 
 def chosen_workers(args: argparse.Namespace) -> Workers:
-    """What `add_worker_options` gave.
-
-    Raises AddressError, or CertificateError for certificates that cannot be used.
-    """
-    for text in args.worker:
-        host, _ = address_of(text)
-        if args.tls is None:
-            require_loopback(host)
-    tls = None if args.tls is None else Tls(args.tls)
-    if tls is not None:
-        tls.require_current()
-    return Workers(tuple(args.worker), tls)
+    """What `add_worker_options` gave. Raises what `Workers.at` does."""
+    return Workers.at(args.worker, args.tls)
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,6 @@ The model is never in memory whole.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import tempfile
@@ -33,6 +32,7 @@ from transformers import (
 from transformers.utils import logging as reports
 from transformers.utils import quantization_config as quantisers
 
+from backends.files import digest_of
 from backends.nn.checkpoint_files import (
     DEQUANTISED,
     parsed_config,
@@ -144,13 +144,8 @@ class Checkpoint(Base):
     def identity(self) -> str:
         """Of the files' bytes, read once; what the config says is part of the model."""
         if self._identity is None:
-            digest = hashlib.sha256()
             config = [] if self._gguf else [self.directory / "config.json"]
-            for path in [*config, *self._files]:
-                with path.open("rb") as file:
-                    while chunk := file.read(1 << 24):
-                        digest.update(chunk)
-            self._identity = digest.hexdigest()
+            self._identity = digest_of([*config, *self._files])
         return self._identity
 
     def describe(self) -> str:

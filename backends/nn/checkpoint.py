@@ -20,7 +20,6 @@ never gone on from: the newest whole one is, and those after it are set aside as
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import logging
@@ -38,6 +37,7 @@ from torch import nn
 
 from backends.errors import UserError
 from backends.files import (
+    digest_of,
     end_replacing,
     read_bounded,
     remove_directory,
@@ -62,7 +62,6 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SCHEDULE = ("steps", "warmup_steps")
 """What may change between the runs of one directory, where the number of steps does."""
 _BLOCK_TOKENS = 1 << 20
-_CHUNK_BYTES = 1 << 20
 
 
 class ResumeError(UserError, ValueError):
@@ -159,7 +158,7 @@ def save(
         with replacing_directory(place_of(directory, progress.step)) as aside:
             save_file(weights, aside / WEIGHTS_FILE, {"format": "pt"})
             save_file(moments, aside / _MOMENTS_FILE)
-            state["sha256"] = {name: _digest(aside / name) for name in _TENSOR_FILES}
+            state["sha256"] = {name: digest_of([aside / name]) for name in _TENSOR_FILES}
             if adapter_config is not None:
                 (aside / CONFIG_FILE).write_bytes(adapter_config)
             write_json(aside / "state.json", state)
@@ -301,7 +300,7 @@ def _read(path: Path) -> _Whole:
     """All of a checkpoint. Raises DamagedError when a part is missing, cut, or of another one."""
     state, weights = _state(path), _load(path / WEIGHTS_FILE)
     moments = _load(path / _MOMENTS_FILE)
-    if state.get("sha256") != {n: _digest(path / n) for n in _TENSOR_FILES}:
+    if state.get("sha256") != {n: digest_of([path / n]) for n in _TENSOR_FILES}:
         raise DamagedError(f"{path} is damaged (its tensors are not those that were saved)")
     names = {f"{name}::{key}" for name in weights for key in _MOMENTS if state["step"]}
     if moments.keys() != names or any(
@@ -370,15 +369,6 @@ def _put_aside(checkpoint: Path, why: str) -> str:
             f"({error.strerror}); delete it"
         ) from error
     return f"it is kept as {aside.name}"
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -98,16 +98,6 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give a model's parameter or buffer this value, frozen."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-
-
 class RandomBase(Base):
     """Seeded random weights of the right shapes, for systems work without a checkpoint."""
 
@@ -132,7 +122,10 @@ class RandomBase(Base):
         tied = model.all_tied_weights_keys if self.config.tie_word_embeddings else {}
         for name, parameter in list(model.named_parameters()):
             if name not in tied and name not in shapes:
-                set_tensor(model, name, self.get(name, parameter.shape).to(dtype))
+                owner, _, leaf = name.rpartition(".")
+                value = self.get(name, parameter.shape).to(dtype)
+                frozen = nn.Parameter(value, requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, frozen)
         model.tie_weights()
 
         def read(module: str) -> torch.Tensor:
