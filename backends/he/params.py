@@ -53,16 +53,18 @@ def max_log2_modulus(dimension: int) -> float:
 class Parameters:
     """One parameter set of the module-LWE cipher.
 
-    rank          r, 5..8; the LWE dimension is r * 256. Nothing in the arithmetic ends at 8
-                  (`ring.py` has the bound); no larger rank is tested.
-    limbs         base-256 digits per ciphertext value; p = 2^(8*limbs).
-    dropped_bits  delta: low bits the worker rounds away from each result.
+    rank         r, 5..8; the LWE dimension is r * 256. Nothing in the arithmetic ends at 8
+                 (`ring.py` has the bound); no larger rank is tested.
+    weight_bits  of the quantised weights, sign included: 4..8
+    thin         whether the planner chooses each matrix's `Format` for the error that fine-tuning
+                 bears (`plan.py`), with a scale that is calibrated; else every value has 24 bits up
+                 and 16 down, and no result can wrap
     """
 
     name: str
     rank: int
-    limbs: int = 3
-    dropped_bits: int = 8
+    weight_bits: int = 8
+    thin: bool = False
     degree: int = RING_DEGREE
     modulus: int = NTT_PRIME
 
@@ -74,12 +76,9 @@ class Parameters:
             )
         if not 1 <= self.rank <= 8:
             raise ValueError(f"parameters {self.name!r}: rank must be 1..8, got {self.rank}")
-        if self.limbs not in (2, 3):
-            raise ValueError(f"parameters {self.name!r}: limbs must be 2 or 3, got {self.limbs}")
-        if self.result_bits > 16 or self.result_bits < 8:
+        if not 4 <= self.weight_bits <= 8:
             raise ValueError(
-                f"parameters {self.name!r}: {8 * self.limbs} - {self.dropped_bits} result bits; "
-                "results must keep 8..16 bits to travel in two bytes"
+                f"parameters {self.name!r}: weights have 4..8 bits, got {self.weight_bits}"
             )
         allowed = max_log2_modulus(self.dimension)
         if log2(self.modulus) > allowed:
@@ -95,43 +94,24 @@ class Parameters:
         return self.rank * self.degree
 
     @property
-    def worker_modulus(self) -> int:
-        """p = 2^(8*limbs), the modulus the worker computes in."""
-        return 1 << (8 * self.limbs)
-
-    @property
-    def rounding_bits(self) -> int:
-        """Bits that rounding from q to p drops: q/p is 2 to this, less 2559/p."""
-        return MODULUS_BITS - 8 * self.limbs
-
-    @property
-    def result_bits(self) -> int:
-        """Bits of each value on the way down."""
-        return 8 * self.limbs - self.dropped_bits
-
-    @property
-    def up_bytes_per_value(self) -> int:
-        """Wire bytes of one encrypted activation or gradient."""
-        return self.limbs
-
-    @property
-    def down_bytes_per_value(self) -> int:
-        """Wire bytes of one encrypted result."""
-        return 2
+    def weight_limit(self) -> int:
+        """Largest absolute value of a quantised weight."""
+        return (1 << (self.weight_bits - 1)) - 1
 
     def digest(self) -> bytes:
         """32 bytes that name this set; both sides compare them in the handshake."""
-        text = json.dumps({"scheme": "mlwe-int8-v1"} | asdict(self), sort_keys=True)
+        text = json.dumps({"scheme": "mlwe-int8-v2"} | asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
 
 
 PRESETS: dict[str, Parameters] = {
-    "standard": Parameters("standard", rank=5),
+    "thin": Parameters("thin", rank=5, weight_bits=6, thin=True),
+    "exact": Parameters("exact", rank=5),
     "conservative": Parameters("conservative", rank=6),
     "paranoid": Parameters("paranoid", rank=8),
 }
 """The worst known attack on each, in classical core-SVP bits without / with the rounding counted:
-standard 126.0 / 130.9, conservative 158.8 / 164.8, paranoid 226.9 / 234.9. Always the dual hybrid;
+thin and exact 126.0 / 130.9, conservative 158.8 / 164.8, paranoid 226.9 / 234.9. Always the dual hybrid;
 `python -m scenarios.params` and docs/security.md have every attack and cost model. `Parameters`
 refuses by the guideline's line alone: that every rank which it builds is also above the floor of
 125 of these bits (backends/he/estimate/verdict.py) is for a test to hold, not for each process."""
