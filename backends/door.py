@@ -106,7 +106,7 @@ def prepared_at(
 
 def prepare(
     model: PreTrainedModel | str | Path,
-    preset: str = "standard",
+    preset: str = "thin",
     cache: str | Path | None = None,
     remote_head: bool = False,
     owner_tag: bytes = b"",

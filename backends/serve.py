@@ -35,13 +35,13 @@ def worker_cipher(
     """
     if backend == "cpu":
         kernel = kernel or chosen_kernel()
-        return MlweWorker(parameters, kernel), kernel.name
+        return MlweWorker(kernel), kernel.name
     # Only here: they need torch, Triton and CuPy, which only a GPU needs.
     from backends.he.cuda.device import find_gpu
     from backends.he.cuda.worker import CudaWorker
 
     gpu = find_gpu()
-    return CudaWorker(parameters, gpu), gpu.name
+    return CudaWorker(gpu), gpu.name
 
 
 def require_parameters(part: WorkerPart) -> Parameters:

@@ -138,7 +138,7 @@ def make_ciphers(
     assert parameters is not None
     elsewhere = bool(workers.addresses)
     if hardware.gpu is None:
-        here: list[WorkerCipher] = [] if elsewhere else [MlweWorker(parameters)]
+        here: list[WorkerCipher] = [] if elsewhere else [MlweWorker()]
         return MlweOwner(parameters, public), here
     # Only here: they need Triton and CuPy, which only a GPU needs.
     from backends.he.cuda.owner import CudaOwner
@@ -147,7 +147,7 @@ def make_ciphers(
     gpu = hardware.gpu
     local = not (hardware.host_frames or elsewhere)
     owner = CudaOwner(parameters, public, gpu, local=local, hint_bytes=hint_bytes)
-    return owner, [] if elsewhere else [CudaWorker(parameters, gpu)]
+    return owner, [] if elsewhere else [CudaWorker(gpu)]
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def opened(
     owner, here = make_ciphers(prepared, hardware, hint_bytes, workers)
     prepared.guard(owner)
     assert prepared.parameters is not None
-    audit = Audit(MlweWorker(prepared.parameters), prepared.worker_weights())
+    audit = Audit(MlweWorker(), prepared.worker_matrices())
     with ExitStack() as stack:
         stack.enter_context(hardware.timed())
         server: WorkerServer | None = None

@@ -116,7 +116,7 @@ def real_cases(cache: Path) -> Iterator[list[Case]]:
         for name, base in models().items():
             for lanes in LANES:
                 config, skeleton = base.config, build_skeleton(base)
-                prepared, _ = prepared_for(skeleton, preset("standard"), cache)
+                prepared, _ = prepared_for(skeleton, preset("exact"), cache)
                 model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
                 stack.enter_context(private_session(skeleton, prepared, lanes))
                 for tokens in TOKENS:

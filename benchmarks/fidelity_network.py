@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
         authority.issue(directory / "worker", [ADDRESSES[1]])
         base = RandomBase(network_model(), 0)
         skeleton = build_skeleton(base)
-        prepared, _ = prepared_for(skeleton, preset("standard"), args.cache)
+        prepared, _ = prepared_for(skeleton, preset("exact"), args.cache)
         profile = given or calibrated(directory, min(os.sched_getaffinity(0)))
         for _ in range(args.rounds):
             for shape in dict.fromkeys(cell.shape for cell in cells):

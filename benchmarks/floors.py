@@ -38,7 +38,7 @@ from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 
 FLOORS = {"worker": 2 / 32, "fp32": 1 / 16, "ring": 776.0, "seal": 2.0, "open": 1.0}
-_PARAMETERS = preset("standard")
+_PARAMETERS = preset("exact")
 _TOKENS, _WIDTH = 192, 2048
 _MASK_TILES = 64
 

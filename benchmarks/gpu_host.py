@@ -42,7 +42,7 @@ from benchmarks.null_cuda import null_gpu
 from protocol.errors import WrongAnswerError
 from scenarios import record
 
-PARAMETERS = preset("standard")
+PARAMETERS = preset("exact")
 TOKENS, INPUTS, OUTPUTS = 64, 128, 128
 TILINGS = (HOPPER_SMALL[0], HOPPER_LARGE[-1], AMPERE_SMALL[0])
 
@@ -80,7 +80,7 @@ def microseconds(actions: Callable[[], Callable[[], object]], rounds: int) -> di
 
 def worker_launch(gpu: Gpu, tiling: Tiling, rounds: int) -> dict[str, float]:
     """A request through CudaWorker, by one tiling."""
-    worker = CudaWorker(PARAMETERS, gpu)
+    worker = CudaWorker(gpu)
     matrix = worker.load(_weight(), True)
     request = torch.zeros(PARAMETERS.limbs * TOKENS * INPUTS, dtype=torch.uint8)
 

@@ -75,7 +75,7 @@ def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> d
     """One case of the report."""
     x = heavy_tailed(tokens, layer.matrix.in_features, seed=tokens)
     x32, x16 = torch.from_numpy(x), torch.from_numpy(x).bfloat16()
-    owner, worker = MlweOwner(parameters, layer.public), MlweWorker(parameters)
+    owner, worker = MlweOwner(parameters, layer.public), MlweWorker()
     owner.guard(layer.matrix, layer.codes, True)  # as real runs do
     trusting = MlweOwner(parameters, layer.public, unverified=True)
     loaded = worker.load(layer.codes, True)
@@ -164,7 +164,7 @@ def shape(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = Parser(__doc__, "benchmarks.he_linear")
     add = parser.add_argument
-    add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
+    add("--preset", default="exact", choices=sorted(PRESETS), help="cipher parameters")
     add("--rounds", type=TIMES, default=15, help="rounds per case (15)")
     add("--tokens", type=Whole(1, 1 << 16), nargs="+", default=TOKENS, metavar="N",
         help=f"tokens of a request ({' '.join(map(str, TOKENS))})")  # fmt: skip

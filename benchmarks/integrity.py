@@ -63,7 +63,7 @@ class Desk:
             f"{inputs}x{outputs}", np.ones(inputs, np.float32), scale,
             plan_matrix(self.weight, scale), HintBuilder(self._public).build(self.weight, True),
         )  # fmt: skip
-        self.worker = MlweWorker(parameters)
+        self.worker = MlweWorker()
         self.loaded = self.worker.load(self.weight, True)
         self._attacks = 0
         self.renew()
@@ -343,7 +343,7 @@ def bias_found(
 def main() -> None:
     parser = Parser(__doc__, "benchmarks.integrity")
     add = parser.add_argument
-    add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
+    add("--preset", default="exact", choices=sorted(PRESETS), help="cipher parameters")
     add("--attacks", type=Whole(), default=100_000, help="attacks in total (100000)")
     add("--honest", type=Whole(), default=10_000_000, help="honest tokens (10000000)")
     add("--biased", type=TIMES, default=3, help="runs under a small bias (3)")

@@ -74,7 +74,7 @@ def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
     config = network_model()
     base = RandomBase(config, 0)
     skeleton = build_skeleton(base)
-    prepared, _ = prepared_for(skeleton, preset("standard"), args.cache)
+    prepared, _ = prepared_for(skeleton, preset("exact"), args.cache)
     model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
     workers = Workers((args.worker,), Tls(args.tls))
     text = torch.randint(
@@ -84,7 +84,7 @@ def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
     others_s = lambda: busy_elsewhere_s() - busy_s(args.ours)  # noqa: E731
     with private_session(skeleton, prepared, lanes, workers=workers) as opened:
         trainer = Trainer(model, text, training, lanes, forget_lane=skeleton.remote.forget_lane)
-        shape = Shape(config, TOKENS, TOKENS, lanes, RANK, "standard")
+        shape = Shape(config, TOKENS, TOKENS, lanes, RANK, "exact")
         estimated = opened.say_estimate(shape, 1)
         steps = Steps(trainer)
         steps.take()

@@ -135,7 +135,7 @@ def measure(case: Case, parameters: Parameters, samples: int, seed: int = 1) -> 
         case.name, np.ones(case.inputs, np.float32), ones, plan_matrix(weight, ones),
         HintBuilder(public).build(weight, True),
     )  # fmt: skip
-    owner, worker = MlweOwner(parameters, public, unverified=True), MlweWorker(parameters)
+    owner, worker = MlweOwner(parameters, public, unverified=True), MlweWorker()
     loaded, exact = worker.load(weight, True), weight.T.astype(np.float64)
     data = heavy_tailed(8 * case.tokens, case.inputs, seed)
     rng = np.random.default_rng(seed)
@@ -245,7 +245,7 @@ def print_case(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = Parser(__doc__, "benchmarks.noise")
     add = parser.add_argument
-    add("--preset", default="standard", choices=sorted(PRESETS), help="cipher parameters")
+    add("--preset", default="exact", choices=sorted(PRESETS), help="cipher parameters")
     add("--samples", type=Whole(), default=50_000_000, help="results of each case (50000000)")
     record.add_json_option(parser)
     args = parser.parse()

@@ -62,8 +62,8 @@ def generated() -> str:
         "| attack | cost model | " + " | ".join(PRESETS) + " |",
         "| --- | --- |" + " --- |" * len(PRESETS),
     ]
-    for row in range(len(plain["standard"])):
-        first = plain["standard"][row]
+    for row in range(len(plain["exact"])):
+        first = plain["exact"][row]
         cells = [_cell(plain[name][row], rounded[name][row]) for name in PRESETS]
         lines.append(f"| {first.attack} | {first.model} ({first.unit}) | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -131,7 +131,7 @@ def block(parameters: Parameters) -> dict[str, Any]:
     matrix = matrix_of(weight, in_scale, out_scale, public)
     owner = ReferenceOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
-    worker = ReferenceWorker(parameters)
+    worker = ReferenceWorker()
     answer = worker.multiply(sent.payload, 2, worker.load(weight, True))
     secret = sent.sealed.secrets[0]
     masks = {
@@ -182,7 +182,7 @@ def request(parameters: Parameters) -> dict[str, Any]:
     matrix = matrix_of(weight, np.ones(200, np.float32), out_scale, public)
     owner = ReferenceOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
-    worker = ReferenceWorker(parameters)
+    worker = ReferenceWorker()
     answer = worker.multiply(sent.payload, len(x), worker.load(weight, True))
     assert matrix.hint is not None
     return {
@@ -200,7 +200,7 @@ def request(parameters: Parameters) -> dict[str, Any]:
 
 def fresh() -> str:
     """The file's text."""
-    standard = preset("standard")
+    standard = preset("exact")
     vectors = {
         "seed_of_a": seed_of_a(standard),
         "public_matrix": public_matrix(standard.rank),

@@ -162,7 +162,7 @@ def _world(
     from sim.stream import Tcp
     from sim.world import WorldConfig
 
-    limbs = _limbs(workload)
+    limbs = _limbs(workload, probe)
     origin = Origin("measured", "the probe of a line", time.strftime("%Y-%m-%d"))
     worker = DeviceProfile(
         "worker", origin, 1.0, {"int8": limbs * probe.products_per_s}, 1e15, {"multiply": 0.0}
@@ -176,10 +176,10 @@ def _world(
     )  # fmt: skip
 
 
-def _limbs(workload: Workload) -> int:
-    from backends.he.params import preset
-
-    return preset(workload.preset).limbs
+def _limbs(workload: Workload, probe: LineProbe) -> int:
+    """Digits of a value of the matrices that were asked for."""
+    shapes = [workload.matrices[matrix] for matrix, _ in probe.asked]
+    return max((-(-s.up_bytes_per_token // s.in_features) for s in shapes), default=3)
 
 
 def _owner(workload: Workload, probe: LineProbe, hardware: Hardware) -> DeviceProfile:

@@ -44,8 +44,9 @@ from backends.he.params import (
     max_log2_modulus,
     preset,
 )
-from backends.he.plan import MatrixPlan, plan_matrix
+from backends.he.plan import NOMINAL_GAIN, MatrixPlan, plan_matrix
 from backends.he.quantise import quantise
+from backends.he.wire import EXACT
 from backends.options import Parser, Whole
 from backends.units import human_bytes
 from scenarios import record
@@ -68,12 +69,13 @@ class Shape:
     outputs: int
     tokens: int
 
-    def plan(self) -> MatrixPlan:
+    def plan(self, parameters: Parameters) -> MatrixPlan:
         """Of a stand-in weight: Gaussian, quantised as a model's would be."""
         generator = torch.Generator().manual_seed(0)
         rows = min(self.outputs, _SAMPLE_ROWS, max(1, _SAMPLE_VALUES // self.inputs))
-        codes, scales = quantise(torch.randn((rows, self.inputs), generator=generator))
-        return plan_matrix(codes, scales)
+        weight = torch.randn((rows, self.inputs), generator=generator)
+        codes, scales = quantise(weight, parameters.weight_limit)
+        return plan_matrix(codes, scales, parameters)
 
 
 def security(parameters: Parameters, blocks: int) -> dict[str, Any]:
@@ -84,7 +86,8 @@ def security(parameters: Parameters, blocks: int) -> dict[str, Any]:
     problem = judged(parameters)
     found = estimates(problem, blocks)
     require_floor(parameters, found)
-    rounded = cipher_lwe(parameters.dimension, parameters.modulus, parameters.worker_modulus)
+    # With the most bits that travel: of fewer, more is rounded away.
+    rounded = cipher_lwe(parameters.dimension, parameters.modulus, EXACT.modulus)
     return {
         "blocks": blocks,
         "floor_bits": FLOOR_BITS,
@@ -102,37 +105,42 @@ def exactness(parameters: Parameters, shape: Shape) -> dict[str, float]:
 
     Raises ValueError when it is too wide for the parameters; it names a width that is not.
     """
-    plan = shape.plan()
+    plan = shape.plan(parameters)
     try:
         plan.amplitude(parameters)
     except ValueError as error:
         raise ValueError(f"{error}; --in {_widest(parameters, shape, plan)} fits") from error
     return {
-        "predicted_error": plan.predicted_error(parameters),
-        "margin": plan.margin(parameters) / (parameters.worker_modulus / 2),
+        "predicted_error": plan.predicted_error(parameters, _gain(parameters)),
+        "margin": plan.margin(parameters) / (plan.format.modulus / 2),
     }
+
+
+def _gain(parameters: Parameters) -> float:
+    return NOMINAL_GAIN if parameters.thin else 1.0
 
 
 def _widest(parameters: Parameters, shape: Shape, plan: MatrixPlan) -> int:
     """Nearly the most inputs that leave room, for a shape and its plan that do not."""
     inputs = shape.inputs
-    while plan.margin(parameters) >= parameters.worker_modulus / 2:
+    while plan.margin(parameters) >= (half := plan.format.modulus / 2):
         # The margin goes with the inputs, but for weights of few rows, whose sizes vary.
-        inputs = int(0.99 * inputs * (parameters.worker_modulus / 2) / plan.margin(parameters))
+        inputs = int(0.99 * inputs * half / plan.margin(parameters))
         inputs -= inputs % 256
-        plan = Shape(inputs, shape.outputs, shape.tokens).plan()
+        plan = Shape(inputs, shape.outputs, shape.tokens).plan(parameters)
     return inputs
 
 
-def traffic(parameters: Parameters, shape: Shape) -> dict[str, int]:
+def traffic(parameters: Parameters, shape: Shape) -> dict[str, float]:
     """Wire bytes of values, without the few bytes of a message's header."""
-    up, down = parameters.up_bytes_per_value, parameters.down_bytes_per_value
+    form = shape.plan(parameters).format
+    up, down = form.up_bytes(shape.inputs), form.down_bytes(shape.outputs)
     block = min(shape.tokens, parameters.degree)
     return {
-        "up_bytes_per_value": up,
-        "down_bytes_per_value": down,
-        "up_bytes_per_block": up * shape.inputs * block,
-        "down_bytes_per_block": down * shape.outputs * block,
+        "up_bits_per_value": form.up_bits,
+        "down_bits_per_value": form.down_bits,
+        "up_bytes_per_block": up * block,
+        "down_bytes_per_block": down * block,
         "tokens_per_block": block,
         "blocks_per_request": -(-shape.tokens // parameters.degree),
     }
@@ -155,7 +163,7 @@ def summary(parameters: Parameters, shape: Shape, f: dict[str, Any]) -> str:
     choices = ", ".join(f"{name} {value}" for name, value in low["choices"].items())
     return f"""
 {parameters.name}: module rank {parameters.rank}, n = {parameters.dimension}, \
-q = {parameters.modulus} (2^{s["log2_modulus"]:.2f}), p = {parameters.worker_modulus}; \
+q = {parameters.modulus} (2^{s["log2_modulus"]:.2f}), p = 2^{t["up_bits_per_value"]}; \
 secret uniform ternary, error centred binomial of variance 10
 
 {table(s["attacks"], s["attacks_rounding_counted"])}
@@ -166,15 +174,27 @@ many       {s["blocks"]:,} blocks share A. One hypothesis tested on all of them 
 {s["many_blocks_loss_bits"]:.1f} bits less than on one.
 guideline  log2 q = {s["log2_modulus"]:.1f}, at most {s["guideline_max_log2_modulus"]:.1f} at this \
 n for 128 classical bits (ePrint 2024/463, table 5.2)
-no wrap    for no input at all: |result| stays within p/2 by Cauchy-Schwarz, of which \
-{e["margin"]:.2%} is kept for everything that noise can add
-error      {e["predicted_error"]:.2%} predicted against the same int8 weights \
-({shape.inputs} inputs; a Gaussian stand-in for the weight)
-bytes      {t["up_bytes_per_value"]} up and {t["down_bytes_per_value"]} down a value; a block of \
-{t["tokens_per_block"]} tokens {human_bytes(t["up_bytes_per_block"])} up, \
+{_wraps(parameters, e)}
+error      {e["predicted_error"]:.2%} predicted against the same {parameters.weight_bits}-bit \
+weights ({shape.inputs} inputs; a Gaussian stand-in for the weight)
+bytes      {t["up_bits_per_value"]} bits up and {t["down_bits_per_value"]} down a value; a block \
+of {t["tokens_per_block"]} tokens {human_bytes(t["up_bytes_per_block"])} up, \
 {human_bytes(t["down_bytes_per_block"])} down; {shape.tokens} tokens are \
 {t["blocks_per_request"]} block(s)
 """
+
+
+def _wraps(parameters: Parameters, exactness: dict[str, float]) -> str:
+    kept = f"of which {exactness['margin']:.2%} is kept for "
+    if parameters.thin:
+        return (
+            f"wraps      rare: the scale is learnt from results, p/2 {kept}noise; what wraps is "
+            "seen and repaired"
+        )
+    return (
+        f"no wrap    for no input at all: |result| stays within p/2 by Cauchy-Schwarz, {kept}"
+        "everything that noise can add"
+    )
 
 
 def refusal(error: InsecureParametersError, rank: int, blocks: int) -> str:
@@ -191,7 +211,7 @@ def parsed() -> argparse.Namespace:
     parser = Parser(__doc__, "scenarios.params")
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--preset", default="standard", choices=PRESETS, help="(standard)")
+    which.add_argument("--preset", default="thin", choices=PRESETS, help="(thin)")
     which.add_argument("--rank", type=Whole(1, 8), metavar="R", help="another module rank, 1 to 8")
     width = Whole(1, MAX_INPUTS, powers=True)
     add("--in", dest="inputs", type=width, default=2048, metavar="K", help="inputs (2048)")

@@ -150,7 +150,7 @@ class Calibration:
     """
 
     def __init__(self, patience_s: float, parameters: Parameters | None = None) -> None:
-        self.parameters = parameters or preset("standard")
+        self.parameters = parameters or preset("exact")
         self.patience_s = patience_s
         self.models: list[Model] = []
         self.stream = Samples()

@@ -107,9 +107,7 @@ class Costs:
         shapes = workload.matrices
         self.encrypt = [one(owner, encrypt_work(m, tokens, parameters), "encrypt") for m in shapes]
         self.decrypt = [one(owner, decrypt_work(m, tokens, parameters), "decrypt") for m in shapes]
-        self.multiply = [
-            one(worker, multiply_work(m, tokens, parameters), "multiply") for m in shapes
-        ]
+        self.multiply = [one(worker, multiply_work(m, tokens), "multiply") for m in shapes]
         self.layers = [
             None if isinstance(item, Linear) else _chain(owner, item.parts, "local")
             for item in workload.lane

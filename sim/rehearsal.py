@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,8 @@ from backends.he.interface import OwnerMatrix
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
-from backends.he.plan import MatrixPlan
+from backends.he.plan import MatrixPlan, plan_directions
+from backends.he.preparation import weight_limit
 from backends.he.public import HintBuilder, PublicMatrix
 from backends.he.store import shapes_of
 from backends.nn.adapters import add_lora, trainable
@@ -157,18 +157,23 @@ class Rehearsal:
         self._optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
         public = PublicMatrix(bytes(32), parameters.rank)
         self._cipher, hints = MlweOwner(parameters, public), HintBuilder(public)
-        self._worker = MlweWorker(parameters)
+        self._worker = MlweWorker()
         self._matrices: list[OwnerMatrix] = []
         self._loaded: list[Any] = []
         rng = np.random.default_rng(0)
         for group in skeleton.groups:
-            weight = rng.integers(-127, 128, (group.total_out, group.in_features), np.int8)
-            for forward in (True, False):
-                matrix = _matrix(group.name, weight, forward, hints.build(weight, forward))
+            limit = weight_limit(group, parameters)
+            shape = group.total_out, group.in_features
+            weight = rng.integers(-limit, limit + 1, shape, np.int8)
+            ones = np.ones(group.total_out, np.float32)
+            plans = plan_directions(weight, ones, parameters, group.precise)
+            for forward, plan in zip((True, False), plans, strict=True):
+                hint = hints.build(weight, forward)
+                matrix = _matrix(group.name, weight, forward, hint, plan)
                 self._cipher.guard(matrix, weight, forward)
                 self._matrices.append(matrix)
-                self._loaded.append(self._worker.load(weight, forward))
-        shapes = shapes_of(skeleton.groups, parameters)
+                self._loaded.append(self._worker.load(weight, forward, plan.format))
+        shapes = shapes_of(skeleton.groups, [matrix.plan.format for matrix in self._matrices])
         catalogue = Catalogue(bytes(32), parameters.digest(), shapes)
         self._waiting: dict[int, Future[NDArray[np.float32]]] = {}
         self._marks: dict[int, list[float]] = {}
@@ -294,11 +299,10 @@ class Rehearsal:
 
 
 def _matrix(
-    name: str, weight: NDArray[np.int8], forward: bool, hint: NDArray[np.int32]
+    name: str, weight: NDArray[np.int8], forward: bool, hint: NDArray[np.int32], plan: MatrixPlan
 ) -> OwnerMatrix:
     """What the owner knows of a matrix, its results scaled to the size of the inputs."""
     outputs, inputs = weight.shape if forward else reversed(weight.shape)
-    plan = MatrixPlan(127 * sqrt(inputs), 127.0 * inputs, 1.0, inputs)
     return OwnerMatrix(
         f"{name} {'forward' if forward else 'backward'}",
         np.ones(inputs, np.float32),

@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 from backends.he.manifest import GroupSpec
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.params import preset as named_preset
+from backends.he.store import nominal_formats, shapes_of
 from backends.he.vector import LANES
 from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Work
@@ -124,7 +125,7 @@ def trace_step(
     sequence: int | None = None,
     lora_rank: int = 16,
     remote_head: bool = False,
-    preset: str = "standard",
+    preset: str = "thin",
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
 ) -> Workload:
@@ -189,16 +190,8 @@ def _traced(request: _Request) -> tuple[LaneTrace, Work, Work]:
 
 
 def _matrices(groups: tuple[GroupSpec, ...], parameters: Parameters) -> tuple[MatrixShape, ...]:
-    """The shapes in a prepared model's catalogue."""
-    up, down = parameters.up_bytes_per_value, parameters.down_bytes_per_value
-    return tuple(
-        MatrixShape(f"{group.name} {direction}", inputs, outputs, up * inputs, down * outputs)
-        for group in groups
-        for direction, inputs, outputs in (
-            ("forward", group.in_features, group.total_out),
-            ("backward", group.total_out, group.in_features),
-        )
-    )
+    """The shapes in a prepared model's catalogue, for weights of which only these are known."""
+    return shapes_of(groups, nominal_formats(groups, parameters))
 
 
 def _items(trace: LaneTrace, matrices: tuple[MatrixShape, ...]) -> tuple[Local | Linear, ...]:
@@ -218,6 +211,11 @@ def _items(trace: LaneTrace, matrices: tuple[MatrixShape, ...]) -> tuple[Local |
             items.append(Linear(matrix))
         previous = matrix
     return tuple(items)
+
+
+def _limbs(shape: MatrixShape) -> int:
+    """Base-256 digits of a value that the worker multiplies."""
+    return -(-shape.up_bytes_per_token // shape.in_features)
 
 
 def _ring_rows(features: int, tokens: int, rank: int) -> float:
@@ -240,7 +238,7 @@ def encrypt_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Wor
             "ring_row": _ring_rows(shape.in_features, tokens, parameters.rank),
             "value": (1 + _CHECKED) * values,
         },
-        public + values * (3 * 4 + 2 * _ERROR_BYTES + parameters.limbs),
+        public + values * (3 * 4 + 2 * _ERROR_BYTES + _limbs(shape)),
     )
 
 
@@ -257,15 +255,14 @@ def decrypt_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Wor
             "ring_row": _ring_rows(shape.out_features, tokens, parameters.rank),
             "value": (_OPENED + _CHECKED) * opened,
         },
-        hint + opened * (2 + 3 * 4),
+        hint + opened * 3 * 4 + tokens * shape.down_bytes_per_token,
     )
 
 
-def multiply_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Work:
+def multiply_work(shape: MatrixShape, tokens: int) -> Work:
     """What a worker does for one request: the weight and the planes read, the answer written."""
     inputs, outputs = shape.in_features, shape.out_features
     return Work(
-        {"int8": float(parameters.limbs * tokens * inputs * outputs)},
-        inputs * outputs
-        + tokens * (parameters.limbs * inputs + parameters.down_bytes_per_value * outputs),
+        {"int8": float(_limbs(shape) * tokens * inputs * outputs)},
+        inputs * outputs + tokens * (shape.up_bytes_per_token + shape.down_bytes_per_token),
     )

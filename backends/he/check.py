@@ -24,8 +24,11 @@ from backends.he.integrity import (
     draw_rows,
     mlwe_honesty,
     survey,
+    suspicious,
 )
+from backends.he.interface import OwnerMatrix
 from backends.he.params import Parameters
+from backends.he.repair import clear_products
 
 _COLUMNS = 512
 """Columns that all tokens are multiplied by in turn: of ROWS rows they stay in a core's cache."""
@@ -81,9 +84,13 @@ def _expected(
 
 @jit.kernel
 def _found(
-    y: Any, pool: Any, rows: Any, inverse: Any, out_scale: Any, out: Any, first: int, last: int
-) -> None:
-    """out float64[T, ROWS] += v*y over outputs first..last, which are then scaled in place."""
+    y: Any, pool: Any, rows: Any, inverse: Any, out_scale: Any, out: Any, peaks: Any, first: int,
+    last: int,
+) -> None:  # fmt: skip
+    """out float64[T, ROWS] += v*y over outputs first..last, which are then scaled in place.
+
+    peaks float64[T] becomes the largest |y| seen, or stays what it is.
+    """
     value, tile = np.zeros(_COLUMNS), np.empty((ROWS, _COLUMNS))
     for start in range(first, last, _COLUMNS):
         end = min(last, start + _COLUMNS)
@@ -93,6 +100,7 @@ def _found(
             row, scale = y[t, start:end], inverse[t]
             for j in range(len(row)):
                 value[j] = np.float64(row[j])
+                peaks[t] = max(peaks[t], abs(value[j]))
                 row[j] = np.float32(value[j] * scale * np.float64(scales[j]))
             _add_products(value, tile, out[t])
     value[:] = 0  # of an answer that may be a lie: see `MlweOwner.decrypt`
@@ -118,12 +126,17 @@ class _Sum:
 
 
 class Expected:
-    """What the answer to one request is held against: U*m for rows of `check`, and then v*y."""
+    """What the answer to one request is held against: U*m for rows of `check`, and then v*y.
+
+    peaks  float64[T], the largest |y| of each token taken in so far
+    """
 
     def __init__(self, check: IntegrityCheck, tokens: int, key: bytearray) -> None:
         self.check = check
         self.rows = draw_rows(key)
         self._expected, self._found = _Sum(tokens), _Sum(tokens)
+        self.peaks = np.zeros(tokens)
+        self._lock = threading.Lock()
 
     def add_inputs(
         self, x: NDArray[np.float32], in_scale: NDArray[np.float32], factor: Float64Array,
@@ -148,9 +161,30 @@ class Expected:
 
         They are worth nothing until `require` has agreed.
         """
-        self._found.add(
-            lambda out: _found(y, self.check.pool, self.rows, inverse, out_scale, out, first, last)
-        )
+        peaks = np.zeros(len(y))
+
+        def part(out: Float64Array) -> None:
+            pool, rows = self.check.pool, self.rows
+            _found(y, pool, rows, inverse, out_scale, out, peaks, first, last)
+
+        self._found.add(part)
+        with self._lock:
+            np.maximum(self.peaks, peaks, out=self.peaks)
+        peaks[...] = 0
+
+    def suspicious(self) -> NDArray[np.int64]:
+        """The tokens whose results cannot well be the product's, once all is taken in."""
+        honesty = self.check.judge.honesty
+        differences = self._found.values - self._expected.values
+        found = suspicious(differences, honesty.mean[self.rows], honesty.deviation[self.rows])
+        differences[...] = 0
+        return found
+
+    def add_turns(self, tokens: NDArray[np.int64], turns: Float64Array, modulus: int) -> None:
+        """Take in that results of some tokens were moved by float64[tokens, N] times p."""
+        rows = self.check.pool[self.rows].astype(np.float64)
+        self._found.values[tokens] += modulus * (turns @ rows.T)
+        rows[...] = 0
 
     def require(self, worker: str) -> None:
         """Raise WrongAnswerError unless what was taken in is an honest worker's answer.
@@ -167,12 +201,14 @@ class Expected:
     def forget_outputs(self) -> None:
         """Overwrite what was taken in of an answer that is given up."""
         self._found.values[...] = 0
+        self.peaks[...] = 0
 
     def wipe(self) -> None:
         """Overwrite which rows these were, and what they gave."""
         self.rows[...] = 0
         self._expected.values[...] = 0
         self._found.values[...] = 0
+        self.peaks[...] = 0
 
 
 class IntegrityCheck:
@@ -184,11 +220,17 @@ class IntegrityCheck:
     """
 
     def __init__(
-        self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy,
+        self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool, entropy: Entropy,
         parameters: Parameters,
     ) -> None:  # fmt: skip
+        form = matrix.plan.format
+        self._weight, self._forward = weight, forward
         self.pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         found = survey(torch.from_numpy(self.pool), weight, forward, entropy)
         self.projected = found.projected.float().numpy()
-        self.judge = Judge(name, mlwe_honesty(self.pool, found, parameters))
-        self.ratio = parameters.worker_modulus / parameters.modulus
+        self.judge = Judge(matrix.name, mlwe_honesty(self.pool, found, form, parameters))
+        self.ratio = form.modulus / parameters.modulus
+
+    def products(self, values: Float64Array) -> Float64Array:
+        """float64[T, K] -> float64[T, N]: what the matrix makes of them, in clear."""
+        return clear_products(values, self._weight, self._forward)

@@ -32,6 +32,7 @@ from backends.he.interface import (
     UnguardedError,
     WorkerCipher,
 )
+from backends.he.wire import Format
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class ClearOwner(OwnerCipher):
 class ClearWorker(WorkerCipher):
     """Multiplies float32 by the int8 weights."""
 
-    def load(self, weight: NDArray[np.int8], forward: bool) -> torch.Tensor:
+    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> torch.Tensor:
         operand = torch.from_numpy(weight.astype(np.float32))
         return operand.t() if forward else operand
 

@@ -11,7 +11,9 @@ Rounding from q to p = 2^(28-n). Since 2^28 = q + 2559, u*p/q is (u + u*2559/q) 
 
 is round(u*p/q) for all u in [0, q) but two (with three limbs; none with two), each within 2^-24 of
 a tie. Hence |B - u*p/q| <= 1/2 + 2^-24, and over all u the differences average to zero but for
-2^-27. B is at most p, and nothing exceeds 2^28 + 2^11.
+2^-27. B is at most p, and nothing exceeds 2^28 + 2^11. The same holds of n from 8 to 12, without
+those two. A request's values may have fewer bits than p (`wire.py`): they are rounded with a larger
+n, and shifted left to where p has its bits.
 
 Floor with AVX2, counted from the operations and four vector operations a cycle: 2 cycles to seal a
 value, 1 to open it.
@@ -83,13 +85,14 @@ class _Rows(Emit):
 @intrinsic
 def _seal_lanes(
     _context: Any, mask: Any, at: Any, x: Any, at_x: Any, in_scale: Any, k: Any, factor: Any,
-    noise: Any, four: Any, one: Any, bits: Any, planes: Any, size: Any, high: Any, shift: Any,
+    noise: Any, four: Any, one: Any, bits: Any, unused: Any, planes: Any, size: Any, high: Any,
+    shift: Any,
 ) -> Any:  # fmt: skip
     """`seal_row` for sixteen values."""
     place = types.intp
     signature = types.void(
         mask, place, x, place, in_scale, place, types.float64, noise, place, place, types.uint32,
-        planes, place, place, types.uint32,
+        types.uint32, planes, place, place, types.uint32,
     )  # fmt: skip
 
     def build(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -110,17 +113,18 @@ def _seal_lanes(
         noisy = b.sub(b.add(b.add(message, most), more), splat(_lanes(_I32), ERROR_BOUND))
         hidden = b.add(lanes(0, args[1], _I32), e.add_q_if_negative(noisy))
         rounded = e.rounded(e.subtract_q_if_larger(hidden), args[10])
+        rounded = b.shl(rounded, e.spread(args[11]))
         balance = splat(_lanes(_I32), _BALANCE)
         digits = b.xor(b.add(rounded, balance), balance)
         # With two limbs the upper plane is the middle one, stored twice.
-        middle = b.add(args[3], args[12])
+        middle = b.add(args[3], args[13])
         for where, shifts in (
             (args[3], splat(_lanes(_I32), 0)),
             (middle, splat(_lanes(_I32), 8)),
-            (b.add(args[3], args[13]), e.spread(args[14])),
+            (b.add(args[3], args[14]), e.spread(args[15])),
         ):
             digit = b.trunc(b.lshr(digits, shifts), _lanes(_I8))
-            e.store_lanes(digit, sig.args[11], args[11], where)
+            e.store_lanes(digit, sig.args[12], args[12], where)
         return context.get_dummy_value()
 
     return signature, build
@@ -166,9 +170,9 @@ def rounded(u: Any, bits: Any) -> Any:
 @jit.kernel
 def seal_row(
     mask: Any, at: int, x: Any, at_x: int, in_scale: Any, k: int, count: int, factor: float,
-    noise: Any, four: int, one: int, planes: Any, size: int, limbs: int,
+    noise: Any, four: int, one: int, planes: Any, size: int, limbs: int, unused: int,
 ) -> None:  # fmt: skip
-    """Digit planes of one token: mask + error + message mod q, rounded to p.
+    """Digit planes of one token: mask + error + message mod q, rounded to multiples of 2^unused.
 
     All arrays are flat; each has the place of the first of `count` values in it.
 
@@ -178,12 +182,13 @@ def seal_row(
     planes    int8[limbs * size]; a value has the same place in every plane as in x
     """
     high = (limbs - 1) * size
-    shift, bits = np.uint32(8 * (limbs - 1)), np.uint32(MODULUS_BITS - 8 * limbs)
+    shift, low = np.uint32(8 * (limbs - 1)), np.uint32(unused)
+    bits = np.uint32(MODULUS_BITS - 8 * limbs + unused)
     whole = count - count % LANES
     for i in range(0, whole, LANES):
         _seal_lanes(
             mask, at + i, x, at_x + i, in_scale, k + i, factor, noise, four + 4 * i, one + i,
-            bits, planes, size, high, shift,
+            bits, low, planes, size, high, shift,
         )  # fmt: skip
     q = np.uint32(NTT_PRIME)
     for i in range(whole, count):
@@ -196,7 +201,8 @@ def seal_row(
         m = min(m, np.uint32(m + q))
         u = np.uint32(mask[at + i] + m)
         u = min(u, np.uint32(u - q))
-        b = np.uint32(rounded(u, bits) + np.uint32(_BALANCE)) ^ np.uint32(_BALANCE)
+        b = np.uint32(rounded(u, bits) << low)
+        b = np.uint32(b + np.uint32(_BALANCE)) ^ np.uint32(_BALANCE)
         for limb in range(limbs):
             planes[limb * size + at_x + i] = np.int8(b >> np.uint32(8 * limb))
 

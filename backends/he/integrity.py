@@ -52,6 +52,7 @@ from numpy.typing import NDArray
 from backends import jit
 from backends.he.entropy import Entropy, Keystream, random_bytes
 from backends.he.params import ERROR_BITS, Parameters
+from backends.he.wire import Format
 from protocol.errors import WrongAnswerError
 
 POOL = 64
@@ -60,6 +61,8 @@ ROWS = 8
 """Rows of the pool that one request is checked with."""
 LIMIT = 8.0
 """Standard deviations: an honest difference exceeds it with probability 2*exp(-32)."""
+SUSPICION = 31.83
+"""Of the sum of ROWS squares of standard normal numbers: exceeded with probability 1e-4."""
 CLASSES = 16
 """Sums are kept for places in a request that are equal mod this: a bias may be for some tokens."""
 _MARKS = 16
@@ -135,11 +138,13 @@ class Honesty:
     drift: float = 0.0
 
 
-def mlwe_honesty(pool: NDArray[np.float32], found: Survey, parameters: Parameters) -> Honesty:
+def mlwe_honesty(
+    pool: NDArray[np.float32], found: Survey, form: Format, parameters: Parameters
+) -> Honesty:
     """The distribution under the module-LWE cipher, in units of the worker modulus.
 
-    Up: rounding u to p, uniform, 1/12, and the error's variance times (p/q)^2, for each input,
-    times U. Down: the dropped bits and the owner's own rounding, 4^delta/12 together, for each
+    Up: rounding u to a multiple of `unit`, uniform, unit^2/12, and the error's variance times
+    (p/q)^2, for each input, times U. Down: the dropped bits and the owner's own rounding, 4^delta/12 together, for each
     output, times v; two outputs' are uncorrelated unless their rows of M are alike
     (`_dropped_variance`).
 
@@ -148,9 +153,9 @@ def mlwe_honesty(pool: NDArray[np.float32], found: Survey, parameters: Parameter
     Means: rounding from q to p averages to zero but for 2^-27 (`epilogue.py`), for u and for the
     owner's mask; rounding half up is off by half of a result's grid.
     """
-    p_over_q = parameters.worker_modulus / parameters.modulus
-    up = 1 / 12 + p_over_q**2 * ERROR_BITS / 4
-    delta, wide = parameters.dropped_bits, pool.astype(np.float64)
+    p_over_q = form.modulus / parameters.modulus
+    up = form.unit**2 / 12 + p_over_q**2 * ERROR_BITS / 4
+    delta, wide = form.dropped_bits, pool.astype(np.float64)
     projected = found.projected.cpu().numpy()
     grid = found.bits & -found.bits.astype(np.int64)
     down = (
@@ -295,6 +300,18 @@ def draw_rows(key: bytearray) -> NDArray[np.int64]:
         stream.wipe()
         words[...] = 0
         order[...] = 0
+
+
+def suspicious(
+    differences: Float64Array, mean: Float64Array, deviation: Float64Array
+) -> NDArray[np.int64]:
+    """The tokens of float64[T, ROWS] whose differences are larger together than noise is.
+
+    Of an honest answer in which nothing wrapped, one in 10,000 is.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        together = np.sum(((differences - mean) / deviation) ** 2, axis=1)
+    return np.flatnonzero(~(together <= SUSPICION))
 
 
 class Judge:

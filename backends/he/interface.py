@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from backends.errors import UserError
 from backends.he.plan import MatrixPlan
+from backends.he.wire import Format
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Payload: TypeAlias = "bytes | bytearray | memoryview | NDArray[np.uint8]"
@@ -84,6 +85,20 @@ class OwnerMatrix:
     def out_features(self) -> int:
         """N."""
         return len(self.out_scale)
+
+
+@dataclass(frozen=True)
+class WorkerMatrix:
+    """What a worker knows of one matrix.
+
+    weight   int8[N, K] as stored, one copy for both directions
+    forward  multiply by weight^T (K in, N out) or by weight (N in, K out)
+    format   how requests and answers travel
+    """
+
+    weight: NDArray[np.int8] = field(repr=False)
+    forward: bool
+    format: Format
 
 
 @dataclass(frozen=True)
@@ -165,12 +180,8 @@ class WorkerCipher(ABC):
     launches = 1
 
     @abstractmethod
-    def load(self, weight: NDArray[np.int8], forward: bool) -> Any:
-        """A matrix in the form this backend computes with; opaque to everyone else.
-
-        weight   int8[N, K] as stored, one copy for both directions
-        forward  multiply by weight^T (K in, N out) or by weight (N in, K out)
-        """
+    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> Any:
+        """A `WorkerMatrix` in the form this backend computes with; opaque to everyone else."""
 
     @abstractmethod
     def multiply(self, payload: AnyPayload, tokens: int, matrix: Any) -> AnyPayload:

@@ -1,6 +1,6 @@
 """The manifest of a prepared model: what it states, and how one of unknown origin is read.
 
-    {"format": 2, "model_digest": ..., "owner_tag": ..., "parameters": {...} or null,
+    {"format": 3, "model_digest": ..., "owner_tag": ..., "parameters": {...} or null,
      "seed": ... or null,
      "groups": [{"spec": {...}, "forward_plan": {...}, "backward_plan": {...},
                  "arrays": {"weight": {"dtype": "int8", "shape": [N, K], "sha256": ...},
@@ -35,8 +35,9 @@ from backends.he.plan import MatrixPlan
 from backends.he.public import public_seed
 from backends.he.ring import tiles_of
 from backends.he.vector import LANES
+from backends.he.wire import Format
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 KINDS = {"weight": "worker", "scale": "owner", "forward": "owner", "backward": "owner"}
 """Kinds of array, and whose folder each is in."""
@@ -58,12 +59,14 @@ class GroupSpec:
 
     members       module names in the order their outputs are concatenated
     out_features  outputs of each member
+    precise       whether its products are planned for a small error, as a language-model head's are
     """
 
     name: str
     members: tuple[str, ...]
     in_features: int
     out_features: tuple[int, ...]
+    precise: bool = False
 
     @property
     def total_out(self) -> int:
@@ -124,6 +127,14 @@ class Manifest:
     parameters: Parameters | None
     owner_tag: bytes
     groups: tuple[GroupEntry, ...]
+
+    @property
+    def formats(self) -> list[Format]:
+        """How the values of every matrix travel, forward and backward of each group."""
+        return [
+            plan.format for entry in self.groups
+            for plan in (entry.forward_plan, entry.backward_plan)
+        ]  # fmt: skip
 
     @property
     def rank(self) -> int:
@@ -270,6 +281,11 @@ class _Value:
             self.fail(f"a number with a point from {least:g} to {most:g}")
         return number
 
+    def truth(self) -> bool:
+        if type(self.value) is not bool:
+            self.fail("true or false")
+        return bool(self.value)
+
     def text(self) -> str:
         text = self.value
         if type(text) is not str or not 1 <= len(text) <= _LONGEST_NAME or not text.isprintable():
@@ -297,6 +313,8 @@ class _Value:
         for field, part in zip(fields(kind), self.parts(names), strict=True):  # type: ignore[arg-type]
             if field.type == "str":
                 values[field.name] = part.text()
+            elif field.type == "bool":
+                values[field.name] = part.truth()
             elif field.type == "int":
                 values[field.name] = part.whole(0, 1 << 62)
             else:
@@ -308,12 +326,14 @@ class _Value:
 
 
 def _read_spec(value: _Value) -> GroupSpec:
-    name, members, in_features, out_features = value.parts([f.name for f in fields(GroupSpec)])
+    names = [f.name for f in fields(GroupSpec)]
+    name, members, in_features, out_features, precise = value.parts(names)
     spec = GroupSpec(
         name.text(),
         tuple(item.text() for item in members.items()),
         in_features.whole(1, MAX_INPUTS),
         tuple(item.whole(1, MAX_INPUTS) for item in out_features.items()),
+        precise.truth(),
     )
     if len(set(spec.members)) != len(spec.members):
         members.fail("names of different modules")
@@ -329,6 +349,10 @@ def _read_plan(value: _Value, inputs: int) -> MatrixPlan:
     largest = 127 * math.sqrt(inputs) * (1 + 1e-9), 127.0 * inputs
     if not 1 <= plan.max_norm <= largest[0] or plan.max_l1 > largest[1] or plan.noise_gain <= 0:
         value.fail("a plan for int8 weights")
+    try:
+        Format(plan.up_bits, plan.down_bits)
+    except ValueError as error:
+        value.fail(f"a plan: {error}")
     return plan
 
 
@@ -431,10 +455,24 @@ def read_manifest(directory: Path, absent: str = "", mend: str = "") -> Manifest
         ) from error
 
 
-def read_group_record(path: Path) -> GroupEntry | None:
-    """The entry, without hints, of a group that a former run finished; None for any other file."""
+def group_record(entry: GroupEntry, parameters: Parameters | None) -> dict[str, Any]:
+    """What `read_group_record` reads."""
+    return {"parameters": _digest_text(parameters), "entry": entry.record(0)}
+
+
+def _digest_text(parameters: Parameters | None) -> str:
+    return parameters.digest().hex() if parameters else ""
+
+
+def read_group_record(path: Path, parameters: Parameters | None) -> GroupEntry | None:
+    """The entry, without hints, of a group that a former run finished; None for any other file.
+
+    A run with other parameters quantises and plans otherwise: its files are others too.
+    """
     try:
-        return _read_entry(_load(path), 0, ("weight", "scale"))
+        stated, entry = _load(path).parts(("parameters", "entry"))
+        stated.equal(_digest_text(parameters))
+        return _read_entry(entry, 0, ("weight", "scale"))
     except (OSError, ValueError, RecursionError):
         return None
 

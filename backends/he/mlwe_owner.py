@@ -4,9 +4,10 @@ For one block of T <= 256 tokens, with a fresh ternary secret s and error e:
 
     u = A*s + e + round(alpha_t * x * q/p)  mod q      coefficient t of row k carries token t
     B = round(u * p/q)  mod p                          public rounding
-    planes = signed base-256 digits of B               int8[limbs, T, K]: wire and GEMM operand
+    planes = signed base-256 digits of B               int8[limbs, T, K]: the GEMM operand
 
-and from the worker's answer Y' = round(Y / 2^delta) for output row j:
+What travels are the bits of B that are in use (`wire.py`). From the worker's answer
+Y' = round(Y / 2^delta), for output row j:
 
     y = Y'_j * 2^delta - round((p/q) * (H_j*s mod q))  mod p, centred
     result = y / alpha_t * out_scale_j
@@ -47,8 +48,10 @@ from backends.he.interface import (
     Values,
     unchecked,
 )
+from backends.he.packing import pack_request, unpack_answer
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
+from backends.he.repair import Gains, Repairs, unwrap
 from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
 from backends.he.vector import LANES
@@ -116,7 +119,7 @@ def _lay_masks(
 
 def _encrypt_groups(
     public: Any, secrets: Any, x: Any, in_scale: Any, factor: Any, noise: Any,
-    planes: Any, z: Any, zs: Any, first: int, last: int,
+    planes: Any, unused: int, z: Any, zs: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     limbs, tokens, inputs = planes.shape
     values, flat = x.reshape(-1), planes.reshape(-1)
@@ -137,7 +140,7 @@ def _encrypt_groups(
                 seal_row(
                     wide, (t - t0) * WIDE, values, t * inputs + k0, in_scale, k0, k1 - k0,
                     factor[t], noise, before + 4 * t * (k1 - k0),
-                    before + (4 * tokens + t) * (k1 - k0), flat, tokens * inputs, limbs,
+                    before + (4 * tokens + t) * (k1 - k0), flat, tokens * inputs, limbs, unused,
                 )  # fmt: skip
     # A mask gives its secret away to whoever can solve linear equations.
     buffer[:] = 0
@@ -189,6 +192,8 @@ class Sealed:
     secrets: list[BlockSecret] = field(repr=False)
     inverse_alpha: NDArray[np.float64] = field(repr=False)
     expected: Expected | None = field(repr=False)
+    x: Float32Array = field(repr=False)  # the caller's, who waits for the answer
+    gain: float = field(repr=False)
 
     def wipe(self) -> None:
         """Overwrite all of it."""
@@ -204,6 +209,7 @@ class RingOwner(OwnerCipher):
 
     Counters `blocks` (encrypted) and `secrets_drawn` must always be equal.
 
+    repairs     of results that wrapped, under `thin` parameters
     unverified  decrypt answers for matrices that were never guarded, too
     """
 
@@ -216,6 +222,8 @@ class RingOwner(OwnerCipher):
         self._unverified = unverified
         self._entropy = entropy if entropy is not None else OsEntropy()
         self._count_lock = threading.Lock()
+        self._gains = Gains()
+        self.repairs = Repairs()
         self.blocks = 0
         self.secrets_drawn = 0
 
@@ -231,10 +239,10 @@ class RingOwner(OwnerCipher):
         """Names of the matrices whose answers are checked."""
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return self._parameters.up_bytes_per_value * tokens * matrix.in_features
+        return matrix.plan.format.up_bytes(matrix.in_features) * tokens
 
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return self._parameters.down_bytes_per_value * tokens * matrix.out_features
+        return matrix.plan.format.down_bytes(matrix.out_features) * tokens
 
     def _require_check(self, expected: object | None, matrix: OwnerMatrix) -> None:
         """Raise UnguardedError for a request that has none, unless that was asked for."""
@@ -266,7 +274,7 @@ class MlweOwner(RingOwner):
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = IntegrityCheck(
-            matrix.name, weight, forward, self._entropy, self._parameters
+            matrix, weight, forward, self._entropy, self._parameters
         )
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
@@ -274,10 +282,11 @@ class MlweOwner(RingOwner):
         tokens = len(x)
         norms, factor, inverse = (np.zeros(tokens) for _ in range(3))
         sums = np.zeros((tokens, 2), np.uint64)
-        sealed = Sealed([], inverse, None)
+        gain = self._gains.of(matrix.name) if self._parameters.thin else 1.0
+        sealed = Sealed([], inverse, None, x, gain)
         try:  # from here on there is something to overwrite, whatever happens
             self._fill_norms_and_sums(x, matrix, norms, sums)
-            token_scales(norms, matrix, self._parameters, factor, inverse)
+            token_scales(norms, matrix, self._parameters, gain, factor, inverse)
             tag = self._hash.tag(sums, factor, matrix.in_scale)
             with RequestKeys(self._entropy, tag) as keys:
                 sealed.secrets = self._fresh_secrets(-(-tokens // _D), keys)
@@ -285,7 +294,7 @@ class MlweOwner(RingOwner):
                 if check is not None:
                     sealed.expected = Expected(check, tokens, keys.rows)
                 planes = self._seal(x, matrix, sealed, factor, keys)
-            return Encrypted(planes.reshape(-1).view(np.uint8), sealed)
+            return Encrypted(pack_request(planes, matrix.plan.format), sealed)
         except BaseException:
             sealed.wipe()
             raise
@@ -318,7 +327,8 @@ class MlweOwner(RingOwner):
     ) -> NDArray[np.int8]:  # fmt: skip
         """int8[limbs, T, K], the digit planes of a request; errors are drawn here and wiped."""
         tokens, inputs = x.shape
-        planes = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
+        form = matrix.plan.format
+        planes = np.empty((form.limbs, tokens, inputs), np.int8)
         public = self._public.rows(inputs).reshape(-1)
         secrets, expected = sealed.secrets, sealed.expected
         sealing = np.zeros((len(secrets), self._parameters.dimension), np.int32)
@@ -333,7 +343,7 @@ class MlweOwner(RingOwner):
             try:
                 errors.add(noise[begin:end], begin)
                 self._encrypt(
-                    public, sealing, x, matrix.in_scale, factor, noise, planes,
+                    public, sealing, x, matrix.in_scale, factor, noise, planes, form.unused_bits,
                     *inverse_tables(), first, last,
                 )  # fmt: skip
             finally:
@@ -375,7 +385,8 @@ class MlweOwner(RingOwner):
     ) -> Float32Array:
         tokens = len(sealed.inverse_alpha)
         outputs = matrix.out_features
-        answer = answer_values(payload, tokens, outputs)
+        form = matrix.plan.format
+        answer = unpack_answer(payload, tokens, outputs, form)
         hint = matrix.hint
         if hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
@@ -391,8 +402,8 @@ class MlweOwner(RingOwner):
 
         def part(first: int, last: int) -> None:
             self._decrypt(
-                flat, opening, answer, inverse, out_scale, out, self._parameters.dropped_bits,
-                self._parameters.limbs, *inverse_tables(), first, last,
+                flat, opening, answer, inverse, out_scale, out, form.dropped_bits,
+                form.limbs, *inverse_tables(), first, last,
             )  # fmt: skip
             if expected is not None:
                 columns = first * WIDE, min(outputs, last * WIDE)
@@ -405,6 +416,8 @@ class MlweOwner(RingOwner):
                     row[...] = secret.reshape(-1)
                 run_split(part, -(-outputs // WIDE))
                 if expected is not None:
+                    if self._parameters.thin:
+                        self._repair(sealed, expected, matrix, out)
                     expected.require(worker)
             except BaseException:
                 # What is no honest answer decrypts to itself less the mask, and from its mask a
@@ -417,6 +430,24 @@ class MlweOwner(RingOwner):
                 opening[...] = 0
         sealed.wipe()
         return out
+
+    def _repair(
+        self, sealed: Sealed, expected: Expected, matrix: OwnerMatrix, out: Float32Array
+    ) -> None:
+        """Move results that wrapped back to where they belong, and learn the matrix's gain."""
+        p, tokens = matrix.plan.format.modulus, expected.suspicious()
+        inverse = sealed.inverse_alpha[tokens]
+        tokens, inverse = tokens[inverse > 0], inverse[inverse > 0]
+        if len(tokens):
+            scaled = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse[:, None]
+            right = expected.check.products(scaled)
+            turns = unwrap(out, tokens, right, p, np.outer(inverse, matrix.out_scale))
+            expected.add_turns(tokens, turns, p)
+            expected.peaks[tokens] = np.abs(right).max(axis=1)
+            self.repairs.add(len(tokens), int(np.count_nonzero(turns)))
+            for private in (scaled, right, turns, inverse):
+                private[...] = 0
+        self._gains.learn(matrix.name, expected.peaks / (p / 2), sealed.gain)
 
     def discard(self, sealed: Sealed) -> None:
         sealed.wipe()
@@ -437,7 +468,7 @@ def check_input(x: Values, matrix: OwnerMatrix) -> None:
 
 
 def token_scales(
-    norms: NDArray[np.float64], matrix: OwnerMatrix, parameters: Parameters,
+    norms: NDArray[np.float64], matrix: OwnerMatrix, parameters: Parameters, gain: float,
     factor: NDArray[np.float64], inverse: NDArray[np.float64],
 ) -> None:  # fmt: skip
     """For each token, factor float64[T] = q/p * alpha_t and inverse float64[T] = 1/alpha_t.
@@ -448,8 +479,8 @@ def token_scales(
     Raises NonFiniteInputError when a norm is not finite; nothing is written then.
     """
     require_finite(np.isfinite(norms), matrix)
-    ratio = parameters.modulus / parameters.worker_modulus
-    _scale_tokens(norms, matrix.plan.amplitude(parameters), ratio, factor, inverse)
+    ratio = parameters.modulus / matrix.plan.format.modulus
+    _scale_tokens(norms, matrix.plan.amplitude(parameters, gain), ratio, factor, inverse)
 
 
 def require_finite(finite: NDArray[np.bool_], matrix: OwnerMatrix) -> None:
@@ -462,20 +493,4 @@ def require_finite(finite: NDArray[np.bool_], matrix: OwnerMatrix) -> None:
         raise NonFiniteInputError(
             f"{matrix.name}: NaN or infinity in token {bad[0]} ({len(bad)} of {len(finite)} "
             "tokens); lower the learning rate or look at the data of this batch"
-        )
-
-
-def answer_values(payload: Payload, tokens: int, outputs: int) -> NDArray[np.uint16]:
-    """uint16[T, N] of a worker's answer. Raises ValueError on a wrong size."""
-    values = np.frombuffer(payload, np.uint8)
-    check_answer_bytes(values.size, tokens, outputs)
-    return values.view("<u2").reshape(tokens, outputs)
-
-
-def check_answer_bytes(size: int, tokens: int, outputs: int) -> None:
-    """Raise ValueError unless an answer of `size` bytes is uint16[T, N]."""
-    if size != 2 * tokens * outputs:
-        raise ValueError(
-            f"an answer of {tokens} tokens with {outputs} outputs has {2 * tokens * outputs} "
-            f"bytes, this one {size}"
         )

@@ -18,17 +18,8 @@ from numpy.typing import NDArray
 from backends.he.interface import Payload, WorkerCipher
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.matmul.interface import Kernel
-from backends.he.params import Parameters
-
-
-def check_request_bytes(size: int, limbs: int, tokens: int, inputs: int) -> None:
-    """Raise ValueError unless a request of `size` bytes is int8[limbs, T, K]."""
-    expected = limbs * tokens * inputs
-    if size != expected:
-        raise ValueError(
-            f"a request of {tokens} tokens with {inputs} inputs has {expected} bytes, this one "
-            f"{size}"
-        )
+from backends.he.packing import pack_answer, unpack_request
+from backends.he.wire import Format
 
 
 class MlweWorker(WorkerCipher):
@@ -37,17 +28,13 @@ class MlweWorker(WorkerCipher):
     kernel  what multiplies; None takes this process's (`matmul/choice.py`)
     """
 
-    def __init__(self, parameters: Parameters, kernel: Kernel | None = None) -> None:
-        self._parameters = parameters
+    def __init__(self, kernel: Kernel | None = None) -> None:
         self._kernel = kernel or chosen_kernel()
 
-    def load(self, weight: NDArray[np.int8], forward: bool) -> Any:
-        return self._kernel.pack(weight, forward)
+    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> Any:
+        return self._kernel.pack(weight, forward), form
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
-        limbs = self._parameters.limbs
-        digits = np.frombuffer(payload, np.int8)
-        check_request_bytes(digits.size, limbs, tokens, matrix.inputs)
-        planes = digits.reshape(limbs, tokens, matrix.inputs)
-        answer = self._kernel.answer(planes, matrix, self._parameters.dropped_bits)
-        return answer.reshape(-1).view(np.uint8)
+        packed, form = matrix
+        planes = unpack_request(payload, tokens, packed.inputs, form)
+        return pack_answer(self._kernel.answer(planes, packed, form.dropped_bits), form)

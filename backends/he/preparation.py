@@ -35,6 +35,7 @@ from backends.he.manifest import (
     PreparationError,
     Wanted,
     array_form,
+    group_record,
     is_finished,
     read_group_record,
     read_hint_record,
@@ -182,7 +183,7 @@ def _make(
 ) -> None:
     """Write every file that is missing, and the manifest."""
     groups, parameters = wanted.groups, wanted.parameters
-    entries = _quantise_all(directory, groups, load_weight, progress, arithmetic)
+    entries = _quantise_all(directory, groups, parameters, load_weight, progress, arithmetic)
     seed = Manifest(parameters, wanted.owner_tag, tuple(entries)).seed
     if seed is not None and parameters is not None:
         builder = arithmetic.hints(PublicMatrix(seed, parameters.rank))
@@ -206,12 +207,14 @@ def _read_ahead(jobs: Iterator[Job[_T]], readers: int = 1) -> closing[Generator[
 def _quantise_all(
     directory: Path,
     groups: Sequence[GroupSpec],
+    parameters: Parameters | None,
     load_weight: Callable[[str], torch.Tensor],
     progress: Progress,
     arithmetic: Arithmetic,
 ) -> list[GroupEntry]:
     """The manifest entries of all groups, from their files where a former run left them."""
-    entries = {index: _finished_group(directory, index, g) for index, g in enumerate(groups)}
+    found_of = partial(_finished_group, directory, parameters)
+    entries = {index: found_of(index, group) for index, group in enumerate(groups)}
     missing = [index for index, entry in entries.items() if entry is None]
 
     def reading() -> Iterator[Job[list[torch.Tensor]]]:
@@ -224,9 +227,11 @@ def _quantise_all(
         with _read_ahead(reading(), arithmetic.readers) as weights:
             for index, parts in zip(missing, weights, strict=True):
                 group = groups[index]
-                codes, scales = _quantise_group(group, parts, arithmetic.device)
-                plans = plan_directions(codes, scales, arithmetic.device)
-                write = partial(_write_group, directory, index, group, codes, scales, plans)
+                limit = weight_limit(group, parameters)
+                codes, scales = _quantise_group(group, parts, limit, arithmetic.device)
+                plans = plan_directions(codes, scales, parameters, group.precise, arithmetic.device)
+                write = partial(_write_group, directory, index, group, codes, scales, plans,
+                                parameters)  # fmt: skip
                 yield Job(codes.nbytes, write)
 
     found = []
@@ -241,9 +246,16 @@ def _record_path(directory: Path, index: int) -> Path:
     return directory / "owner" / f"g{index:04d}.json"
 
 
-def _finished_group(directory: Path, index: int, group: GroupSpec) -> GroupEntry | None:
+def weight_limit(group: GroupSpec, parameters: Parameters | None) -> int:
+    """The largest absolute value of the group's quantised weights."""
+    return 127 if parameters is None or group.precise else parameters.weight_limit
+
+
+def _finished_group(
+    directory: Path, parameters: Parameters | None, index: int, group: GroupSpec
+) -> GroupEntry | None:
     """What a former run recorded of a group, if its files have the right shape too."""
-    entry = read_group_record(_record_path(directory, index))
+    entry = read_group_record(_record_path(directory, index), parameters)
     if entry is None or entry.spec != group:
         return None
     try:
@@ -269,13 +281,13 @@ def _load_group(group: GroupSpec, load_weight: Callable[[str], torch.Tensor]) ->
 
 
 def _quantise_group(
-    group: GroupSpec, weights: Sequence[torch.Tensor], device: torch.device
+    group: GroupSpec, weights: Sequence[torch.Tensor], limit: int, device: torch.device
 ) -> tuple[NDArray[np.int8], Float32Array]:
     """(int8[N, K], float32[N]) of all members, one below the other."""
     parts = []
     for module, weight in zip(group.members, weights, strict=True):
         try:
-            parts.append(quantise(weight, device))
+            parts.append(quantise(weight, limit, device))
         except ValueError as error:
             raise PreparationError(f"{module}: {error}") from error
     if len(parts) == 1:
@@ -291,6 +303,7 @@ def _write_group(
     codes: NDArray[np.int8],
     scales: Float32Array,
     plans: tuple[MatrixPlan, MatrixPlan],
+    parameters: Parameters | None,
 ) -> GroupEntry:
     """Write a group's arrays, then the record that it is finished; returns its entry."""
     digests = {}
@@ -299,7 +312,7 @@ def _write_group(
         dtype, shape = array_form(group, kind, 0)
         digests[kind] = write_array(array_path(directory, index, kind), shape, dtype, [array])
     entry = GroupEntry(group, *plans, digests)
-    write_json(_record_path(directory, index), entry.record(0))
+    write_json(_record_path(directory, index), group_record(entry, parameters))
     return entry
 
 

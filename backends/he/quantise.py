@@ -1,4 +1,4 @@
-"""Symmetric per-output-channel int8 quantisation of frozen weights (as LLM.int8, QLoRA bases).
+"""Symmetric per-output-channel quantisation of frozen weights to int8 or fewer bits.
 
 W[j, k] ~ scale[j] * Wq[j, k]. One Wq serves both directions: forward Wq.x, backward Wq^T.dy'
 with dy' = scale * dy, applied by the owner.
@@ -17,10 +17,11 @@ LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 
 def quantise(
-    weight: torch.Tensor, device: torch.device = _CPU
+    weight: torch.Tensor, limit: int = 127, device: torch.device = _CPU
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """(int8[N, K], float32[N]) of a floating weight [N, K], row by row block.
 
+    limit   the largest absolute value of a code: 127, or 31 for 6 bits
     device  where to compute; the result is the same bit for bit everywhere
 
     An all-zero row gets scale 1, any other at least LEAST_SCALE: values far below that become
@@ -37,9 +38,9 @@ def quantise(
             raise ValueError("the weight holds NaN or infinity; is the checkpoint damaged?")
         # By a tensor: torch's CUDA kernel multiplies by the reciprocal of a number instead,
         # which is off by a bit now and then.
-        step = (peak / torch.full_like(peak, 127)).clamp_(min=LEAST_SCALE)
+        step = (peak / torch.full_like(peak, limit)).clamp_(min=LEAST_SCALE)
         scale = torch.where(peak > 0, step, torch.ones_like(peak))
-        codes = torch.round(part / scale[:, None]).clamp_(-127, 127)
+        codes = torch.round(part / scale[:, None]).clamp_(-limit, limit)
         quantised[start : start + _BLOCK] = codes.to(torch.int8).cpu().numpy()
         scales[start : start + _BLOCK] = scale.cpu().numpy()
     return quantised, scales

@@ -7,7 +7,7 @@ and decrypted values with the fast backend bit for bit, from the same seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,14 +29,14 @@ from backends.he.interface import (
 from backends.he.mlwe_owner import (
     ERROR_BYTES,
     WIDE,
-    answer_values,
     check_input,
     token_scales,
 )
-from backends.he.params import ERROR_BOUND, NTT_PRIME, RING_DEGREE, Parameters
+from backends.he.params import ERROR_BOUND, MODULUS_BITS, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.ring import EVALUATION_EXPONENTS, PSI
 from backends.he.secret import ternary
+from backends.he.wire import Format
 from protocol.errors import WrongAnswerError
 
 _D, _Q = RING_DEGREE, NTT_PRIME
@@ -109,7 +109,7 @@ class ReferenceOwner(OwnerCipher):
         self._entropy = entropy if entropy is not None else OsEntropy()
         self._evaluate = evaluation_matrix()
         self._interpolate = inverse_evaluation_matrix()
-        self._guarded: dict[str, NDArray[np.int64]] = {}
+        self._guarded: dict[str, ReferenceMatrix] = {}
 
     @property
     def simulated_randomness(self) -> bool:
@@ -119,7 +119,7 @@ class ReferenceOwner(OwnerCipher):
         return unchecked(self._unverified, self._guarded, matrices)
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        self._guarded[matrix.name] = ReferenceWorker(self._parameters).load(weight, forward)
+        self._guarded[matrix.name] = ReferenceWorker().load(weight, forward, matrix.plan.format)
 
     def _verify(self, sealed: _Sealed, payload: Payload, matrix: OwnerMatrix) -> None:
         """The plainest check there is: multiply again, and compare every bit."""
@@ -129,15 +129,15 @@ class ReferenceOwner(OwnerCipher):
                 return
             raise UnguardedError(matrix.name)
         tokens = len(sealed.inverse_alpha)
-        right = ReferenceWorker(self._parameters).multiply(sealed.sent, tokens, operand)
+        right = ReferenceWorker().multiply(sealed.sent, tokens, operand)
         if right.tobytes() != np.frombuffer(payload, np.uint8).tobytes():
             raise WrongAnswerError(f"{matrix.name}: the answer is not the product")
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return self._parameters.limbs * tokens * matrix.in_features
+        return tokens * matrix.plan.format.up_bytes(matrix.in_features)
 
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return 2 * tokens * matrix.out_features
+        return tokens * matrix.plan.format.down_bytes(matrix.out_features)
 
     def _mask(
         self, tiles: NDArray[np.int32], rows: int, secret: NDArray[np.int64]
@@ -148,9 +148,10 @@ class ReferenceOwner(OwnerCipher):
             slots = (slots + rows_of_tiles(tiles, rows)[:, k] * secret[k] % _Q) % _Q
         return matmul_mod(self._interpolate, slots.T)
 
-    def _round_to_p(self, u: NDArray[np.int64]) -> NDArray[np.int64]:
-        bits = self._parameters.rounding_bits
-        return (u + (u * FOLD >> FOLD_SHIFT) + (1 << (bits - 1))) >> bits
+    def _rounded(self, u: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
+        """round(u * 2^bits / q)."""
+        drop = MODULUS_BITS - bits
+        return (u + (u * FOLD >> FOLD_SHIFT) + (1 << (drop - 1))) >> drop
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
@@ -159,41 +160,40 @@ class ReferenceOwner(OwnerCipher):
         wide = x.astype(np.float64) * matrix.in_scale.astype(np.float64)
         norms = np.sqrt(np.sum(wide**2, axis=1))
         factors, inverse = np.empty(tokens), np.empty(tokens)
-        token_scales(norms, matrix, self._parameters, factors, inverse)
+        token_scales(norms, matrix, self._parameters, 1.0, factors, inverse)
         keys = RequestKeys(self._entropy)
         stream = Keystream(keys.secrets)
         blocks = -(-tokens // _D)
         drawn = ternary(stream, blocks * rank * _D).reshape(blocks, rank, _D).astype(np.int64)
         secrets = [matmul_mod(s % _Q, self._evaluate.T.copy()) for s in drawn]
         error = _errors(Keystream(keys.errors), tokens, inputs)
-        digits = np.empty((self._parameters.limbs, tokens, inputs), np.int8)
+        form = matrix.plan.format
+        values = np.empty((tokens, inputs), np.int64)
         for block, secret in enumerate(secrets):
             part = slice(block * _D, min(tokens, (block + 1) * _D))
             mask = self._mask(self._public.rows(inputs), inputs, secret)[: part.stop - part.start]
             message = np.rint(wide[part] * factors[part, None]).astype(np.int64)
             u = (mask + error[part] + message) % _Q
-            b = self._round_to_p(u)
-            for limb in range(self._parameters.limbs):
-                digit = (b + 128) % 256 - 128
-                digits[limb, part] = digit
-                b = (b - digit) // 256
-        payload = digits.reshape(-1).view(np.uint8)
+            values[part] = self._rounded(u, form.up_bits) % 2**form.up_bits
+        payload = request_bytes(values, form)
         return Encrypted(payload, _Sealed(secrets, inverse, payload))
 
     def decrypt(
         self, sealed: Any, payload: Payload, matrix: OwnerMatrix, worker: str = ""
     ) -> Float32Array:
-        p = self._parameters.worker_modulus
+        form = matrix.plan.format
+        p = form.modulus
         tokens, outputs = len(sealed.inverse_alpha), matrix.out_features
         if matrix.hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
-        answer = answer_values(payload, tokens, outputs).astype(np.int64)
+        answer = answer_values(payload, tokens, outputs, form)
         self._verify(sealed, payload, matrix)
         out = np.empty((tokens, outputs), np.float32)
         for block, secret in enumerate(sealed.secrets):
             part = slice(block * _D, min(tokens, (block + 1) * _D))
             mask = self._mask(matrix.hint, outputs, secret)[: part.stop - part.start]
-            y = (answer[part] * 2**self._parameters.dropped_bits - self._round_to_p(mask)) % p
+            opened = answer[part] * 2**form.dropped_bits - self._rounded(mask, 8 * form.limbs)
+            y = opened % p
             y = np.where(y >= p // 2, y - p, y)
             scaled = y.astype(np.float64) * sealed.inverse_alpha[part, None]
             out[part] = (scaled * matrix.out_scale.astype(np.float64)).astype(np.float32)
@@ -203,24 +203,98 @@ class ReferenceOwner(OwnerCipher):
         sealed.wipe()
 
 
+@dataclass(frozen=True)
+class ReferenceMatrix:
+    """int64[K, N], and how its requests and answers travel."""
+
+    operand: NDArray[np.int64]
+    form: Format
+
+
 class ReferenceWorker(WorkerCipher):
     """Worker half, exact 64-bit integers."""
 
-    def __init__(self, parameters: Parameters) -> None:
-        self._parameters = parameters
+    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> ReferenceMatrix:
+        return ReferenceMatrix((weight.T if forward else weight).astype(np.int64), form)
 
-    def load(self, weight: NDArray[np.int8], forward: bool) -> NDArray[np.int64]:
-        return (weight.T if forward else weight).astype(np.int64)
+    def multiply(self, payload: Payload, tokens: int, matrix: ReferenceMatrix) -> NDArray[np.uint8]:
+        form = matrix.form
+        values = request_values(payload, tokens, len(matrix.operand), form)
+        y = values * form.unit @ matrix.operand
+        delta = form.dropped_bits
+        rounded = ((y + 2**delta // 2) >> delta) % 2**form.down_bits
+        return answer_bytes(rounded, form)
 
-    def multiply(
-        self, payload: Payload, tokens: int, matrix: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
-        limbs, delta = self._parameters.limbs, self._parameters.dropped_bits
-        planes = np.frombuffer(payload, np.int8).astype(np.int64)
-        planes = planes.reshape(limbs, tokens, len(matrix))
-        y = sum((256**limb * (planes[limb] @ matrix) for limb in range(limbs)), np.int64(0))
-        rounded = ((y + 2**delta // 2) >> delta) % 2**self._parameters.result_bits
-        return rounded.astype("<u2").reshape(-1).view(np.uint8)
+
+def _spelled(rows: Iterable[Iterable[int]], bits: int) -> bytes:
+    """Numbers of 2, 4 or 8 bits, each row from the lowest bits of its first byte on."""
+    out = b""
+    for row in rows:
+        joined = sum(int(number) << (bits * i) for i, number in enumerate(row))
+        out += joined.to_bytes(-(-len(list(row)) * bits // 8), "little")
+    return out
+
+
+def _read(data: bytes, rows: int, columns: int, bits: int) -> NDArray[np.int64]:
+    """int64[rows, columns] of what `_spelled` wrote."""
+    size = -(-columns * bits // 8)
+    found = np.zeros((rows, columns), np.int64)
+    for i in range(rows):
+        joined = int.from_bytes(data[i * size : (i + 1) * size], "little")
+        found[i] = [joined >> (bits * k) & ((1 << bits) - 1) for k in range(columns)]
+    return found
+
+
+def request_bytes(values: NDArray[np.int64], form: Format) -> NDArray[np.uint8]:
+    """uint8 payload of values int64[T, K], each below 2^up_bits, as `wire.py` lays them out."""
+    rest, digits = values * form.unit, []
+    for _ in range(form.limbs):
+        digits.append((rest + 128) % 256 - 128)
+        rest = (rest - digits[-1]) // 256
+    whole = digits if form.unit == 1 else digits[1:]
+    out = b"".join(digit.astype(np.int8).tobytes() for digit in whole)
+    if form.unit > 1:
+        out += _spelled((digits[0] % 256 // form.unit).tolist(), 8 - form.unused_bits)
+    return np.frombuffer(out, np.uint8)
+
+
+def request_values(payload: Payload, tokens: int, inputs: int, form: Format) -> NDArray[np.int64]:
+    """int64[T, K] of a request: congruent mod 2^up_bits to what was encrypted."""
+    data = np.frombuffer(payload, np.uint8).tobytes()
+    size, total = tokens * inputs, np.zeros((tokens, inputs), np.int64)
+    if len(data) != tokens * form.up_bytes(inputs):
+        raise ValueError("a request of another size")
+    first = 1 if form.unit > 1 else 0
+    for place in range(first, form.limbs):
+        part = data[(place - first) * size : (place - first + 1) * size]
+        digit = np.frombuffer(part, np.int8).astype(np.int64).reshape(tokens, inputs)
+        total += 256**place * digit
+    if form.unit > 1:
+        rest = data[(form.limbs - 1) * size :]
+        total += form.unit * _read(rest, tokens, inputs, 8 - form.unused_bits)
+    return total // form.unit
+
+
+def answer_bytes(values: NDArray[np.int64], form: Format) -> NDArray[np.uint8]:
+    """uint8 payload of results int64[T, N], each below 2^down_bits."""
+    if form.down_bits == 16:
+        return values.astype("<u2").reshape(-1).view(np.uint8)
+    extra = form.down_bits - 8
+    out = (values >> extra).astype(np.uint8).tobytes()
+    out += _spelled((values % 2**extra).tolist(), extra)
+    return np.frombuffer(out, np.uint8)
+
+
+def answer_values(payload: Payload, tokens: int, outputs: int, form: Format) -> NDArray[np.int64]:
+    """int64[T, N] of an answer."""
+    data = np.frombuffer(payload, np.uint8).tobytes()
+    if len(data) != tokens * form.down_bytes(outputs):
+        raise ValueError("an answer of another size")
+    if form.down_bits == 16:
+        return np.frombuffer(data, "<u2").astype(np.int64).reshape(tokens, outputs)
+    extra, size = form.down_bits - 8, tokens * outputs
+    upper = np.frombuffer(data[:size], np.uint8).astype(np.int64).reshape(tokens, outputs)
+    return upper << extra | _read(data[size:], tokens, outputs, extra)
 
 
 def _errors(stream: Keystream, tokens: int, inputs: int) -> NDArray[np.int64]:

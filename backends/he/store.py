@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from backends.files import map_array, replacing_directory, require_own
 from backends.he.descriptors import require_descriptors
-from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix
+from backends.he.interface import Float32Array, OwnerCipher, OwnerMatrix, WorkerMatrix
 from backends.he.manifest import (
     KINDS,
     NAME,
@@ -40,24 +40,42 @@ from backends.he.manifest import (
     read_manifest,
 )
 from backends.he.params import Parameters
+from backends.he.plan import nominal_plan
 from backends.he.public import PublicMatrix
+from backends.he.wire import Format
 from protocol.catalogue import Catalogue, MatrixShape
 
 
 def shapes_of(
-    groups: Sequence[GroupSpec], parameters: Parameters | None
+    groups: Sequence[GroupSpec], formats: Sequence[Format] | None
 ) -> tuple[MatrixShape, ...]:
-    """Two matrices a group, forward and backward, and what a value of theirs takes on the wire."""
-    up, down = _CLEAR_BYTES, _CLEAR_BYTES
-    if parameters is not None:
-        up, down = parameters.up_bytes_per_value, parameters.down_bytes_per_value
+    """Two matrices a group, forward and backward, and what a token of theirs takes on the wire.
+
+    formats  of each; None where values travel in clear
+    """
     shapes = []
-    for group in groups:
+    for index, group in enumerate(groups):
         sizes = group.in_features, group.total_out
-        for direction, (inputs, outputs) in (("forward", sizes), ("backward", sizes[::-1])):
-            name = f"{group.name} {direction}"
-            shapes.append(MatrixShape(name, inputs, outputs, up * inputs, down * outputs))
+        for turn, (direction, (inputs, outputs)) in enumerate(
+            (("forward", sizes), ("backward", sizes[::-1]))
+        ):
+            up, down = _CLEAR_BYTES * inputs, _CLEAR_BYTES * outputs
+            if formats is not None:
+                form = formats[2 * index + turn]
+                up, down = form.up_bytes(inputs), form.down_bytes(outputs)
+            shapes.append(MatrixShape(f"{group.name} {direction}", inputs, outputs, up, down))
     return tuple(shapes)
+
+
+def nominal_formats(groups: Sequence[GroupSpec], parameters: Parameters) -> list[Format]:
+    """What the planner would choose for weights of which nothing but the shapes is known."""
+    return [
+        nominal_plan(inputs, outputs, parameters, group.precise).format
+        for group in groups
+        for inputs, outputs in (
+            (group.in_features, group.total_out), (group.total_out, group.in_features)
+        )
+    ]  # fmt: skip
 
 
 def catalogue_of(manifest: Manifest) -> Catalogue:
@@ -65,7 +83,16 @@ def catalogue_of(manifest: Manifest) -> Catalogue:
     parameters = manifest.parameters
     digest = parameters.digest() if parameters else hashlib.sha256(b"clear").digest()
     specs = [entry.spec for entry in manifest.groups]
-    return Catalogue(manifest.model_digest, digest, shapes_of(specs, parameters))
+    formats = manifest.formats if parameters else None
+    return Catalogue(manifest.model_digest, digest, shapes_of(specs, formats))
+
+
+def worker_matrices(manifest: Manifest, weights: Sequence[NDArray[np.int8]]) -> list[WorkerMatrix]:
+    """Every matrix of the catalogue as a worker knows it, from the weight of each group."""
+    return [
+        WorkerMatrix(weights[index // 2], index % 2 == 0, form)
+        for index, form in enumerate(manifest.formats)
+    ]
 
 
 _WORKER_ABSENT = (
@@ -207,6 +234,10 @@ class PreparedModel:
             self._owner_matrices = self._load_owner_matrices()
         return self._owner_matrices
 
+    def worker_matrices(self) -> list[WorkerMatrix]:
+        """Every matrix of the catalogue as a worker knows it."""
+        return worker_matrices(self.manifest, self.worker_weights())
+
     def guard(self, cipher: OwnerCipher) -> None:
         """Have the owner's cipher check the answers for every matrix."""
         weights = self.worker_weights()
@@ -274,6 +305,7 @@ class WorkerPart:
         self.parameters = manifest.parameters
         self.groups = [entry.spec for entry in manifest.groups]
         self.weights = weights
+        self.matrices = worker_matrices(manifest, weights)
         self.catalogue = catalogue_of(manifest)
 
     @classmethod

@@ -277,11 +277,17 @@ def _verify_weights(
     if not (np.isfinite(scale.values).all() and (scale.values > 0).all()):
         raise scale.fail("holds a scale that is not finite and positive")
     entry = model.manifest.groups[weight.group]
-    plans = plans_from(Norms(*row_norms), Norms(*column_norms), scale.values)
+    plans = plans_from(
+        Norms(*row_norms), Norms(*column_norms), scale.values, model.parameters,
+        entry.spec.precise,
+    )  # fmt: skip
     for direction, right, stated in zip(
         ("forward", "backward"), plans, (entry.forward_plan, entry.backward_plan), strict=True
     ):
-        exact = (right.max_norm, right.max_l1) == (stated.max_norm, stated.max_l1)
+        exact = all(
+            getattr(right, name) == getattr(stated, name)
+            for name in ("max_norm", "max_l1", "up_bits", "down_bits")
+        )
         if not exact or not isclose(right.noise_gain, stated.noise_gain, rel_tol=_FORECAST):
             raise PreparationError(
                 f"{model.directory}: the {direction} plan of {entry.spec.name} in the manifest is "

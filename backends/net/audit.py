@@ -12,9 +12,8 @@ import secrets
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from backends.he.interface import AnyPayload, WorkerCipher
+from backends.he.interface import AnyPayload, WorkerCipher, WorkerMatrix
 from protocol.errors import WrongAnswerError
 
 ONE_IN = 10_000
@@ -23,18 +22,18 @@ ONE_IN = 10_000
 class Audit:
     """Recomputes one in so many requests. Safe to use from several threads.
 
-    worker   what an honest worker computes with; any kind gives the same bits
-    weights  int8[N, K] of each group, in the catalogue's order
-    one_in   requests for each that is recomputed, on average; its weight is read and packed then
+    worker    what an honest worker computes with; any kind gives the same bits
+    matrices  in the catalogue's order
+    one_in    requests for each that is recomputed, on average; its weight is read and packed then
     """
 
     def __init__(
-        self, worker: WorkerCipher, weights: Sequence[NDArray[np.int8]], one_in: int = ONE_IN
+        self, worker: WorkerCipher, matrices: Sequence[WorkerMatrix], one_in: int = ONE_IN
     ) -> None:
         if one_in < 1:
             raise ValueError(f"one request in {one_in} is none; at least 1")
         self._worker = worker
-        self._weights = weights
+        self._matrices = matrices
         self._one_in = one_in
 
     def keep(self, request: AnyPayload) -> AnyPayload | None:
@@ -47,7 +46,8 @@ class Audit:
 
     def require(self, matrix: int, tokens: int, request: AnyPayload, answer: AnyPayload) -> None:
         """Raise WrongAnswerError unless the answer to a request that was kept is exact."""
-        operand = self._worker.load(self._weights[matrix // 2], forward=matrix % 2 == 0)
+        asked = self._matrices[matrix]
+        operand = self._worker.load(asked.weight, asked.forward, asked.format)
         right = self._worker.multiply(request, tokens, operand)
         if not np.array_equal(np.frombuffer(right, np.uint8), np.frombuffer(answer, np.uint8)):
             raise WrongAnswerError(

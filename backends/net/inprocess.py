@@ -64,7 +64,7 @@ def in_process(
         name = worker_name(index)
         servers[name] = WorkerServer(
             catalogue,
-            prepared.worker_weights(),
+            prepared.worker_matrices(),
             cipher,
             reply=lambda _peer, frame, name=name: client.deliver(name, frame),  # type: ignore[misc]
             config=worker_config,

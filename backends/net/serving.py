@@ -86,7 +86,7 @@ def serving(
         lambda peer: server.lost(peer), limits, on_line, backlog.full,
     )  # fmt: skip
     server = WorkerServer(
-        part.catalogue, part.weights, cipher, listener.send, config, threads,
+        part.catalogue, part.matrices, cipher, listener.send, config, threads,
         replace(hooks, observe=backlog.observe), counts, tell, on_crash,
     )  # fmt: skip
     server.start()

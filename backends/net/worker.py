@@ -10,10 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from backends.he.interface import WorkerCipher, carried
+from backends.he.interface import WorkerCipher, WorkerMatrix, carried
 from backends.net.counts import REFUSED, Counts, LineEvent, guarded, small_message
 from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
@@ -55,9 +52,9 @@ _REASONS_TOLD = 4096
 
 
 class WorkerServer:
-    """Serves products of ciphertexts with `weights`.
+    """Serves products of ciphertexts with matrices.
 
-    weights   int8[N, K], one per linear group; matrix 2g is group g forward, 2g+1 backward
+    matrices  in the catalogue's order
     reply     sends (peer, frame) back
     threads   that compute; more than the cipher's launches lets requests wait and be joined
     counts    where to count what it does
@@ -68,7 +65,7 @@ class WorkerServer:
     def __init__(
         self,
         catalogue: Catalogue,
-        weights: Sequence[NDArray[np.int8]],
+        matrices: Sequence[WorkerMatrix],
         cipher: WorkerCipher,
         reply: Callable[[str, Frame], None],
         config: WorkerConfig | None = None,
@@ -78,10 +75,9 @@ class WorkerServer:
         tell: Callable[[LineEvent], None] = lambda event: None,
         on_crash: Callable[[], None] = lambda: None,
     ) -> None:
-        if 2 * len(weights) != len(catalogue.matrices):
+        if len(matrices) != len(catalogue.matrices):
             raise ValueError(
-                f"{len(weights)} weights make {2 * len(weights)} matrices; the catalogue has "
-                f"{len(catalogue.matrices)}"
+                f"{len(matrices)} matrices; the catalogue has {len(catalogue.matrices)}"
             )
         self.counts, self.failure = counts or Counts(), ""
         self._catalogue, self._reply, self._tell = catalogue, reply, guarded(tell)
@@ -89,9 +85,7 @@ class WorkerServer:
         self._told: set[tuple[str, Reason]] = set()
         self._draining, self._finished = threading.Event(), threading.Event()
         self._cipher = cipher
-        self._matrices = [
-            cipher.load(weight, forward) for weight in weights for forward in (True, False)
-        ]
+        self._matrices = [cipher.load(m.weight, m.forward, m.format) for m in matrices]
         config, self._hooks = config or WorkerConfig(), hooks or Hooks()
         self._joiner = Joiner(
             self._multiply, cipher.launches, lambda request: request[1], config.max_tokens

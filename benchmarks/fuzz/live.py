@@ -88,7 +88,7 @@ class Scene:
         weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
         groups = [GroupSpec("layer", ("layer",), 24, (40,))]
         model = prepare(
-            directory / "model", groups, lambda m: weight, preset("standard"), lambda label, n: None
+            directory / "model", groups, lambda m: weight, preset("exact"), lambda label, n: None
         )
         certs, ours = directory / "certs", Authority()
         ours.issue(certs / "worker", ["localhost", "127.0.0.1"])
@@ -187,7 +187,7 @@ class Owner:
     @contextmanager
     def connected(self, name: str) -> Iterator[Any]:
         """A fresh owner under a certificate."""
-        cipher = MlweOwner(preset("standard"), self._scene.model.public_matrix())
+        cipher = MlweOwner(preset("exact"), self._scene.model.public_matrix())
         self._scene.model.guard(cipher)
         tls = Tls(self._scene.certs / name) if self._tls else None
         with connected(self._scene.model, cipher, [self._address], tls, _PATIENT) as client:

@@ -132,7 +132,7 @@ def options() -> Parser:
     """The command line."""
     parser = Parser(__doc__, "benchmarks.gpu")
     names = [part.name for part in PARTS]
-    parser.add_argument("--preset", default="standard", choices=sorted(PRESETS))
+    parser.add_argument("--preset", default="exact", choices=sorted(PRESETS))
     parser.add_argument(
         "--quick", action="store_true",
         help=f"five rounds, three ragged token counts, one token count for the owner, and only "

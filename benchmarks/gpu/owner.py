@@ -59,7 +59,7 @@ def ring_work(gpu: Gpu, parameters: Parameters, scale: Scale, tokens: int) -> Fi
     totals = {"encrypt": 0.0, "decrypt": 0.0, "decrypt_checked": 0.0}
     rows = []
     owner = CudaOwner(parameters, public, gpu, local=True, unverified=True)
-    worker = CudaWorker(parameters, gpu)
+    worker = CudaWorker(gpu)
     for matrix in scale.matrices:
         public_matrix = stand_in(matrix, parameters)
         weight = random_weight(matrix.inputs, matrix.outputs)

@@ -38,8 +38,8 @@ def identical(task: Task) -> Figures:
     Both ways of the GPU, requests on the device and on the host, and several joined in one.
     """
     gpu, parameters, scale = task.gpu, task.parameters, task.scale
-    on_cpu = MlweWorker(parameters)
-    ways = {"fused": CudaWorker(parameters, gpu), "library": CudaWorker(parameters, gpu, False)}
+    on_cpu = MlweWorker()
+    ways = {"fused": CudaWorker(gpu), "library": CudaWorker(gpu, False)}
     compared = 0
     different: list[str] = []
     for matrix in scale.matrices:
@@ -99,7 +99,7 @@ def library(task: Task) -> Figures:
 def layers(task: Task) -> list[Figures]:
     """Single layers under encryption against clear bf16, device-resident, in one run."""
     gpu, parameters, scale = task.gpu, task.parameters, task.scale
-    fused, library = CudaWorker(parameters, gpu), CudaWorker(parameters, gpu, False)
+    fused, library = CudaWorker(gpu), CudaWorker(gpu, False)
     tokens = scale.layer_tokens
     rows: list[Figures] = []
     for inputs, outputs in scale.layers:
@@ -140,7 +140,7 @@ def _median_ratio(times: dict[str, list[float]], over: str, under: str) -> float
 def throughput(task: Task) -> Figures:
     """All products of a training step's tokens, one after the other, weights resident."""
     gpu, parameters, scale = task.gpu, task.parameters, task.scale
-    worker = CudaWorker(parameters, gpu)
+    worker = CudaWorker(gpu)
     work: list[tuple[Matrix, torch.Tensor, list[Any]]] = []
     for matrix in scale.matrices:
         weight = random_weight(matrix.inputs, matrix.outputs)
@@ -179,7 +179,7 @@ def launch(task: Task) -> Figures:
     gpu, parameters = task.gpu, task.parameters
     small = torch.zeros(32, device=gpu.device)
     matrix = task.scale.matrices[0]
-    worker = CudaWorker(parameters, gpu)
+    worker = CudaWorker(gpu)
     loaded = worker.load(random_weight(matrix.inputs, matrix.outputs), True)
     request = random_request(gpu, 1, matrix.inputs, parameters)
     worker.multiply(request, 1, loaded)

@@ -21,7 +21,7 @@ ZERO_IS_FINE = (
     "--price-gpu-hour", "--price-gb", "--price-mbps-month",
 )  # fmt: skip
 WORDS = (
-    "standard", "remote", "default", "", " ", "x" * 300, "ünïcode", "\udcff\udcfe", "a\nb", "-",
+    "exact", "remote", "default", "", " ", "x" * 300, "ünïcode", "\udcff\udcfe", "a\nb", "-",
     "None",
     "../..", "cubic", "{pool}", "%s%n", "{0}", "$HOME", "~", "a" * 100_000,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from backends.he.entropy import SeededEntropy
 from backends.he.interface import OwnerCipher, OwnerMatrix, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
+from backends.he.packing import pack_answer, unpack_answer
 from protocol.catalogue import Catalogue
 from protocol.events import MultiplyCiphertext
 from scenarios.chaos.checks import require
@@ -51,11 +52,11 @@ class Arithmetic:
         self.matrices: list[OwnerMatrix] = self._prepared.owner_matrices()
         self.catalogue: Catalogue = self._prepared.catalogue()
         parameters = self._prepared.parameters
-        self._worker: WorkerCipher = ClearWorker() if parameters is None else MlweWorker(parameters)
+        self._worker: WorkerCipher = ClearWorker() if parameters is None else MlweWorker()
+        self._formats = self._prepared.manifest.formats
         self._operands = [
-            self._worker.load(weight, forward)
-            for weight in subject.weights
-            for forward in (True, False)
+            self._worker.load(subject.weights[index // 2], index % 2 == 0, form)
+            for index, form in enumerate(self._formats)
         ]
 
     def owner_cipher(self, incarnation: int) -> OwnerCipher:
@@ -116,9 +117,11 @@ class Arithmetic:
         constant bias  the last output of every token is off by the same
         """
         outputs = self.catalogue.matrices[matrix].out_features
+        form = self._formats[matrix]
         if self.encrypted:
-            values = np.frombuffer(product, "<u2").copy().reshape(-1, outputs)
-            top, least = 1 << 15, self._seen_steps(matrix)
+            tokens = len(product) // form.down_bytes(outputs)
+            values = unpack_answer(product, tokens, outputs, form).copy()
+            top, least = 1 << (form.down_bits - 1), self._seen_steps(matrix)
         else:
             values = np.frombuffer(product, "<u4").copy().reshape(-1, outputs)
             top, least = 1 << 31, 0
@@ -126,17 +129,18 @@ class Arithmetic:
         if way == "top bits":
             count = 2 * rng.randint(1, outputs // 2)
             values[token, rng.sample(range(outputs), count)] ^= values.dtype.type(top)
-            return values.tobytes()
+            return pack_answer(values, form).tobytes() if self.encrypted else values.tobytes()
         place, many = (slice(None), -1), 4
         if way == "one value":
             place = (slice(token, token + 1), rng.randrange(outputs))
             many = rng.randint(2, 20) * rng.choice((-1, 1))
         if self.encrypted:
-            step = max(-(1 << 14), min(many * least, 1 << 14))
-            values[place] += values.dtype.type(step % (1 << 16))
-        else:
-            floats = values.view(np.float32)
-            floats[place] += np.float32(rng.uniform(0.01, 1.0) * np.abs(floats).max())
+            most = 1 << (form.down_bits - 2)
+            step = max(-most, min(many * least, most))
+            values[place] = (values[place] + step) % (1 << form.down_bits)
+            return pack_answer(values, form).tobytes()
+        floats = values.view(np.float32)
+        floats[place] += np.float32(rng.uniform(0.01, 1.0) * np.abs(floats).max())
         return values.tobytes()
 
     def _seen_steps(self, matrix: int) -> int:
@@ -147,9 +151,8 @@ class Arithmetic:
         of it is over 8 deviations of tolerance and 8 of noise.
         """
         weight = self._subject.weights[matrix // 2].astype(np.float64)
-        parameters = self._prepared.parameters
-        assert parameters is not None
+        form = self._formats[matrix]
         norms = np.linalg.norm(weight, axis=1 if matrix % 2 == 0 else 0)
-        step = 2.0**parameters.dropped_bits
-        deviation = np.hypot(0.3 * norms.sum(), 0.3 * step * len(norms))
+        step = 2.0**form.dropped_bits
+        deviation = np.hypot(0.3 * form.unit * norms.sum(), 0.3 * step * len(norms))
         return int(2 * 16 * deviation / step) + 2

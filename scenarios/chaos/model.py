@@ -141,7 +141,7 @@ class Subject:
                 self._directory / self.kind / cipher,
                 self._groups,
                 self._load_weight,
-                preset("standard") if cipher == "mlwe" else None,
+                preset("exact") if cipher == "mlwe" else None,
                 lambda label, done: None,
             )
         return self._prepared[cipher]

@@ -62,7 +62,7 @@ def prepared_model(directory: Path, skeleton: Skeleton) -> PreparedModel:
     """The public set-up, made or found. Raises PreparationError when it is damaged."""
     return prepare(
         directory, skeleton.groups, skeleton.load_weight,
-        preset("standard"), lambda label, done: None,
+        preset("exact"), lambda label, done: None,
     )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> None:
     ledger = open_ledger(args.out, checkpoints, workers)
     skeleton = build_skeleton(BASE)
     prepared = prepared_model(args.model, skeleton)
-    cipher = MlweOwner(preset("standard"), prepared.public_matrix())
+    cipher = MlweOwner(preset("exact"), prepared.public_matrix())
     prepared.guard(cipher)
     model = add_lora(skeleton.model, RANK, 2 * RANK, seed=0)
     generator = torch.Generator().manual_seed(0)

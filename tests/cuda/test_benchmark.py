@@ -51,7 +51,7 @@ def figures_of(gpu: Gpu, names: list[str], monkeypatch: pytest.MonkeyPatch) -> F
     for part in PARTS:
         if part.name in names:
             kept: list[Figures] = []
-            task = Task("standard", False, part.deadline_s, found, kept.append)
+            task = Task("exact", False, part.deadline_s, found, kept.append)
             module, _, function = part.call.partition(":")
             found[part.name] = getattr(import_module(module), function)(task)
             assert all(json.loads(json.dumps(figures)) for figures in kept)
@@ -87,7 +87,7 @@ def test_every_part_runs_and_the_profile_loads(
     measures = [row[0] for row in rows(figures)]
     assert len(measures) == len(set(measures)) == 13
     print_table(figures)
-    made = profile("test", "here", figures, preset("standard"), TINY)
+    made = profile("test", "here", figures, preset("exact"), TINY)
     made.save(tmp_path / "p.json")
     assert DeviceProfile.load(tmp_path / "p.json").rates["int8"] > 0
 
@@ -111,9 +111,9 @@ def test_essentials_come_first_and_end_in_time() -> None:
     until_step = [*(part.name for part in PARTS)].index("step") + 1
     limits = [part.quick_s for part in ESSENTIALS[:until_step]]
     assert sum(limit for limit in limits if limit) < QUICK_LIMIT_S < 240
-    plan = Plan("standard", True, time.monotonic() + 20)
+    plan = Plan("exact", True, time.monotonic() + 20)
     assert 19 < plan.deadline_s(PARTS[-1]) <= 20
-    assert Plan("standard", False).deadline_s(DEVICE) == DEVICE.deadline_s
+    assert Plan("exact", False).deadline_s(DEVICE) == DEVICE.deadline_s
     assert (QUICK.rounds, len(QUICK.ragged), len(QUICK.owner_tokens)) == (5, 3, 1)
     assert QUICK.tokens == 2048
 
@@ -128,7 +128,7 @@ def test_the_step_is_the_scenario_itself(monkeypatch: pytest.MonkeyPatch) -> Non
         place.write_text('{"private_over_clear": 2.5, "origin": {}, "adapter_dir": "x"}')
 
     monkeypatch.setattr(whole.subprocess, "run", run)
-    found = whole.step(Task("standard", True, 60, {}, lambda figures: None))
+    found = whole.step(Task("exact", True, 60, {}, lambda figures: None))
     arguments = "--steps 3 --tokens 2048 --sequence 512"
     assert found == {"private_over_clear": 2.5, "arguments": arguments}
     assert asked[1:5] == ["-m", "scenarios.llama1b", "--real-gpu", "--compare-clear"]
@@ -136,7 +136,7 @@ def test_the_step_is_the_scenario_itself(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_gpu_that_will_not_do_ends_it_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user can mend it, or all that is known."""
-    plan = Plan("standard", False)
+    plan = Plan("exact", False)
     for error, said in (
         ("exit status 1\nTraceback\nx.GpuError: no driver; install one", "error: no driver"),
         ("stopped after 60 s\nFile x in y", "error: stopped after 60 s\nFile x in y"),
@@ -167,23 +167,23 @@ def test_parts_of_an_earlier_run_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(bench, "commit", lambda: ours)
 
     file = tmp_path / "f.json"
-    assert bench.known_figures(file, "a GPU", "standard") == {}
-    first = {"gpu": "a GPU", "preset": "standard", "ceiling": {"int8_ops_per_s": 1.0}}
+    assert bench.known_figures(file, "a GPU", "exact") == {}
+    first = {"gpu": "a GPU", "preset": "exact", "ceiling": {"int8_ops_per_s": 1.0}}
     commits("0123", "0123")
     record.write(file, first, quiet=True)
-    assert bench.known_figures(file, "a GPU", "standard") == first
+    assert bench.known_figures(file, "a GPU", "exact") == first
     assert bench.known_figures(file, "a GPU", "paranoid") == {}
-    assert bench.known_figures(file, "another", "standard") == {}
+    assert bench.known_figures(file, "another", "exact") == {}
     for theirs, ours in (("4567", "0123"), ("unknown", "unknown"), ("0-dirty", "0-dirty")):
         commits(theirs, ours)
         record.write(file, first, quiet=True)
-        assert bench.known_figures(file, "a GPU", "standard") == {}
+        assert bench.known_figures(file, "a GPU", "exact") == {}
 
 
 @pytest.mark.parametrize(
     "held",
     ["", '{"gpu": "a G', "[]", "{}", '{"origin": []}', "\udcff",
-     '{"gpu": "a GPU", "preset": "standard", "origin": {"commit": "0"}, "failed": []}'],
+     '{"gpu": "a GPU", "preset": "exact", "origin": {"commit": "0"}, "failed": []}'],
 )  # fmt: skip
 def test_a_file_of_something_else_is_not_known(
     held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -192,7 +192,7 @@ def test_a_file_of_something_else_is_not_known(
     monkeypatch.setattr(bench, "commit", lambda: "0")
     file = tmp_path / "f.json"
     file.write_bytes(held.encode(errors="surrogateescape"))
-    assert bench.known_figures(file, "a GPU", "standard") == {}
+    assert bench.known_figures(file, "a GPU", "exact") == {}
     assert "holds no figures" in capsys.readouterr().out
 
 
@@ -200,7 +200,7 @@ def test_a_profile_says_which_parts_it_needs(tmp_path: Path) -> None:
     """Before anything is written; figures of a part that failed are not enough."""
     figures: Figures = {"library": 1, "layers": 1, "owner": 1, "failed": {"owner": "stopped"}}
     with pytest.raises(SystemExit, match="throughput, launch, owner"):
-        bench.write_profile(tmp_path / "p.json", {}, figures, preset("standard"))
+        bench.write_profile(tmp_path / "p.json", {}, figures, preset("exact"))
     assert not (tmp_path / "p.json").exists()
 
 

@@ -33,7 +33,7 @@ def part(name: str, deadline_s: float = 60) -> Part:
     return Part(name, f"tests.cuda.faulty:{name}", deadline_s)
 
 
-def measured(parts: list[Part], file: Path, preset: str = "standard") -> Figures:
+def measured(parts: list[Part], file: Path, preset: str = "exact") -> Figures:
     """What the file holds at the end, having been complete after each part."""
     saved: list[Figures] = []
 
@@ -113,7 +113,7 @@ def test_a_part_that_cannot_start_is_a_failure(monkeypatch: pytest.MonkeyPatch) 
     for place, name in ((runner, "write_json"), (runner.subprocess, "Popen")):
         with monkeypatch.context() as patched:
             patched.setattr(place, name, full)
-            figures = measure("a GPU", [part("works")], Plan("standard", False), lambda f: None)
+            figures = measure("a GPU", [part("works")], Plan("exact", False), lambda f: None)
         assert figures["failed"] == {"works": "not run: No space left on device"}
 
 
@@ -240,7 +240,7 @@ def test_a_tiling_that_fails_is_left_out_and_named(
 
 def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
     """It is named as not started."""
-    plan = Plan("standard", False, ends_s=time.monotonic())
+    plan = Plan("exact", False, ends_s=time.monotonic())
     figures = measure("a GPU", [part("works")], plan, lambda f: None)
     assert "not started" in figures["failed"]["works"]
 

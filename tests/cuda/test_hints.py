@@ -21,7 +21,7 @@ from backends.he.preparation import prepare
 from backends.he.public import HintBuilder, PublicMatrix
 from backends.he.quantise import quantise
 
-STANDARD = preset("standard")
+STANDARD = preset("exact")
 PUBLIC = PublicMatrix(bytes(range(32)), STANDARD.rank)
 ON_CPU = HintBuilder(PUBLIC)
 

@@ -172,7 +172,7 @@ def run(
 @settings(max_examples=40, deadline=None)
 @given(
     parameters=st.sampled_from(
-        [preset("standard"), Parameters("two-limbs", rank=5, limbs=2, dropped_bits=2)]
+        [preset("exact"), Parameters("two-limbs", rank=5, limbs=2, dropped_bits=2)]
     ),
     tokens=st.integers(1, 200),
     inputs=st.integers(1, 14).map(lambda n: 16 * n),
@@ -190,7 +190,7 @@ def test_schedule_is_right_however_early_or_late(
     rng = np.random.default_rng(seed)
     request = rng.integers(-128, 128, (parameters.limbs, tokens, inputs)).astype(np.int8)
     weight = rng.integers(-127, 128, (outputs, inputs)).astype(np.int8)
-    worker = ReferenceWorker(parameters)
+    worker = ReferenceWorker()
     right = worker.multiply(request.tobytes(), tokens, worker.load(weight, True))
     out = run(request, weight, parameters, stages, programs, group, seed)
     assert out.tobytes() == right.tobytes()
@@ -201,13 +201,13 @@ def test_the_model_would_notice_an_early_refill() -> None:
     rng = np.random.default_rng(0)
     request = rng.integers(-128, 128, (3, 64, 320)).astype(np.int8)
     weight = rng.integers(-127, 128, (16, 320)).astype(np.int8)
-    worker = ReferenceWorker(preset("standard"))
+    worker = ReferenceWorker()
     right = worker.multiply(request.tobytes(), 64, worker.load(weight, True)).tobytes()
-    assert run(request, weight, preset("standard"), 3, 1, 8, 0).tobytes() == right
+    assert run(request, weight, preset("exact"), 3, 1, 8, 0).tobytes() == right
     lazy = Machine.finish
 
     def waits_for_less(machine: Machine, outstanding: int, deps: list[Tensor]) -> list[Tensor]:
         return lazy(machine, 2 * outstanding, deps)
 
     with patch.object(Machine, "finish", waits_for_less):
-        assert run(request, weight, preset("standard"), 3, 1, 8, 0).tobytes() != right
+        assert run(request, weight, preset("exact"), 3, 1, 8, 0).tobytes() != right

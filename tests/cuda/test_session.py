@@ -73,9 +73,9 @@ def test_any_mix_of_places_computes_the_same(
     owner: OwnerCipher = MlweOwner(parameters, public)
     if owner_on != "cpu":
         owner = CudaOwner(parameters, public, gpu, local=owner_on != "gpu")
-    worker: WorkerCipher = MlweWorker(parameters)
+    worker: WorkerCipher = MlweWorker()
     if worker_on == "gpu":
-        worker = CudaWorker(parameters, gpu)
+        worker = CudaWorker(gpu)
     prepared.guard(owner)
     weights, matrices = prepared.worker_weights(), prepared.owner_matrices()
     sent: list[object] = []
@@ -109,7 +109,7 @@ def test_requests_of_several_lanes_at_once(llama: Tiny, gpu: Gpu) -> None:
     matrix, weight = prepared.owner_matrices()[0], prepared.worker_weights()[0].astype(np.float64)
     inputs = [np.full((1, matrix.in_features), 1.0 + n, np.float32) for n in range(8)]
     answers: dict[int, np.ndarray] = {}
-    with in_process(prepared, owner, [CudaWorker(parameters, gpu)], lanes=4) as (client, _):
+    with in_process(prepared, owner, [CudaWorker(gpu)], lanes=4) as (client, _):
 
         def lane(n: int) -> None:
             answers[n] = client.linear(0, inputs[n])

@@ -61,7 +61,7 @@ def reference(
     parameters: Parameters, request: NDArray[np.uint8], tokens: int, weight: NDArray[np.int8]
 ) -> bytes:
     """The answer by definition."""
-    worker = ReferenceWorker(parameters)
+    worker = ReferenceWorker()
     return worker.multiply(request, tokens, worker.load(weight, True)).tobytes()
 
 
@@ -74,7 +74,7 @@ def as_bytes(answer: torch.Tensor | NDArray[np.uint8]) -> bytes:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    parameters=st.sampled_from([preset("standard"), TWO_LIMBS, NINE_DROPPED]),
+    parameters=st.sampled_from([preset("exact"), TWO_LIMBS, NINE_DROPPED]),
     tokens=st.integers(1, 40),
     inputs=st.integers(1, 5).map(lambda n: 16 * n),
     outputs=st.integers(1, 70),
@@ -111,7 +111,7 @@ def test_kernel_is_the_definition(
 def test_every_tiling_is_exact(gpu: Gpu, tiling: Tiling) -> None:
     """Each shape in use, at the extremes of the digits, with edges on all three sides."""
     require(gpu, tiling)
-    parameters = preset("standard")
+    parameters = preset("exact")
     tokens, inputs, outputs = tiling.tokens + 3, tiling.inputs + 16, tiling.outputs + 5
     request, weight = random_case(parameters, tokens, inputs, outputs)
     request[: request.size // 3] = 128  # the digit -128
@@ -146,8 +146,8 @@ def test_sizes_of_a_real_model(gpu: Gpu, tokens: int, inputs: int, outputs: int)
 @pytest.mark.parametrize(("inputs", "outputs"), [(48, 40), (37, 21), (16, 1)])
 def test_host_and_device_requests(gpu: Gpu, fused: bool, inputs: int, outputs: int) -> None:
     """Bytes in, numpy out; a device tensor in, a device tensor out; both directions of a weight."""
-    parameters = preset("standard")
-    worker = CudaWorker(parameters, gpu, fused)
+    parameters = preset("exact")
+    worker = CudaWorker(gpu, fused)
     request, weight = random_case(parameters, 5, inputs, outputs)
     right = reference(parameters, request, 5, weight)
     forward, backward = worker.load(weight, True), worker.load(weight.T, False)
@@ -168,8 +168,8 @@ def test_host_and_device_requests(gpu: Gpu, fused: bool, inputs: int, outputs: i
 
 def test_an_unaligned_device_request(gpu: Gpu) -> None:
     """A payload cut out of a larger tensor need not start on sixteen bytes."""
-    parameters = preset("standard")
-    worker = CudaWorker(parameters, gpu)
+    parameters = preset("exact")
+    worker = CudaWorker(gpu)
     request, weight = random_case(parameters, 3, 32, 8)
     whole = torch.from_numpy(np.concatenate([[7], request]).astype(np.uint8)).to(gpu.device)
     answer = worker.multiply(whole[1:], 3, worker.load(weight, True))
@@ -197,8 +197,8 @@ def test_joined_requests_get_their_own_answers(
     gpu: Gpu, requests: list[tuple[int, bool]], inputs: int, seed: int
 ) -> None:
     """One launch for many requests, wherever each of them is, answers each as alone."""
-    parameters = preset("standard")
-    worker = CudaWorker(parameters, gpu)
+    parameters = preset("exact")
+    worker = CudaWorker(gpu)
     _, weight = random_case(parameters, 1, inputs, 24, seed)
     matrix = worker.load(weight, True)
     payloads: list[tuple[Payload, int]] = []
@@ -214,8 +214,8 @@ def test_joined_requests_get_their_own_answers(
 
 def test_threads_share_a_worker(gpu: Gpu) -> None:
     """Requests of several threads, host and device, at once."""
-    parameters = preset("standard")
-    worker = CudaWorker(parameters, gpu)
+    parameters = preset("exact")
+    worker = CudaWorker(gpu)
     _, weight = random_case(parameters, 1, 48, 24)
     matrix = worker.load(weight, True)
 
@@ -232,10 +232,10 @@ def test_threads_share_a_worker(gpu: Gpu) -> None:
 
 def test_weights_may_be_a_read_only_map(gpu: Gpu, tmp_path: Path) -> None:
     """The store maps weights read-only; no copy of the file is kept on the host."""
-    parameters = preset("standard")
+    parameters = preset("exact")
     request, weight = random_case(parameters, 2, 24, 10)
     np.save(tmp_path / "w.npy", weight)
-    worker = CudaWorker(parameters, gpu)
+    worker = CudaWorker(gpu)
     matrix = worker.load(np.load(tmp_path / "w.npy", mmap_mode="r"), True)
     assert matrix.weight.shape == (10, 32)
     assert not matrix.weight[:, 24:].any()
@@ -246,8 +246,8 @@ def test_weights_may_be_a_read_only_map(gpu: Gpu, tmp_path: Path) -> None:
 
 def test_wrong_sizes_and_places_are_refused(gpu: Gpu) -> None:
     """The CPU worker's words, and no answer to anything that is not uint8 on this device."""
-    parameters = preset("standard")
-    worker = CudaWorker(parameters, gpu)
+    parameters = preset("exact")
+    worker = CudaWorker(gpu)
     request, weight = random_case(parameters, 4, 32, 8)
     matrix = worker.load(weight, True)
     with pytest.raises(ValueError, match="4 tokens with 32 inputs has 384 bytes, this one 383"):

@@ -40,7 +40,7 @@ def make_case(
     weight: NDArray[np.int8] | None = None,
 ) -> Case:
     """A case with random int8 weights; `inputs` and `outputs` are those of the direction."""
-    parameters = parameters or preset("standard")
+    parameters = parameters or preset("exact")
     rng = np.random.default_rng(seed)
     shape = (outputs, inputs) if forward else (inputs, outputs)
     if weight is None:

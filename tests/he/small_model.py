@@ -24,7 +24,7 @@ from backends.he.verification import Progress, Trust
 
 GROUPS = [GroupSpec("a.q+k", ("a.q", "a.k"), 24, (24, 8)), GroupSpec("a.o", ("a.o",), 32, (21,))]
 SHAPES = {"a.q": (24, 24), "a.k": (8, 24), "a.o": (21, 32)}
-STANDARD = preset("standard")
+STANDARD = preset("exact")
 TAG = b"an owner"
 
 

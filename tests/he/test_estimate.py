@@ -162,12 +162,12 @@ def test_the_floor_refuses() -> None:
     """It names the attack, its bits and the floor."""
     weak = [Estimate("some attack", CLASSICAL.name, CLASSICAL.unit, FLOOR_BITS - 0.1, 400, 2000)]
     with pytest.raises(InsecureParametersError, match=r"some attack at 124\.9 .* floor of 125"):
-        require_floor(PRESETS["standard"], weak)
+        require_floor(PRESETS["exact"], weak)
 
 
 def test_standard() -> None:
     """As the design expects of this prime: about 130 primal and 126 dual, 2.5 for many blocks."""
-    problem = judged(PRESETS["standard"])
+    problem = judged(PRESETS["exact"])
     assert primal_usvp(problem, CLASSICAL).bits == pytest.approx(130, abs=0.5)
     assert dual_hybrid(problem, CLASSICAL).bits == pytest.approx(126, abs=0.1)
     assert many_blocks_loss(problem) == pytest.approx(2.5, abs=0.25)
@@ -203,7 +203,7 @@ def test_the_problem_is_the_cipher() -> None:
     assert pytest.approx(2 / 3) == TERNARY.variance
     assert TERNARY.guess_bits == pytest.approx(np.log2(3))
     u = np.random.default_rng(0).integers(0, NTT_PRIME, 100_000)
-    p = Parameters("standard", rank=8).worker_modulus
+    p = Parameters("exact", rank=8).worker_modulus
     noise = u - np.rint(u * (p / NTT_PRIME)) * (NTT_PRIME / p)
     added = (
         cipher_lwe(1280, NTT_PRIME, p).error.variance - cipher_lwe(1280, NTT_PRIME).error.variance
@@ -230,7 +230,7 @@ def test_the_search_finds_what_plain_search_finds(model: CostModel) -> None:
 @pytest.mark.parametrize(
     ("rank", "rounded_to", "model", "block", "choice"),
     [
-        pytest.param(5, None, CLASSICAL, 431, (1196, 13, 53, 3), id="standard"),
+        pytest.param(5, None, CLASSICAL, 431, (1196, 13, 53, 3), id="exact"),
         pytest.param(5, 1 << 24, CLASSICAL, 448, (1190, 15, 53, 3), id="standard, rounded"),
         pytest.param(5, 1 << 24, BDGL16, 439, (1162, 35, 52, 3), id="standard, rounded, BDGL16"),
         pytest.param(6, None, CLASSICAL, 543, (1409, 21, 66, 3), id="conservative"),
@@ -259,7 +259,7 @@ def test_the_search_leaves_ripples(
 
 def test_no_choice_about_the_published_one_costs_less() -> None:
     """The standard preset's worst attack, by plain search that shares nothing with the scan."""
-    problem = judged(PRESETS["standard"])
+    problem = judged(PRESETS["exact"])
     blocks = np.arange(415.0, 446.0)
     grid = itertools.product(range(1170, 1221, 2), range(7, 20), range(46, 61), (3, 4))
     plain = min(float(dual_hybrid_costs(problem, CLASSICAL, blocks, one).min()) for one in grid)
@@ -314,7 +314,7 @@ def test_harder_problems_cost_more(size: tuple[int, int, int]) -> None:
 
 def test_more_blocks_cost_less() -> None:
     """Of one block, both many-block attacks are the plain ones; then ever cheaper."""
-    problem = judged(PRESETS["standard"])
+    problem = judged(PRESETS["exact"])
     counts = [1, 2**10, 2**20, BLOCKS]
     luck = [primal_any_of(problem, CLASSICAL, count).bits for count in counts]
     tests = [dual_hypothesis(problem, CLASSICAL, count).bits for count in counts]

@@ -36,7 +36,7 @@ TWO_LIMBS = Parameters("two", rank=5, limbs=2, dropped_bits=4)
 
 def ask(case: Case, tokens: int, tamper: object = None) -> None:
     """One guarded round trip; `tamper` changes the answer uint16[T, N] in place."""
-    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
     owner.guard(case.matrix, case.weight, case.forward)
     x = np.random.default_rng().standard_normal((tokens, case.matrix.in_features))
     sent = owner.encrypt(x.astype(np.float32), case.matrix)
@@ -63,7 +63,7 @@ def test_honest_answers_pass_with_two_limbs() -> None:
 def test_honest_answers_pass_at_any_scale(scale: float) -> None:
     """Zeros, denormals, and results that overflow float32 when they are delivered."""
     case = make_case(70, 60)
-    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
     owner.guard(case.matrix, case.weight, True)
     x = np.full((20, 70), scale, np.float32)
     x[1::2] = 0
@@ -108,7 +108,7 @@ def test_no_kind_of_lie_passes_more_often_than_the_bound_says(name: str) -> None
 
     Accepted attacks may exceed their expected number by five standard deviations of it.
     """
-    desk = Desk(48, 40, preset("standard"), seed=len(name))
+    desk = Desk(48, 40, preset("exact"), seed=len(name))
     results = [desk.attack(KINDS[name]) for _ in range(120)]
     accepted, bound = sum(taken for taken, _ in results), sum(odds for _, odds in results)
     assert accepted <= bound + 5 * sqrt(bound)
@@ -118,7 +118,7 @@ def test_no_kind_of_lie_passes_more_often_than_the_bound_says(name: str) -> None
 
 def test_every_bit_of_an_answer_counts() -> None:
     """2^k added to one value, to half of them, to all, for every k: large ones never pass."""
-    desk = Desk(48, 40, preset("standard"), seed=4)
+    desk = Desk(48, 40, preset("exact"), seed=4)
     for k in range(16):
         for places in (slice(0, 1), slice(0, 20), slice(None)):
             asked = desk.ask(np.random.default_rng(k).standard_normal((3, 48)).astype(np.float32))
@@ -134,7 +134,7 @@ def test_a_small_bias_is_found() -> None:
     grows with the root of the outputs. It takes n/8 tokens a row of 8 deviations over the bias,
     b*|v| a token: below 20,000 tokens for this size, from either extreme of |v|.
     """
-    assert bias_found(preset("standard"), 1024, 200, 0.01, seed=1, most=60_000) < 20_000
+    assert bias_found(preset("exact"), 1024, 200, 0.01, seed=1, most=60_000) < 20_000
 
 
 def test_a_bias_of_some_places_only_is_found() -> None:
@@ -177,7 +177,7 @@ def test_honest_differences_pass_for_long() -> None:
 
 def test_honest_data_is_never_rejected() -> None:
     """Real encryption, heavy-tailed, with zeros and repeated tokens, one set of sums."""
-    assert honest(preset("standard"), 60_000, 96, 80)["rejected"] == 0
+    assert honest(preset("exact"), 60_000, 96, 80)["rejected"] == 0
 
 
 def test_nobody_pays_for_the_lies_of_another() -> None:
@@ -235,7 +235,7 @@ SHAPES = [None, _twins, _zero_rows, _powers, _constant, _congruent, _nearly_cong
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("parameters", [preset("standard"), TWO_LIMBS], ids=["three", "two"])
+@pytest.mark.parametrize("parameters", [preset("exact"), TWO_LIMBS], ids=["three", "two"])
 def test_the_honest_distribution_is_as_derived(
     monkeypatch: pytest.MonkeyPatch, parameters: Parameters, shape: Any
 ) -> None:
@@ -248,7 +248,7 @@ def test_the_honest_distribution_is_as_derived(
     if shape is not None:
         shape(case.weight)
         case = make_case(40, 60, parameters=parameters, weight=case.weight)
-    owner, worker = MlweOwner(parameters, case.public), MlweWorker(parameters)
+    owner, worker = MlweOwner(parameters, case.public), MlweWorker()
     loaded = worker.load(case.weight, True)
     z = []
 
@@ -311,7 +311,7 @@ def test_rows_that_are_alike_get_nobody_accused(entries: tuple[int, int], inputs
         rng = np.random.default_rng(seed)
         weight = rng.choice(np.array(entries, np.int8), (512, inputs))
         case = make_case(inputs, 512, weight=weight)
-        owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+        owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
         owner.guard(case.matrix, weight, True)
         loaded = worker.load(weight, True)
         for _ in range(30):
@@ -322,7 +322,7 @@ def test_rows_that_are_alike_get_nobody_accused(entries: tuple[int, int], inputs
 def test_a_matrix_of_zeros_has_exact_answers() -> None:
     """An honest one passes, and any other does not."""
     case = make_case(30, 40, weight=np.zeros((40, 30), np.int8))
-    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
     owner.guard(case.matrix, case.weight, True)
     sent = owner.encrypt(np.ones((4, 30), np.float32), case.matrix)
     right = worker.multiply(sent.payload, 4, worker.load(case.weight, True))
@@ -349,7 +349,7 @@ def test_what_divides_a_row_is_found_exactly() -> None:
 def test_a_failed_check_leaves_the_request_open() -> None:
     """The right answer, of another worker, opens the same ciphertext."""
     case = make_case(70, 60)
-    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker(case.parameters)
+    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
     owner.guard(case.matrix, case.weight, True)
     x = np.random.default_rng(0).standard_normal((300, 70)).astype(np.float32)
     sent = owner.encrypt(x, case.matrix)

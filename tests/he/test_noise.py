@@ -21,7 +21,7 @@ NARROW, COARSE, WIDE = CASES[0], CASES[1], replace(CASES[2], outputs=128)
 @pytest.mark.parametrize("case", [NARROW, COARSE, WIDE], ids=lambda case: case.name)
 def test_errors_follow_the_law(case: noise.Case) -> None:
     """Mean, variance, fourth moment and tails; precise enough to see 3 % of the variance."""
-    found = measure(case, preset("standard"), QUICK)
+    found = measure(case, preset("exact"), QUICK)
     assert largest_score(found) < LIMIT, found
     assert 0.03 / found["variance"]["standard_error"] > 2 * LIMIT
 
@@ -29,7 +29,7 @@ def test_errors_follow_the_law(case: noise.Case) -> None:
 def test_a_law_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """An LWE error taken for 44 bits instead of 40 is 3 % of the variance."""
     monkeypatch.setattr(noise, "ERROR_BITS", 44)
-    assert abs(scores(measure(WIDE, preset("standard"), QUICK))["variance"]) > LIMIT
+    assert abs(scores(measure(WIDE, preset("exact"), QUICK))["variance"]) > LIMIT
 
 
 def test_a_tail_forecast_below_zero_is_none_at_all() -> None:
@@ -59,7 +59,7 @@ def test_a_score_that_is_no_number_is_not_passed_over(place: str) -> None:
 def test_tails_are_below_the_bound_and_those_of_a_wide_row_are_normal() -> None:
     """P(|error - mean| > z*deviation) <= 2*exp(-z^2/2), for any row."""
     for case in (NARROW, COARSE, WIDE):
-        beyond = law(case.weight()[:4], preset("standard")).beyond
+        beyond = law(case.weight()[:4], preset("exact")).beyond
         assert np.all(beyond <= [2 * exp(-(z**2) / 2) for z in SIGMAS])
         assert np.all(beyond > 0)
     assert beyond[0] == pytest.approx([erfc(z / sqrt(2)) for z in SIGMAS], rel=0.05)
@@ -67,7 +67,7 @@ def test_tails_are_below_the_bound_and_those_of_a_wide_row_are_normal() -> None:
 
 def test_the_deviation_is_what_the_document_says() -> None:
     """For one plain row: a 3 and a -4, K = 2."""
-    parameters = preset("standard")
+    parameters = preset("exact")
     ratio = 2**24 / 268432897
     found = law(np.array([[3, -4]], np.int8), parameters)
     variance = 25 * (1 / 12 + ratio**2 * (10 + 1 / 12)) + 4**8 / 12

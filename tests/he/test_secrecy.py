@@ -141,7 +141,7 @@ def test_presets_lie_inside_the_security_line() -> None:
 
 def test_public_matrix_is_a_function_of_its_seed() -> None:
     """Prefixes agree; another model, parameter set or owner tag gives another matrix."""
-    parameters = preset("standard")
+    parameters = preset("exact")
     seed = public_seed(bytes(32), parameters)
     tall, short = PublicMatrix(seed, 5).rows(100), PublicMatrix(seed, 5).rows(20)
     assert np.array_equal(tall[: len(short)], short)

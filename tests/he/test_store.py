@@ -28,7 +28,7 @@ from backends.threads import Job, run_ahead
 
 GROUPS = [GroupSpec("a.q+k", ("a.q", "a.k"), 24, (24, 8)), GroupSpec("a.o", ("a.o",), 32, (24,))]
 SHAPES = {"a.q": (24, 24), "a.k": (8, 24), "a.o": (24, 32)}
-STANDARD = preset("standard")
+STANDARD = preset("exact")
 
 
 class Loader:

@@ -77,7 +77,7 @@ class Bench:
         patch.setattr(self.owner, "_scratch", kept_scratch)
 
     def answer(self, payload: Any, tokens: int) -> NDArray[np.uint8]:
-        worker = MlweWorker(self.case.parameters)
+        worker = MlweWorker()
         return worker.multiply(payload, tokens, worker.load(self.case.weight, self.case.forward))
 
     def leaves_nothing(self) -> None:

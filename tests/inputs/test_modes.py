@@ -85,7 +85,7 @@ def entry(name: str) -> Entry:
 VALUES = {
     "--weights": "nowhere", "--gpu": "l4", "--network": "home", "--model": "gpt2",
     "--kernel": "generic",
-    "--preset": "standard", "--worker": "localhost:1", "--tls": "nowhere", "--owner-tag": "mine",
+    "--preset": "exact", "--worker": "localhost:1", "--tls": "nowhere", "--owner-tag": "mine",
     "--learning-rate": "1e-3", "--bandwidth": "1Gb/s", "--rtt": "1ms", "--loss": "0",
     "--jitter": "1ms",
     "--owner-device": "h100", "--only": "x", "--steps": "9", "--minutes": "1",

@@ -49,7 +49,7 @@ class Driven:
         assert isinstance(self.answers.get(timeout=10), Welcome)
 
     def ask(self, request: int) -> None:
-        payload = bytes(preset("standard").limbs * 24)
+        payload = bytes(preset("exact").limbs * 24)
         self.server.deliver("ann#1", encode(Multiply(SESSION, request, 0, 1, payload)))
 
 
@@ -81,7 +81,7 @@ def test_what_is_put_off_does_not_wait(model: PreparedModel) -> None:
     part = WorkerPart.open(model.directory)
     payload = bytes(part.catalogue.up_bytes(0, 600))
     with serving(
-        part, MlweWorker(preset("standard")), "127.0.0.1", 0, None,
+        part, MlweWorker(), "127.0.0.1", 0, None,
         limits=Limits(unhandled_bytes=len(payload)),
     ) as service:  # fmt: skip
         incoming, outgoing, _ = dial("127.0.0.1", service.port, None)

@@ -280,12 +280,10 @@ def test_the_narrowest_limits_still_serve(model: PreparedModel) -> None:
     """One frame at a time, one answer at a time: slower, and right."""
     part = WorkerPart.open(model.directory)
     limits = Limits(unsent_bytes=0, unhandled_bytes=0)
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     with (
-        serving(
-            part, MlweWorker(preset("standard")), "127.0.0.1", 0, None, None, limits
-        ) as service,
+        serving(part, MlweWorker(), "127.0.0.1", 0, None, None, limits) as service,
         connected(model, owner, [f"127.0.0.1:{service.port}"], None) as client,
     ):
         for rows in range(1, 9):
@@ -297,7 +295,7 @@ class Held(MlweWorker):
     """Multiplies when it is told to, and counts."""
 
     def __init__(self) -> None:
-        super().__init__(preset("standard"))
+        super().__init__(preset("exact"))
         self.go, self.done = threading.Event(), 0
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> Any:

@@ -44,7 +44,7 @@ def make(directory: Path, seed: int = 0) -> PreparedModel:
     """One group of 24 -> 40."""
     weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(seed))
     groups = [GroupSpec("layer", ("layer",), 24, (40,))]
-    return prepare(directory, groups, lambda m: weight, preset("standard"), lambda label, n: None)
+    return prepare(directory, groups, lambda m: weight, preset("exact"), lambda label, n: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,7 @@ class Wire:
         self.up: list[bytes] = []
         self.down: list[bytes] = []
         self.drop_products = 0
-        self.server = WorkerServer(
-            catalogue, model.worker_weights(), MlweWorker(model.parameters), self._down
-        )
+        self.server = WorkerServer(catalogue, model.worker_matrices(), MlweWorker(), self._down)
         self.client = OwnerClient(
             catalogue, model.owner_matrices(), self.cipher, ["worker"], self._up, config
         )
@@ -99,9 +97,9 @@ class Wire:
 
 def test_products_from_several_lanes(model: PreparedModel) -> None:
     """Each lane gets its own answer."""
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
-    worker = MlweWorker(preset("standard"))
+    worker = MlweWorker()
     with in_process(model, owner, [worker], lanes=4) as (client, (server,)):
         results: dict[int, bool] = {}
 
@@ -168,7 +166,7 @@ def test_no_plaintext_in_any_frame(model: PreparedModel) -> None:
 
 def test_simulated_randomness_is_refused(model: PreparedModel) -> None:
     """There is no switch for it."""
-    cipher = MlweOwner(preset("standard"), model.public_matrix(), SeededEntropy(1))
+    cipher = MlweOwner(preset("exact"), model.public_matrix(), SeededEntropy(1))
     with pytest.raises(SimulatedRandomnessError, match="OsEntropy"):
         OwnerClient(model.catalogue(), model.owner_matrices(), cipher, ["w"], lambda p, f: None)
 
@@ -179,15 +177,15 @@ def test_simulated_randomness_is_refused(model: PreparedModel) -> None:
         (lambda model: ClearOwner(), "does not encrypt"),
         (lambda model: ClearOwner(unverified=True), "does not encrypt"),
         (
-            lambda model: MlweOwner(preset("standard"), model.public_matrix(), unverified=True),
+            lambda model: MlweOwner(preset("exact"), model.public_matrix(), unverified=True),
             "answers that nothing checks",
         ),
         (
-            lambda model: MlweOwner(preset("standard"), model.public_matrix()),
+            lambda model: MlweOwner(preset("exact"), model.public_matrix()),
             "nothing guards layer forward",
         ),
         (
-            lambda model: ReferenceOwner(preset("standard"), model.public_matrix()),
+            lambda model: ReferenceOwner(preset("exact"), model.public_matrix()),
             "nothing guards layer forward",
         ),
     ],
@@ -209,7 +207,7 @@ def test_a_cipher_that_protects_too_little_never_leaves_the_process(
 
 def test_a_guarded_cipher_may_serve_workers_elsewhere(model: PreparedModel) -> None:
     """The one kind that may."""
-    made = MlweOwner(preset("standard"), model.public_matrix())
+    made = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(made)
     OwnerClient(model.catalogue(), model.owner_matrices(), made, ["w"], lambda p, f: None)
 
@@ -221,7 +219,7 @@ def test_a_worker_of_another_model_is_refused_with_a_reason(
     other = make(tmp_path, seed=1)
     wire = Wire(model)
     wire.server = WorkerServer(
-        other.catalogue(), other.worker_weights(), MlweWorker(preset("standard")),
+        other.catalogue(), other.worker_matrices(), MlweWorker(),
         wire._down,
     )  # fmt: skip
     with wire, pytest.raises(RemoteLinearError, match=r"holds another model.*--weights"):
@@ -237,9 +235,7 @@ def test_a_lying_worker_ends_the_call_with_its_name_and_the_layer(model: Prepare
         answer = isinstance(decode(frame), Product)
         honest(peer, frame[:-40] + bytes(40) if answer else frame)
 
-    wire.server = WorkerServer(
-        model.catalogue(), model.worker_weights(), MlweWorker(preset("standard")), lie
-    )
+    wire.server = WorkerServer(model.catalogue(), model.worker_matrices(), MlweWorker(), lie)
     with wire, pytest.raises(RemoteLinearError, match=r"layer forward.*broken or lying"):
         wire.client.linear(0, np.ones((1, 24), np.float32))
 
@@ -262,9 +258,9 @@ def greeted(client: OwnerClient, *workers: str) -> None:
 
 def test_a_lying_worker_is_retired_and_its_work_done_elsewhere(model: PreparedModel) -> None:
     """The same ciphertext goes to the honest worker; nothing is encrypted anew."""
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
-    ciphers = [Liar(preset("standard")), MlweWorker(preset("standard"))]
+    ciphers = [Liar(preset("exact")), MlweWorker()]
     ledger = WorkerLedger()
     with in_process(model, owner, ciphers, ledger=ledger) as (client, (liar, honest)):
         greeted(client, "worker0", "worker1")
@@ -284,9 +280,9 @@ def test_a_caught_liar_has_no_second_life(model: PreparedModel, tmp_path: Path) 
     x = np.ones((2, 24), np.float32)
     path = tmp_path / "retired-workers.json"
     for first in (Liar, MlweWorker):
-        owner = MlweOwner(preset("standard"), model.public_matrix())
+        owner = MlweOwner(preset("exact"), model.public_matrix())
         model.guard(owner)
-        ciphers = [first(preset("standard")), MlweWorker(preset("standard"))]
+        ciphers = [first(preset("exact")), MlweWorker()]
         with in_process(model, owner, ciphers, ledger=WorkerLedger(path)) as (client, servers):
             greeted(client, *["worker0", "worker1"][first is not Liar :])
             assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
@@ -303,9 +299,9 @@ def test_a_lie_that_cannot_be_written_down_ends_the_session(
     model: PreparedModel, tmp_path: Path
 ) -> None:
     """Nothing goes on while a restart would trust the liar again."""
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
-    ciphers = [Liar(preset("standard"))]
+    ciphers = [Liar(preset("exact"))]
     (tmp_path / "run").write_text("a file where the run's directory should be")
     ledger = WorkerLedger()
     ledger._path = tmp_path / "run" / "retired-workers.json"
@@ -323,7 +319,7 @@ def test_a_lie_is_written_down_whatever_has_become_of_its_call(
 ) -> None:
     """The session closes while the answer is decrypted: the lane has gone, the lie counts."""
     ledger = WorkerLedger(tmp_path / "retired-workers.json")
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     entered, gate, decrypt = threading.Event(), threading.Event(), owner.decrypt
 
@@ -333,7 +329,7 @@ def test_a_lie_is_written_down_whatever_has_become_of_its_call(
         return decrypt(*arguments)
 
     owner.decrypt = slow  # type: ignore[method-assign]
-    with in_process(model, owner, [Liar(preset("standard"))], ledger=ledger) as (client, _):
+    with in_process(model, owner, [Liar(preset("exact"))], ledger=ledger) as (client, _):
         lane = threading.Thread(target=lambda: _fails(client))
         lane.start()
         assert entered.wait(10)
@@ -371,10 +367,10 @@ def test_an_audit_finds_what_no_tolerance_could(model: PreparedModel) -> None:
     """One bit of noise passes the check; an exact recomputation leaves it no room."""
     x = np.ones((3, 24), np.float32)
     for one_in, caught in ((10**12, False), (1, True)):
-        owner = MlweOwner(preset("standard"), model.public_matrix())
+        owner = MlweOwner(preset("exact"), model.public_matrix())
         model.guard(owner)
-        ciphers = [Nudger(preset("standard")), MlweWorker(preset("standard"))]
-        audit = Audit(MlweWorker(preset("standard")), model.worker_weights(), one_in)
+        ciphers = [Nudger(preset("exact")), MlweWorker()]
+        audit = Audit(MlweWorker(), model.worker_matrices(), one_in)
         ledger = WorkerLedger()
         with in_process(model, owner, ciphers, audit=audit, ledger=ledger) as (client, _):
             greeted(client, "worker0", "worker1")
@@ -388,12 +384,12 @@ def test_an_audit_finds_what_no_tolerance_could(model: PreparedModel) -> None:
 
 def test_audits_are_as_rare_as_was_asked() -> None:
     """Drawn for each request by itself; 200 expected, within six standard deviations."""
-    audit = Audit(MlweWorker(preset("standard")), [], one_in=50)
+    audit = Audit(MlweWorker(), [], one_in=50)
     kept = sum(audit.keep(memoryview(b"request")) is not None for _ in range(10_000))
     assert abs(kept - 200) < 6 * 14
     assert audit.keep(torch.zeros(1)) is None
     with pytest.raises(ValueError, match="at least 1"):
-        Audit(MlweWorker(preset("standard")), [], one_in=0)
+        Audit(MlweWorker(), [], one_in=0)
 
 
 def test_a_silent_worker_is_given_up(model: PreparedModel) -> None:

@@ -57,7 +57,7 @@ class Slow(MlweWorker):
     """Multiplies when it is told to."""
 
     def __init__(self) -> None:
-        super().__init__(preset("standard"))
+        super().__init__(preset("exact"))
         self.asked, self.go = threading.Event(), threading.Event()
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
@@ -85,7 +85,7 @@ def line(
             stack.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / name)))
             for name, cipher in workers
         ]
-        owner = MlweOwner(preset("standard"), model.public_matrix())
+        owner = MlweOwner(preset("exact"), model.public_matrix())
         model.guard(owner)
         addresses = [f"localhost:{service.port}" for service in services]
         client = stack.enter_context(
@@ -101,7 +101,7 @@ def right(model: PreparedModel, client: OwnerClient, rows: int = 3) -> bool:
 
 def test_products_over_the_line(model: PreparedModel, certs: Path) -> None:
     """Forward and backward, several lanes; the worker opened no file of an owner's."""
-    with line(model, certs, ("w0", MlweWorker(preset("standard")))) as (client, (service,), owner):
+    with line(model, certs, ("w0", MlweWorker())) as (client, (service,), owner):
         results: list[bool] = []
         lanes = [
             threading.Thread(target=lambda n=n: results.append(right(model, client, n)))  # type: ignore[misc]
@@ -187,8 +187,8 @@ def test_a_cut_line_is_survived_by_the_only_worker(model: PreparedModel, certs: 
 
 def test_a_restarted_worker_is_found_again(model: PreparedModel, certs: Path) -> None:
     """At the same address, with an empty memory."""
-    part, cipher = WorkerPart.open(model.directory), MlweWorker(preset("standard"))
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    part, cipher = WorkerPart.open(model.directory), MlweWorker()
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     with ExitStack() as stack:
         first = ExitStack()
@@ -207,13 +207,13 @@ def test_a_liar_is_known_by_its_key(model: PreparedModel, certs: Path, tmp_path:
     path = tmp_path / "retired-workers.json"
     ledger = WorkerLedger(path)
     with (
-        line(model, certs, ("w0", Liar(preset("standard"))), ledger=ledger) as (client, _, _),
+        line(model, certs, ("w0", Liar(preset("exact"))), ledger=ledger) as (client, _, _),
         pytest.raises(RemoteLinearError, match="not the product"),
     ):
         right(model, client)
     (identity,) = ledger.retired
     assert len(identity) == 64
-    honest = ("w0", MlweWorker(preset("standard"))), ("w1", MlweWorker(preset("standard")))
+    honest = ("w0", MlweWorker()), ("w1", MlweWorker())
     ledger = WorkerLedger(path)
     with line(model, certs, *honest, ledger=ledger) as (client, services, _):
         assert all(right(model, client, n) for n in range(1, 5))
@@ -236,8 +236,8 @@ def test_an_unbelievable_worker_ends_the_run_with_the_reason(
 
 @contextmanager
 def _stranger(model: PreparedModel, certs: Path, stranger: Path) -> Iterator[OwnerClient]:
-    part, cipher = WorkerPart.open(model.directory), MlweWorker(preset("standard"))
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    part, cipher = WorkerPart.open(model.directory), MlweWorker()
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     with (
         serving(part, cipher, "127.0.0.1", 0, Tls(stranger)) as service,
@@ -250,7 +250,7 @@ def _stranger(model: PreparedModel, certs: Path, stranger: Path) -> Iterator[Own
 
 def test_a_closed_session_answers_at_once(model: PreparedModel, certs: Path) -> None:
     """Asking after the end is an error, not a wait for ever."""
-    with line(model, certs, ("w0", MlweWorker(preset("standard")))) as (client, _, _):
+    with line(model, certs, ("w0", MlweWorker())) as (client, _, _):
         assert right(model, client)
     with pytest.raises(RemoteLinearError, match="closed"):
         right(model, client)
@@ -269,7 +269,7 @@ def test_what_is_no_address(text: str) -> None:
 @pytest.mark.parametrize("host", ["gpu.example", "10.0.0.1"])
 def test_a_worker_elsewhere_needs_tls(model: PreparedModel, host: str) -> None:
     """Said before anything is dialled."""
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     with (
         pytest.raises(CertificateError, match="needs TLS"),
@@ -280,7 +280,7 @@ def test_a_worker_elsewhere_needs_tls(model: PreparedModel, host: str) -> None:
 
 def test_a_key_caught_at_one_address_serves_at_none(model: PreparedModel, certs: Path) -> None:
     """In the same session: all its links are closed at once, and it is asked nothing more."""
-    liars = [("w0", Liar(preset("standard"))), ("w0", Liar(preset("standard")))]
+    liars = [("w0", Liar(preset("exact"))), ("w0", Liar(preset("exact")))]
     with line(model, certs, *liars, lanes=1) as (client, services, _):
         with pytest.raises(RemoteLinearError, match="not the product"):
             right(model, client)
@@ -294,8 +294,8 @@ def test_a_key_caught_at_one_address_serves_at_none(model: PreparedModel, certs:
 
 def test_an_address_keeps_its_key_for_a_session(model: PreparedModel, certs: Path) -> None:
     """Another believable one there is refused, so whoever is caught is who gave the answer."""
-    part, cipher = WorkerPart.open(model.directory), MlweWorker(preset("standard"))
-    owner = MlweOwner(preset("standard"), model.public_matrix())
+    part, cipher = WorkerPart.open(model.directory), MlweWorker()
+    owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     first = ExitStack()
     service = first.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / "w0")))
@@ -315,7 +315,7 @@ def test_an_address_keeps_its_key_for_a_session(model: PreparedModel, certs: Pat
 
 def test_failing_all_calls_while_answers_come(model: PreparedModel, certs: Path) -> None:
     """Each call ends once, by whoever takes it out."""
-    with line(model, certs, ("w0", MlweWorker(preset("standard")))) as (client, _, _):
+    with line(model, certs, ("w0", MlweWorker())) as (client, _, _):
         futures = [Future[Any]() for _ in range(20_000)]
         client._pending.update(enumerate(futures, 1000))
         calls = range(1000, 1000 + len(futures))
@@ -335,7 +335,7 @@ def test_workers_that_nobody_can_reach_are_said_before_anything_is_computed(
     monkeypatch.setattr(remote, "REACHED_S", 0.5)
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
-    cipher = MlweOwner(preset("standard"), model.public_matrix())
+    cipher = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(cipher)
     started = time.monotonic()
     with (
@@ -354,14 +354,14 @@ def test_a_worker_that_starts_a_little_later_is_waited_for(
     """Both sides may be started by one script."""
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
-    cipher = MlweOwner(preset("standard"), model.public_matrix())
+    cipher = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(cipher)
     part = WorkerPart.open(model.directory)
     with ExitStack() as stack:
 
         def start() -> None:
             stack.enter_context(
-                serving(part, MlweWorker(preset("standard")), "localhost", port,
+                serving(part, MlweWorker(), "localhost", port,
                         Tls(certs / "w0"))
             )  # fmt: skip
 

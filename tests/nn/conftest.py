@@ -58,7 +58,7 @@ class Tiny:
         parameters = prepared.parameters
         owner = MlweOwner(parameters, prepared.public_matrix()) if parameters else ClearOwner()
         prepared.guard(owner)
-        worker = MlweWorker(parameters) if parameters else ClearWorker()
+        worker = MlweWorker() if parameters else ClearWorker()
         with (
             in_process(prepared, owner, workers or [worker], lanes=lanes, ledger=ledger) as (
                 client,
@@ -86,7 +86,7 @@ def make_tiny(name: str, directory: Path) -> Tiny:
     config = CONFIGS[name]
     skeleton = build_skeleton(BASES[name])
     prepared = {}
-    for backend, parameters in (("clear", None), ("mlwe", preset("standard"))):
+    for backend, parameters in (("clear", None), ("mlwe", preset("exact"))):
         prepared[backend] = prepare(
             directory / backend,
             skeleton.groups,

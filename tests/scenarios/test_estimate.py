@@ -111,10 +111,10 @@ def _session(cache: Path) -> Iterator[tuple[PrivateSession, Trainer]]:
 
     chosen_kernel()
     skeleton = build_skeleton(RandomBase(CONFIG, 0))
-    prepared, _ = prepared_for(skeleton, preset("standard"), cache)
+    prepared, _ = prepared_for(skeleton, preset("exact"), cache)
     part = WorkerPart.open(prepared.directory)
     with (
-        serving(part, MlweWorker(preset("standard")), "127.0.0.1", 0, None) as service,
+        serving(part, MlweWorker(), "127.0.0.1", 0, None) as service,
         private_session(
             skeleton, prepared, 1, workers=Workers((f"127.0.0.1:{service.port}",))
         ) as session,
@@ -129,7 +129,7 @@ def test_an_estimate_is_near_the_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Bytes to a hundredth. The time only to the order of magnitude: machines under test are busy
     (`python -m benchmarks.fidelity --network` compares it in earnest)."""
     with _session(tmp_path) as (session, trainer):
-        shape = Shape(CONFIG, TOKENS, TOKENS, 1, 16, "standard")
+        shape = Shape(CONFIG, TOKENS, TOKENS, 1, 16, "exact")
         figures = session.say_estimate(shape, 3)["estimate"]
         before, live, said = session.usage(), Live(session, TOKENS, 1), {}
         trainer.train(lambda step, loss: said.update(live.step_ended(trainer.step_seconds[-1])))

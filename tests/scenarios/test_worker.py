@@ -56,7 +56,7 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def owner(
     model: PreparedModel, certs: Path, *workers: WorkerProcess, config: OwnerConfig = HASTY
 ) -> Iterator[OwnerClient]:
-    cipher = MlweOwner(preset("standard"), model.public_matrix())
+    cipher = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(cipher)
     addresses = [worker.address for worker in workers]
     with connected(model, cipher, addresses, Tls(certs / "owner"), config, lanes=2) as client:

@@ -162,7 +162,7 @@ def test_a_rehearsal_is_the_pass_that_is_traced() -> None:
     before = threading.active_count()
     workload = trace_step(TINY, 24)
     asked = [item.matrix for item in workload.lane if isinstance(item, Linear)]
-    with rehearsal(TINY, preset("standard"), lanes=2) as rehearsed:
+    with rehearsal(TINY, preset("exact"), lanes=2) as rehearsed:
         kept = [parameter.detach().clone() for parameter in rehearsed.parameters]
         times = rehearsed.alone(24)
         assert [matrix for matrix, *_ in times.linears] == asked
@@ -182,7 +182,7 @@ def test_a_rehearsal_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: object) -> None:
         raise ValueError("no product today")
 
-    with rehearsal(TINY, preset("standard"), lanes=1) as rehearsed:
+    with rehearsal(TINY, preset("exact"), lanes=1) as rehearsed:
         monkeypatch.setattr(rehearsed, "_worker", type("Broken", (), {"multiply": broken})())
         with pytest.raises(RehearsalError, match="no product today"):
             rehearsed.alone(8)

@@ -378,7 +378,7 @@ def test_tracing_leaves_no_mark() -> None:
 
 def test_cipher_work_by_hand() -> None:
     """Counts of one linear of 100 inputs, 40 outputs and 300 tokens (two blocks)."""
-    parameters = preset("standard")
+    parameters = preset("exact")
     shape = MatrixShape("x forward", 100, 40, 300, 80)
     sealing = encrypt_work(shape, 300, parameters)
     assert sealing.operations == {"ring_row": 2 * 112, "value": 1.2 * 300 * 100}
@@ -387,7 +387,7 @@ def test_cipher_work_by_hand() -> None:
     assert opening.operations["ring_row"] == 2 * 48
     assert opening.operations["value"] == pytest.approx((0.35 + 0.2) * 300 * 40)
     assert opening.bytes_moved == 40 * 5 * 1024 + 300 * 40 * (2 + 4 + 4 + 4)
-    product = multiply_work(shape, 300, parameters)
+    product = multiply_work(shape, 300)
     assert product.operations == {"int8": 3 * 300 * 100 * 40}
     assert product.bytes_moved == 100 * 40 + 300 * (100 * 3 + 40 * 2)
     wider = encrypt_work(shape, 256, preset("paranoid"))

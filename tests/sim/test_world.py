@@ -55,7 +55,7 @@ def workload(shapes: list[tuple[int, int]], local: list[float], tokens: int = 4)
         items += [_local(local[place % len(local)]), Linear(matrix)]
     return Workload(
         "toy", tokens, tokens, tuple(matrices), (*items, _local(local[-1])),
-        Work({"float": 50.0}, 100.0), Work({"float": 100.0}, 100.0), 4, False, "standard",
+        Work({"float": 50.0}, 100.0), Work({"float": 100.0}, 100.0), 4, False, "exact",
     )  # fmt: skip
 
 

@@ -1,0 +1,133 @@
+"""Results that wrapped: how they are moved back, and how they are kept rare. Owner code only.
+
+Under `thin` parameters the scale of a matrix is larger than what could never wrap, by a gain that
+the owner learns from results it has decrypted. A result beyond p/2 then comes back less p. The
+check of answers (`integrity.py`) sees it, as it compares in real numbers: the owner multiplies such
+a token itself, in clear, from the int8 weights, and moves each of its results by the multiple of p
+that brings it nearest to what it should be. Whether the worker told the truth is judged afterwards,
+on the results as moved: a multiple of p is nothing that a worker can add or take away.
+
+A gain lives in the owner's memory and in its token scales; neither it nor a repair makes any
+difference to what is sent.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Float64Array = NDArray[np.float64]
+
+_SLAB_BYTES = 8 << 20  # of weights widened at a time
+_OCTAVE = 8
+"""Bins of a histogram for each factor of two."""
+_BINS = 12 * _OCTAVE
+_REMEMBERED = 1 << 14  # tokens, after which those before count half
+_ROOM = 1.25
+"""How far the results that a gain is made for are kept from p/2."""
+RARE = 2.0**-10
+"""The share of tokens that may have results beyond those."""
+LARGEST_GAIN = 16.0
+
+
+class _Histogram:
+    """Of the tokens' largest results as shares of the Cauchy-Schwarz bound, by their logarithm."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(_BINS)
+
+    def add(self, shares: Float64Array) -> None:
+        """Count float64[T]; tokens without any input have none."""
+        found = shares[shares > 0]
+        places = np.clip(np.floor(-np.log2(found) * _OCTAVE), 0, _BINS - 1).astype(np.int64)
+        if self._counts.sum() > _REMEMBERED:
+            self._counts /= 2
+        np.add.at(self._counts, places, 1.0)
+
+    def gain(self) -> float:
+        """The largest one that leaves but a share of RARE with too little room."""
+        total = self._counts.sum()
+        if not total:
+            return 1.0
+        beyond = np.cumsum(self._counts) > RARE * total
+        share = 2.0 ** (-int(np.argmax(beyond)) / _OCTAVE)  # the upper end of the bin
+        return float(np.clip(1 / (_ROOM * share), 1.0, LARGEST_GAIN))
+
+
+class Gains:
+    """The gain of every matrix: 1 for its first request, then what its results allow."""
+
+    def __init__(self) -> None:
+        self._histograms: dict[str, _Histogram] = {}
+        self._lock = threading.Lock()
+
+    def of(self, matrix: str) -> float:
+        """The gain for a request that is made now."""
+        with self._lock:
+            known = self._histograms.get(matrix)
+            return known.gain() if known else 1.0
+
+    def learn(self, matrix: str, peaks: Float64Array, gain: float) -> None:
+        """Take in float64[T], each token's largest |result| over p/2, of a request made at `gain`.
+        """
+        with self._lock:
+            self._histograms.setdefault(matrix, _Histogram()).add(peaks / gain)
+
+
+@dataclass
+class Repairs:
+    """Counts for a report.
+
+    tokens  that were looked at, because of their check
+    wraps   results that had wrapped, and were repaired
+    """
+
+    tokens: int = 0
+    wraps: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, tokens: int, wraps: int) -> None:
+        with self._lock:
+            self.tokens += tokens
+            self.wraps += wraps
+
+
+def clear_products(values: Float64Array, weight: NDArray[np.int8], forward: bool) -> Float64Array:
+    """float64[T, K] times the transposed weight int8[N, K] (forward), or float64[T, N] times it."""
+    rows, columns = weight.shape
+    x = torch.from_numpy(values)
+    out = torch.zeros((len(values), rows if forward else columns), dtype=torch.float64)
+    step = max(1, _SLAB_BYTES // (8 * columns))
+    for start in range(0, rows, step):
+        part = slice(start, min(rows, start + step))
+        slab = torch.from_numpy(np.array(weight[part])).double()
+        if forward:
+            out[:, part] = x @ slab.T
+        else:
+            out += x[:, part] @ slab
+    found: Float64Array = out.numpy()
+    return found
+
+
+def unwrap(
+    out: NDArray[np.float32], tokens: NDArray[np.int64], right: Float64Array, modulus: int,
+    scale: Float64Array,
+) -> Float64Array:  # fmt: skip
+    """Move each result of some tokens by the multiple of p that brings it nearest to `right`.
+
+    out    float32[T, N], results times their scale, changed in place
+    right  float64[tokens, N], in units of which the period is `modulus`
+    scale  float64[tokens, N]: what a unit is in `out`
+
+    Returns the multiples, float64[tokens, N].
+    """
+    turns = np.rint((right - out[tokens] / scale) / modulus)
+    moved = np.flatnonzero(turns.any(axis=1))
+    if len(moved):
+        at = tokens[moved]
+        out[at] = (out[at] + turns[moved] * modulus * scale[moved]).astype(np.float32)
+    return turns
