@@ -386,7 +386,7 @@ class MlweOwner(RingOwner):
         tokens = len(sealed.inverse_alpha)
         outputs = matrix.out_features
         form = matrix.plan.format
-        answer = unpack_answer(payload, tokens, outputs, form)
+        answer = unpack_answer(np.frombuffer(payload, np.uint8), tokens, outputs, form)
         hint = matrix.hint
         if hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")

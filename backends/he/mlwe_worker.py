@@ -36,5 +36,5 @@ class MlweWorker(WorkerCipher):
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
         packed, form = matrix
-        planes = unpack_request(payload, tokens, packed.inputs, form)
+        planes = unpack_request(np.frombuffer(payload, np.uint8), tokens, packed.inputs, form)
         return pack_answer(self._kernel.answer(planes, packed, form.dropped_bits), form)

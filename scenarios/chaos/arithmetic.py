@@ -120,7 +120,7 @@ class Arithmetic:
         form = self._formats[matrix]
         if self.encrypted:
             tokens = len(product) // form.down_bytes(outputs)
-            values = unpack_answer(product, tokens, outputs, form).copy()
+            values = unpack_answer(np.frombuffer(product, np.uint8), tokens, outputs, form).copy()
             top, least = 1 << (form.down_bits - 1), self._seen_steps(matrix)
         else:
             values = np.frombuffer(product, "<u4").copy().reshape(-1, outputs)
