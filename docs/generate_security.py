@@ -39,7 +39,7 @@ def generated() -> str:
     plain, rounded = {}, {}
     for name, known in PRESETS.items():
         plain[name] = estimates(judged(known))
-        rounded[name] = estimates(cipher_lwe(known.dimension, known.modulus, known.worker_modulus))
+        rounded[name] = estimates(cipher_lwe(known.dimension, known.modulus, EXACT.modulus))
     lines = [
         f"With q = {NTT_PRIME}, in classical core-SVP bits, rounding not counted:",
         "",

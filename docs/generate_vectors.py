@@ -68,10 +68,12 @@ def large_case() -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.floa
 
 def matrix_of(
     weight: NDArray[np.int8], in_scale: NDArray[np.float32], out_scale: NDArray[np.float32],
-    public: PublicMatrix,
+    public: PublicMatrix, form: Format | None = None,
 ) -> OwnerMatrix:  # fmt: skip
-    """The forward direction of a weight int8[N, K]."""
+    """The forward direction of a weight int8[N, K]; in the format of `exact` unless told."""
     plan = plan_matrix(weight, out_scale)
+    if form is not None:
+        plan = replace(plan, up_bits=form.up_bits, down_bits=form.down_bits)
     return OwnerMatrix("vectors", in_scale, out_scale, plan, slow_hint(weight, public))
 
 
@@ -87,7 +89,7 @@ def slow_hint(weight: NDArray[np.int8], public: PublicMatrix) -> NDArray[np.int3
 
 def seed_of_a(parameters: Parameters) -> dict[str, Any]:
     """How the seed of A follows from a model's digest and an owner's tag."""
-    text = json.dumps({"scheme": "mlwe-int8-v1"} | asdict(parameters), sort_keys=True)
+    text = json.dumps({"scheme": "mlwe-int8-v2"} | asdict(parameters), sort_keys=True)
     model, tag = bytes(range(96, 128)), b"an owner's tag"
     return {
         "parameters": text,
@@ -132,24 +134,26 @@ def block(parameters: Parameters) -> dict[str, Any]:
     owner = ReferenceOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
     worker = ReferenceWorker()
-    answer = worker.multiply(sent.payload, 2, worker.load(weight, True))
+    answer = worker.multiply(sent.payload, 2, worker.load(weight, True, matrix.plan.format))
     secret = sent.sealed.secrets[0]
     masks = {
         name: owner._mask(tiles, rows, secret)[:2]
         for name, tiles, rows in (("u", public.rows(3), 3), ("h", matrix.hint, 2))
     }
     result = owner.decrypt(sent.sealed, answer, matrix)
-    p, wide = parameters.worker_modulus, x.astype(np.float64) * in_scale
+    form = matrix.plan.format
+    p, wide = form.modulus, x.astype(np.float64) * in_scale
     factor, inverse = np.empty(2), np.empty(2)
-    token_scales(np.sqrt(np.sum(wide**2, axis=1)), matrix, parameters, factor, inverse)
+    token_scales(np.sqrt(np.sum(wide**2, axis=1)), matrix, parameters, 1.0, factor, inverse)
     message = np.rint(wide * factor[:, None]).astype(np.int64)
     keys = RequestKeys(VectorsKey())
     errors = _errors(Keystream(keys.errors), 2, 3)
     plain = ternary(Keystream(keys.secrets), parameters.dimension).reshape(parameters.rank, -1)
-    planes = sent.payload.view(np.int8).reshape(parameters.limbs, 2, 3)
+    planes = sent.payload.view(np.int8).reshape(form.limbs, 2, 3)
     digits = planes.astype(np.int64)
     values = answer.view("<u2").reshape(2, 2).astype(np.int64)
-    y = (values * 2**parameters.dropped_bits - owner._round_to_p(masks["h"]) + p // 2) % p - p // 2
+    opened = values * 2**form.dropped_bits - owner._rounded(masks["h"], form.up_bits)
+    y = (opened + p // 2) % p - p // 2
     return {
         "seed": SEED.hex(),
         "key": KEY.hex(),
@@ -166,7 +170,7 @@ def block(parameters: Parameters) -> dict[str, Any]:
         "errors": errors.tolist(),
         "message": message.tolist(),
         "u": ((masks["u"] + errors + message) % NTT_PRIME).tolist(),
-        "b": (sum(256**n * digits[n] for n in range(parameters.limbs)) % p).tolist(),
+        "b": (sum(256**n * digits[n] for n in range(form.limbs)) % p).tolist(),
         "planes": planes.tolist(),
         "answer": values.tolist(),
         "h": masks["h"].tolist(),
@@ -175,24 +179,26 @@ def block(parameters: Parameters) -> dict[str, Any]:
     }
 
 
-def request(parameters: Parameters) -> dict[str, Any]:
+def request(parameters: Parameters, form: Format = EXACT) -> dict[str, Any]:
     """Two blocks of 300 tokens, digests only."""
     x, weight, out_scale = large_case()
     public = PublicMatrix(SEED, parameters.rank)
-    matrix = matrix_of(weight, np.ones(200, np.float32), out_scale, public)
+    matrix = matrix_of(weight, np.ones(200, np.float32), out_scale, public, form)
     owner = ReferenceOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
     worker = ReferenceWorker()
-    answer = worker.multiply(sent.payload, len(x), worker.load(weight, True))
+    answer = worker.multiply(sent.payload, len(x), worker.load(weight, True, matrix.plan.format))
     assert matrix.hint is not None
     return {
         "preset": parameters.name,
+        "up_bits": form.up_bits,
+        "down_bits": form.down_bits,
         "x": "((7919 t + 104729 k) mod 2001 - 1000) / 64, t < 300, k < 200",
         "weight": "((31 j + 17 k + j k) mod 255) - 127, j < 40",
         "in_scale": "1",
         "out_scale": "2^-(j mod 5)",
         "hint_sha256": sha256(matrix.hint),
-        "planes_sha256": sha256(sent.payload),
+        "request_sha256": sha256(sent.payload),
         "answer_sha256": sha256(answer),
         "result_sha256": sha256(owner.decrypt(sent.sealed, answer, matrix)),
     }

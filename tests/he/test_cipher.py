@@ -16,7 +16,7 @@ from backends.he.interface import NonFiniteInputError, WorkerCipher
 from backends.he.matmul.choice import runnable
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
-from backends.he.params import NTT_PRIME, Parameters, preset
+from backends.he.params import NTT_PRIME, preset
 from backends.he.reference import (
     ReferenceOwner,
     ReferenceWorker,
@@ -25,6 +25,7 @@ from backends.he.reference import (
     matmul_mod,
     negacyclic_product,
 )
+from backends.he.wire import EXACT, Format
 from tests.he.conftest import Case, make_case
 
 # SHA-256 of ciphertext, worker's answer and result for seed 7; see `test_known_answers`.
@@ -47,11 +48,11 @@ def round_trip(case: Case, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     owner.guard(case.matrix, case.weight, case.forward)
     worker = MlweWorker()
     sent = owner.encrypt(x, case.matrix)
-    answer = worker.multiply(sent.payload, len(x), worker.load(case.weight, case.forward))
+    answer = worker.multiply(sent.payload, len(x), case.load(worker))
     return owner.decrypt(sent.sealed, answer, case.matrix)
 
 
-def workers(parameters: Parameters) -> list[WorkerCipher]:
+def workers() -> list[WorkerCipher]:
     """The reference, and one with every kernel that this machine can run."""
     kernels = [make() for make in runnable().values()]
     return [ReferenceWorker(), *(MlweWorker(k) for k in kernels)]
@@ -69,7 +70,7 @@ def test_known_answers(name: str) -> None:
     owner = MlweOwner(case.parameters, case.public, SeededEntropy(7), unverified=True)
     sent = owner.encrypt(x, case.matrix)
     worker = MlweWorker()
-    answer = worker.multiply(sent.payload, 9, worker.load(case.weight, True))
+    answer = worker.multiply(sent.payload, 9, case.load(worker))
     y = owner.decrypt(sent.sealed, answer, case.matrix)
     parts = (sent.payload, answer, y)
     found = tuple(hashlib.sha256(part.tobytes()).hexdigest()[:32] for part in parts)
@@ -77,23 +78,32 @@ def test_known_answers(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "tokens", "forward", "limbs"),
-    [(48, 40, 1, True, 3), (130, 20, 256, False, 3), (16, 150, 300, True, 3), (5, 7, 3, True, 2)],
+    ("inputs", "outputs", "tokens", "forward", "form"),
+    [
+        (48, 40, 1, True, EXACT),
+        (130, 20, 256, False, EXACT),
+        (16, 150, 300, True, EXACT),
+        (5, 7, 3, True, Format(16, 12)),
+        (130, 33, 30, True, Format(16, 8)),
+        (49, 50, 257, False, Format(18, 10)),
+        (17, 21, 3, True, Format(20, 8)),
+        (16, 16, 2, True, Format(24, 12)),
+    ],
 )
 def test_fast_equals_reference_bit_for_bit(
-    inputs: int, outputs: int, tokens: int, forward: bool, limbs: int
+    inputs: int, outputs: int, tokens: int, forward: bool, form: Format
 ) -> None:
-    """Same seed, same bytes: ciphertext, worker's answer, result."""
-    parameters = Parameters("test", rank=5, limbs=limbs, dropped_bits=8 * limbs - 16 or 4)
-    case = make_case(inputs, outputs, forward, seed=tokens, parameters=parameters)
+    """Same seed, same bytes: ciphertext, worker's answer, result. In every kind of format."""
+    parameters = preset("exact" if form == EXACT else "thin")
+    case = make_case(inputs, outputs, forward, seed=tokens, parameters=parameters, form=form)
     x = np.random.default_rng(1).standard_t(3, size=(tokens, inputs)).astype(np.float32)
     fast = MlweOwner(parameters, case.public, SeededEntropy(1), unverified=True)
     slow = ReferenceOwner(parameters, case.public, SeededEntropy(1), unverified=True)
     a, b = fast.encrypt(x, case.matrix), slow.encrypt(x, case.matrix)
     assert np.array_equal(a.payload, b.payload)
     answer, *others = (
-        worker.multiply(a.payload, tokens, worker.load(case.weight, forward))
-        for worker in workers(parameters)
+        worker.multiply(a.payload, tokens, case.load(worker))
+        for worker in workers()
     )
     assert all(np.array_equal(answer, other) for other in others)
     assert np.array_equal(
@@ -202,7 +212,7 @@ def test_wrong_shapes_and_sizes_are_refused(small: Case) -> None:
     with pytest.raises(ValueError, match="contiguous float32"):
         owner.encrypt(np.ones((2, 48)), small.matrix)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bytes"):
-        worker.multiply(np.zeros(100, np.uint8), 2, worker.load(small.weight, True))
+        worker.multiply(np.zeros(100, np.uint8), 2, small.load(worker))
     sent = owner.encrypt(np.ones((2, 48), np.float32), small.matrix)
     with pytest.raises(ValueError, match="bytes"):
         owner.decrypt(sent.sealed, bytes(7), small.matrix)
@@ -212,13 +222,12 @@ def test_wrong_shapes_and_sizes_are_refused(small: Case) -> None:
 def test_worker_equals_reference_on_degenerate_shapes(forward: bool) -> None:
     """One input, one output, one token: where library products go wrong first."""
     rng = np.random.default_rng(0)
-    parameters = preset("exact")
     for inputs, outputs, tokens in itertools.product((1, 2, 3, 17), (1, 2, 5, 33), (1, 2, 5)):
         shape = (outputs, inputs) if forward else (inputs, outputs)
         weight = rng.integers(-127, 128, size=shape).astype(np.int8)
         request = rng.integers(0, 256, size=3 * tokens * inputs).astype(np.uint8)
         slow, *fast = (
-            worker.multiply(request, tokens, worker.load(weight, forward))
-            for worker in workers(parameters)
+            worker.multiply(request, tokens, worker.load(weight, forward, EXACT))
+            for worker in workers()
         )
         assert all(np.array_equal(answer, slow) for answer in fast), (inputs, outputs, tokens)

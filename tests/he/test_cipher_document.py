@@ -300,12 +300,12 @@ def test_one_block_by_the_fast_code() -> None:
     sent = owner.encrypt(np.array(stated["x"], np.float32), matrix)
     assert sent.payload.view(np.int8).reshape(3, 2, 3).tolist() == stated["planes"]
     worker = MlweWorker()
-    answer = worker.multiply(sent.payload, 2, worker.load(weight, True))
+    answer = worker.multiply(sent.payload, 2, worker.load(weight, True, EXACT))
     assert answer.view("<u2").reshape(2, 2).tolist() == stated["answer"]
     assert owner.decrypt(sent.sealed, answer, matrix).tolist() == stated["result"]
 
 
-@pytest.mark.parametrize("stated", VECTORS["requests"], ids=lambda stated: stated["preset"])
+@pytest.mark.parametrize("stated", VECTORS["requests"], ids=lambda s: f"{s['preset']}-{s['up_bits']}-{s['down_bits']}")
 def test_requests_by_the_fast_code(stated: dict[str, Any]) -> None:
     """Two blocks, and more than one group of columns."""
     parameters = preset(stated["preset"])
@@ -314,12 +314,16 @@ def test_requests_by_the_fast_code(stated: dict[str, Any]) -> None:
     matrix = generate_vectors.matrix_of(weight, np.ones(200, np.float32), out_scale, public)
     hint = HintBuilder(public).build(weight, True)
     assert sha256(hint) == stated["hint_sha256"]
-    matrix = replace(matrix, hint=hint, plan=plan_matrix(weight, out_scale))
+    form = Format(stated["up_bits"], stated["down_bits"])
+    plan = replace(
+        plan_matrix(weight, out_scale), up_bits=form.up_bits, down_bits=form.down_bits
+    )
+    matrix = replace(matrix, hint=hint, plan=plan)
     owner = MlweOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)
-    assert sha256(sent.payload) == stated["planes_sha256"]
+    assert sha256(sent.payload) == stated["request_sha256"]
     worker = MlweWorker()
-    answer = worker.multiply(sent.payload, len(x), worker.load(weight, True))
+    answer = worker.multiply(sent.payload, len(x), worker.load(weight, True, form))
     assert sha256(answer) == stated["answer_sha256"]
     assert sha256(owner.decrypt(sent.sealed, answer, matrix)) == stated["result_sha256"]
 
@@ -327,13 +331,13 @@ def test_requests_by_the_fast_code(stated: dict[str, Any]) -> None:
 def test_the_documents_constants_are_the_codes() -> None:
     """Every number of its parameters, and what it says follows from them."""
     table = dict(re.findall(r"^\| (\S+) \|.*\| ([^|]*) \|$", TEXT, re.MULTILINE))
-    q, p, ratio = NTT_PRIME, STANDARD.worker_modulus, STANDARD.worker_modulus / NTT_PRIME
-    stated = {"d": RING_DEGREE, "q": q, "L": STANDARD.limbs, "p": p, "delta": 8}
+    q, p, ratio = NTT_PRIME, EXACT.modulus, EXACT.modulus / NTT_PRIME
+    stated = {"d": RING_DEGREE, "q": q, "L": EXACT.limbs, "p": p, "delta": 8}
     assert {name: int(table[name]) for name in stated} == stated
     assert table["psi"] == str(PSI) == str(pow(5, (q - 1) // 512, q))
     assert table["r"].split(", ") == [str(each.rank) for each in PRESETS.values()]
     assert table["n"].split(", ") == [str(each.dimension) for each in PRESETS.values()]
-    assert STANDARD.dropped_bits == stated["delta"]
+    assert EXACT.dropped_bits == stated["delta"]
     assert all(q % n for n in range(2, math.isqrt(q) + 1)), "q is prime"
     assert q == 2**28 - 2559
     assert q % 512 == 1
@@ -354,7 +358,7 @@ def test_the_share_of_the_range_that_is_held_back(inputs: int, share: float) -> 
     """With normal weights of deviation 36."""
     weight = np.rint(np.random.default_rng(0).normal(0, 36, (64, inputs))).clip(-127, 127)
     plan = plan_matrix(weight.astype(np.int8), np.ones(64, np.float32))
-    assert plan.margin(STANDARD) / (STANDARD.worker_modulus / 2) == pytest.approx(share, abs=0.02)
+    assert plan.margin(STANDARD) / (EXACT.modulus / 2) == pytest.approx(share, abs=0.02)
 
 
 def test_the_price_of_no_wrap() -> None:

@@ -176,12 +176,14 @@ def test_standard() -> None:
 def test_the_text_beside_the_presets() -> None:
     """Every figure in it is the estimator's."""
     text = Path(params.__file__).read_text().partition("PRESETS: dict")[2]
-    said = re.findall(r"(\w+) (\d+\.\d) / (\d+\.\d)", text)
+    said = re.findall(r"(\w+) (\d+\.\d) / (\d+\.\d)", text.replace("thin and exact", "exact"))
     figures = []
     for name, known in PRESETS.items():
+        if name == "thin":  # the problem of `exact`
+            continue
         both = [
             worst(estimates(cipher_lwe(known.dimension, NTT_PRIME, rounded_to), models=[CLASSICAL]))
-            for rounded_to in (None, known.worker_modulus)
+            for rounded_to in (None, EXACT.modulus)
         ]
         assert {low.attack for low in both} == {"dual hybrid"}
         figures.append((name, *(f"{low.bits:.1f}" for low in both)))
@@ -203,7 +205,7 @@ def test_the_problem_is_the_cipher() -> None:
     assert pytest.approx(2 / 3) == TERNARY.variance
     assert TERNARY.guess_bits == pytest.approx(np.log2(3))
     u = np.random.default_rng(0).integers(0, NTT_PRIME, 100_000)
-    p = Parameters("exact", rank=8).worker_modulus
+    p = EXACT.modulus
     noise = u - np.rint(u * (p / NTT_PRIME)) * (NTT_PRIME / p)
     added = (
         cipher_lwe(1280, NTT_PRIME, p).error.variance - cipher_lwe(1280, NTT_PRIME).error.variance

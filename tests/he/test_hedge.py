@@ -133,18 +133,18 @@ def test_what_else_makes_another_message_changes_every_key(
 
 
 def other_scheme(what: str) -> tuple[Parameters, PublicMatrix]:
-    """The standard one with another public matrix, or another rank, or another rounding."""
+    """The standard one with another public matrix, or another rank, or other weights."""
     parameters, tag = preset("exact"), b""
     if what == "owner's tag":
         tag = b"mine"
-    elif what == "dropped bits":
-        parameters = replace(parameters, dropped_bits=9)
+    elif what == "weight bits":
+        parameters = replace(parameters, weight_bits=7)
     else:
         parameters = preset(what)
     return parameters, PublicMatrix(public_seed(bytes(32), parameters, tag), parameters.rank)
 
 
-@pytest.mark.parametrize("what", ["owner's tag", "dropped bits", "conservative"])
+@pytest.mark.parametrize("what", ["owner's tag", "weight bits", "conservative"])
 def test_what_encrypts_a_message_changes_every_key(
     monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -163,12 +163,12 @@ def test_what_encrypts_a_message_changes_every_key(
 
 def test_every_scheme_has_a_tag_of_its_own() -> None:
     """Presets, and public matrices of one preset."""
-    schemes = [other_scheme(what) for what in ("owner's tag", "dropped bits", *PRESETS)]
+    schemes = [other_scheme(what) for what in ("owner's tag", "weight bits", *PRESETS)]
     tags = {scheme_tag(*scheme) for scheme in schemes}
     assert len(tags) == len(schemes)
     assert {len(tag) for tag in tags} == {64}
     standard, tagged = other_scheme("exact"), other_scheme("owner's tag")
-    same_seed = replace(preset("exact"), dropped_bits=9), standard[1]
+    same_seed = replace(preset("exact"), weight_bits=7), standard[1]
     assert len({scheme_tag(*scheme) for scheme in (standard, tagged, same_seed)}) == 3
 
 

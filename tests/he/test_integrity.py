@@ -25,13 +25,14 @@ from backends.he.integrity import (
 from backends.he.interface import OwnerCipher, UnguardedError
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
-from backends.he.params import Parameters, preset
+from backends.he.params import preset
 from backends.he.reference import ReferenceOwner
+from backends.he.wire import Format
 from benchmarks.integrity import KINDS, Desk, bias_found, honest
 from protocol.errors import WrongAnswerError
 from tests.he.conftest import Case, make_case
 
-TWO_LIMBS = Parameters("two", rank=5, limbs=2, dropped_bits=4)
+TWO_LIMBS = Format(16, 12)
 
 
 def ask(case: Case, tokens: int, tamper: object = None) -> None:
@@ -40,7 +41,7 @@ def ask(case: Case, tokens: int, tamper: object = None) -> None:
     owner.guard(case.matrix, case.weight, case.forward)
     x = np.random.default_rng().standard_normal((tokens, case.matrix.in_features))
     sent = owner.encrypt(x.astype(np.float32), case.matrix)
-    answer = worker.multiply(sent.payload, tokens, worker.load(case.weight, case.forward))
+    answer = worker.multiply(sent.payload, tokens, case.load(worker))
     if callable(tamper):
         tamper(answer.view(np.uint16).reshape(tokens, -1))
     owner.decrypt(sent.sealed, answer, case.matrix)
@@ -56,7 +57,7 @@ def test_honest_answers_pass(inputs: int, outputs: int, tokens: int, forward: bo
 
 def test_honest_answers_pass_with_two_limbs() -> None:
     """Another worker modulus, another number of dropped bits."""
-    ask(make_case(40, 30, parameters=TWO_LIMBS), 50)
+    ask(make_case(40, 30, form=TWO_LIMBS), 50)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-30, 1e30, 3e38])
@@ -68,7 +69,7 @@ def test_honest_answers_pass_at_any_scale(scale: float) -> None:
     x = np.full((20, 70), scale, np.float32)
     x[1::2] = 0
     sent = owner.encrypt(x, case.matrix)
-    answer = worker.multiply(sent.payload, 20, worker.load(case.weight, True))
+    answer = worker.multiply(sent.payload, 20, case.load(worker))
     assert not owner.decrypt(sent.sealed, answer, case.matrix)[1::2].any()
 
 
@@ -249,7 +250,7 @@ def test_the_honest_distribution_is_as_derived(
         shape(case.weight)
         case = make_case(40, 60, parameters=parameters, weight=case.weight)
     owner, worker = MlweOwner(parameters, case.public), MlweWorker()
-    loaded = worker.load(case.weight, True)
+    loaded = case.load(worker)
     z = []
 
     def keep(judge: Judge, rows: Any, differences: Any, worker: str) -> None:
@@ -313,7 +314,7 @@ def test_rows_that_are_alike_get_nobody_accused(entries: tuple[int, int], inputs
         case = make_case(inputs, 512, weight=weight)
         owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
         owner.guard(case.matrix, weight, True)
-        loaded = worker.load(weight, True)
+        loaded = worker.load(weight, True, EXACT)
         for _ in range(30):
             sent = owner.encrypt(rng.standard_normal((256, inputs)).astype(np.float32), case.matrix)
             owner.decrypt(sent.sealed, worker.multiply(sent.payload, 256, loaded), case.matrix)
@@ -325,7 +326,7 @@ def test_a_matrix_of_zeros_has_exact_answers() -> None:
     owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
     owner.guard(case.matrix, case.weight, True)
     sent = owner.encrypt(np.ones((4, 30), np.float32), case.matrix)
-    right = worker.multiply(sent.payload, 4, worker.load(case.weight, True))
+    right = worker.multiply(sent.payload, 4, case.load(worker))
     wrong = right.copy()
     wrong[7] ^= 1
     with pytest.raises(WrongAnswerError):
@@ -353,7 +354,7 @@ def test_a_failed_check_leaves_the_request_open() -> None:
     owner.guard(case.matrix, case.weight, True)
     x = np.random.default_rng(0).standard_normal((300, 70)).astype(np.float32)
     sent = owner.encrypt(x, case.matrix)
-    right = worker.multiply(sent.payload, 300, worker.load(case.weight, True))
+    right = worker.multiply(sent.payload, 300, case.load(worker))
     for _ in range(2):
         wrong = right.copy()
         top_bits(wrong.view(np.uint16).reshape(300, -1))

@@ -78,7 +78,7 @@ class Bench:
 
     def answer(self, payload: Any, tokens: int) -> NDArray[np.uint8]:
         worker = MlweWorker()
-        return worker.multiply(payload, tokens, worker.load(self.case.weight, self.case.forward))
+        return worker.multiply(payload, tokens, self.case.load(worker))
 
     def leaves_nothing(self) -> None:
         """But one key a check: that of the rows it draws for each request."""
