@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from backends.errors import UserError
 from backends.he.plan import MatrixPlan
+from backends.he.wire import Format
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Payload: TypeAlias = "bytes | bytearray | memoryview | NDArray[np.uint8]"
@@ -165,11 +166,12 @@ class WorkerCipher(ABC):
     launches = 1
 
     @abstractmethod
-    def load(self, weight: NDArray[np.int8], forward: bool) -> Any:
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> Any:
         """A matrix in the form this backend computes with; opaque to everyone else.
 
         weight   int8[N, K] as stored, one copy for both directions
         forward  multiply by weight^T (K in, N out) or by weight (N in, K out)
+        format   how its requests and answers travel
         """
 
     @abstractmethod

@@ -3,13 +3,15 @@
 This module holds no key and imports nothing that could: a test walks its imports.
 
     Y = sum_l 256^l planes_l[T, K] @ M^T  mod p
-    answer = round(Y / 2^delta)               two bytes a value, little endian
+    answer = round(Y / 2^delta)               `down_bits` bits a value
 
 How the product is made is the affair of the machine's kernel (`matmul/`); the bits are the same.
+How both travel is the matrix's format (`wire.py`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,17 +20,16 @@ from numpy.typing import NDArray
 from backends.he.interface import Payload, WorkerCipher
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.matmul.interface import Kernel
-from backends.he.params import Parameters
+from backends.he.packing import pack_answer, unpack_request
+from backends.he.wire import Format
 
 
-def check_request_bytes(size: int, limbs: int, tokens: int, inputs: int) -> None:
-    """Raise ValueError unless a request of `size` bytes is int8[limbs, T, K]."""
-    expected = limbs * tokens * inputs
-    if size != expected:
-        raise ValueError(
-            f"a request of {tokens} tokens with {inputs} inputs has {expected} bytes, this one "
-            f"{size}"
-        )
+@dataclass(frozen=True)
+class LoadedMatrix:
+    """One direction of a weight, in the form of a worker's kernel, and how its values travel."""
+
+    packed: Any = field(repr=False)
+    format: Format
 
 
 class MlweWorker(WorkerCipher):
@@ -37,17 +38,13 @@ class MlweWorker(WorkerCipher):
     kernel  what multiplies; None takes this process's (`matmul/choice.py`)
     """
 
-    def __init__(self, parameters: Parameters, kernel: Kernel | None = None) -> None:
-        self._parameters = parameters
+    def __init__(self, kernel: Kernel | None = None) -> None:
         self._kernel = kernel or chosen_kernel()
 
-    def load(self, weight: NDArray[np.int8], forward: bool) -> Any:
-        return self._kernel.pack(weight, forward)
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> LoadedMatrix:
+        return LoadedMatrix(self._kernel.pack(weight, forward), format)
 
-    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
-        limbs = self._parameters.limbs
-        digits = np.frombuffer(payload, np.int8)
-        check_request_bytes(digits.size, limbs, tokens, matrix.inputs)
-        planes = digits.reshape(limbs, tokens, matrix.inputs)
-        answer = self._kernel.answer(planes, matrix, self._parameters.dropped_bits)
-        return answer.reshape(-1).view(np.uint8)
+    def multiply(self, payload: Payload, tokens: int, matrix: LoadedMatrix) -> NDArray[np.uint8]:
+        packed, wire = matrix.packed, matrix.format
+        planes = unpack_request(np.frombuffer(payload, np.uint8), tokens, packed.inputs, wire)
+        return pack_answer(self._kernel.answer(planes, packed, wire.dropped_bits), wire)

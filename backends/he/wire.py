@@ -83,5 +83,23 @@ class Format:
         """Bytes a token of an answer with so many outputs."""
         return outputs + packed_bytes(outputs, self.down_bits - 8)
 
+    def require_request(self, size: int, tokens: int, inputs: int) -> None:
+        """Raise ValueError unless a request of so many tokens and inputs has `size` bytes."""
+        expected = tokens * self.up_bytes(inputs)
+        if size != expected:
+            raise ValueError(
+                f"a request of {tokens} tokens with {inputs} inputs has {expected} bytes, this one "
+                f"{size}"
+            )
+
+    def require_answer(self, size: int, tokens: int, outputs: int) -> None:
+        """Raise ValueError unless an answer with so many tokens and outputs has `size` bytes."""
+        expected = tokens * self.down_bytes(outputs)
+        if size != expected:
+            raise ValueError(
+                f"an answer of {tokens} tokens with {outputs} outputs has {expected} bytes, this "
+                f"one {size}"
+            )
+
 
 EXACT = Format(24, 16)
