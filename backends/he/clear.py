@@ -154,9 +154,9 @@ class ClearOwner(OwnerCipher):
 
 
 class ClearWorker(WorkerCipher):
-    """Multiplies float32 by the int8 weights."""
+    """Multiplies float32 by the int8 weights, whatever the format."""
 
-    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> torch.Tensor:
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> torch.Tensor:
         operand = torch.from_numpy(weight.astype(np.float32))
         return operand.t() if forward else operand
 

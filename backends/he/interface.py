@@ -180,7 +180,7 @@ class WorkerCipher(ABC):
     launches = 1
 
     @abstractmethod
-    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> Any:
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> Any:
         """A `WorkerMatrix` in the form this backend computes with; opaque to everyone else."""
 
     @abstractmethod

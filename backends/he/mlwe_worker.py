@@ -3,13 +3,15 @@
 This module holds no key and imports nothing that could: a test walks its imports.
 
     Y = sum_l 256^l planes_l[T, K] @ M^T  mod p
-    answer = round(Y / 2^delta)               two bytes a value, little endian
+    answer = round(Y / 2^delta)               `down_bits` bits a value
 
 How the product is made is the affair of the machine's kernel (`matmul/`); the bits are the same.
+How both travel is the matrix's format (`wire.py`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,14 @@ from backends.he.packing import pack_answer, unpack_request
 from backends.he.wire import Format
 
 
+@dataclass(frozen=True)
+class LoadedMatrix:
+    """One direction of a weight, in the form of a worker's kernel, and how its values travel."""
+
+    packed: Any = field(repr=False)
+    format: Format
+
+
 class MlweWorker(WorkerCipher):
     """Worker half of the module-LWE backend on CPU.
 
@@ -31,10 +41,10 @@ class MlweWorker(WorkerCipher):
     def __init__(self, kernel: Kernel | None = None) -> None:
         self._kernel = kernel or chosen_kernel()
 
-    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> Any:
-        return self._kernel.pack(weight, forward), form
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> LoadedMatrix:
+        return LoadedMatrix(self._kernel.pack(weight, forward), format)
 
-    def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
-        packed, form = matrix
-        planes = unpack_request(np.frombuffer(payload, np.uint8), tokens, packed.inputs, form)
-        return pack_answer(self._kernel.answer(planes, packed, form.dropped_bits), form)
+    def multiply(self, payload: Payload, tokens: int, matrix: LoadedMatrix) -> NDArray[np.uint8]:
+        packed, wire = matrix.packed, matrix.format
+        planes = unpack_request(np.frombuffer(payload, np.uint8), tokens, packed.inputs, wire)
+        return pack_answer(self._kernel.answer(planes, packed, wire.dropped_bits), wire)

@@ -214,8 +214,8 @@ class ReferenceMatrix:
 class ReferenceWorker(WorkerCipher):
     """Worker half, exact 64-bit integers."""
 
-    def load(self, weight: NDArray[np.int8], forward: bool, form: Format) -> ReferenceMatrix:
-        return ReferenceMatrix((weight.T if forward else weight).astype(np.int64), form)
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> ReferenceMatrix:
+        return ReferenceMatrix((weight.T if forward else weight).astype(np.int64), format)
 
     def multiply(self, payload: Payload, tokens: int, matrix: ReferenceMatrix) -> NDArray[np.uint8]:
         form = matrix.form
