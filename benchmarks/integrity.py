@@ -22,6 +22,7 @@ from backends.he.integrity import LIMIT, ROWS
 from backends.he.interface import Encrypted, OwnerMatrix
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
+from backends.he.packing import pack_answer, unpack_answer
 from backends.he.params import PRESETS, Parameters, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
@@ -56,15 +57,16 @@ class Desk:
     def __init__(self, inputs: int, outputs: int, parameters: Parameters, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.parameters = parameters
-        self.weight = _codes(self.rng, outputs, inputs)
+        self.weight = _codes(self.rng, outputs, inputs, parameters.weight_limit)
         self._public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
         scale = self.rng.uniform(1e-4, 1e-2, outputs).astype(np.float32)
         self.matrix = OwnerMatrix(
             f"{inputs}x{outputs}", np.ones(inputs, np.float32), scale,
-            plan_matrix(self.weight, scale), HintBuilder(self._public).build(self.weight, True),
+            plan_matrix(self.weight, scale, parameters), HintBuilder(self._public).build(self.weight, True),
         )  # fmt: skip
         self.worker = MlweWorker()
-        self.loaded = self.worker.load(self.weight, True)
+        self.form = self.matrix.plan.format
+        self.loaded = self.worker.load(self.weight, True, self.form)
         self._attacks = 0
         self.renew()
 
@@ -80,12 +82,21 @@ class Desk:
         alpha = np.divide(1.0, sent.sealed.inverse_alpha, where=sent.sealed.inverse_alpha > 0,
                           out=np.zeros(len(x)))  # fmt: skip
         exact = alpha[:, None] * (x.astype(np.float64) @ self.weight.T.astype(np.float64))
-        return Asked(sent, raw.view(np.uint16).reshape(len(x), -1), exact)
+        return Asked(sent, self.told(raw, len(x)), exact)
+
+    def told(self, answer: NDArray[np.uint8], tokens: int) -> Answer:
+        """The values of an answer in the upper bits of uint16[T, N], whatever their number."""
+        values = unpack_answer(answer, tokens, len(self.weight), self.form)
+        return values << np.uint16(16 - self.form.down_bits)
+
+    def answer(self, told: Answer) -> NDArray[np.uint8]:
+        """The bytes of values as `told` gives them."""
+        return pack_answer(told >> np.uint16(16 - self.form.down_bits), self.form)
 
     def accepts(self, asked: Asked, told: Answer, worker: str) -> bool:
         """Whether the owner takes the answer."""
         try:
-            self.owner.decrypt(asked.sent.sealed, told.tobytes(), self.matrix, worker)
+            self.owner.decrypt(asked.sent.sealed, self.answer(told), self.matrix, worker)
         except WrongAnswerError:
             return False
         return True
@@ -94,9 +105,9 @@ class Desk:
         """The proven probability that a request passes whose answer errs as this one does."""
         honesty = self.owner._checks[self.matrix.name].judge.honesty
         tolerance = LIMIT * honesty.deviation.max() + np.abs(honesty.mean).max()
-        p = self.parameters.worker_modulus
-        step = told.astype(np.int64) - asked.answer.astype(np.int64)
-        results = asked.exact + step * 2.0**self.parameters.dropped_bits
+        p, unused = self.form.modulus, 16 - self.form.down_bits
+        step = (told >> unused).astype(np.int64) - (asked.answer >> unused).astype(np.int64)
+        results = asked.exact + step * 2.0**self.form.dropped_bits
         errors = results - p * np.rint(results / p) - asked.exact
         largest = np.maximum(np.abs(errors).max(axis=1), 1e-9)
         length = np.maximum(np.linalg.norm(errors, axis=1), 1e-9)
@@ -116,10 +127,10 @@ class Desk:
 Craft = Callable[[Desk, NDArray[np.float32]], tuple[Asked, Answer]]
 
 
-def _codes(rng: Rng, outputs: int, inputs: int) -> NDArray[np.int8]:
-    """Weights as quantising normal ones leaves them: the largest of a row is 127."""
+def _codes(rng: Rng, outputs: int, inputs: int, limit: int) -> NDArray[np.int8]:
+    """Weights as quantising normal ones leaves them: the largest of a row is `limit`."""
     values = rng.standard_normal((outputs, inputs))
-    return np.rint(values * 127 / np.abs(values).max(axis=1, keepdims=True)).astype(np.int8)
+    return np.rint(values * limit / np.abs(values).max(axis=1, keepdims=True)).astype(np.int8)
 
 
 def heavy_tailed_block(rng: Rng, tokens: int, inputs: int) -> NDArray[np.float32]:
@@ -250,8 +261,8 @@ def _other_weight(desk: Desk, x: NDArray[np.float32]) -> tuple[Asked, Answer]:
     place = desk.rng.integers(weight.shape[0]), desk.rng.integers(weight.shape[1])
     weight[place] ^= np.int8(1 << int(desk.rng.integers(7)))
     asked = desk.ask(x)
-    told = desk.worker.multiply(asked.sent.payload, len(x), desk.worker.load(weight, True))
-    return asked, told.view(np.uint16).reshape(len(x), -1)
+    loaded = desk.worker.load(weight, True, desk.form)
+    return asked, desk.told(desk.worker.multiply(asked.sent.payload, len(x), loaded), len(x))
 
 
 KINDS: dict[str, Craft] = {
@@ -326,13 +337,14 @@ def bias_found(
     data = heavy_tailed(8 * each, inputs, seed)
     output = int(desk.rng.integers(outputs))
     deviation = float(desk.ask(data).exact[:, output].std())
-    bias = max(1, round(fraction * deviation / 2.0**parameters.dropped_bits))
+    bias = max(1, round(fraction * deviation / 2.0**desk.form.dropped_bits))
     for done in range(each, most, each):
         start = int(desk.rng.integers(len(data) - each))
         sent = desk.owner.encrypt(data[start : start + each], desk.matrix)
         told = desk.worker.multiply(sent.payload, each, desk.loaded)
-        values = told.view(np.uint16).reshape(each, -1)
-        values[:, output] += np.uint16(bias)
+        values = unpack_answer(told, each, outputs, desk.form).copy()
+        values[:, output] = (values[:, output] + bias) % (1 << desk.form.down_bits)
+        told = pack_answer(values, desk.form)
         try:
             desk.owner.decrypt(sent.sealed, told, desk.matrix, "liar")
         except WrongAnswerError:

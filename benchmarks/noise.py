@@ -25,6 +25,7 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import ERROR_BITS, PRESETS, Parameters, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
+from backends.he.wire import EXACT
 from backends.options import Parser, Whole
 from benchmarks.he_linear import heavy_tailed
 from scenarios import record
@@ -61,10 +62,10 @@ def law(matrix: NDArray[np.int8], parameters: Parameters) -> Law:
     fourths = np.sum(matrix.astype(np.float64) ** 4, axis=1)
     odd = np.bitwise_or.reduce(matrix.astype(np.int64), axis=1)
     grid = odd & -odd
-    steps = 2**parameters.dropped_bits // np.maximum(grid, 1)
+    steps = 2**EXACT.dropped_bits // np.maximum(grid, 1)
     if np.any(grid == 0) or np.any(steps < 2):
         raise ValueError("a row is zero, or its results need no rounding")
-    ratio = parameters.worker_modulus / parameters.modulus
+    ratio = EXACT.modulus / parameters.modulus
     # Cumulants: of a uniform number of width w, w^2/12 and -w^4/120; of a fair sign of 1/2, 1/4 and
     # -1/8; of n steps of g, (n^2 - 1)g^2/12 and -(n^4 - 1)g^4/120.
     up2 = 1 / 12 + ratio**2 * (ERROR_BITS / 4 + 1 / 12)
@@ -132,11 +133,11 @@ def measure(case: Case, parameters: Parameters, samples: int, seed: int = 1) -> 
     public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
     ones = np.ones(case.outputs, np.float32)
     matrix = OwnerMatrix(
-        case.name, np.ones(case.inputs, np.float32), ones, plan_matrix(weight, ones),
+        case.name, np.ones(case.inputs, np.float32), ones, plan_matrix(weight, ones, parameters),
         HintBuilder(public).build(weight, True),
     )  # fmt: skip
     owner, worker = MlweOwner(parameters, public, unverified=True), MlweWorker()
-    loaded, exact = worker.load(weight, True), weight.T.astype(np.float64)
+    loaded, exact = worker.load(weight, True, matrix.plan.format), weight.T.astype(np.float64)
     data = heavy_tailed(8 * case.tokens, case.inputs, seed)
     rng = np.random.default_rng(seed)
     tally = Tally(case.outputs)

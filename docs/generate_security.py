@@ -17,6 +17,7 @@ from backends.he.estimate.attacks import Estimate
 from backends.he.estimate.lwe import cipher_lwe
 from backends.he.estimate.verdict import BLOCKS, estimates, judged, many_blocks_loss, worst
 from backends.he.params import NTT_PRIME, PRESETS, max_log2_modulus
+from backends.he.wire import EXACT
 from docs.pages import between, rewrite
 
 PAGE = Path(__file__).with_name("security.md")

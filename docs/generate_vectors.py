@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ from backends.he.reference import (
 from backends.he.ring import EVALUATION_EXPONENTS, PSI, centre, tiles_of
 from backends.he.secret import ternary
 from backends.he.vector import LANES
+from backends.he.wire import EXACT, Format
 
 FILE = Path(__file__).with_name("cipher-vectors.json")
 SEED = bytes(range(32))
 KEY = bytes(range(32, 64))
 """What the secrets and the errors of a request follow from."""
+_THIN = (Format(16, 8), Format(18, 10), Format(20, 12))
+"""Formats of the requests under `thin`, their gain being 1."""
 REJECTING_TILE = 3
 """The first tile of A under SEED, at rank 5, that has a word to replace."""
 
@@ -212,7 +215,11 @@ def fresh() -> str:
         "public_matrix": public_matrix(standard.rank),
         "transform": transform(),
         "block": block(standard),
-        "requests": [request(standard), request(preset("paranoid"))],
+        "requests": [
+            request(standard),
+            request(preset("paranoid")),
+            *(request(preset("thin"), form) for form in _THIN),
+        ],
     }
     return _pretty(vectors) + "\n"
 

@@ -144,8 +144,8 @@ def mlwe_honesty(
     """The distribution under the module-LWE cipher, in units of the worker modulus.
 
     Up: rounding u to a multiple of `unit`, uniform, unit^2/12, and the error's variance times
-    (p/q)^2, for each input, times U. Down: the dropped bits and the owner's own rounding, 4^delta/12 together, for each
-    output, times v; two outputs' are uncorrelated unless their rows of M are alike
+    (p/q)^2, for each input, times U. Down: the dropped bits and the owner's own rounding,
+    4^delta/12 together, for each output, times v; two outputs' are uncorrelated unless their rows of M are alike
     (`_dropped_variance`).
 
     A matrix of zeros has exact answers; the least deviation is far below any error it could have.

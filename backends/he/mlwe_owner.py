@@ -200,6 +200,8 @@ class Sealed:
         for secret in self.secrets:
             secret.wipe()
         self.inverse_alpha[...] = 0
+        self.x = self.x[:0]
+        self.gain = 0.0
         if self.expected is not None:
             self.expected.wipe()
 

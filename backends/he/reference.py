@@ -271,7 +271,9 @@ def request_values(payload: Payload, tokens: int, inputs: int, form: Format) -> 
         total += 256**place * digit
     if form.unit > 1:
         rest = data[(form.limbs - 1) * size :]
-        total += form.unit * _read(rest, tokens, inputs, 8 - form.unused_bits)
+        bits = 8 - form.unused_bits
+        low = _read(rest, tokens, inputs, bits)
+        total += form.unit * np.where(low >= 2 ** (bits - 1), low - 2**bits, low)
     return total // form.unit
 
 

@@ -102,8 +102,7 @@ def test_fast_equals_reference_bit_for_bit(
     a, b = fast.encrypt(x, case.matrix), slow.encrypt(x, case.matrix)
     assert np.array_equal(a.payload, b.payload)
     answer, *others = (
-        worker.multiply(a.payload, tokens, case.load(worker))
-        for worker in workers()
+        worker.multiply(a.payload, tokens, case.load(worker)) for worker in workers()
     )
     assert all(np.array_equal(answer, other) for other in others)
     assert np.array_equal(

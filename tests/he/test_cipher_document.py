@@ -28,6 +28,7 @@ from backends.he.params import NTT_PRIME, PRESETS, RING_DEGREE, preset
 from backends.he.plan import MatrixPlan, plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, expand_tile, public_seed
 from backends.he.ring import PSI, secret_to_ntt
+from backends.he.wire import EXACT, Format
 from docs import generate_vectors
 from docs.generate_vectors import FILE, VectorsKey, large_case, sha256
 
@@ -305,7 +306,9 @@ def test_one_block_by_the_fast_code() -> None:
     assert owner.decrypt(sent.sealed, answer, matrix).tolist() == stated["result"]
 
 
-@pytest.mark.parametrize("stated", VECTORS["requests"], ids=lambda s: f"{s['preset']}-{s['up_bits']}-{s['down_bits']}")
+@pytest.mark.parametrize(
+    "stated", VECTORS["requests"], ids=lambda s: f"{s['preset']}-{s['up_bits']}-{s['down_bits']}"
+)
 def test_requests_by_the_fast_code(stated: dict[str, Any]) -> None:
     """Two blocks, and more than one group of columns."""
     parameters = preset(stated["preset"])
@@ -315,9 +318,7 @@ def test_requests_by_the_fast_code(stated: dict[str, Any]) -> None:
     hint = HintBuilder(public).build(weight, True)
     assert sha256(hint) == stated["hint_sha256"]
     form = Format(stated["up_bits"], stated["down_bits"])
-    plan = replace(
-        plan_matrix(weight, out_scale), up_bits=form.up_bits, down_bits=form.down_bits
-    )
+    plan = replace(plan_matrix(weight, out_scale), up_bits=form.up_bits, down_bits=form.down_bits)
     matrix = replace(matrix, hint=hint, plan=plan)
     owner = MlweOwner(parameters, public, VectorsKey(), unverified=True)
     sent = owner.encrypt(x, matrix)

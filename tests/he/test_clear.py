@@ -18,7 +18,7 @@ def test_honest_answers_pass_and_one_wrong_value_does_not(forward: bool, size: f
     case = make_case(300, 200, forward)
     owner, worker = ClearOwner(SeededEntropy(1)), ClearWorker()
     owner.guard(case.matrix, case.weight, forward)
-    operand = worker.load(case.weight, forward)
+    operand = case.load(worker)
     rng = np.random.default_rng(2)
     for _ in range(20):
         x = (size * rng.standard_t(2, (9, case.matrix.in_features))).astype(np.float32)

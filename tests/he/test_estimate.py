@@ -53,6 +53,7 @@ from backends.he.params import (
     InsecureParametersError,
     Parameters,
 )
+from backends.he.wire import EXACT
 from docs import generate_security
 
 BDGL16, MATZOV = Bdgl16(), Matzov()

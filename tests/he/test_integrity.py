@@ -27,7 +27,7 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.reference import ReferenceOwner
-from backends.he.wire import Format
+from backends.he.wire import EXACT, Format
 from benchmarks.integrity import KINDS, Desk, bias_found, honest
 from protocol.errors import WrongAnswerError
 from tests.he.conftest import Case, make_case
@@ -236,20 +236,20 @@ SHAPES = [None, _twins, _zero_rows, _powers, _constant, _congruent, _nearly_cong
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("parameters", [preset("exact"), TWO_LIMBS], ids=["three", "two"])
+@pytest.mark.parametrize("form", [EXACT, TWO_LIMBS, Format(18, 8)], ids=["24", "16", "18"])
 def test_the_honest_distribution_is_as_derived(
-    monkeypatch: pytest.MonkeyPatch, parameters: Parameters, shape: Any
+    monkeypatch: pytest.MonkeyPatch, form: Format, shape: Any
 ) -> None:
     """Mean 0 and variance 1 in the rows of twenty pools, also for degenerate weights.
 
     20,480 tokens of 8 rows: 5 standard deviations of their mean and variance, were they all
     independent, are 0.012 and 0.018; rows of one token are not quite.
     """
-    case = make_case(40, 60, parameters=parameters)
+    case = make_case(40, 60, form=form)
     if shape is not None:
         shape(case.weight)
-        case = make_case(40, 60, parameters=parameters, weight=case.weight)
-    owner, worker = MlweOwner(parameters, case.public), MlweWorker()
+        case = make_case(40, 60, form=form, weight=case.weight)
+    owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
     loaded = case.load(worker)
     z = []
 
@@ -314,7 +314,7 @@ def test_rows_that_are_alike_get_nobody_accused(entries: tuple[int, int], inputs
         case = make_case(inputs, 512, weight=weight)
         owner, worker = MlweOwner(case.parameters, case.public), MlweWorker()
         owner.guard(case.matrix, weight, True)
-        loaded = worker.load(weight, True, EXACT)
+        loaded = case.load(worker)
         for _ in range(30):
             sent = owner.encrypt(rng.standard_normal((256, inputs)).astype(np.float32), case.matrix)
             owner.decrypt(sent.sealed, worker.multiply(sent.payload, 256, loaded), case.matrix)
