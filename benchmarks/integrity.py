@@ -62,7 +62,8 @@ class Desk:
         scale = self.rng.uniform(1e-4, 1e-2, outputs).astype(np.float32)
         self.matrix = OwnerMatrix(
             f"{inputs}x{outputs}", np.ones(inputs, np.float32), scale,
-            plan_matrix(self.weight, scale, parameters), HintBuilder(self._public).build(self.weight, True),
+            plan_matrix(self.weight, scale, parameters),
+            HintBuilder(self._public).build(self.weight, True),
         )  # fmt: skip
         self.worker = MlweWorker()
         self.form = self.matrix.plan.format
@@ -343,7 +344,7 @@ def bias_found(
         sent = desk.owner.encrypt(data[start : start + each], desk.matrix)
         told = desk.worker.multiply(sent.payload, each, desk.loaded)
         values = unpack_answer(told, each, outputs, desk.form).copy()
-        values[:, output] = (values[:, output] + bias) % (1 << desk.form.down_bits)
+        values[:, output] = (values[:, output].astype(np.int64) + bias) % (1 << desk.form.down_bits)
         told = pack_answer(values, desk.form)
         try:
             desk.owner.decrypt(sent.sealed, told, desk.matrix, "liar")

@@ -133,13 +133,13 @@ def _seal_lanes(
 @intrinsic
 def _open_lanes(
     _context: Any, mask: Any, at: Any, answer: Any, at_answer: Any, scale: Any, out_scale: Any,
-    j: Any, bits: Any, dropped_bits: Any, unused_bits: Any, out: Any,
+    j: Any, bits: Any, dropped_bits: Any, above: Any, half_unit: Any, out: Any,
 ) -> Any:  # fmt: skip
     """`open_row` for sixteen values."""
     place = types.intp
     signature = types.void(
         mask, place, answer, place, types.float64, out_scale, place, types.uint32, types.uint32,
-        types.uint32, out,
+        types.uint32, types.uint32, out,
     )  # fmt: skip
 
     def build(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -147,13 +147,14 @@ def _open_lanes(
         masks = e.load_lanes(sig.args[0], args[0], args[1], _I32)
         answers = b.zext(e.load_lanes(sig.args[2], args[2], args[3], _I16), _lanes(_I32))
         value = b.sub(b.shl(answers, e.spread(args[8])), e.rounded(masks, args[7]))
+        value = b.sub(value, e.spread(args[10]))
         # Shift out the bits above p, and back with the sign: y mod p, centred.
-        unused = e.spread(args[9])
-        centred = b.ashr(b.shl(value, unused), unused)
+        above = e.spread(args[9])
+        centred = b.ashr(b.shl(value, above), above)
         real = b.fmul(b.sitofp(centred, _lanes(_F64)), e.spread(args[4]))
         scales = b.fpext(e.load_lanes(sig.args[5], args[5], args[6], _F32), _lanes(_F64))
         result = b.fptrunc(b.fmul(real, scales), _lanes(_F32))
-        e.store_lanes(result, sig.args[10], args[10], args[3])
+        e.store_lanes(result, sig.args[11], args[11], args[3])
         return context.get_dummy_value()
 
     return signature, build
@@ -210,9 +211,12 @@ def seal_row(
 @jit.kernel
 def open_row(
     mask: Any, at: int, answer: Any, at_answer: int, scale: float, out_scale: Any, j: int,
-    count: int, dropped_bits: int, limbs: int, out: Any,
+    count: int, dropped_bits: int, limbs: int, unused: int, out: Any,
 ) -> None:  # fmt: skip
     """Results of one token: its answer less its mask, mod p, in its scale.
+
+    Of values that are multiples of 2^unused, rounding half up makes a result larger by half of that,
+    on average, which is taken off; by a half where they are any integers, which is left.
 
     All arrays are flat; each has the place of the first of `count` values in it.
 
@@ -221,16 +225,17 @@ def open_row(
     out_scale float32 from place j, multiplied with `scale`
     """
     whole = count - count % LANES
-    dropped, unused = np.uint32(dropped_bits), np.uint32(32 - 8 * limbs)
+    dropped, above = np.uint32(dropped_bits), np.uint32(32 - 8 * limbs)
+    half_unit = np.uint32((1 << unused) >> 1)
     bits = np.uint32(MODULUS_BITS - 8 * limbs)
     for i in range(0, whole, LANES):
         _open_lanes(
-            mask, at + i, answer, at_answer + i, scale, out_scale, j + i, bits, dropped, unused,
-            out,
+            mask, at + i, answer, at_answer + i, scale, out_scale, j + i, bits, dropped, above,
+            half_unit, out,
         )  # fmt: skip
     for i in range(whole, count):
         b = rounded(mask[at + i], bits)
-        y = np.uint32((np.uint32(answer[at_answer + i]) << dropped) - b)
-        centred = np.int32(y << unused) >> np.int32(unused)
+        y = np.uint32((np.uint32(answer[at_answer + i]) << dropped) - b - half_unit)
+        centred = np.int32(y << above) >> np.int32(above)
         real = np.float64(centred) * scale * np.float64(out_scale[j + i])
         out[at_answer + i] = np.float32(real)

@@ -145,25 +145,27 @@ def mlwe_honesty(
 
     Up: rounding u to a multiple of `unit`, uniform, unit^2/12, and the error's variance times
     (p/q)^2, for each input, times U. Down: the dropped bits and the owner's own rounding,
-    4^delta/12 together, for each output, times v; two outputs' are uncorrelated unless their rows of M are alike
-    (`_dropped_variance`).
+    4^delta/12 together, for each output, times v; two outputs' are uncorrelated unless their rows
+    of M are alike (`_dropped_variance`). What is dropped of values that are multiples of `unit` is
+    the same in units of it.
 
     A matrix of zeros has exact answers; the least deviation is far below any error it could have.
 
     Means: rounding from q to p averages to zero but for 2^-27 (`epilogue.py`), for u and for the
-    owner's mask; rounding half up is off by half of a result's grid.
+    owner's mask; rounding half up is off by half of a result's grid, of which the owner takes off
+    what most rows have.
     """
     p_over_q = form.modulus / parameters.modulus
     up = form.unit**2 / 12 + p_over_q**2 * ERROR_BITS / 4
-    delta, wide = form.dropped_bits, pool.astype(np.float64)
+    delta, wide = form.dropped_bits - form.unused_bits, pool.astype(np.float64)
     projected = found.projected.cpu().numpy()
     grid = found.bits & -found.bits.astype(np.int64)
     down = (
-        _dropped_variance(wide, found.marks, grid, delta)
+        form.unit**2 * _dropped_variance(wide, found.marks, grid, delta)
         + _parallel_squares(wide, found.marks) / 12
     )
     variance = up * np.sum(projected**2, axis=1) + down
-    mean = wide @ (np.where(grid < 1 << delta, grid, 0) / 2)
+    mean = wide @ (form.unit * np.where(grid < 1 << delta, grid, 0) / 2 - form.unit // 2)
     return Honesty(mean, np.maximum(np.sqrt(variance), _LEAST_DEVIATION))
 
 

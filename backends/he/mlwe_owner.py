@@ -149,7 +149,7 @@ def _encrypt_groups(
 
 def _decrypt_groups(
     hint: Any, secrets: Any, answer: Any, inverse: Any, out_scale: Any, out: Any,
-    dropped_bits: int, limbs: int, z: Any, zs: Any, first: int, last: int,
+    dropped_bits: int, limbs: int, unused: int, z: Any, zs: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     tokens, outputs = out.shape
     values, results = answer.reshape(-1), out.reshape(-1)
@@ -168,7 +168,7 @@ def _decrypt_groups(
             for t in range(t0, t1):
                 open_row(
                     wide, (t - t0) * WIDE, values, t * outputs + j0, inverse[t], out_scale, j0,
-                    j1 - j0, dropped_bits, limbs, results,
+                    j1 - j0, dropped_bits, limbs, unused, results,
                 )  # fmt: skip
     buffer[:] = 0
     wide[:] = 0
@@ -405,7 +405,7 @@ class MlweOwner(RingOwner):
         def part(first: int, last: int) -> None:
             self._decrypt(
                 flat, opening, answer, inverse, out_scale, out, form.dropped_bits,
-                form.limbs, *inverse_tables(), first, last,
+                form.limbs, form.unused_bits, *inverse_tables(), first, last,
             )  # fmt: skip
             if expected is not None:
                 columns = first * WIDE, min(outputs, last * WIDE)

@@ -193,7 +193,7 @@ class ReferenceOwner(OwnerCipher):
             part = slice(block * _D, min(tokens, (block + 1) * _D))
             mask = self._mask(matrix.hint, outputs, secret)[: part.stop - part.start]
             opened = answer[part] * 2**form.dropped_bits - self._rounded(mask, 8 * form.limbs)
-            y = opened % p
+            y = (opened - form.unit // 2) % p
             y = np.where(y >= p // 2, y - p, y)
             scaled = y.astype(np.float64) * sealed.inverse_alpha[part, None]
             out[part] = (scaled * matrix.out_scale.astype(np.float64)).astype(np.float32)
