@@ -1,6 +1,7 @@
 """The owner's check of answers on the GPU: the sums of `backends/he/check.py`, judged on the host.
 
-Of an answer only its differences travel, 64 bytes a token. Holds secret rows: owner code only.
+Of an answer only its differences travel, 64 bytes a token, and under `thin` parameters 8 more for
+its largest result. Holds secret rows: owner code only.
 """
 
 from __future__ import annotations
@@ -13,9 +14,20 @@ from numpy.typing import NDArray
 
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels
+from backends.he.cuda.repair import clear_products
 from backends.he.cuda.streams import Readback
 from backends.he.entropy import Entropy
-from backends.he.integrity import ROWS, Judge, draw_pool, draw_rows, mlwe_honesty, survey
+from backends.he.integrity import (
+    ROWS,
+    Float64Array,
+    Judge,
+    draw_pool,
+    draw_rows,
+    mlwe_honesty,
+    survey,
+    suspicious,
+)
+from backends.he.interface import OwnerMatrix
 from backends.he.params import Parameters
 
 _TOKENS_EACH = 2  # CHECK_TOKENS of the kernels
@@ -54,16 +66,30 @@ class DeviceCheck:
     """
 
     def __init__(
-        self, gpu: Gpu, kernels: Kernels, name: str, weight: NDArray[np.int8], forward: bool,
-        entropy: Entropy, parameters: Parameters,
+        self, gpu: Gpu, kernels: Kernels, matrix: OwnerMatrix, weight: NDArray[np.int8],
+        forward: bool, entropy: Entropy, parameters: Parameters,
     ) -> None:  # fmt: skip
         self._gpu, self._kernels = gpu, kernels
+        self._weight, self._forward = weight, forward
+        self._thin = parameters.thin
+        form = matrix.plan.format
         pool = draw_pool(entropy, weight.shape[0 if forward else 1])
         self._pool = torch.from_numpy(pool).to(gpu.device)
         found = survey(self._pool, weight, forward, entropy)
         self._projected = found.projected.float()
-        self.judge = Judge(name, mlwe_honesty(pool, found, parameters))
-        self._ratio = parameters.worker_modulus / parameters.modulus
+        self.judge = Judge(matrix.name, mlwe_honesty(pool, found, form, parameters))
+        self._ratio = form.modulus / parameters.modulus
+
+    def products(self, values: torch.Tensor) -> torch.Tensor:
+        """float64[T, K] -> float64[T, N] on the device: what the matrix makes of them, in clear."""
+        return clear_products(values, self._weight, self._forward)
+
+    def moved(self, expected: Expected, turns: torch.Tensor) -> Float64Array:
+        """float64[n, ROWS] = v*turns, for float64[n, N] multiples of p that results moved by."""
+        rows = self._pool[expected.on_device.long()].double()
+        found: Float64Array = (turns @ rows.T).cpu().numpy()
+        rows.zero_()
+        return found
 
     def expect(
         self, x: torch.Tensor, in_scale: torch.Tensor, factor: torch.Tensor, key: bytearray
@@ -97,12 +123,17 @@ class DeviceCheck:
     ) -> Comparison:
         """Queue what `Expected.compare` says."""
         tokens, outputs = y.shape
-        found = torch.empty_like(expected.values)
+        count = tokens * ROWS
+        found = torch.empty(
+            count + tokens * self._thin, dtype=torch.float64, device=self._gpu.device
+        )
         try:
+            if self._thin:
+                found[count:] = torch.linalg.vector_norm(y, torch.inf, dim=1)
             self._kernels.launch(
                 "differences", (-(-tokens // _TOKENS_EACH), 1),
-                y, self._pool, expected.on_device, expected.values, inverse, out_scale, found,
-                tokens, outputs,
+                y, self._pool, expected.on_device, expected.values, inverse, out_scale,
+                found[:count], tokens, outputs,
             )  # fmt: skip
             return Comparison(expected, Readback(self._gpu, found))
         except BaseException:
@@ -111,17 +142,35 @@ class DeviceCheck:
 
 
 class Comparison:
-    """One comparison on its way; `require` ends it."""
+    """One comparison on its way. To be wiped when it has been looked at."""
 
     def __init__(self, expected: Expected, found: Readback) -> None:
         self._expected, self._found = expected, found
+        self._tokens = len(expected.values)
+
+    @property
+    def _differences(self) -> Float64Array:
+        """float64[T, ROWS], once they have come."""
+        return self._found.read()[: self._tokens * ROWS].reshape(-1, ROWS)
+
+    @property
+    def peaks(self) -> Float64Array:
+        """float64[T], the largest |y| of each token; of `thin` parameters only."""
+        return self._found.read()[self._tokens * ROWS :]
+
+    def suspicious(self) -> NDArray[np.int64]:
+        """The tokens whose results cannot well be the product's."""
+        honesty, rows = self._expected.check.judge.honesty, self._expected.rows
+        return suspicious(self._differences, honesty.mean[rows], honesty.deviation[rows])
+
+    def add_turns(self, tokens: NDArray[np.int64], turns: torch.Tensor, modulus: int) -> None:
+        """Take in that results of some tokens were moved by float64[tokens, N] times p."""
+        self._differences[tokens] += modulus * self._expected.check.moved(self._expected, turns)
 
     def require(self, worker: str) -> None:
-        """Wait for it. Raises WrongAnswerError unless the answer is an honest worker's.
+        """Raise WrongAnswerError unless the answer is an honest worker's."""
+        self._expected.check.judge.require(self._expected.rows, self._differences, worker)
 
-        The differences are then overwritten.
-        """
-        try:
-            self._expected.check.judge.require(self._expected.rows, self._found.read(), worker)
-        finally:
-            self._found.wipe()
+    def wipe(self) -> None:
+        """Overwrite the differences."""
+        self._found.wipe()

@@ -14,6 +14,10 @@ queued behind, and once in `decrypt` (is the answer right?), for the sums of its
 copies, where payloads or values are on the host. On an H100 a request of one token takes some
 0.17 ms to encrypt, and one of 2,048 no more but for the widest matrices: what a call costs whatever
 is in it is most of it (docs/design.md has the table).
+
+Requests are packed and answers unpacked on the device (`packing.py`); results that wrapped are
+repaired there (`repair.py`). None of that, which only `thin` formats need, has run on a GPU yet:
+those figures are of the `exact` preset's format.
 """
 
 from __future__ import annotations
@@ -27,24 +31,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backends.he.cuda.check import DeviceCheck, Expected
+from backends.he.cuda.check import Comparison, DeviceCheck, Expected
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels, kernels
+from backends.he.cuda.packing import Request, unpack_answer
+from backends.he.cuda.repair import TOKENS_AT_ONCE, unwrap
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flag, Flags
 from backends.he.entropy import Entropy, RequestKeys
 from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
-from backends.he.mlwe_owner import (
-    RingOwner,
-    answer_values,
-    check_answer_bytes,
-    check_input,
-    require_finite,
-)
+from backends.he.mlwe_owner import RingOwner, check_input, require_finite
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.ring import tiles_of
 from backends.he.secret import UseOnce
+from backends.he.wire import EXACT, Format
 
 _KEY_WORDS = struct.Struct("<4Q")
 _TILES_EACH = 2  # tiles that one thread block of the kernels works on
@@ -104,7 +105,8 @@ class Sealed:
     secrets: RequestSecrets = field(repr=False)
     inverse_alpha: torch.Tensor = field(repr=False)  # float64[T]
     expected: Expected | None = field(repr=False)
-    on_host: bool  # the values came as an array, and go as one
+    x: Values = field(repr=False)  # the caller's, who waits for the answer
+    gain: float = field(repr=False)
 
     def wipe(self) -> None:
         """Queue the overwriting of all of it, behind the kernels that read it."""
@@ -132,17 +134,27 @@ class CudaOwner(RingOwner):
         super().__init__(parameters, public, entropy, unverified)
         self._gpu = gpu
         self._wire = not local
-        self._kernels = kernels(gpu, parameters.rank, parameters.limbs)
+        self._kernels: dict[int, Kernels] = {}  # by limbs
+        for form in (Format(up_bits=16), EXACT) if parameters.thin else (EXACT,):
+            self._compiled(form)
         self._residents = Residents(gpu, public, hint_bytes)
         self._flags = Flags(gpu)
         self._checks: dict[str, DeviceCheck] = {}
+
+    def _compiled(self, form: Format) -> Kernels:
+        """The kernels for values of so many limbs."""
+        found = self._kernels.get(form.limbs)
+        if found is None:
+            found = kernels(self._gpu, self._parameters.rank, form.limbs)
+            self._kernels[form.limbs] = found
+        return found
 
     def _guarded(self) -> Collection[str]:
         return self._checks.keys()
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
         self._checks[matrix.name] = DeviceCheck(
-            self._gpu, self._kernels, matrix.name, weight, forward, self._entropy,
+            self._gpu, self._compiled(matrix.plan.format), matrix, weight, forward, self._entropy,
             self._parameters,
         )  # fmt: skip
 
@@ -151,10 +163,10 @@ class CudaOwner(RingOwner):
 
         Raises NonFiniteInputError for NaN or infinity, ValueError for a wrong shape or place.
         """
-        on_host = not isinstance(x, torch.Tensor)
         values = self._values(x, matrix)
         tokens, inputs = values.shape
-        parameters, device = self._parameters, self._gpu.device
+        device, form = self._gpu.device, matrix.plan.format
+        compiled = self._compiled(form)
         in_scale, _ = self._residents.scales(matrix)
         rows = self._residents.public_rows(inputs)
         blocks, tiles = -(-tokens // RING_DEGREE), tiles_of(inputs)
@@ -162,28 +174,29 @@ class CudaOwner(RingOwner):
         norms, factor, inverse = (
             torch.empty(tokens, dtype=torch.float64, device=device) for _ in range(3)
         )
-        planes = torch.empty((parameters.limbs, tokens, inputs), dtype=torch.int8, device=device)
-        secrets = RequestSecrets(blocks, parameters.rank, self._gpu)
-        sealed = Sealed(secrets, inverse, None, on_host)
+        request = Request(tokens, inputs, form, device)
+        secrets = RequestSecrets(blocks, self._parameters.rank, self._gpu)
+        gain = self._gains.of(matrix.name) if self._parameters.thin else 1.0
+        sealed = Sealed(secrets, inverse, None, x, gain)
         try:  # from here on there is something to overwrite, whatever happens
             with (
                 RequestKeys(self._entropy, self._scheme_tag) as keys,
                 self._gpu.clock.span("owner"),
             ):
-                bad = self._scale_tokens(values, in_scale, matrix, norms, factor, inverse)
-                secrets.draw(self._kernels, keys.secrets)
+                bad = self._scale_tokens(values, in_scale, matrix, gain, norms, factor, inverse)
+                secrets.draw(compiled, keys.secrets)
                 words = secrets.seal()
-                self._kernels.launch(
-                    "encrypt", grid, rows, words, values, in_scale, factor, planes,
-                    tokens, inputs, tiles, each, *key_words(keys.errors),
+                compiled.launch(
+                    "encrypt", grid, rows, words, values, in_scale, factor, request.planes, tokens,
+                    inputs, tiles, each, form.unused_bits, *key_words(keys.errors),
                 )  # fmt: skip
+                raw = request.payload()
                 check = self._checks.get(matrix.name)
                 if check is not None:
                     sealed.expected = check.expect(values, in_scale, factor, keys.rows)
             if bad.read():
                 require_finite(torch.isfinite(norms).cpu().numpy(), matrix)
                 raise AssertionError("a norm is not finite")
-            raw = planes.view(-1).view(torch.uint8)
             payload = _to_host(raw, self._gpu) if self._wire else raw
         except BaseException:
             sealed.wipe()
@@ -200,7 +213,7 @@ class CudaOwner(RingOwner):
     ) -> Values:
         """float32[T, N], an array or a tensor as the input was, once the check has passed."""
         tokens, outputs = sealed.inverse_alpha.shape[0], matrix.out_features
-        answer = self._answer(payload, tokens, outputs)
+        answer = self._answer(payload, tokens, matrix)
         if matrix.hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
         self._require_check(sealed.expected, matrix)
@@ -215,12 +228,18 @@ class CudaOwner(RingOwner):
                     # them.
                     ones = torch.ones_like(inverse), torch.ones_like(out_scale)
                     self._open(words, answer, *ones, matrix, out)
-                    sealed.expected.compare(out, inverse, out_scale).require(worker)
+                    comparison = sealed.expected.compare(out, inverse, out_scale)
+                    try:
+                        if self._parameters.thin:
+                            self._repair(sealed, comparison, matrix, out)
+                        comparison.require(worker)
+                    finally:
+                        comparison.wipe()
         except BaseException:
             out.zero_()  # see `MlweOwner.decrypt`
             raise
         sealed.wipe()
-        if not sealed.on_host:
+        if isinstance(sealed.x, torch.Tensor):
             return out
         return (
             _to_host(out.view(-1).view(torch.uint8), self._gpu).view(np.float32).reshape(out.shape)
@@ -235,13 +254,48 @@ class CudaOwner(RingOwner):
     ) -> None:  # fmt: skip
         """Queue the decryption of all outputs, a slab of the hint at a time."""
         tokens, outputs = out.shape
+        form = matrix.plan.format
+        compiled = self._compiled(form)
         for first_row, slab in self._residents.slabs(matrix):
             blocks, tiles = words.shape[0], slab.shape[0]
             grid, each = self._grid(blocks, tiles)
-            self._kernels.launch(
+            compiled.launch(
                 "decrypt", grid, slab, words, answer, inverse, out_scale, out,
-                tokens, outputs, first_row, tiles, each, self._parameters.dropped_bits,
+                tokens, outputs, first_row, tiles, each, form.dropped_bits,
             )  # fmt: skip
+
+    def _repair(
+        self, sealed: Sealed, comparison: Comparison, matrix: OwnerMatrix, out: torch.Tensor
+    ) -> None:
+        """Move results that wrapped back to where they belong, and learn the matrix's gain."""
+        p, suspicious = matrix.plan.format.modulus, comparison.suspicious()
+        if len(suspicious):
+            at = torch.from_numpy(suspicious).to(self._gpu.device)
+            for part in at[sealed.inverse_alpha[at] > 0].split(TOKENS_AT_ONCE):
+                self._repair_tokens(part, sealed, comparison, matrix, out)
+        self._gains.learn(matrix.name, comparison.peaks / (p / 2), sealed.gain)
+
+    def _repair_tokens(
+        self, at: torch.Tensor, sealed: Sealed, comparison: Comparison, matrix: OwnerMatrix,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """The same of a few tokens, int64[n] on the device."""
+        expected, p, tokens = sealed.expected, matrix.plan.format.modulus, at.cpu().numpy()
+        assert expected is not None
+        in_scale, out_scale = self._residents.scales(matrix)
+        inverse = sealed.inverse_alpha[at, None]
+        if isinstance(sealed.x, torch.Tensor):
+            x = sealed.x[at]
+        else:
+            x = torch.from_numpy(sealed.x[tokens]).to(self._gpu.device)
+        scaled = x.double() * in_scale / inverse
+        right = expected.check.products(scaled)
+        turns = unwrap(out, at, right, p, inverse * out_scale)
+        comparison.add_turns(tokens, turns, p)
+        comparison.peaks[tokens] = right.abs().amax(dim=1).cpu().numpy()
+        self.repairs.add(len(tokens), int(torch.count_nonzero(turns)))
+        for private in (x, scaled, right, turns, inverse):
+            private.zero_()
 
     def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:
         """(grid, secrets each thread block works through) for a matrix of so many tiles.
@@ -265,37 +319,39 @@ class CudaOwner(RingOwner):
         return x
 
     def _scale_tokens(
-        self, x: torch.Tensor, in_scale: torch.Tensor, matrix: OwnerMatrix, norms: torch.Tensor,
-        factor: torch.Tensor, inverse: torch.Tensor,
+        self, x: torch.Tensor, in_scale: torch.Tensor, matrix: OwnerMatrix, gain: float,
+        norms: torch.Tensor, factor: torch.Tensor, inverse: torch.Tensor,
     ) -> Flag:  # fmt: skip
         """Queue what `mlwe_owner.token_scales` computes, for x float32[T, K]; float64[T] each.
 
         The flag tells, when it can be read, whether a norm is not finite.
         """
-        p, q = self._parameters.worker_modulus, self._parameters.modulus
+        form, q = matrix.plan.format, self._parameters.modulus
         tokens, inputs = x.shape
         bad = self._flags.take()
-        self._kernels.launch(
+        self._compiled(form).launch(
             "token_scales", (tokens, 1), x, in_scale, norms, factor, inverse, bad.cell,
-            inputs, matrix.plan.amplitude(self._parameters), q / p,
+            inputs, matrix.plan.amplitude(self._parameters, gain), q / form.modulus,
         )  # fmt: skip
         bad.fetch()
         return bad
 
-    def _answer(self, payload: AnyPayload, tokens: int, outputs: int) -> torch.Tensor:
+    def _answer(self, payload: AnyPayload, tokens: int, matrix: OwnerMatrix) -> torch.Tensor:
         """uint16[T, N] on the device. Raises ValueError on a wrong size."""
+        form, outputs = matrix.plan.format, matrix.out_features
         if isinstance(payload, torch.Tensor):
             if payload.dtype != torch.uint8 or payload.ndim != 1:
                 raise ValueError(f"an answer is uint8[n], got {payload.dtype}")
-            check_answer_bytes(payload.numel(), tokens, outputs)
+            form.require_answer(payload.numel(), tokens, outputs)
             raw = payload.to(self._gpu.device)
         else:
-            values = answer_values(payload, tokens, outputs)
-            raw = self._gpu.pinned(values.nbytes)
-            raw.numpy()[...] = values.reshape(-1).view(np.uint8)
+            values = np.frombuffer(payload, np.uint8)
+            form.require_answer(values.size, tokens, outputs)
+            raw = self._gpu.pinned(values.size)
+            raw.numpy()[...] = values
             with self._gpu.clock.span("copy"):
                 raw = raw.to(self._gpu.device, non_blocking=True)
-        return raw.view(torch.uint16).view(tokens, outputs)
+        return unpack_answer(raw, tokens, outputs, form)
 
 
 def _to_host(raw: torch.Tensor, gpu: Gpu) -> NDArray[np.uint8]:

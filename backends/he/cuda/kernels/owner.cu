@@ -72,18 +72,20 @@ DEVICE void second_half(const u32* exchange, i32 t, u32 (&v)[16]) {
   four_stages(v, 8);
 }
 
-// round(u * p/q), as `backends/he/epilogue.py` says: FOLD / 2^48 is 2559/q, and high_product is the
-// product's upper 32 bits.
-DEVICE u32 rounded_to_p(u32 u) {
-  return (u + (high_product(u, FOLD) >> 16) + (1u << (27 - 8 * LIMBS))) >> (28 - 8 * LIMBS);
+// u * p/q, rounded to a multiple of 2^unused, as `backends/he/epilogue.py` says: FOLD / 2^48 is
+// 2559/q, and high_product is the product's upper 32 bits.
+DEVICE u32 rounded_to_p(u32 u, i32 unused) {
+  const i32 bits = 28 - 8 * LIMBS + unused;
+  return (u + (high_product(u, FOLD) >> 16) + (1u << (bits - 1))) >> bits << unused;
 }
 
-// Digits of mask + error + message, a signed byte each; `value` is the scaled message.
-DEVICE u32 sealed_digits(u32 mask, f64 value, u32 error) {
+// Digits of mask + error + message, a signed byte each, the lowest `unused` bits zero; `value` is
+// the scaled message.
+DEVICE u32 sealed_digits(u32 mask, f64 value, u32 error, i32 unused) {
   // Adding 1.5 * 2^52 leaves round(value) in the low bits.
   const u32 message = static_cast<u32>(bits_of(value + 6755399441055744.0));
   const u32 added = made_positive(message + error - ERROR_MEAN);
-  const u32 b = rounded_to_p(reduced(mask + added));
+  const u32 b = rounded_to_p(reduced(mask + added), unused);
   return (b + 0x808080u) ^ 0x808080u;
 }
 
@@ -153,11 +155,11 @@ KERNEL(token_scales, 256, const f32* x, const f32* in_scale, f64* norms, f64* fa
   }
 }
 
-// planes int8[LIMBS, tokens, inputs] of x float32[tokens, inputs]. Grid: x over groups of
-// `blocks_each` blocks, y over pairs of tiles.
+// planes int8[LIMBS, tokens, inputs] of x float32[tokens, inputs], rounded to multiples of
+// 2^unused. Grid: x over groups of `blocks_each` blocks, y over pairs of tiles.
 KERNEL(encrypt, 512, const i32* matrix, const i32* secrets, const f32* x, const f32* in_scale,
        const f64* factor, i8* planes, i32 tokens, i32 inputs, i32 tiles, i32 blocks_each,
-       u64 key0, u64 key1, u64 key2, u64 key3) {
+       i32 unused, u64 key0, u64 key1, u64 key2, u64 key3) {
   SHARED u32 exchange[D * ROWS];
   SHARED u32 bytes[D / 4 * ROWS];
   const i64 plane_size = static_cast<i64>(tokens) * inputs;
@@ -196,7 +198,7 @@ KERNEL(encrypt, 512, const i32* matrix, const i32* secrets, const f32* x, const 
           if (part + 16 * i < count) {
             const f64 value = widened(x[at]) * scale * factors[16 * i];
             const u32 error = errors[i / 4] >> (8 * (i % 4)) & 0xff;
-            const u32 digits = sealed_digits(mask[i], value, error);
+            const u32 digits = sealed_digits(mask[i], value, error, unused);
             i8* plane = planes + at;
             UNROLL
             for (i32 limb = 0; limb < LIMBS; ++limb) {
@@ -235,7 +237,7 @@ KERNEL(decrypt, 512, const i32* hint, const i32* secrets, const u16* answer, con
         for (i32 i = 0; i < 16; ++i) {
           if (part + 16 * i < count) {
             const u32 high = static_cast<u32>(answer[at]) << dropped_bits;
-            const u32 y = high - rounded_to_p(mask[i]);
+            const u32 y = high - rounded_to_p(mask[i], 0);
             // Shift out the bits above p, and back with the sign: y mod p, centred.
             const i32 centred = static_cast<i32>(y << (32 - 8 * LIMBS)) >> (32 - 8 * LIMBS);
             out[at] = narrowed(static_cast<f64>(centred) * inverses[16 * i] * scale);
