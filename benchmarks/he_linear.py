@@ -2,12 +2,16 @@
 
     python -m benchmarks.he_linear --json FILE                        all cases, some minutes
     python -m benchmarks.he_linear --tokens 256 --shape 2048x2048     one case
+    python -m benchmarks.he_linear --format 16,8                      not the planner's format
     python -m benchmarks.he_linear --kernel generic --tokens 256      another kernel
 
 For every shape and token count the sides are timed in turn, round after round, and each figure
 is the median over rounds, so that a machine that changes speed changes all of them. Clear torch
 is measured in fp32 and in bf16: the honest alternative is the faster of the two. The check of
 answers is part of encrypting and decrypting, and costs what an owner without it is faster.
+
+Values travel in the format that the planner chooses for the preset and the matrix: a case says
+which. The scale is the one of a first request, before an owner has learnt a better one.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -29,6 +34,7 @@ from backends.he.params import PRESETS, Parameters, preset
 from backends.he.plan import plan_matrix
 from backends.he.public import HintBuilder, PublicMatrix, public_seed
 from backends.he.quantise import dequantise, quantise
+from backends.he.wire import DOWN_BITS, UP_BITS, Format
 from backends.machine import cpu_flags
 from backends.options import TIMES, Parser, Whole, shown
 from scenarios import record
@@ -58,7 +64,9 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 class Layer:
     """One layer in all its forms: prepared for the cipher, and in clear fp32 and bf16."""
 
-    def __init__(self, inputs: int, outputs: int, parameters: Parameters) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, parameters: Parameters, format: Format | None
+    ) -> None:
         torch.manual_seed(inputs + outputs)
         self.fp32 = torch.randn(outputs, inputs) * 0.02
         self.bf16 = self.fp32.bfloat16()
@@ -66,7 +74,9 @@ class Layer:
         self.public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
         hint = HintBuilder(self.public).build(self.codes, True)
         ones = np.ones(inputs, np.float32)
-        plan = plan_matrix(self.codes, scale)
+        plan = plan_matrix(self.codes, scale, parameters)
+        if format is not None:
+            plan = replace(plan, format=format)
         self.matrix = OwnerMatrix(f"{inputs}x{outputs}", ones, scale, plan, hint)
         self.exact = dequantise(self.codes, scale).double().numpy()
 
@@ -78,7 +88,7 @@ def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> d
     owner, worker = MlweOwner(parameters, layer.public), MlweWorker()
     owner.guard(layer.matrix, layer.codes, True)  # as real runs do
     trusting = MlweOwner(parameters, layer.public, unverified=True)
-    loaded = worker.load(layer.codes, True)
+    loaded = worker.load(layer.codes, True, layer.matrix.plan.format)
     times: dict[str, list[float]] = {
         k: []
         for k in ("worker", "owner_encrypt", "owner_decrypt", "check", "clear_fp32", "clear_bf16")
@@ -108,6 +118,7 @@ def measure(layer: Layer, tokens: int, parameters: Parameters, rounds: int) -> d
         "in": layer.matrix.in_features,
         "out": layer.matrix.out_features,
         "tokens": tokens,
+        "format": asdict(layer.matrix.plan.format),
         **{f"{name}_ms": median(values) for name, values in times.items()},
         "relative_error": error,
         "predicted_error": layer.matrix.plan.predicted_error(parameters),
@@ -133,11 +144,12 @@ def _ratios(times: dict[str, list[float]], over: str, under: str) -> list[float]
 
 def print_table(cases: list[dict[str, Any]]) -> None:
     """The cases as a table."""
-    head = ("in", "out", "tokens", "worker", "encrypt", "decrypt", "fp32", "bf16")
+    head = ("in", "out", "tokens", "bits", "worker", "encrypt", "decrypt", "fp32", "bf16")
     head += ("worker/fp32", "/bf16", "owner/fp32", "/bf16", "check/fp32", "error", "predicted")
     print("  ".join(f"{h:>9}" for h in head), "  (times in ms)")
     for c in cases:
         cells = [f"{c['in']:>9}", f"{c['out']:>9}", f"{c['tokens']:>9}"]
+        cells += [f"{c['format']['up_bits']},{c['format']['down_bits']}".rjust(9)]
         for key in ("worker", "owner_encrypt", "owner_decrypt", "clear_fp32", "clear_bf16"):
             cells.append(f"{c[key + '_ms']:>9.2f}")
         cells += [f"{c['worker_over_fp32']:>11.2f}", f"{c['worker_over_bf16']:>9.2f}"]
@@ -161,10 +173,24 @@ def shape(text: str) -> tuple[int, int]:
     return sides
 
 
+def wire_format(text: str) -> Format:
+    """Bits up and down of "16,8"."""
+    try:
+        up, down = (int(part) for part in text.split(","))
+        return Format(up, down)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no format; write UP,DOWN, as in 16,8, with bits up of "
+            f"{', '.join(map(str, UP_BITS))} and down of {', '.join(map(str, DOWN_BITS))}"
+        ) from error
+
+
 def main() -> None:
     parser = Parser(__doc__, "benchmarks.he_linear")
     add = parser.add_argument
-    add("--preset", default="exact", choices=sorted(PRESETS), help="cipher parameters")
+    add("--preset", default="thin", choices=sorted(PRESETS), help="cipher parameters (thin)")
+    add("--format", type=wire_format, metavar="UP,DOWN",
+        help="bits of a value up and down, in place of the planner's")  # fmt: skip
     add("--rounds", type=TIMES, default=15, help="rounds per case (15)")
     add("--tokens", type=Whole(1, 1 << 16), nargs="+", default=TOKENS, metavar="N",
         help=f"tokens of a request ({' '.join(map(str, TOKENS))})")  # fmt: skip
@@ -178,7 +204,7 @@ def main() -> None:
     with clean_exit():
         kernel = use_kernel(args.kernel)
         for inputs, outputs in args.shape:
-            layer = Layer(inputs, outputs, parameters)
+            layer = Layer(inputs, outputs, parameters, args.format)
             for tokens in args.tokens:
                 cases.append(measure(layer, tokens, parameters, args.rounds))
                 print(f"measured {inputs} -> {outputs}, {tokens} tokens", flush=True)

@@ -215,8 +215,8 @@ def open_row(
 ) -> None:  # fmt: skip
     """Results of one token: its answer less its mask, mod p, in its scale.
 
-    Of values that are multiples of 2^unused, rounding half up makes a result larger by half of that,
-    on average, which is taken off; by a half where they are any integers, which is left.
+    Of values that are multiples of 2^unused, rounding half up makes a result larger by half of
+    that, on average, which is taken off; by a half where they are any integers, which is left.
 
     All arrays are flat; each has the place of the first of `count` values in it.
 

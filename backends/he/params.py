@@ -112,8 +112,8 @@ PRESETS: dict[str, Parameters] = {
     "paranoid": Parameters("paranoid", rank=8),
 }
 """The worst known attack on each, in classical core-SVP bits without / with the rounding counted:
-thin, thin-6bit and exact 126.0 / 130.9, conservative 158.8 / 164.8, paranoid 226.9 / 234.9 (counted with the
-24 bits of exact: of fewer, more is rounded away). Always the dual hybrid;
+thin, thin-6bit and exact 126.0 / 130.9, conservative 158.8 / 164.8, paranoid 226.9 / 234.9 (counted
+with the 24 bits of exact: of fewer, more is rounded away). Always the dual hybrid;
 `python -m scenarios.params` and docs/security.md have every attack and cost model. `Parameters`
 refuses by the guideline's line alone: that every rank which it builds is also above the floor of
 125 of these bits (backends/he/estimate/verdict.py) is for a test to hold, not for each process."""

@@ -72,7 +72,7 @@ class Gains:
             return known.gain() if known else 1.0
 
     def learn(self, matrix: str, peaks: Float64Array, gain: float) -> None:
-        """Take in float64[T], the largest |result| of each token over p/2, where `gain` was used."""
+        """Take in float64[T], each token's largest |result| over p/2, where `gain` was used."""
         with self._lock:
             self._histograms.setdefault(matrix, _Histogram()).add(peaks / gain)
 

@@ -16,38 +16,50 @@ from backends.he.cuda.tuner import Tuner
 from backends.he.cuda.worker import CudaWorker
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
+from backends.he.plan import plan_matrix
+from backends.he.wire import EXACT, Format
 from benchmarks.gpu.scale import Matrix
 from benchmarks.gpu.task import Figures, Task
 from benchmarks.gpu.timing import device_ms, in_turns
 
-
-def random_weight(inputs: int, outputs: int, seed: int = 0) -> NDArray[np.int8]:
-    """int8[N, K], as a quantised weight may be."""
-    return np.random.default_rng(seed).integers(-127, 128, (outputs, inputs), np.int8)
+_FORMATS = (EXACT, Format(16, 8), Format(18, 10), Format(20, 12))  # each width, up and down
 
 
-def random_request(gpu: Gpu, tokens: int, inputs: int, parameters: Parameters) -> torch.Tensor:
-    """uint8[limbs*T*K] on the device: a ciphertext looks like random bytes."""
-    size = parameters.limbs * tokens * inputs
+def random_weight(inputs: int, outputs: int, seed: int = 0, limit: int = 127) -> NDArray[np.int8]:
+    """int8[N, K], as a quantised weight with absolute values of up to `limit` may be."""
+    return np.random.default_rng(seed).integers(-limit, limit + 1, (outputs, inputs), np.int8)
+
+
+def planned(inputs: int, outputs: int, parameters: Parameters) -> tuple[NDArray[np.int8], Format]:
+    """A random weight and the planner's format for it."""
+    weight = random_weight(inputs, outputs, limit=parameters.weight_limit)
+    return weight, plan_matrix(weight, np.ones(outputs, np.float32), parameters).format
+
+
+def random_request(gpu: Gpu, tokens: int, inputs: int, format: Format) -> torch.Tensor:
+    """uint8[T * up_bytes(K)] on the device: a ciphertext looks like random bytes."""
+    size = tokens * format.up_bytes(inputs)
     return torch.randint(0, 256, (size,), dtype=torch.uint8, device=gpu.device)
 
 
 def identical(task: Task) -> Figures:
     """GPU against CPU, same bytes in, for every shape of the model and ragged token counts.
 
-    Both ways of the GPU, requests on the device and on the host, and several joined in one.
+    Both ways of the GPU, requests on the device and on the host, and several joined in one. The
+    matrices take turns at the formats, whatever the preset.
     """
-    gpu, parameters, scale = task.gpu, task.parameters, task.scale
+    gpu, scale = task.gpu, task.scale
     on_cpu = MlweWorker()
     ways = {"fused": CudaWorker(gpu), "library": CudaWorker(gpu, False)}
     compared = 0
     different: list[str] = []
-    for matrix in scale.matrices:
+    for index, matrix in enumerate(scale.matrices):
+        format = _FORMATS[index % len(_FORMATS)]
         weight = random_weight(matrix.inputs, matrix.outputs, compared)
-        expected_of = on_cpu.load(weight, True)
-        loaded = {name: worker.load(weight, True) for name, worker in ways.items()}
+        expected_of = on_cpu.load(weight, True, format)
+        loaded = {name: worker.load(weight, True, format) for name, worker in ways.items()}
         for tokens in scale.ragged:
-            request = random_request(gpu, tokens, matrix.inputs, parameters)
+            request = random_request(gpu, tokens, matrix.inputs, format)
             frame = request.cpu().numpy()
             expected = on_cpu.multiply(frame, tokens, expected_of)
             for name, worker in ways.items():
@@ -103,9 +115,9 @@ def layers(task: Task) -> list[Figures]:
     tokens = scale.layer_tokens
     rows: list[Figures] = []
     for inputs, outputs in scale.layers:
-        weight = random_weight(inputs, outputs)
-        request = random_request(gpu, tokens, inputs, parameters)
-        by_fused, by_library = fused.load(weight, True), library.load(weight, True)
+        weight, format = planned(inputs, outputs, parameters)
+        request = random_request(gpu, tokens, inputs, format)
+        by_fused, by_library = (worker.load(weight, True, format) for worker in (fused, library))
         x = torch.randn(tokens, inputs, device=gpu.device, dtype=torch.bfloat16)
         clear = torch.randn(outputs, inputs, device=gpu.device, dtype=torch.bfloat16)
         times = in_turns(
@@ -122,9 +134,12 @@ def layers(task: Task) -> list[Figures]:
         row |= {f"{name}_ms": median(values) for name, values in times.items()}
         row["he_over_bf16"] = _median_ratio(times, "fused", "bf16")
         row["library_over_bf16"] = _median_ratio(times, "library", "bf16")
-        limbs = parameters.limbs
-        row["bytes"] = limbs * tokens * inputs + inputs * outputs + 2 * tokens * outputs
-        row["operations"] = 2 * limbs * tokens * inputs * outputs
+        row |= {
+            "format": asdict(format),
+            "operations": 2 * format.limbs * tokens * inputs * outputs,
+        }
+        travelled = format.up_bytes(inputs) + format.down_bytes(outputs)
+        row["bytes"] = tokens * travelled + inputs * outputs
         if "ceiling" in task.known:
             floor_ms = row["operations"] / task.known["ceiling"]["int8_ops_per_s"] * 1e3
             row |= {"floor_ms": floor_ms, "of_int8_ceiling": floor_ms / row["fused_ms"]}
@@ -142,11 +157,13 @@ def throughput(task: Task) -> Figures:
     gpu, parameters, scale = task.gpu, task.parameters, task.scale
     worker = CudaWorker(gpu)
     work: list[tuple[Matrix, torch.Tensor, list[Any]]] = []
+    products = 0
     for matrix in scale.matrices:
-        weight = random_weight(matrix.inputs, matrix.outputs)
+        weight, format = planned(matrix.inputs, matrix.outputs, parameters)
         # Every layer has a weight of its own, as in a real step: no cache holds them all.
-        copies = [worker.load(weight, True) for _ in range(matrix.count)]
-        work.append((matrix, random_request(gpu, scale.tokens, matrix.inputs, parameters), copies))
+        copies = [worker.load(weight, True, format) for _ in range(matrix.count)]
+        work.append((matrix, random_request(gpu, scale.tokens, matrix.inputs, format), copies))
+        products += matrix.count * matrix.inputs * matrix.outputs * format.limbs
 
     def step() -> None:
         for _, request, copies in work:
@@ -166,6 +183,7 @@ def throughput(task: Task) -> Figures:
         "tokens": scale.tokens,
         "step_ms": step_ms,
         "tokens_per_s": scale.tokens / step_ms * 1e3,
+        "int8_products": products * scale.tokens,
         "ms_by_matrix": by_matrix,
         "tilings": {
             f"{outputs} x {inputs}, to {size} tokens": asdict(tiling)
@@ -180,8 +198,9 @@ def launch(task: Task) -> Figures:
     small = torch.zeros(32, device=gpu.device)
     matrix = task.scale.matrices[0]
     worker = CudaWorker(gpu)
-    loaded = worker.load(random_weight(matrix.inputs, matrix.outputs), True)
-    request = random_request(gpu, 1, matrix.inputs, parameters)
+    weight, format = planned(matrix.inputs, matrix.outputs, parameters)
+    loaded = worker.load(weight, True, format)
+    request = random_request(gpu, 1, matrix.inputs, format)
     worker.multiply(request, 1, loaded)
     small.add_(1)  # the first launch of a kernel loads it
     return {

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 
 from backends.he.cuda import hopper
-from backends.he.params import Parameters, preset
-from backends.he.reference import ReferenceWorker
+from backends.he.wire import EXACT, Format
+from tests.he import plain_wire
 
 UNWRITTEN = 1 << 20
 
@@ -143,7 +143,7 @@ class Ring:
 
 
 def run(
-    request: NDArray[np.int8], weight: NDArray[np.int8], parameters: Parameters,
+    request: NDArray[np.int8], weight: NDArray[np.int8], format: Format,
     stages: int, programs: int, group: int, seed: int,
 ) -> NDArray[np.int16]:  # fmt: skip
     """The kernel's answer for request int8[limbs, T, K] and weight int8[N, K], in tiny tiles."""
@@ -161,7 +161,7 @@ def run(
         with patch.multiple(hopper, **changes):
             hopper.async_kernel.fn(
                 planes, SimpleNamespace(data=weight, layout=None), 0, tokens, len(weight), inputs,
-                LIMBS=limbs, SHIFT=parameters.dropped_bits, BM=64, BN=16, BK=32, GROUP=group,
+                LIMBS=limbs, SHIFT=format.dropped_bits, BM=64, BN=16, BK=32, GROUP=group,
                 STAGES=stages, num_warps=4,
             )  # fmt: skip
         assert not machine.under_way
@@ -171,9 +171,7 @@ def run(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    parameters=st.sampled_from(
-        [preset("exact"), Parameters("two-limbs", rank=5, limbs=2, dropped_bits=2)]
-    ),
+    format=st.sampled_from([EXACT, Format(16, 8)]),
     tokens=st.integers(1, 200),
     inputs=st.integers(1, 14).map(lambda n: 16 * n),
     outputs=st.integers(1, 50),
@@ -183,17 +181,16 @@ def run(
     seed=st.integers(0, 999),
 )
 def test_schedule_is_right_however_early_or_late(
-    parameters: Parameters, tokens: int, inputs: int, outputs: int,
+    format: Format, tokens: int, inputs: int, outputs: int,
     stages: int, programs: int, group: int, seed: int,
 ) -> None:  # fmt: skip
     """Every output once, and the definition's bits, for ragged shapes and any timing."""
     rng = np.random.default_rng(seed)
-    request = rng.integers(-128, 128, (parameters.limbs, tokens, inputs)).astype(np.int8)
+    request = rng.integers(-128, 128, (format.limbs, tokens, inputs)).astype(np.int8)
     weight = rng.integers(-127, 128, (outputs, inputs)).astype(np.int8)
-    worker = ReferenceWorker()
-    right = worker.multiply(request.tobytes(), tokens, worker.load(weight, True))
-    out = run(request, weight, parameters, stages, programs, group, seed)
-    assert out.tobytes() == right.tobytes()
+    right = plain_wire.answer(request.tobytes(), tokens, weight, format.up_bits, format.down_bits)
+    out = run(request, weight, format, stages, programs, group, seed)
+    assert out.astype(np.uint8 if format.down_bits == 8 else np.int16).tobytes() == right
 
 
 def test_the_model_would_notice_an_early_refill() -> None:
@@ -201,13 +198,12 @@ def test_the_model_would_notice_an_early_refill() -> None:
     rng = np.random.default_rng(0)
     request = rng.integers(-128, 128, (3, 64, 320)).astype(np.int8)
     weight = rng.integers(-127, 128, (16, 320)).astype(np.int8)
-    worker = ReferenceWorker()
-    right = worker.multiply(request.tobytes(), 64, worker.load(weight, True)).tobytes()
-    assert run(request, weight, preset("exact"), 3, 1, 8, 0).tobytes() == right
+    right = plain_wire.answer(request.tobytes(), 64, weight, 24, 16)
+    assert run(request, weight, EXACT, 3, 1, 8, 0).tobytes() == right
     lazy = Machine.finish
 
     def waits_for_less(machine: Machine, outstanding: int, deps: list[Tensor]) -> list[Tensor]:
         return lazy(machine, 2 * outstanding, deps)
 
     with patch.object(Machine, "finish", waits_for_less):
-        assert run(request, weight, preset("exact"), 3, 1, 8, 0).tobytes() != right
+        assert run(request, weight, EXACT, 3, 1, 8, 0).tobytes() != right

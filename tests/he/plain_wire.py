@@ -1,11 +1,14 @@
 """What travels and what a worker answers, by definition and value by value, in Python's integers.
 
-All of it reads and writes lists of rows and bytes, and shares no code with `backends/he`.
+It shares no code with `backends/he`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 Rows = Sequence[Sequence[int]]
 
@@ -67,16 +70,14 @@ def answer_bytes(values: Rows, down_bits: int) -> bytes:
     )
 
 
-def answer(payload: bytes, tokens: int, matrix: Rows, up_bits: int, down_bits: int) -> bytes:
-    """What a worker answers to a request for matrix [K][N]."""
-    limbs = (up_bits + 7) // 8
-    dropped = 8 * limbs - down_bits
-    results = []
-    for row in request_values(payload, tokens, len(matrix), up_bits):
-        sums = [
-            sum(x * m for x, m in zip(row, column, strict=True))
-            for column in zip(*matrix, strict=True)
-        ]
-        rounded = [(y + (1 << dropped >> 1)) >> dropped for y in sums]
-        results.append([y % (1 << down_bits) for y in rounded])
+def answer(
+    payload: bytes, tokens: int, weight: NDArray[np.int8], up_bits: int, down_bits: int
+) -> bytes:
+    """What a worker answers to a request for the product with weight^T, int8[N, K]."""
+    inputs = weight.shape[1]
+    dropped = 8 * ((up_bits + 7) // 8) - down_bits
+    values = np.array(request_values(payload, tokens, inputs, up_bits), np.int64)
+    sums: list[list[int]] = (values @ weight.T.astype(np.int64)).tolist()
+    half = (1 << dropped) // 2
+    results = [[((y + half) >> dropped) % (1 << down_bits) for y in row] for row in sums]
     return answer_bytes(results, down_bits)

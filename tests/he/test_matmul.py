@@ -85,7 +85,18 @@ def test_every_16_bit_digit_and_its_carry(kernel: Kernel) -> None:
 
 
 @kernels
-@pytest.mark.parametrize(("limbs", "dropped_bits"), [(2, 0), (2, 8), (3, 8), (3, 16)])
+def test_every_value_of_two_limbs(kernel: Kernel) -> None:
+    low, high = np.meshgrid(np.arange(-128, 128), np.arange(-128, 128))
+    planes = np.stack([low.ravel(), high.ravel()]).astype(np.int8).reshape(2, 256, 256)
+    weight = np.concatenate([np.eye(256, dtype=np.int8), -np.eye(256, dtype=np.int8)])
+    found = kernel.answer(planes, kernel.pack(weight, True), 0)
+    assert np.array_equal(found, _answer(planes, weight, True, 0))
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("limbs", "dropped_bits"), [(2, 0), (2, 4), (2, 6), (2, 8), (3, 8), (3, 12), (3, 14), (3, 16)]
+)
 def test_every_width_of_answer(kernel: Kernel, limbs: int, dropped_bits: int) -> None:
     planes, weight = _planes(limbs, 6, 100), _weight(50, 100)
     found = kernel.answer(planes, kernel.pack(weight, True), dropped_bits)
@@ -101,8 +112,9 @@ def test_sums_beyond_32_bits_wrap(kernel: Kernel) -> None:
 
 
 @kernels
-def test_a_request_longer_than_a_chunk(kernel: Kernel) -> None:
-    planes, weight = _planes(3, 300, 2048), _weight(45, 2048)
+@pytest.mark.parametrize(("limbs", "tokens"), [(2, 600), (3, 300)])
+def test_a_request_longer_than_a_chunk(kernel: Kernel, limbs: int, tokens: int) -> None:
+    planes, weight = _planes(limbs, tokens, 2048), _weight(45, 2048)
     found = kernel.answer(planes, kernel.pack(weight, True), 8)
     assert np.array_equal(found, _answer(planes, weight, True, 8))
 

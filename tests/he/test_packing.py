@@ -70,11 +70,10 @@ def test_a_worker_answers_any_bytes_of_the_right_number(
     """A request need not be one that an owner packed: bits past a row's end are no one's."""
     draw = np.random.default_rng(seed)
     weight = draw.integers(-128, 128, (outputs, inputs), np.int8)
-    matrix = weight.T.tolist()
+    payload = draw.integers(0, 256, tokens * format.up_bytes(inputs), np.uint8)
+    right = plain_wire.answer(payload.tobytes(), tokens, weight, format.up_bits, format.down_bits)
     if not forward:
         weight = np.ascontiguousarray(weight.T)
-    payload = draw.integers(0, 256, tokens * format.up_bytes(inputs), np.uint8)
-    right = plain_wire.answer(payload.tobytes(), tokens, matrix, format.up_bits, format.down_bits)
     for worker in (MlweWorker(), MlweWorker(GenericKernel())):
         loaded = worker.load(weight, forward, format)
         for request in (payload, payload.tobytes(), memoryview(bytearray(payload))):

@@ -159,7 +159,7 @@ def test_a_manifest_that_is_none(model: Path, content: bytes) -> None:
 def test_a_key_that_stands_twice(model: Path) -> None:
     """Readers differ in which one they take."""
     text = (model / "manifest.json").read_text()
-    (model / "manifest.json").write_text(text.replace('"format": 2', '"format": 2, "format": 2'))
+    (model / "manifest.json").write_text(text.replace('"format": 3', '"format": 3, "format": 3'))
     assert "twice" in before_any_kernel(model)
 
 
@@ -313,6 +313,8 @@ def remade(directory: Path, weight: np.ndarray[Any, Any], scale: np.ndarray[Any,
                 "max_l1": float(np.abs(wide).sum(axis=1).max()),
                 "noise_gain": float((s**2).sum() / (squares @ s**2)),
                 "in_features": wide.shape[1],
+                "up_bits": 24,
+                "down_bits": 16,
             }
     put_manifest(directory, covered_up(record))
     # A's seed is another one now, for every group.

@@ -275,7 +275,7 @@ def test_a_clear_one_is_verified_too(tmp_path: Path) -> None:
     ("wanted", "said"),
     [
         (Wanted(tuple(GROUPS), preset("paranoid"), TAG), "rank 5, not name 'paranoid', rank 8"),
-        (Wanted(tuple(GROUPS), None, TAG), "'standard', not no hints"),
+        (Wanted(tuple(GROUPS), None, TAG), "'exact', not no hints"),
         (Wanted(tuple(GROUPS), STANDARD, b""), "owner tag 'an owner', not no owner tag"),
         (Wanted(tuple(GROUPS), STANDARD, b"\xff"), r"not owner tag '\\\\xff'"),
         (Wanted(tuple(GROUPS[:1]), STANDARD, TAG), "2 groups of modules, not 1"),

@@ -261,7 +261,7 @@ class CudaOwner(RingOwner):
             grid, each = self._grid(blocks, tiles)
             compiled.launch(
                 "decrypt", grid, slab, words, answer, inverse, out_scale, out,
-                tokens, outputs, first_row, tiles, each, form.dropped_bits,
+                tokens, outputs, first_row, tiles, each, form.dropped_bits, form.unit // 2,
             )  # fmt: skip
 
     def _repair(

@@ -1,6 +1,8 @@
 """Between whole bytes and what travels, on the device: `wire.py`'s layout, by torch's operations.
 
-Every bit of it is public. What `backends/he/packing.py` does on the CPU is its reference.
+A few passes over memory on the current stream. Every bit of it is public; what `he/packing.py` does
+on the CPU is its reference, which tests on an emulated device hold it to. How long it takes on a GPU
+has not been measured.
 """
 
 from __future__ import annotations
@@ -53,6 +55,43 @@ def unpack_answer(raw: torch.Tensor, tokens: int, outputs: int, form: Format) ->
         values <<= bits
         values |= _unpack(raw[size:].view(tokens, -1), bits, outputs)
     return values.view(torch.uint16)
+
+
+def whole_bytes(form: Format) -> bool:
+    """Whether requests travel as planes of digits, with nothing to unpack."""
+    return not form.unused_bits
+
+
+def unpack_request(payload: torch.Tensor, form: Format, planes: torch.Tensor) -> None:
+    """payload uint8[T * up_bytes(K)] -> planes uint8[limbs, T, K], which may be a strided view."""
+    limbs, tokens, inputs = planes.shape
+    if whole_bytes(form):
+        planes.copy_(payload.view(limbs, tokens, inputs))
+        return
+    high = (limbs - 1) * tokens * inputs
+    planes[1:] = payload[:high].view(limbs - 1, tokens, inputs)
+    low = payload[high:].view(tokens, -1, 1)
+    # Higher values of a byte leave it by the shift to the left.
+    values = low >> _shifts(8 - form.unused_bits, payload.device) << form.unused_bits
+    planes[0] = values.view(tokens, -1)[:, :inputs]
+
+
+def pack_answer(values: torch.Tensor, form: Format) -> torch.Tensor:
+    """values int16[T, N], the bits of uint16, -> uint8[T * down_bytes(N)].
+
+    The same memory for 16 bits. `values` are contiguous.
+    """
+    bits = form.down_bits - 8
+    if bits == 8:
+        return values.view(-1).view(torch.uint8)
+    upper = (values >> bits).to(torch.uint8).view(-1)
+    if not bits:
+        return upper
+    tokens, outputs = values.shape
+    lower = (values & ((1 << bits) - 1)).to(torch.uint8)
+    lower = torch.nn.functional.pad(lower, (0, -outputs % (8 // bits)))
+    placed = lower.view(tokens, -1, 8 // bits) << _shifts(bits, values.device)
+    return torch.cat([upper, placed.sum(dim=2, dtype=torch.uint8).view(-1)])
 
 
 def _shifts(bits: int, device: torch.device) -> torch.Tensor:

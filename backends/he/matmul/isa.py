@@ -12,8 +12,9 @@ one lane an output. Everything wraps at 2^32.
 | avx2       | vpmaddwd + vpaddd  | 16    | 32               | any x86 since about 2013           |
 | neon       | sdot               | 8     | 64 to 128        | Apple M1, Graviton 2 and later     |
 
-"A cycle and core" are multiply-adds; fp32 with AVX2 does 16. A value has 24 bits, three 8-bit
-digits or two of 16 bits, so a private multiply-add takes 3/64 or 2/32 cycles, one in fp32 1/16.
+"A cycle and core" are multiply-adds; fp32 with AVX2 does 16. A value of 24 bits has three 8-bit
+digits or two of 16 bits, so a private multiply-add takes 3/64 or 2/32 cycles, one in fp32 1/16; a
+value of 16 bits has two digits or one, and takes 2/64 or 1/32.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from backends.he.matmul.isa import InstructionSet
 from backends.threads import core_count, run_split
 
 _BLOCKS_A_CORE = 8  # fewer would read the weight too often: then split over the outputs
-_CHUNK_BYTES = 1 << 19  # packed request a core works on: about half an L2
+_CHUNK_BYTES = 1 << 19  # packed request a core works on: about half an L2, at most 3/4
 _ALIGNMENT = 64
 
 _ENOUGH_TO_WIDEN = 4  # blocks that make it pay to widen a slice of weights to 16 bits first
@@ -361,12 +361,16 @@ class TiledKernel(Kernel):
         loops = _loops(self._isa, digits, height, out.dtype == np.uint16)
         steps = -(-packed.inputs // self._isa.step)
         blocks, count = -(-len(out) // height), len(offsets) // self._isa.width
-        chunk = max(_BLOCKS_A_CORE, _CHUNK_BYTES // (4 * height * digits * steps))
+        spread = blocks >= _BLOCKS_A_CORE * core_count()
+        share = -(-blocks // core_count()) if spread else blocks
+        most = max(_BLOCKS_A_CORE, _CHUNK_BYTES // (4 * height * digits * steps))
+        # Chunks of one size: a last one of a single block would read all weights for it alone.
+        chunk = -(-share // max(1, round(share / most)))
 
         def work(some: tuple[int, int], columns: tuple[int, int]) -> None:
             loops(request, steps, packed.panels, offsets, rounding, out, chunk, some, columns)
 
-        if blocks >= _BLOCKS_A_CORE * core_count():
+        if spread:
             run_split(lambda a, b: work((a, b), (0, count)), blocks)
         else:
             run_split(lambda a, b: work((0, blocks), (a, b)), count)

@@ -217,7 +217,7 @@ KERNEL(encrypt, 512, const i32* matrix, const i32* secrets, const f32* x, const 
 // on of a slab of `tiles` tiles of the hint. Grid as for `encrypt`.
 KERNEL(decrypt, 512, const i32* hint, const i32* secrets, const u16* answer, const f64* inverse,
        const f32* out_scale, f32* out, i32 tokens, i32 outputs, i32 first_row, i32 tiles,
-       i32 blocks_each, i32 dropped_bits) {
+       i32 blocks_each, i32 dropped_bits, i32 half_unit) {
   SHARED u32 exchange[D * ROWS];
   const i32 first = BLOCK_X * blocks_each;
   for (i32 block = first; block < first + blocks_each && block * D < tokens; ++block) {
@@ -237,7 +237,7 @@ KERNEL(decrypt, 512, const i32* hint, const i32* secrets, const u16* answer, con
         for (i32 i = 0; i < 16; ++i) {
           if (part + 16 * i < count) {
             const u32 high = static_cast<u32>(answer[at]) << dropped_bits;
-            const u32 y = high - rounded_to_p(mask[i], 0);
+            const u32 y = high - rounded_to_p(mask[i], 0) - static_cast<u32>(half_unit);
             // Shift out the bits above p, and back with the sign: y mod p, centred.
             const i32 centred = static_cast<i32>(y << (32 - 8 * LIMBS)) >> (32 - 8 * LIMBS);
             out[at] = narrowed(static_cast<f64>(centred) * inverses[16 * i] * scale);
