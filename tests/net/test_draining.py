@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from backends.he.mlwe_worker import MlweWorker
-from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
+from backends.he.wire import EXACT
 from backends.net.counts import LineEvent
 from backends.net.listening import Limits
 from backends.net.serving import serving
@@ -38,7 +38,7 @@ class Driven:
         self.told: list[LineEvent] = []
         self.crashed = threading.Event()
         self.server = WorkerServer(
-            model.catalogue(), model.worker_weights(), self.slow,
+            model.catalogue(), model.worker_matrices(), self.slow,
             lambda peer, frame: self.answers.put(decode(frame)),
             tell=self.told.append, on_crash=self.crashed.set,
         )  # fmt: skip
@@ -49,7 +49,7 @@ class Driven:
         assert isinstance(self.answers.get(timeout=10), Welcome)
 
     def ask(self, request: int) -> None:
-        payload = bytes(preset("exact").limbs * 24)
+        payload = bytes(EXACT.limbs * 24)
         self.server.deliver("ann#1", encode(Multiply(SESSION, request, 0, 1, payload)))
 
 

@@ -295,7 +295,7 @@ class Held(MlweWorker):
     """Multiplies when it is told to, and counts."""
 
     def __init__(self) -> None:
-        super().__init__(preset("exact"))
+        super().__init__()
         self.go, self.done = threading.Event(), 0
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> Any:
@@ -309,7 +309,7 @@ def test_work_of_a_peer_that_is_gone_is_given_up(model: PreparedModel) -> None:
     part, cipher = WorkerPart.open(model.directory), Held()
     answers: queue.Queue[tuple[str, Any]] = queue.Queue()
     server = WorkerServer(
-        part.catalogue, part.weights, cipher, lambda peer, got: answers.put((peer, decode(got)))
+        part.catalogue, part.matrices, cipher, lambda peer, got: answers.put((peer, decode(got)))
     )
     server.start()
     catalogue = part.catalogue

@@ -260,7 +260,7 @@ def test_a_lying_worker_is_retired_and_its_work_done_elsewhere(model: PreparedMo
     """The same ciphertext goes to the honest worker; nothing is encrypted anew."""
     owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
-    ciphers = [Liar(preset("exact")), MlweWorker()]
+    ciphers = [Liar(), MlweWorker()]
     ledger = WorkerLedger()
     with in_process(model, owner, ciphers, ledger=ledger) as (client, (liar, honest)):
         greeted(client, "worker0", "worker1")
@@ -282,7 +282,7 @@ def test_a_caught_liar_has_no_second_life(model: PreparedModel, tmp_path: Path) 
     for first in (Liar, MlweWorker):
         owner = MlweOwner(preset("exact"), model.public_matrix())
         model.guard(owner)
-        ciphers = [first(preset("exact")), MlweWorker()]
+        ciphers = [first(), MlweWorker()]
         with in_process(model, owner, ciphers, ledger=WorkerLedger(path)) as (client, servers):
             greeted(client, *["worker0", "worker1"][first is not Liar :])
             assert np.allclose(client.linear(0, x), expected(model, x), rtol=1e-2, atol=1e-2)
@@ -301,7 +301,7 @@ def test_a_lie_that_cannot_be_written_down_ends_the_session(
     """Nothing goes on while a restart would trust the liar again."""
     owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
-    ciphers = [Liar(preset("exact"))]
+    ciphers = [Liar()]
     (tmp_path / "run").write_text("a file where the run's directory should be")
     ledger = WorkerLedger()
     ledger._path = tmp_path / "run" / "retired-workers.json"
@@ -329,7 +329,7 @@ def test_a_lie_is_written_down_whatever_has_become_of_its_call(
         return decrypt(*arguments)
 
     owner.decrypt = slow  # type: ignore[method-assign]
-    with in_process(model, owner, [Liar(preset("exact"))], ledger=ledger) as (client, _):
+    with in_process(model, owner, [Liar()], ledger=ledger) as (client, _):
         lane = threading.Thread(target=lambda: _fails(client))
         lane.start()
         assert entered.wait(10)
@@ -369,7 +369,7 @@ def test_an_audit_finds_what_no_tolerance_could(model: PreparedModel) -> None:
     for one_in, caught in ((10**12, False), (1, True)):
         owner = MlweOwner(preset("exact"), model.public_matrix())
         model.guard(owner)
-        ciphers = [Nudger(preset("exact")), MlweWorker()]
+        ciphers = [Nudger(), MlweWorker()]
         audit = Audit(MlweWorker(), model.worker_matrices(), one_in)
         ledger = WorkerLedger()
         with in_process(model, owner, ciphers, audit=audit, ledger=ledger) as (client, _):

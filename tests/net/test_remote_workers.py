@@ -57,7 +57,7 @@ class Slow(MlweWorker):
     """Multiplies when it is told to."""
 
     def __init__(self) -> None:
-        super().__init__(preset("exact"))
+        super().__init__()
         self.asked, self.go = threading.Event(), threading.Event()
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
@@ -207,7 +207,7 @@ def test_a_liar_is_known_by_its_key(model: PreparedModel, certs: Path, tmp_path:
     path = tmp_path / "retired-workers.json"
     ledger = WorkerLedger(path)
     with (
-        line(model, certs, ("w0", Liar(preset("exact"))), ledger=ledger) as (client, _, _),
+        line(model, certs, ("w0", Liar()), ledger=ledger) as (client, _, _),
         pytest.raises(RemoteLinearError, match="not the product"),
     ):
         right(model, client)
@@ -280,7 +280,7 @@ def test_a_worker_elsewhere_needs_tls(model: PreparedModel, host: str) -> None:
 
 def test_a_key_caught_at_one_address_serves_at_none(model: PreparedModel, certs: Path) -> None:
     """In the same session: all its links are closed at once, and it is asked nothing more."""
-    liars = [("w0", Liar(preset("exact"))), ("w0", Liar(preset("exact")))]
+    liars = [("w0", Liar()), ("w0", Liar())]
     with line(model, certs, *liars, lanes=1) as (client, services, _):
         with pytest.raises(RemoteLinearError, match="not the product"):
             right(model, client)

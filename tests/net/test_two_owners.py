@@ -37,12 +37,12 @@ def test_requests_of_two_owners_share_launches(tmp_path_factory: Any) -> None:
     parameters = prepared.parameters
     assert parameters is not None
     matrices, weights = prepared.owner_matrices(), prepared.worker_weights()
-    cipher = Busy(parameters)
+    cipher = Busy()
     clients: dict[str, OwnerClient] = {}
     owners = {name: MlweOwner(parameters, prepared.public_matrix()) for name in ("ann", "ben")}
     catalogue = prepared.catalogue()
     server = WorkerServer(
-        catalogue, weights, cipher, threads=8,
+        catalogue, prepared.worker_matrices(), cipher, threads=8,
         reply=lambda peer, frame: clients[peer].deliver("worker", frame),
     )  # fmt: skip
     server.start()
