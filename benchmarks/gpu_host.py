@@ -37,6 +37,7 @@ from backends.he.plan import plan_matrix
 from backends.he.public import PublicMatrix, public_seed
 from backends.he.ring import tiles_of
 from backends.he.vector import LANES
+from backends.he.wire import EXACT
 from backends.options import TIMES, Parser
 from benchmarks.null_cuda import null_gpu
 from protocol.errors import WrongAnswerError
@@ -81,8 +82,8 @@ def microseconds(actions: Callable[[], Callable[[], object]], rounds: int) -> di
 def worker_launch(gpu: Gpu, tiling: Tiling, rounds: int) -> dict[str, float]:
     """A request through CudaWorker, by one tiling."""
     worker = CudaWorker(gpu)
-    matrix = worker.load(_weight(), True)
-    request = torch.zeros(PARAMETERS.limbs * TOKENS * INPUTS, dtype=torch.uint8)
+    matrix = worker.load(_weight(), True, EXACT)
+    request = torch.zeros(TOKENS * EXACT.up_bytes(INPUTS), dtype=torch.uint8)
 
     def ready() -> Callable[[], object]:
         return lambda: worker.multiply(request, TOKENS, matrix)

@@ -11,7 +11,8 @@ is measured in fp32 and in bf16: the honest alternative is the faster of the two
 answers is part of encrypting and decrypting, and costs what an owner without it is faster.
 
 Values travel in the format that the planner chooses for the preset and the matrix: a case says
-which. The scale is the one of a first request, before an owner has learnt a better one.
+which. The predicted error is that of a first request; an owner of `thin` learns a larger scale from
+its answers, and the error is that of the last round.
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ class Layer:
         torch.manual_seed(inputs + outputs)
         self.fp32 = torch.randn(outputs, inputs) * 0.02
         self.bf16 = self.fp32.bfloat16()
-        self.codes, scale = quantise(self.fp32)
+        self.codes, scale = quantise(self.fp32, limit=parameters.weight_limit)
         self.public = PublicMatrix(public_seed(bytes(32), parameters), parameters.rank)
         hint = HintBuilder(self.public).build(self.codes, True)
         ones = np.ones(inputs, np.float32)
         plan = plan_matrix(self.codes, scale, parameters)
         if format is not None:
-            plan = replace(plan, format=format)
+            plan = replace(plan, **asdict(format))
         self.matrix = OwnerMatrix(f"{inputs}x{outputs}", ones, scale, plan, hint)
         self.exact = dequantise(self.codes, scale).double().numpy()
 

@@ -14,7 +14,7 @@ from backends.he.cuda.owner import CudaOwner
 from backends.he.cuda.worker import CudaWorker
 from backends.he.interface import OwnerMatrix
 from backends.he.params import NTT_PRIME, RING_DEGREE, Parameters
-from backends.he.plan import plan_matrix
+from backends.he.plan import nominal_plan
 from backends.he.public import PublicMatrix, public_seed
 from backends.he.ring import tiles_of
 from backends.he.vector import LANES
@@ -35,7 +35,7 @@ def stand_in(matrix: Matrix, parameters: Parameters) -> OwnerMatrix:
     hint = np.random.default_rng(1).integers(-half, half, shape, np.int32)
     ones = np.ones(matrix.inputs, np.float32)
     scale = np.full(matrix.outputs, 0.01, np.float32)
-    plan = plan_matrix(random_weight(matrix.inputs, min(matrix.outputs, 64)), scale[:64])
+    plan = nominal_plan(matrix.inputs, matrix.outputs, parameters)
     return OwnerMatrix(matrix.name, ones, scale, plan, hint)
 
 
@@ -63,7 +63,7 @@ def ring_work(gpu: Gpu, parameters: Parameters, scale: Scale, tokens: int) -> Fi
     for matrix in scale.matrices:
         public_matrix = stand_in(matrix, parameters)
         weight = random_weight(matrix.inputs, matrix.outputs)
-        loaded = worker.load(weight, True)
+        loaded = worker.load(weight, True, public_matrix.plan.format)
         x = torch.randn(tokens, matrix.inputs, device=gpu.device)
         row: dict[str, Any] = {"matrix": matrix.name, "count": matrix.count}
         for guarded in (False, True):

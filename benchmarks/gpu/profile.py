@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from backends.he.params import Parameters
+from backends.he.plan import nominal_plan
 from backends.machine import commit
 from benchmarks.gpu.scale import Matrix, Scale
 from protocol.catalogue import MatrixShape
@@ -23,11 +24,9 @@ _ASSUMED = (
 
 def shape_of(matrix: Matrix, parameters: Parameters) -> MatrixShape:
     """As a catalogue has it."""
-    return MatrixShape(
-        matrix.name, matrix.inputs, matrix.outputs,
-        parameters.up_bytes_per_value * matrix.inputs,
-        parameters.down_bytes_per_value * matrix.outputs,
-    )  # fmt: skip
+    form = nominal_plan(matrix.inputs, matrix.outputs, parameters).format
+    up, down = form.up_bytes(matrix.inputs), form.down_bytes(matrix.outputs)
+    return MatrixShape(matrix.name, matrix.inputs, matrix.outputs, up, down)
 
 
 def ring_rates(
@@ -66,8 +65,11 @@ def profile(
 ) -> DeviceProfile:
     """Of the device these figures were measured on."""
     products, single = figures["throughput"], figures["layers"][0]
-    operations = sum(m.count * m.inputs * m.outputs for m in scale.matrices)
-    operations *= parameters.limbs * products["tokens"]
+    products_a_token = sum(
+        m.count * m.inputs * m.outputs * nominal_plan(m.inputs, m.outputs, parameters).format.limbs
+        for m in scale.matrices
+    )
+    operations = products_a_token * products["tokens"]
     macs = single["tokens"] * single["in"] * single["out"]
     ring = ring_rates(figures["owner"], parameters, scale)
     overhead = {

@@ -16,7 +16,7 @@ from backends.he.cuda.tuner import Tuner
 from backends.he.cuda.worker import CudaWorker
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
-from backends.he.plan import plan_matrix
+from backends.he.plan import nominal_plan
 from backends.he.wire import EXACT, Format
 from benchmarks.gpu.scale import Matrix
 from benchmarks.gpu.task import Figures, Task
@@ -25,15 +25,14 @@ from benchmarks.gpu.timing import device_ms, in_turns
 _FORMATS = (EXACT, Format(16, 8), Format(18, 10), Format(20, 12))  # each width, up and down
 
 
-def random_weight(inputs: int, outputs: int, seed: int = 0, limit: int = 127) -> NDArray[np.int8]:
-    """int8[N, K], as a quantised weight with absolute values of up to `limit` may be."""
-    return np.random.default_rng(seed).integers(-limit, limit + 1, (outputs, inputs), np.int8)
+def random_weight(inputs: int, outputs: int, seed: int = 0) -> NDArray[np.int8]:
+    """int8[N, K], as a quantised weight may be."""
+    return np.random.default_rng(seed).integers(-127, 128, (outputs, inputs), np.int8)
 
 
-def planned(inputs: int, outputs: int, parameters: Parameters) -> tuple[NDArray[np.int8], Format]:
-    """A random weight and the planner's format for it."""
-    weight = random_weight(inputs, outputs, limit=parameters.weight_limit)
-    return weight, plan_matrix(weight, np.ones(outputs, np.float32), parameters).format
+def format_of(inputs: int, outputs: int, parameters: Parameters) -> Format:
+    """The planner's, for a weight of which only the shape is known."""
+    return nominal_plan(inputs, outputs, parameters).format
 
 
 def random_request(gpu: Gpu, tokens: int, inputs: int, format: Format) -> torch.Tensor:
@@ -115,7 +114,7 @@ def layers(task: Task) -> list[Figures]:
     tokens = scale.layer_tokens
     rows: list[Figures] = []
     for inputs, outputs in scale.layers:
-        weight, format = planned(inputs, outputs, parameters)
+        weight, format = random_weight(inputs, outputs), format_of(inputs, outputs, parameters)
         request = random_request(gpu, tokens, inputs, format)
         by_fused, by_library = (worker.load(weight, True, format) for worker in (fused, library))
         x = torch.randn(tokens, inputs, device=gpu.device, dtype=torch.bfloat16)
@@ -157,13 +156,14 @@ def throughput(task: Task) -> Figures:
     gpu, parameters, scale = task.gpu, task.parameters, task.scale
     worker = CudaWorker(gpu)
     work: list[tuple[Matrix, torch.Tensor, list[Any]]] = []
-    products = 0
     for matrix in scale.matrices:
-        weight, format = planned(matrix.inputs, matrix.outputs, parameters)
+        weight, format = (
+            random_weight(matrix.inputs, matrix.outputs),
+            format_of(matrix.inputs, matrix.outputs, parameters),
+        )
         # Every layer has a weight of its own, as in a real step: no cache holds them all.
         copies = [worker.load(weight, True, format) for _ in range(matrix.count)]
         work.append((matrix, random_request(gpu, scale.tokens, matrix.inputs, format), copies))
-        products += matrix.count * matrix.inputs * matrix.outputs * format.limbs
 
     def step() -> None:
         for _, request, copies in work:
@@ -183,7 +183,6 @@ def throughput(task: Task) -> Figures:
         "tokens": scale.tokens,
         "step_ms": step_ms,
         "tokens_per_s": scale.tokens / step_ms * 1e3,
-        "int8_products": products * scale.tokens,
         "ms_by_matrix": by_matrix,
         "tilings": {
             f"{outputs} x {inputs}, to {size} tokens": asdict(tiling)
@@ -198,7 +197,10 @@ def launch(task: Task) -> Figures:
     small = torch.zeros(32, device=gpu.device)
     matrix = task.scale.matrices[0]
     worker = CudaWorker(gpu)
-    weight, format = planned(matrix.inputs, matrix.outputs, parameters)
+    weight, format = (
+        random_weight(matrix.inputs, matrix.outputs),
+        format_of(matrix.inputs, matrix.outputs, parameters),
+    )
     loaded = worker.load(weight, True, format)
     request = random_request(gpu, 1, matrix.inputs, format)
     worker.multiply(request, 1, loaded)

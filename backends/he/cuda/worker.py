@@ -215,12 +215,7 @@ class CudaWorker(WorkerCipher):
         there = torch.empty(staged.shape, dtype=torch.uint8, device=self._gpu.device)
         with self._gpu.clock.span("copy"):
             for (payload, _), part in zip(requests, _parts(sizes), strict=True):
-                source, target = payload, staged[part].numpy()
-                run_split(
-                    lambda a, b, s=source, t=target: np.copyto(t[a:b], s[a:b]),
-                    source.size,
-                    grain=_COPY_GRAIN_BYTES,
-                )
+                _copy_rows(payload[:, None], staged[part, None].numpy())
                 there[part].copy_(staged[part], non_blocking=True)
         return [
             (there[part], tokens) for (_, tokens), part in zip(requests, _parts(sizes), strict=True)
