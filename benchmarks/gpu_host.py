@@ -37,6 +37,7 @@ from backends.he.plan import plan_matrix
 from backends.he.public import PublicMatrix, public_seed
 from backends.he.ring import tiles_of
 from backends.he.vector import LANES
+from backends.he.wire import EXACT
 from backends.options import TIMES, Parser
 from benchmarks.null_cuda import null_gpu
 from protocol.errors import WrongAnswerError
@@ -81,8 +82,8 @@ def microseconds(actions: Callable[[], Callable[[], object]], rounds: int) -> di
 def worker_launch(gpu: Gpu, tiling: Tiling, rounds: int) -> dict[str, float]:
     """A request through CudaWorker, by one tiling."""
     worker = CudaWorker(gpu)
-    matrix = worker.load(_weight(), True)
-    request = torch.zeros(PARAMETERS.limbs * TOKENS * INPUTS, dtype=torch.uint8)
+    matrix = worker.load(_weight(), True, EXACT)
+    request = torch.zeros(TOKENS * EXACT.up_bytes(INPUTS), dtype=torch.uint8)
 
     def ready() -> Callable[[], object]:
         return lambda: worker.multiply(request, TOKENS, matrix)
@@ -99,7 +100,7 @@ def owner_calls(gpu: Gpu, rounds: int) -> dict[str, dict[str, float]]:
     public = PublicMatrix(public_seed(bytes(32), PARAMETERS), PARAMETERS.rank)
     matrix = _matrix()
     x = torch.zeros((TOKENS, INPUTS))
-    answer = torch.zeros(2 * TOKENS * OUTPUTS, dtype=torch.uint8)
+    answer = torch.zeros(TOKENS * EXACT.down_bytes(OUTPUTS), dtype=torch.uint8)
     with null_kernels():
         owner = CudaOwner(PARAMETERS, public, gpu, local=True)
         owner.guard(matrix, _weight(), True)

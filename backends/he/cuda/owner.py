@@ -271,7 +271,7 @@ class CudaOwner(RingOwner):
         p, suspicious = matrix.plan.format.modulus, comparison.suspicious()
         if len(suspicious):
             at = torch.from_numpy(suspicious).to(self._gpu.device)
-            for part in at[sealed.inverse_alpha[at] > 0].split(TOKENS_AT_ONCE):
+            for part in torch.split(at[sealed.inverse_alpha[at] > 0], TOKENS_AT_ONCE):
                 self._repair_tokens(part, sealed, comparison, matrix, out)
         self._gains.learn(matrix.name, comparison.peaks / (p / 2), sealed.gain)
 
