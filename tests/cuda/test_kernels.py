@@ -246,7 +246,7 @@ def decrypted(gpu: Gpu, kernels: Kernels, each: int) -> NDArray[np.float32]:
     kernels.launch(
         "decrypt", (-(-3 // each), 2), on(gpu, hint), words, on(gpu, answer),
         torch.full((700,), 1e-3, dtype=torch.float64, device=gpu.device),
-        on(gpu, case.matrix.out_scale), out, 700, 40, 0, 3, each, 8,
+        on(gpu, case.matrix.out_scale), out, 700, 40, 0, 3, each, 8, 0,
     )  # fmt: skip
     return out.cpu().numpy()
 

@@ -54,17 +54,12 @@ def owner_of(case: Case, gpu: Gpu, seed: int | None = None, **options: Any) -> C
 
 def answer_to(case: Case, payload: Any, tokens: int) -> np.ndarray[Any, Any]:
     worker = ReferenceWorker()
-    loaded = worker.load(case.weight, case.forward, case.matrix.plan.format)
-    return worker.multiply(payload, tokens, loaded)
+    return worker.multiply(payload, tokens, case.load(worker))
 
 
 def thin_case(inputs: int, outputs: int, form: Format, forward: bool = True) -> Case:
-    """Weights of 6 bits, whose values travel in a format of the test's choice."""
-    shape = (outputs, inputs) if forward else (inputs, outputs)
-    weight = np.random.default_rng(inputs).integers(-31, 32, shape).astype(np.int8)
-    case = make_case(inputs, outputs, forward, parameters=preset("thin"), weight=weight)
-    plan = replace(case.matrix.plan, up_bits=form.up_bits, down_bits=form.down_bits)
-    return replace(case, matrix=replace(case.matrix, plan=plan))
+    """Values travel in a format of the test's choice."""
+    return make_case(inputs, outputs, forward, parameters=preset("thin"), form=form)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +134,7 @@ def test_a_round_trip_is_within_the_bound(
     sent = owner.encrypt(x, case.matrix)
     worker = MlweWorker()
     on_host = torch.as_tensor(sent.payload).cpu().numpy()
-    loaded = worker.load(case.weight, forward, case.matrix.plan.format)
-    answer = worker.multiply(on_host, tokens, loaded)
+    answer = worker.multiply(on_host, tokens, case.load(worker))
     payload = torch.from_numpy(answer).to(gpu.device) if local else answer
     y, expected = owner.decrypt(sent.sealed, payload, case.matrix), case.exact(x)
     plan, parameters = case.matrix.plan, case.parameters
@@ -151,7 +145,7 @@ def test_a_round_trip_is_within_the_bound(
 
 
 def held(thing: Any) -> list[Any]:
-    """Every array and tensor of a sealed value, but for the input and the check, which live on."""
+    """Every array and tensor of a sealed value, but for its input and check, which live on."""
     if isinstance(thing, np.ndarray | torch.Tensor):
         return [thing]
     parts = [] if isinstance(thing, Enum) else getattr(thing, "__dict__", {}).items()
@@ -182,6 +176,7 @@ def test_nothing_of_a_request_is_left(gpu: Gpu, fate: str) -> None:
     if fate != "opened":
         owner.discard(sent.sealed)
     assert not any(part.any() for part in found)
+    assert not len(sent.sealed.x)
 
 
 @pytest.mark.parametrize("local", [True, False])

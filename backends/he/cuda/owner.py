@@ -112,6 +112,8 @@ class Sealed:
         """Queue the overwriting of all of it, behind the kernels that read it."""
         self.secrets.wipe()
         self.inverse_alpha.zero_()
+        self.x = self.x[:0]
+        self.gain = 0.0
         if self.expected is not None:
             self.expected.wipe()
 
