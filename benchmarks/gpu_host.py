@@ -100,7 +100,7 @@ def owner_calls(gpu: Gpu, rounds: int) -> dict[str, dict[str, float]]:
     public = PublicMatrix(public_seed(bytes(32), PARAMETERS), PARAMETERS.rank)
     matrix = _matrix()
     x = torch.zeros((TOKENS, INPUTS))
-    answer = torch.zeros(2 * TOKENS * OUTPUTS, dtype=torch.uint8)
+    answer = torch.zeros(TOKENS * EXACT.down_bytes(OUTPUTS), dtype=torch.uint8)
     with null_kernels():
         owner = CudaOwner(PARAMETERS, public, gpu, local=True)
         owner.guard(matrix, _weight(), True)

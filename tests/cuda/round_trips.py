@@ -45,7 +45,7 @@ def main(planted: bool) -> None:
                 x = np.random.default_rng(0).standard_normal((tokens, inputs)).astype(np.float32)
                 sent = owner.encrypt(x, case.matrix)
                 worker = ReferenceWorker()
-                answer = worker.multiply(sent.payload, tokens, worker.load(case.weight, True))
+                answer = worker.multiply(sent.payload, tokens, case.load(worker))
                 y = owner.decrypt(sent.sealed, answer, case.matrix)
                 assert np.isfinite(y).all()
                 print(name, inputs, outputs, tokens, hint_bytes, flush=True)

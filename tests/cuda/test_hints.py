@@ -104,7 +104,7 @@ def test_quantisation_is_bit_identical(
     weight[seed % 7 % rows] = torch.arange(columns) + 0.5
     if transposed:
         weight = weight.t().contiguous().t()
-    codes, scales = quantise(weight, gpu.device)
+    codes, scales = quantise(weight, device=gpu.device)
     plain_codes, plain_scales = quantised_plainly(weight)
     assert np.array_equal(codes, plain_codes)
     assert np.array_equal(scales, plain_scales)
@@ -113,7 +113,7 @@ def test_quantisation_is_bit_identical(
 def test_many_scales_are_true_quotients(gpu: Gpu) -> None:
     """A reciprocal in place of a division would be a bit off in some of these."""
     weight = torch.rand(3000, 2, generator=torch.Generator().manual_seed(5)) + 0.5
-    codes, scales = quantise(weight, gpu.device)
+    codes, scales = quantise(weight, device=gpu.device)
     assert np.array_equal(scales, quantised_plainly(weight)[1])
     assert np.array_equal(codes, quantised_plainly(weight)[0])
 
@@ -138,8 +138,8 @@ def test_plans_are_exact(gpu: Gpu, rows: int, columns: int, seed: int, zero: boo
     """On the device as on the CPU, and both as defined."""
     codes = codes_of(rows, columns, seed) * np.int8(not zero)
     scales = np.random.default_rng(seed).uniform(0.001, 0.1, rows).astype(np.float32)
-    plans = plan_directions(codes, scales, gpu.device)
-    assert plans == plan_directions(codes, scales)
+    plans = plan_directions(codes, scales, preset("thin"), device=gpu.device)
+    assert plans == plan_directions(codes, scales, preset("thin"))
     plain = (
         planned_plainly(codes, scales),
         planned_plainly(codes.T, np.ones(columns, np.float32)),
@@ -209,8 +209,8 @@ def _measure_peak(gpu: Gpu) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(gpu.device)
     before = torch.cuda.memory_allocated(gpu.device)
-    codes, scales = quantise(torch.randn(2048, 4096), gpu.device)
-    plan_directions(codes, scales, gpu.device)
+    codes, scales = quantise(torch.randn(2048, 4096), device=gpu.device)
+    plan_directions(codes, scales, preset("thin"), device=gpu.device)
     builder = CudaHintBuilder(PUBLIC, gpu)
     assert builder.build(codes, False).shape == (256, STANDARD.rank, RING_DEGREE, 16)
     builder.build(codes, True)

@@ -202,8 +202,8 @@ def test_token_scales_are_the_cpus_bit_for_bit(gpu: Gpu) -> None:
     x[7] = 0
     norms = np.sqrt(np.sum(x.astype(np.float64) ** 2, axis=1))
     expected, inverse = np.empty(40), np.empty(40)
-    token_scales(norms, case.matrix, case.parameters, expected, inverse)
-    amplitude, ratio = case.matrix.plan.amplitude(case.parameters), Q / (1 << 24)
+    token_scales(norms, case.matrix, case.parameters, 1.5, expected, inverse)
+    amplitude, ratio = case.matrix.plan.amplitude(case.parameters, 1.5), Q / (1 << 24)
     _, factor, found_inverse, _ = scales(gpu, x, case.matrix.in_scale, amplitude, ratio)
     assert np.array_equal(factor, expected)
     assert np.array_equal(found_inverse, inverse)
@@ -230,7 +230,7 @@ def encrypted(gpu: Gpu, kernels: Kernels, each: int) -> NDArray[np.int8]:
     kernels.launch(
         "encrypt", (-(-3 // each), 2), matrix, words, on(gpu, x), on(gpu, case.matrix.in_scale),
         torch.full((700,), 1e5, dtype=torch.float64, device=gpu.device), planes, 700, 40, 3, each,
-        *key_words(bytearray(KEY)),
+        0, *key_words(bytearray(KEY)),
     )  # fmt: skip
     return planes.cpu().numpy()
 
@@ -246,7 +246,7 @@ def decrypted(gpu: Gpu, kernels: Kernels, each: int) -> NDArray[np.float32]:
     kernels.launch(
         "decrypt", (-(-3 // each), 2), on(gpu, hint), words, on(gpu, answer),
         torch.full((700,), 1e-3, dtype=torch.float64, device=gpu.device),
-        on(gpu, case.matrix.out_scale), out, 700, 40, 0, 3, each, 8,
+        on(gpu, case.matrix.out_scale), out, 700, 40, 0, 3, each, 8, 0,
     )  # fmt: skip
     return out.cpu().numpy()
 
@@ -286,7 +286,7 @@ def differences(gpu: Gpu, kernels: Kernels) -> NDArray[np.float64]:
     )  # fmt: skip
     expected = -values
     parts = np.abs(y).astype(np.float64) @ np.abs(pool[rows]).T + np.abs(values)
-    check._found(y, pool, rows, inverse, out_scale, expected, 0, 270)
+    check._found(y, pool, rows, inverse, out_scale, expected, np.zeros(9), 0, 270)
     found = out.cpu().numpy()
     assert np.all(np.abs(found - expected) <= 2**-45 * parts)
     assert np.array_equal(scaled.cpu().numpy(), y), "denormals included"

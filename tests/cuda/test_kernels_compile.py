@@ -26,17 +26,17 @@ def nvcc() -> str:
     return found
 
 
-@pytest.mark.parametrize("rank", [5, 8])
+@pytest.mark.parametrize(("rank", "limbs"), [(5, 2), (5, 3), (8, 3)])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_kernels_compile_within_their_registers(
-    tmp_path: Path, architecture: str, rank: int
+    tmp_path: Path, architecture: str, rank: int, limbs: int
 ) -> None:
     """At most 64 registers, so that 1024 threads fit, and next to nothing spilled."""
     text = tmp_path / "kernels.cu"
     text.write_text(source())
     said = compile_text(
         (nvcc(), *DEVICE_FLAGS, _ADDED, f"-arch={architecture}", "-cubin", "-Xptxas", "-v",
-         *constants(rank, 3), str(text)),
+         *constants(rank, limbs), str(text)),
         tmp_path / "kernels.cubin",
     )  # fmt: skip
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]

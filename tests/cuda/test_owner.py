@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -13,25 +14,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.he.cuda import resident
+from backends.he import reference
+from backends.he.cuda import owner as cuda_owner
+from backends.he.cuda import repair, resident
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.owner import CudaOwner
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flags
 from backends.he.entropy import OsEntropy, SeededEntropy
 from backends.he.integrity import Judge
-from backends.he.interface import NonFiniteInputError, UnguardedError
-from backends.he.mlwe_owner import MlweOwner
+from backends.he.interface import Encrypted, NonFiniteInputError, UnguardedError
+from backends.he.mlwe_owner import MlweOwner, token_scales
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters, preset
 from backends.he.reference import ReferenceWorker
+from backends.he.repair import clear_products, unwrap
 from backends.he.secret import SecretReuseError
+from backends.he.wire import Format
 from protocol.errors import WrongAnswerError
 from tests.cuda.slow import reference_owner
 from tests.he.conftest import Case, make_case
 
 pytestmark = pytest.mark.usefixtures("compiler")
-TWO_LIMBS = Parameters("two", rank=5, limbs=2, dropped_bits=4)
+FORMATS = [Format(16, 8), Format(18, 10), Format(20, 12), Format(24, 16)]
 
 
 def values(tokens: int, inputs: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -49,7 +54,12 @@ def owner_of(case: Case, gpu: Gpu, seed: int | None = None, **options: Any) -> C
 
 def answer_to(case: Case, payload: Any, tokens: int) -> np.ndarray[Any, Any]:
     worker = ReferenceWorker()
-    return worker.multiply(payload, tokens, worker.load(case.weight, case.forward))
+    return worker.multiply(payload, tokens, case.load(worker))
+
+
+def thin_case(inputs: int, outputs: int, form: Format, forward: bool = True) -> Case:
+    """Values travel in a format of the test's choice."""
+    return make_case(inputs, outputs, forward, parameters=preset("thin"), form=form)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +72,6 @@ def answer_to(case: Case, payload: Any, tokens: int) -> np.ndarray[Any, Any]:
         # Enough values that an error drawn elsewhere shows: it changes one in fifty of them.
         (40, 3, 600, False, preset("exact")),
         (5, 7, 40, False, preset("paranoid")),
-        (20, 18, 300, True, TWO_LIMBS),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -70,13 +79,31 @@ def test_requests_and_results_are_the_slow_owners_bit_for_bit(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, tokens: int,
     forward: bool, parameters: Parameters,
 ) -> None:  # fmt: skip
-    """Same secrets and errors, same planes, same float32."""
+    """Same secrets and errors, same bytes, same float32."""
     case = make_case(inputs, outputs, forward, seed=tokens, parameters=parameters)
-    x = values(tokens, inputs)
+    same_bits(case, tokens, gpu, monkeypatch)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "tokens", "forward"), [(33, 40, 257, True), (20, 19, 5, False)]
+)
+def test_so_they_are_in_thin_formats(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, tokens: int,
+    forward: bool, form: Format,
+) -> None:  # fmt: skip
+    """Rows that fill their bytes, and rows that do not."""
+    same_bits(thin_case(inputs, outputs, form, forward), tokens, gpu, monkeypatch)
+
+
+def same_bits(case: Case, tokens: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request through both owners."""
+    x = values(tokens, case.matrix.in_features)
     x[tokens // 2] = 0
     fast, slow = owner_of(case, gpu, 7), reference_owner(case, 7, monkeypatch)
     a, b = fast.encrypt(x, case.matrix), slow.encrypt(x, case.matrix)
     assert np.array_equal(a.payload, b.payload)
+    assert len(a.payload) == fast.up_bytes(case.matrix, tokens)
     answer = answer_to(case, a.payload, tokens)
     y = fast.decrypt(a.sealed, answer, case.matrix)
     assert y.dtype == np.float32
@@ -107,7 +134,7 @@ def test_a_round_trip_is_within_the_bound(
     sent = owner.encrypt(x, case.matrix)
     worker = MlweWorker()
     on_host = torch.as_tensor(sent.payload).cpu().numpy()
-    answer = worker.multiply(on_host, tokens, worker.load(case.weight, forward))
+    answer = worker.multiply(on_host, tokens, case.load(worker))
     payload = torch.from_numpy(answer).to(gpu.device) if local else answer
     y, expected = owner.decrypt(sent.sealed, payload, case.matrix), case.exact(x)
     plan, parameters = case.matrix.plan, case.parameters
@@ -118,11 +145,11 @@ def test_a_round_trip_is_within_the_bound(
 
 
 def held(thing: Any) -> list[Any]:
-    """Every array and tensor of a sealed value, but for the check of its matrix, which lives on."""
+    """Every array and tensor of a sealed value, but for its input and check, which live on."""
     if isinstance(thing, np.ndarray | torch.Tensor):
         return [thing]
     parts = [] if isinstance(thing, Enum) else getattr(thing, "__dict__", {}).items()
-    return [found for name, part in parts if name != "check" for found in held(part)]
+    return [found for name, part in parts if name not in ("check", "x") for found in held(part)]
 
 
 @pytest.mark.parametrize("fate", ["opened", "discarded", "caught"])
@@ -149,6 +176,7 @@ def test_nothing_of_a_request_is_left(gpu: Gpu, fate: str) -> None:
     if fate != "opened":
         owner.discard(sent.sealed)
     assert not any(part.any() for part in found)
+    assert not len(sent.sealed.x)
 
 
 @pytest.mark.parametrize("local", [True, False])
@@ -421,3 +449,110 @@ def test_verdicts_are_the_cpus(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, lie: i
     if lie:  # the noise is another one: of the two sides' own ciphertexts
         wrong = [np.abs(z[[0, 1]]) for z in judged]
         assert np.allclose(*wrong, atol=12.0)
+
+
+@dataclass
+class Wrapped:
+    """A guarded request of which many results wrap, because the scale is sixteen times too large.
+
+    right  float32[T, N], what the slow owner makes of it after the CPU's repair
+    turns  how often each result had to be moved
+    """
+
+    owner: CudaOwner
+    sent: Encrypted
+    answer: np.ndarray[Any, Any]
+    right: np.ndarray[Any, Any]
+    turns: np.ndarray[Any, Any]
+
+
+def wrapped(
+    case: Case, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, x: np.ndarray[Any, Any], place: str
+) -> Wrapped:
+    """x goes in as an array, or as a tensor where `place` is "device"."""
+    matrix, local = case.matrix, place == "device"
+    owner, slow = owner_of(case, gpu, 7, local=local), reference_owner(case, 7, monkeypatch)
+    owner.guard(matrix, case.weight, case.forward)
+    slow._entropy = copy(owner._entropy)
+    owner._gains.learn(matrix.name, np.full(4000, 0.01), 1.0)
+
+    def scales(norms: Any, matrix: Any, parameters: Any, gain: float, *rest: Any) -> None:
+        token_scales(norms, matrix, parameters, 16.0 * gain, *rest)
+
+    monkeypatch.setattr(reference, "token_scales", scales)
+    same = slow.encrypt(x, matrix)
+    sent = owner.encrypt(torch.from_numpy(x).to(gpu.device) if local else x, matrix)
+    assert np.array_equal(torch.as_tensor(sent.payload).cpu().numpy(), same.payload)
+    answer = answer_to(case, same.payload, len(x))
+    inverse = same.sealed.inverse_alpha
+    right, some = slow.decrypt(same.sealed, answer, matrix), np.flatnonzero(inverse)
+    scaled = x[some].astype(np.float64) * matrix.in_scale / inverse[some, None]
+    products = clear_products(scaled, case.weight, case.forward)
+    period, unit = matrix.plan.format.modulus, np.outer(inverse[some], matrix.out_scale)
+    return Wrapped(owner, sent, answer, right, unwrap(right, some, products, period, unit))
+
+
+def fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, and rows of the weight: several turns of each."""
+    monkeypatch.setattr(cuda_owner, "TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(repair, "_SLAB_VALUES", 400)
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize(("form", "forward"), [(FORMATS[0], True), (FORMATS[2], False)], ids=str)
+def test_results_that_wrapped_are_repaired_like_the_cpus(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, form: Format, forward: bool, place: str
+) -> None:
+    """The same bits, wherever the values are; the scale is then one that fits."""
+    fewer_at_a_time(monkeypatch)
+    case = thin_case(60, 50, form, forward)
+    x = values(70, 60)
+    x[5] = 0
+    made = wrapped(case, gpu, monkeypatch, x, place)
+    wraps = np.count_nonzero(made.turns)
+    assert wraps > 100
+    y = made.owner.decrypt(made.sent.sealed, made.answer, case.matrix)
+    assert isinstance(y, torch.Tensor) == (place == "device")
+    assert np.array_equal(torch.as_tensor(y).cpu().numpy(), made.right)
+    exact = case.exact(x)
+    assert np.linalg.norm(made.right - exact) < 0.05 * np.linalg.norm(exact)
+    assert made.owner.repairs.wraps == wraps
+    assert made.owner._gains.of(case.matrix.name) < 4
+    sent = made.owner.encrypt(x, case.matrix)
+    payload = torch.as_tensor(sent.payload).cpu().numpy()
+    made.owner.decrypt(sent.sealed, answer_to(case, payload, 70), case.matrix)
+    assert made.owner.repairs.wraps == wraps
+
+
+def test_gains_are_learnt_like_the_cpus(gpu: Gpu) -> None:
+    """From the same requests: one at the first scale, and one at the scale learnt from it."""
+    case, x = thin_case(300, 50, FORMATS[1]), values(300, 300)
+    x[7] = 0
+    gains = []
+    for owner in (
+        owner_of(case, gpu, 5),
+        MlweOwner(case.parameters, case.public, SeededEntropy(5)),
+    ):
+        owner.guard(case.matrix, case.weight, True)
+        for _ in range(2):
+            sent = owner.encrypt(x, case.matrix)
+            answer = answer_to(case, sent.payload, 300)
+            y = owner.decrypt(sent.sealed, answer, case.matrix)
+            gains.append(owner._gains.of(case.matrix.name))
+        exact = case.exact(x)
+        assert np.linalg.norm(y - exact) < 0.02 * np.linalg.norm(exact)
+    assert gains[:2] == gains[2:]
+    assert gains[0] > 1.5
+
+
+def test_a_lie_among_wraps_is_found(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value off by a quarter of p; the right answer then opens the same request."""
+    case, x = thin_case(60, 50, FORMATS[0]), values(20, 60)
+    made = wrapped(case, gpu, monkeypatch, x, "host")
+    lie = made.answer.copy()
+    lie[3] ^= 1 << 6
+    with pytest.raises(WrongAnswerError, match=r"60x50: .*broken or lying"):
+        made.owner.decrypt(made.sent.sealed, lie, case.matrix)
+    y = made.owner.decrypt(made.sent.sealed, made.answer, case.matrix)
+    assert np.array_equal(y, made.right)
+    assert not any(part.any() for part in held(made.sent.sealed))

@@ -112,6 +112,8 @@ class Sealed:
         """Queue the overwriting of all of it, behind the kernels that read it."""
         self.secrets.wipe()
         self.inverse_alpha.zero_()
+        self.x = self.x[:0]
+        self.gain = 0.0
         if self.expected is not None:
             self.expected.wipe()
 
@@ -271,7 +273,7 @@ class CudaOwner(RingOwner):
         p, suspicious = matrix.plan.format.modulus, comparison.suspicious()
         if len(suspicious):
             at = torch.from_numpy(suspicious).to(self._gpu.device)
-            for part in at[sealed.inverse_alpha[at] > 0].split(TOKENS_AT_ONCE):
+            for part in torch.split(at[sealed.inverse_alpha[at] > 0], TOKENS_AT_ONCE):
                 self._repair_tokens(part, sealed, comparison, matrix, out)
         self._gains.learn(matrix.name, comparison.peaks / (p / 2), sealed.gain)
 

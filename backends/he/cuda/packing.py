@@ -1,8 +1,7 @@
 """Between whole bytes and what travels, on the device: `wire.py`'s layout, by torch's operations.
 
 A few passes over memory on the current stream. Every bit of it is public; what `he/packing.py` does
-on the CPU is its reference, which tests on an emulated device hold it to. How long it takes on a GPU
-has not been measured.
+on the CPU is its reference. None of it has run on a GPU yet: tests emulate the device.
 """
 
 from __future__ import annotations

@@ -214,7 +214,8 @@ KERNEL(encrypt, 512, const i32* matrix, const i32* secrets, const f32* x, const 
 }
 
 // out float32[tokens, outputs] from answer uint16[tokens, outputs], for the rows from `first_row`
-// on of a slab of `tiles` tiles of the hint. Grid as for `encrypt`.
+// on of a slab of `tiles` tiles of the hint. `half_unit` is what rounding half up added to multiples
+// of 2^unused, on average. Grid as for `encrypt`.
 KERNEL(decrypt, 512, const i32* hint, const i32* secrets, const u16* answer, const f64* inverse,
        const f32* out_scale, f32* out, i32 tokens, i32 outputs, i32 first_row, i32 tiles,
        i32 blocks_each, i32 dropped_bits, i32 half_unit) {
