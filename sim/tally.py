@@ -45,8 +45,8 @@ aten = torch.ops.aten
 _TRANSCENDENTALS = {
     getattr(aten, name)
     for name in (
-        "exp", "log", "log1p", "sin", "cos", "tanh", "sigmoid", "silu", "silu_backward", "gelu",
-        "gelu_backward", "softplus", "erf", "_softmax", "_safe_softmax", "_log_softmax",
+        "exp", "exp_", "log", "log_", "log1p", "sin", "cos", "tanh", "sigmoid", "silu",
+        "silu_backward", "gelu", "gelu_backward", "softplus", "erf", "_softmax", "_safe_softmax", "_log_softmax",
         "_log_softmax_backward_data", "mish", "elu",
     )
 }  # fmt: skip
@@ -57,8 +57,10 @@ _PICKED: Mapping[Any, tuple[int, bool]] = {
     aten.index_select: (0, True),
     aten.index: (0, True),
     aten.gather: (0, True),
-    aten.nll_loss_backward: (1, False),
 }
+
+_SCATTERED = (aten.scatter_, aten.scatter_add_)
+"""Written in place, and read, as many values as there are indices."""
 
 _UNTOUCHED = (
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
@@ -250,8 +252,9 @@ def _cost(
     if packet in _PICKED:
         place, picks = _PICKED[packet]
         read += (_bytes(results[0]) if picks else 0) - _bytes(args[place])
-    elif packet is aten.nll_loss_forward:  # one value of each row
-        read += _bytes(args[1]) - _bytes(args[0])
+    elif packet in _SCATTERED:
+        picked = args[2].numel() * args[0].element_size()
+        read, written = read + picked - _bytes(args[0]), picked
     if packet in _TRANSCENDENTALS:
         return TRANSCENDENTAL * results[0].numel(), read + written
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PretrainedConfig
 
 from backends.he.manifest import GroupSpec
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.losses import token_losses
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import Base, Loaded
@@ -102,7 +102,7 @@ def trace_lane(
         tokens = torch.empty(sequences, sequence, dtype=torch.long)
         tally.counting = True
         parameters = trainable(model)
-        loss = _mean_loss(model, tokens)
+        loss = token_losses(model, tokens) / (sequences * (sequence - 1))
         torch.autograd.grad(loss, list(parameters.values()))
         remote.segments.append(Segment(tally.take(), None))
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -113,15 +113,6 @@ def trace_lane(
 def _on_meta() -> Iterator[None]:
     with torch.device("meta"), CpuAttention():
         yield
-
-
-def _mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every next token, as a run computes it."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    total = functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
-    )
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def trace_update(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple[Work, Work]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from backends.errors import Interrupted, UserError
 from backends.ledger import WorkerLedger
@@ -30,6 +29,7 @@ from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
 from backends.nn.checkpoint import Progress
 from backends.nn.corpus import Sequences, batch_indices
+from backends.nn.losses import token_losses
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +76,6 @@ class TaintedError(UserError, RuntimeError):
 
 class TrainingInterrupted(Interrupted):
     """The user asked to stop; the text says what there is, and how to go on."""
-
-
-def token_losses(
-    model: nn.Module, tokens: torch.Tensor, counted: int | None = None
-) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the B*(S-1) predicted tokens of int64[B, S].
-
-    counted  only the first so many sequences; the others are computed, for a worker to see
-    """
-    tokens = tokens.to(next(model.parameters()).device)
-    logits = model(input_ids=tokens, use_cache=False).logits[:counted, :-1]
-    tokens = tokens[:counted]
-    return functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
-    )
 
 
 def evaluate(

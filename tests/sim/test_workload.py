@@ -18,10 +18,10 @@ from backends.he.manifest import GroupSpec
 from backends.he.params import preset
 from backends.he.preparation import prepare
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.losses import token_losses
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
-from backends.nn.trainer import token_losses
 from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Origin, Work
 from sim.layers import shortened, trace_deep
