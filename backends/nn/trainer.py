@@ -150,7 +150,7 @@ class Trainer:
         self._run = asdict(config) | (identity or {})
         self._adapter_config = config_text(model) if checkpoints is not None else None
         self._say = say
-        self.progress = Progress(0, [])
+        self.progress = Progress(0, [], [])
         if checkpoints is not None:
             self._run["data"] = checkpoint.data_tag(checkpoints, sequences)
         self._restore()
@@ -178,7 +178,7 @@ class Trainer:
             while self.progress.step < self.config.steps:
                 start = time.perf_counter()
                 try:
-                    loss = self._step(pool)
+                    loss, norm = self._step(pool)
                 except BaseException:
                     self._distrust()
                     raise
@@ -186,8 +186,12 @@ class Trainer:
                 if self._caught():
                     on_return(self._go_back())
                     continue
+                done = self.progress
                 self.progress = Progress(
-                    self.progress.step + 1, [*self.progress.losses, loss], self._rests_on()
+                    done.step + 1,
+                    [*done.losses, loss],
+                    [*done.gradient_norms, norm],
+                    self._rests_on(),
                 )
                 on_step(self.progress.step, loss)
                 last = self.progress.step == self.config.steps
@@ -262,7 +266,8 @@ class Trainer:
         if self._checkpoints is not None and self._caught():
             checkpoint.set_aside(self._checkpoints, self._ledger.retired)
 
-    def _step(self, pool: Executor) -> float:
+    def _step(self, pool: Executor) -> tuple[float, float]:
+        """One step; its mean loss, and its gradient's norm before clipping."""
         step, config = self.progress.step, self.config
         chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
         batch = self._sequences[chosen]
@@ -295,7 +300,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = config.rate(step)
         self._optimizer.step()
-        return total
+        return total, norm.item()
 
     def _pass(self, part: torch.Tensor, batch: int) -> tuple[float, tuple[torch.Tensor, ...]]:
         """One lane: loss and gradients of a micro-batch, as its share of the step's mean."""
