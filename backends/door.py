@@ -169,7 +169,10 @@ def remote(model: PreTrainedModel | str | Path, public: Public) -> PreTrainedMod
             f"{public.directory} was prepared for other weights than those of {base.describe()}; "
             "prepare this model"
         )
-    skeleton = build_skeleton(base, public.remote_head, _dtype(base), least_remote=0.0)
+    skeleton = build_skeleton(
+        base, public.remote_head, _dtype(base), least_remote=0.0,
+        tables=public.directory.parent / "tables",
+    )  # fmt: skip
     if skeleton.groups != public.prepared.groups:
         raise DoorError(f"{public.directory} was prepared by another version; prepare again")
     skeleton.read = _gone

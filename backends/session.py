@@ -197,5 +197,5 @@ def opened(
         first(session)
         if ledger is not None:
             ledger.start_over()  # nothing rests on those products
-        with skeleton.remote.connected(client.linear):
+        with skeleton.remote.connected(client.linear, skeleton.local_head(prepared)):
             yield session

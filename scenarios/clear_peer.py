@@ -56,11 +56,13 @@ def _times_ms(
 
 
 class ClearStep(NamedTuple):
-    """A step in clear: seconds of the clock, loss, and seconds of processors."""
+    """A step in clear: seconds of the clock, loss, seconds of processors, and the gradient's norm
+    before clipping."""
 
     seconds: float
     loss: float
     cpu_s: float
+    gradient_norm: float
 
 
 class ClearPeer:
@@ -101,7 +103,7 @@ class ClearPeer:
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         answer = self._reply("seconds")
-        return ClearStep(answer["seconds"], answer["loss"], answer["cpu_s"])
+        return ClearStep(**{name: answer[name] for name in ClearStep._fields})
 
     def close(self) -> None:
         """End the process."""

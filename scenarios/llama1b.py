@@ -84,6 +84,7 @@ from scenarios.session import (
     PrivateSession,
     add_worker_options,
     chosen_workers,
+    gradient_norm_figures,
     one_run,
     open_ledger,
     private_session,
@@ -210,7 +211,7 @@ def adapted(args: argparse.Namespace, setup: Setup) -> PeftModel:
     """The owner's model with fresh adapters."""
     return add_lora(
         setup.skeleton.model, args.rank, 2 * args.rank, args.seed, base_model=setup.base_name,
-        linears=setup.skeleton.shapes,
+        linears=setup.skeleton.adapted,
     )  # fmt: skip
 
 
@@ -232,8 +233,10 @@ def clear_peer(args: argparse.Namespace) -> None:
     def on_step(step: int, loss: float) -> None:
         nonlocal used_s
         before_s, used_s = used_s, time.process_time()
-        told = {"seconds": trainer.step_seconds[-1], "loss": loss, "cpu_s": used_s - before_s}
-        print(json.dumps(told), flush=True)
+        told = ClearStep(
+            trainer.step_seconds[-1], loss, used_s - before_s, trainer.progress.gradient_norms[-1]
+        )
+        print(json.dumps(told._asdict()), flush=True)
         if step < setup.training.steps:
             wait()
 
@@ -356,6 +359,9 @@ class Run:
             "lanes": args.lanes,
             "prepare_s": prepare_s,
             "losses": trainer.progress.losses,
+            **gradient_norm_figures(
+                trainer.progress.gradient_norms, [step.gradient_norm for step in self.clear]
+            ),
             "peak_rss_mb": record.peak_rss_mb(),
             "peak_device_mb": setup.hardware.peak_device_mb(),
         } | self.estimate_facts
@@ -411,6 +417,7 @@ def print_report(f: dict[str, Any]) -> None:
         print(f"private / clear        {f['private_over_clear']:8.2f}")
         pairs = zip(f["losses"], f["clear_losses"], strict=False)
         print("losses private/clear   " + ", ".join(f"{a:.4f}/{b:.4f}" for a, b in pairs))
+        print(f"gradients' norms       {f['gradient_norm_ratio']:8.3f}  private / clear, mean")
     print(f"peak memory            {f['peak_rss_mb'] / 1000:8.1f} GB  owner and worker together")
     if f["peak_device_mb"]:
         print(f"peak GPU memory        {f['peak_device_mb'] / 1000:8.1f} GB")

@@ -120,7 +120,11 @@ def chosen_skeleton(
     args: argparse.Namespace, base: Base, dtype: torch.dtype = torch.float32
 ) -> Skeleton:
     """The owner's model of a base; says what goes to workers. Raises CheckpointError."""
-    skeleton = build_skeleton(base, args.lm_head == "remote", dtype, least_remote=args.least_remote)
+    # What is mapped would be copied to a GPU all the same.
+    tables = args.cache / "tables" if dtype == CPU.dtype else None
+    skeleton = build_skeleton(
+        base, args.lm_head == "remote", dtype, least_remote=args.least_remote, tables=tables
+    )
     print(f"workers compute {skeleton.remote_share:.1%} of the weights of the model's layers")
     for note in skeleton.notes:
         print(note)

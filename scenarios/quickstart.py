@@ -53,6 +53,7 @@ from scenarios.session import (
     Live,
     add_worker_options,
     chosen_workers,
+    gradient_norm_figures,
     one_run,
     open_ledger,
     private_session,
@@ -191,6 +192,7 @@ class Quickstart:
             self.figures |= session.say_estimate(shape, self.training.steps - done_before)
             live = Live(session, self.training.batch * SEQUENCE, self.args.lanes)
             losses = train_with_bar(trainer, "private (encrypted)", trace=trace, live=live)
+            self.figures["gradient_norms"] = trainer.progress.gradient_norms
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = self._evaluate(model)
@@ -228,6 +230,9 @@ class Quickstart:
         model = self._lora(skeleton.model)
         trainer = self._trainer(model, "clear")
         losses = train_with_bar(trainer, "clear (to compare)")
+        self.figures |= gradient_norm_figures(
+            self.figures["gradient_norms"], trainer.progress.gradient_norms
+        )
         self.figures["clear_s"] = sum(trainer.step_seconds)
         self.figures["clear_loss"] = self._evaluate(model)
         return losses
@@ -280,6 +285,8 @@ def summary(f: dict[str, Any]) -> str:
 | LoRA fine-tuned in clear | {f["clear_loss"]:.4f} |
 | **LoRA fine-tuned privately** | **{f["private_loss"]:.4f}** ({fall:.1%} below base, \
 {gap:+.2%} against clear) |
+
+The gradient's norm was {f["gradient_norm_ratio"]:.3f} of that in clear, in the mean over all steps.
 
 | time of the {f["steps_this_run"]} private steps of this run | s |
 | --- | --- |

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tqdm import tqdm
@@ -179,6 +180,16 @@ class PrivateSession:
             return {}
         print("\n".join(self.estimate.lines()))
         return {"estimate": self.estimate.figures()}
+
+
+def gradient_norm_figures(private: Sequence[float], clear: Sequence[float]) -> dict[str, Any]:
+    """Norms of the gradient in each step before clipping, and the mean ratio, where both are."""
+    ratios = [ours / theirs for ours, theirs in zip(private, clear, strict=False) if theirs]
+    figures: dict[str, Any] = {"gradient_norms": list(private)}
+    if ratios:
+        figures["clear_gradient_norms"] = list(clear)
+        figures["gradient_norm_ratio"] = mean(ratios)
+    return figures
 
 
 @contextmanager

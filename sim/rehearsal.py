@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 from transformers import PretrainedConfig
 
 from backends.he.interface import OwnerMatrix
@@ -38,6 +37,7 @@ from backends.he.preparation import weight_limit
 from backends.he.public import HintBuilder, PublicMatrix
 from backends.he.store import shapes_of
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.losses import token_losses
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
 from protocol.catalogue import Catalogue
@@ -226,9 +226,7 @@ class Rehearsal:
     def _pass(self, tokens: int, times: PassTimes | None) -> None:
         self._lane.times, self._lane.left_at = times, time.perf_counter()
         ids = torch.randint(0, self._vocabulary, (1, tokens))
-        logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1]
-        rows = logits.reshape(-1, logits.shape[-1]).float()
-        loss = functional.cross_entropy(rows, ids[:, 1:].reshape(-1), reduction="sum") / tokens
+        loss = token_losses(self._model, ids) / tokens
         gradients = torch.autograd.grad(loss, self.parameters)
         loss.item()
         if times is not None:

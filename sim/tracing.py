@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PretrainedConfig
 
 from backends.he.manifest import GroupSpec
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.head import LocalHead
+from backends.nn.losses import token_losses
 from backends.nn.remote import Remote
-from backends.nn.skeleton import build_skeleton
+from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import Base, Loaded
 from sim.device import Work
 from sim.tally import CpuAttention, Tally
@@ -53,7 +55,9 @@ class OutlineBase(Base):
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
 
-    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
+    def load(
+        self, dtype: torch.dtype, remote: Collection[str], tables: Path | None = None
+    ) -> Loaded:
         model = self.outline(dtype)
         return Loaded(model, lambda module: model.get_parameter(f"{module}.weight"))
 
@@ -97,31 +101,33 @@ def trace_lane(
         tally.counting = False
         skeleton = build_skeleton(OutlineBase(config), remote_head, dtype, remote, least_remote=0.0)
         remote.groups = skeleton.groups
+        remote.head = _outline_head(skeleton)
         model = add_lora(skeleton.model, lora_rank, 2 * lora_rank, seed=0)
         model.train()
         tokens = torch.empty(sequences, sequence, dtype=torch.long)
         tally.counting = True
         parameters = trainable(model)
-        loss = _mean_loss(model, tokens)
+        loss = token_losses(model, tokens) / (sequences * (sequence - 1))
         torch.autograd.grad(loss, list(parameters.values()))
         remote.segments.append(Segment(tally.take(), None))
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     return LaneTrace(tuple(skeleton.groups), tuple(remote.segments), shapes)
 
 
+def _outline_head(skeleton: Skeleton) -> LocalHead | None:
+    """The owner's share in a remote head's backward product, without numbers."""
+    if skeleton.head is None:
+        return None
+    place = next(i for i, group in enumerate(skeleton.groups) if skeleton.head in group.members)
+    outputs, inputs = skeleton.groups[place].total_out, skeleton.groups[place].in_features
+    codes = torch.empty(outputs, inputs, dtype=torch.int8)
+    return LocalHead(place, codes, torch.empty(outputs), torch.empty(inputs))
+
+
 @contextmanager
 def _on_meta() -> Iterator[None]:
     with torch.device("meta"), CpuAttention():
         yield
-
-
-def _mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every next token, as a run computes it."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    total = functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
-    )
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def trace_update(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple[Work, Work]:

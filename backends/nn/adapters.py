@@ -44,7 +44,7 @@ def add_lora(
 
     base_model  what the adapter says it belongs to (`base_name`)
     linears     names of those to adapt; None takes the remote ones, or, of a model without any,
-                all but the head
+                all of it, but never the head
 
     Raises ValueError for dropout: lanes share one generator, so a run could not be repeated;
     AdapterError for a model that `peft` cannot adapt.
@@ -67,7 +67,9 @@ def add_lora(
 
 def _targets(model: nn.Module, linears: Collection[str] | None) -> list[str] | str:
     """For `peft`: the last parts of the names where they are those of no other module."""
-    names = {name for name, m in model.named_modules() if isinstance(m, RemoteLinear)}
+    names = {
+        name for name, m in model.named_modules() if isinstance(m, RemoteLinear) and not m.is_head
+    }
     if linears is not None:
         names = set(linears)
     if not names:

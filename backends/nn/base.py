@@ -45,6 +45,7 @@ from backends.nn.checkpoint_files import (
     weight_files,
 )
 from backends.nn.sources import Base, CheckpointError, Loaded, first_line, probe_tokens
+from backends.nn.tables import map_input_table, table_place
 from backends.nn.tokenizer import HubTokenizer, load_tokenizer
 
 _GGUF = b"GGUF"
@@ -153,7 +154,9 @@ class Checkpoint(Base):
         undone = f", {self._quantisation} undone" if self._quantisation else ""
         return f"checkpoint {self._place} ({size / 1e9:.2f} GB{undone})"
 
-    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
+    def load(
+        self, dtype: torch.dtype, remote: Collection[str], tables: Path | None = None
+    ) -> Loaded:
         """Raises CheckpointError when the files are not what the config says."""
         model, info, scratch = self._dispatched(dtype, remote)
         notes = self._notes(model, info)
@@ -161,6 +164,9 @@ class Checkpoint(Base):
             require_once(self.directory, self._files, model)
         if self._gguf is not None:
             self._before = _answer(model, probe_tokens(self.config))
+        if tables is not None:
+            files = [] if self._gguf else self._files
+            map_input_table(model, remote, files, table_place(tables, self.identity(), dtype))
         read = _reader(model, remote, scratch.name)
         self._require_shapes(model, read, remote)
         remove_hook_from_module(model, recurse=True)

@@ -78,10 +78,15 @@ class SaveError(UserError, RuntimeError):
 
 @dataclass
 class Progress:
-    """How far a run has come: steps applied, the mean loss of each, and the workers it rests on."""
+    """How far a run has come: steps applied, what they were like, and the workers it rests on.
+
+    losses          mean loss of each step
+    gradient_norms  of each step, before clipping
+    """
 
     step: int
     losses: list[float]
+    gradient_norms: list[float]
     served: frozenset[str] = frozenset()
 
 
@@ -153,7 +158,10 @@ def save(
             moments[f"{stored_name(name)}::{key}"] = torch.as_tensor(value).contiguous()
     weights = {stored_name(name): p.detach().contiguous() for name, p in parameters.items()}
     served = sorted(progress.served)
-    state = {"step": progress.step, "losses": progress.losses, "served": served, "run": run}
+    state = {
+        "step": progress.step, "losses": progress.losses,
+        "gradient_norms": progress.gradient_norms, "served": served, "run": run,
+    }  # fmt: skip
     try:
         with replacing_directory(place_of(directory, progress.step)) as aside:
             save_file(weights, aside / WEIGHTS_FILE, {"format": "pt"})
@@ -196,13 +204,19 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
     try:
         state: dict[str, Any] = json.loads(read_bounded(path, _STATE_BYTES_MAX))
-        served, losses = state["served"], state["losses"]
+        served, losses, norms = state["served"], state["losses"], state["gradient_norms"]
         names = type(served) is list and all(type(name) is str for name in served)
-        numbers = type(losses) is list and all(type(loss) is float for loss in losses)
+        numbers = all(
+            type(values) is list and all(type(value) is float for value in values)
+            for values in (losses, norms)
+        )
         if not (names and numbers and type(state["run"]) is dict):
             raise ValueError("an entry of another form")
-        if state["step"] != len(losses) or checkpoint != place_of(checkpoint.parent, len(losses)):
+        steps = len(losses)
+        if not steps == state["step"] == len(norms):
             raise ValueError("losses of another number of steps")
+        if checkpoint != place_of(checkpoint.parent, steps):
+            raise ValueError("of another step")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged ({error})") from error
     return state
@@ -264,7 +278,8 @@ def restore(
                 for key, value in moments.items()
                 if key.rpartition("::")[0] == stored_name(name)
             }
-    return Progress(state["step"], state["losses"], frozenset(state["served"]))
+    served, norms = frozenset(state["served"]), state["gradient_norms"]
+    return Progress(state["step"], state["losses"], norms, served)
 
 
 def _newest_whole(

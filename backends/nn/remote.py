@@ -22,6 +22,7 @@ from torch import nn
 
 from backends.he.interface import Values
 from backends.he.manifest import GroupSpec
+from backends.nn.head import LocalHead
 
 LinearFunction: TypeAlias = Callable[[int, Values], Values]
 """(matrix index, float32[T, K]) -> float32[T, N]; blocks until the product is there. Arrays, or
@@ -66,23 +67,37 @@ class Remote:
         self._linear: LinearFunction | None = None
         self._lane = threading.local()
         self.recorder: Callable[[RemoteLinear, torch.Tensor], None] | None = None
+        self.head: LocalHead | None = None
 
     @contextmanager
-    def connected(self, linear: LinearFunction) -> Iterator[None]:
-        """Within this context remote linears compute through `linear`."""
+    def connected(self, linear: LinearFunction, head: LocalHead | None = None) -> Iterator[None]:
+        """Within this context remote linears compute through `linear`.
+
+        head  the owner's share in the backward product of a remote head
+        """
         if self._linear is not None:
             raise NotConnectedError("this model is already connected to a worker")
-        self._linear = linear
+        self._linear, self.head = linear, head
         try:
             yield
         finally:
-            self._linear = None
+            self._linear, self.head = None, None
 
-    def product(self, matrix: int, x: torch.Tensor) -> torch.Tensor:
-        """x[..., K] times a matrix of the catalogue, in x's dtype, through the worker."""
-        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-        y = self.compute(matrix, rows)
-        return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+    def product(self, group: RemoteGroup, x: torch.Tensor) -> torch.Tensor:
+        """x[..., K] -> [..., N], in x's dtype, through the worker."""
+        y = self.compute(group.forward_matrix, _rows(x))
+        return _like(y, x)
+
+    def input_gradient(self, group: RemoteGroup, dy: torch.Tensor) -> torch.Tensor:
+        """dy[..., N] -> [..., K], in dy's dtype, through the worker, but for a head's share."""
+        rows = _rows(dy)
+        if self.head is not None and self.head.group == group.index:
+            dx = self.head.input_gradient(
+                rows, lambda rest: self.compute(group.backward_matrix, rest)
+            )
+        else:
+            dx = self.compute(group.backward_matrix, rows)
+        return _like(dx, dy)
 
     def compute(self, matrix: int, rows: torch.Tensor) -> torch.Tensor:
         """float32[T, K] -> float32[T, N]; the one step a trace without numbers replaces."""
@@ -105,7 +120,7 @@ class Remote:
             # Whoever is first may want no gradients; the others do.
             with torch.set_grad_enabled(x.requires_grad):
                 y = _GroupProduct.apply(x, self, group)  # type: ignore[no-untyped-call]
-                parts = torch.split(y, list(group.spec.out_features), dim=-1)
+                parts = _split(y, group.spec.out_features)
             outputs = kept[group.index] = _Outputs(x, parts, set(range(len(parts))))
         outputs.waiting.discard(slot)
         if not outputs.waiting:
@@ -123,11 +138,26 @@ class _GroupProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, remote: Remote, group: RemoteGroup) -> torch.Tensor:
         ctx.remote, ctx.group = remote, group
-        return remote.product(group.forward_matrix, x)
+        return remote.product(group, x)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.remote.product(ctx.group.backward_matrix, dy), None, None
+        return ctx.remote.input_gradient(ctx.group, dy), None, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """float32[T, n] of [..., n]; x's own memory where it can be."""
+    return x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+
+
+def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """float32[T, m] as [..., m], in the dtype and with the leading sizes of x."""
+    return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+
+def _split(y: torch.Tensor, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Each member's part of [..., N]; one's alone is y itself, whose gradient nothing copies."""
+    return (y,) if len(sizes) == 1 else torch.split(y, list(sizes), dim=-1)
 
 
 class RemoteLinear(nn.Linear):
@@ -135,6 +165,8 @@ class RemoteLinear(nn.Linear):
 
     It is an nn.Linear so that `peft` wraps it like one; its own weight is empty. The bias, where
     there is one, stays with the owner and is added in clear.
+
+    is_head  whether it is the model's language-model head
     """
 
     def __init__(
@@ -146,6 +178,7 @@ class RemoteLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self.bias = None  # type: ignore[assignment]
         self.name = name
+        self.is_head = False
         self.group: RemoteGroup | None = None
         self.slot = 0
         # Not a submodule or attribute torch would copy or save.

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from backends.he.interface import Values
 from backends.he.manifest import GroupSpec
+from backends.nn.losses import token_losses
 from backends.nn.remote import LinearFunction, Remote
 from backends.nn.sources import CheckpointError, first_line, probe_tokens
 
@@ -86,7 +87,7 @@ def require_trainable(model: PeftModel, skeleton: Skeleton) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         with skeleton.remote.connected(_low_rank(skeleton.groups, _SCALES[1])), torch.enable_grad():
-            loss = _logits(skeleton.model, tokens).square().mean()
+            loss = token_losses(skeleton.model, tokens)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             raise RuntimeError("no gradient reaches any of them")

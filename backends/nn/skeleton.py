@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from backends.he.manifest import GroupSpec
+from backends.he.store import PreparedModel
+from backends.nn.head import LocalHead
 from backends.nn.remote import Remote, RemoteLinear, discover_groups
 from backends.nn.sane import require_finite
 from backends.nn.selfcheck import require_causal
@@ -38,6 +41,7 @@ class Skeleton:
     remote_share  of the frozen weights that text meets, but embeddings and head, workers compute
                   this, 0 to 1
     notes         what a user should know of the model, a line each
+    head          the name of the language-model head where that is remote
     """
 
     base: Base
@@ -49,6 +53,23 @@ class Skeleton:
     remote_share: float
     notes: tuple[str, ...]
     read: Callable[[str], torch.Tensor]
+    head: str | None = None
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the modules that get adapters: all remote ones but the head.
+
+        One there would add arrays as wide as the vocabulary to every pass.
+        """
+        return [name for name in self.shapes if name != self.head]
+
+    def local_head(self, prepared: PreparedModel) -> LocalHead | None:
+        """The owner's share in a remote head's backward product; None for a local head."""
+        if self.head is None:
+            return None
+        place = next(i for i, group in enumerate(self.groups) if self.head in group.members)
+        backward = prepared.owner_matrices()[2 * place + 1]
+        return LocalHead.of(place, prepared.worker_weights()[place], backward)
 
     def load_weight(self, module: str) -> torch.Tensor:
         """The floating weight [out, in] of a remote module, on the CPU.
@@ -74,6 +95,7 @@ def build_skeleton(
     dtype: torch.dtype = torch.float32,
     remote: Remote | None = None,
     least_remote: float = LEAST_REMOTE,
+    tables: Path | None = None,
 ) -> Skeleton:
     """The owner's model of a base.
 
@@ -81,16 +103,21 @@ def build_skeleton(
     remote        what computes the remote linears, where it is not a plain `Remote`; the model is
                   then not tried
     least_remote  the least `remote_share` that is accepted
+    tables        a directory for tables that are to be mapped; None has them all in memory
 
     Raises CheckpointError when the base cannot be loaded or is of a kind that does not work here.
     """
     checked = remote is None
     outline = base.outline(dtype)
     names = _linears(outline, remote_head)
-    loaded = base.load(dtype, names)
+    loaded = base.load(dtype, names, tables)
     model, remote = loaded.model, remote or Remote()
+    head_module = _head(model)
     transposed = frozenset(n for n in names if isinstance(model.get_submodule(n), Conv1D))
+    head = next((name for name in names if model.get_submodule(name) is head_module), None)
     shells = _swap(model, names, remote, dtype)
+    if head is not None:
+        shells[head].is_head = True
     model.requires_grad_(False)
     _stay_in_evaluation(model)
     require_finite(model)
@@ -102,8 +129,9 @@ def build_skeleton(
         ) from error
     shapes = {n: torch.Size((s.out_features, s.in_features)) for n, s in shells.items()}
     skeleton = Skeleton(
-        base, model, remote, groups, shapes, transposed, 0.0, loaded.notes, loaded.read
-    )
+        base, model, remote, groups, shapes, transposed, 0.0, loaded.notes, loaded.read,
+        None if head in unreached else head,
+    )  # fmt: skip
     for name in unreached:
         _restore(skeleton, name, dtype)
     skeleton.remote_share = _require_share(skeleton, least_remote, unreached)

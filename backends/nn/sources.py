@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from backends.errors import UserError
 from backends.nn.remote import RemoteLinear
+from backends.nn.tables import map_input_table, table_place
 
 
 class CheckpointError(UserError, ValueError):
@@ -54,8 +56,13 @@ class Base(ABC):
         return outline_of(self.config, dtype)
 
     @abstractmethod
-    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
-        """The model in `dtype`; weights of the linears named in `remote` stay where they are."""
+    def load(
+        self, dtype: torch.dtype, remote: Collection[str], tables: Path | None = None
+    ) -> Loaded:
+        """The model in `dtype`; weights of the linears named in `remote` stay where they are.
+
+        tables  a directory for an embedding that is then mapped (`map_input_table`)
+        """
 
     @abstractmethod
     def identity(self) -> str:
@@ -115,7 +122,9 @@ class RandomBase(Base):
         out = torch.empty(shape)
         return out.normal_(0.0, self._deviation, generator=generator)
 
-    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
+    def load(
+        self, dtype: torch.dtype, remote: Collection[str], tables: Path | None = None
+    ) -> Loaded:
         """Tied weights are one tensor, named as the model names it first."""
         model = self.outline(dtype)
         shapes = {f"{name}.weight": model.get_parameter(f"{name}.weight").shape for name in remote}
@@ -127,6 +136,8 @@ class RandomBase(Base):
                 frozen = nn.Parameter(value, requires_grad=False)
                 setattr(model.get_submodule(owner), leaf, frozen)
         model.tie_weights()
+        if tables is not None:
+            map_input_table(model, remote, [], table_place(tables, self.identity(), dtype))
 
         def read(module: str) -> torch.Tensor:
             name = f"{module}.weight"
@@ -182,8 +193,10 @@ class HeldBase(Base):
         """The model itself, which has numbers."""
         return self._model
 
-    def load(self, dtype: torch.dtype, remote: Collection[str]) -> Loaded:
-        """It keeps the type it has."""
+    def load(
+        self, dtype: torch.dtype, remote: Collection[str], tables: Path | None = None
+    ) -> Loaded:
+        """It keeps the type it has, and all of it in memory."""
         self.identity()
         self._before = self._clear_logits(probe_tokens(self.config))
         wanted = {id(self._model.get_submodule(name)) for name in remote}

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from backends.errors import Interrupted, UserError
 from backends.ledger import WorkerLedger
@@ -30,6 +29,7 @@ from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
 from backends.nn.checkpoint import Progress
 from backends.nn.corpus import Sequences, batch_indices
+from backends.nn.losses import token_losses
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +76,6 @@ class TaintedError(UserError, RuntimeError):
 
 class TrainingInterrupted(Interrupted):
     """The user asked to stop; the text says what there is, and how to go on."""
-
-
-def token_losses(
-    model: nn.Module, tokens: torch.Tensor, counted: int | None = None
-) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the B*(S-1) predicted tokens of int64[B, S].
-
-    counted  only the first so many sequences; the others are computed, for a worker to see
-    """
-    tokens = tokens.to(next(model.parameters()).device)
-    logits = model(input_ids=tokens, use_cache=False).logits[:counted, :-1]
-    tokens = tokens[:counted]
-    return functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1), reduction="sum"
-    )
 
 
 def evaluate(
@@ -165,7 +150,7 @@ class Trainer:
         self._run = asdict(config) | (identity or {})
         self._adapter_config = config_text(model) if checkpoints is not None else None
         self._say = say
-        self.progress = Progress(0, [])
+        self.progress = Progress(0, [], [])
         if checkpoints is not None:
             self._run["data"] = checkpoint.data_tag(checkpoints, sequences)
         self._restore()
@@ -193,7 +178,7 @@ class Trainer:
             while self.progress.step < self.config.steps:
                 start = time.perf_counter()
                 try:
-                    loss = self._step(pool)
+                    loss, norm = self._step(pool)
                 except BaseException:
                     self._distrust()
                     raise
@@ -201,8 +186,12 @@ class Trainer:
                 if self._caught():
                     on_return(self._go_back())
                     continue
+                done = self.progress
                 self.progress = Progress(
-                    self.progress.step + 1, [*self.progress.losses, loss], self._rests_on()
+                    done.step + 1,
+                    [*done.losses, loss],
+                    [*done.gradient_norms, norm],
+                    self._rests_on(),
                 )
                 on_step(self.progress.step, loss)
                 last = self.progress.step == self.config.steps
@@ -277,7 +266,8 @@ class Trainer:
         if self._checkpoints is not None and self._caught():
             checkpoint.set_aside(self._checkpoints, self._ledger.retired)
 
-    def _step(self, pool: Executor) -> float:
+    def _step(self, pool: Executor) -> tuple[float, float]:
+        """One step; its mean loss, and its gradient's norm before clipping."""
         step, config = self.progress.step, self.config
         chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
         batch = self._sequences[chosen]
@@ -310,7 +300,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = config.rate(step)
         self._optimizer.step()
-        return total
+        return total, norm.item()
 
     def _pass(self, part: torch.Tensor, batch: int) -> tuple[float, tuple[torch.Tensor, ...]]:
         """One lane: loss and gradients of a micro-batch, as its share of the step's mean."""

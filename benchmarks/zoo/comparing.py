@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from backends.errors import UserError
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.losses import token_losses
 from backends.nn.selfcheck import require_trainable
 from backends.nn.skeleton import LEAST_REMOTE
-from backends.nn.trainer import token_losses
 from benchmarks.zoo.configs import FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN
 from benchmarks.zoo.ours import open_skeleton, plain_products
 from benchmarks.zoo.shaking import noise

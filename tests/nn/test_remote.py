@@ -9,9 +9,9 @@ import torch
 from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.local import localise
+from backends.nn.losses import token_losses
 from backends.nn.remote import NotConnectedError, RemoteLinear
 from backends.nn.selfcheck import exact_linear
-from backends.nn.trainer import token_losses
 from tests.nn.conftest import Tiny, tokens
 
 

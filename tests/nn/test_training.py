@@ -18,7 +18,9 @@ from peft import PeftModel
 from backends.nn import checkpoint
 from backends.nn.adapters import add_lora, save_adapter, trainable
 from backends.nn.checkpoint import ResumeError, SaveError
+from backends.nn.corpus import batch_indices
 from backends.nn.local import localise
+from backends.nn.losses import token_losses
 from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted, evaluate
 from tests.nn.conftest import Tiny, tokens
 
@@ -64,6 +66,23 @@ def test_private_training_follows_clear_training(llama: Tiny) -> None:
     _, private = run(llama, "mlwe", lanes=2)
     assert private == pytest.approx(clear, rel=2e-3)
     assert clear[-1] < clear[0]
+
+
+def test_the_norm_of_each_gradient_is_kept(llama: Tiny, tmp_path: Path) -> None:
+    """Before clipping, beside the losses, and through a resume."""
+    skeleton = llama.skeleton()
+    localise(skeleton, llama.prepared["clear"])
+    model = add_lora(skeleton.model, 4, 8, seed=0, linears=list(skeleton.shapes))
+    config = TrainConfig(2, 4, 4, learning_rate=1e-2, max_grad_norm=1e-3)
+    ids = DATA[batch_indices(0, 4, len(DATA), 0)]
+    loss = token_losses(model, ids) / (4 * 11)
+    first = torch.autograd.grad(loss, list(trainable(model).values()))
+    trainer = Trainer(model, DATA, config, checkpoints=tmp_path)
+    trainer.train()
+    norms = trainer.progress.gradient_norms
+    assert norms[0] == pytest.approx(float(torch.cat([g.flatten() for g in first]).norm()))
+    assert len(norms) == 2
+    assert Trainer(model, DATA, config, checkpoints=tmp_path).progress.gradient_norms == norms
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])

@@ -28,7 +28,8 @@ def step_doubled() -> None:
         found = real(*args)
         if found is None or not found.step:
             return found
-        return Progress(found.step - 1, found.losses[:-1], found.served)
+        norms = found.gradient_norms[:-1]
+        return Progress(found.step - 1, found.losses[:-1], norms, found.served)
 
     checkpoint.restore = restore
 

@@ -18,10 +18,11 @@ from backends.he.manifest import GroupSpec
 from backends.he.params import preset
 from backends.he.preparation import prepare
 from backends.nn.adapters import add_lora, trainable
+from backends.nn.head import LocalHead
+from backends.nn.losses import token_losses
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
-from backends.nn.trainer import token_losses
 from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Origin, Work
 from sim.layers import shortened, trace_deep
@@ -113,6 +114,10 @@ def test_the_trace_is_the_cost_of_a_real_pass(name: str, remote_head: bool) -> N
     remote = CpuRecorder(tally)
     skeleton = build_skeleton(based(CONFIGS[name]), remote_head, remote=remote)
     remote.groups = skeleton.groups
+    if remote_head:
+        codes = torch.ones(96, 48, dtype=torch.int8)
+        head = len(remote.groups) - 1
+        remote.head = LocalHead(head, codes, torch.ones(96), torch.ones(48))
     model = add_lora(skeleton.model, 4, 8, seed=1)
     model.train()
     tokens = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
