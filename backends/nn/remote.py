@@ -135,6 +135,8 @@ class RemoteLinear(nn.Linear):
 
     It is an nn.Linear so that `peft` wraps it like one; its own weight is empty. The bias, where
     there is one, stays with the owner and is added in clear.
+
+    is_head  whether it is the model's language-model head
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class RemoteLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self.bias = None  # type: ignore[assignment]
         self.name = name
+        self.is_head = False
         self.group: RemoteGroup | None = None
         self.slot = 0
         # Not a submodule or attribute torch would copy or save.
@@ -204,6 +207,7 @@ def discover_groups(model: nn.Module, remote: Remote) -> tuple[list[GroupSpec], 
             tuple(m.name for m in members),
             members[0].in_features,
             tuple(m.out_features for m in members),
+            precise=any(m.is_head for m in members),
         )
         specs.append(spec)
         shared = RemoteGroup(index, spec)

@@ -89,8 +89,12 @@ def build_skeleton(
     names = _linears(outline, remote_head)
     loaded = base.load(dtype, names)
     model, remote = loaded.model, remote or Remote()
+    head_module = _head(model)
     transposed = frozenset(n for n in names if isinstance(model.get_submodule(n), Conv1D))
+    head = next((name for name in names if model.get_submodule(name) is head_module), None)
     shells = _swap(model, names, remote, dtype)
+    if head is not None:
+        shells[head].is_head = True
     model.requires_grad_(False)
     _stay_in_evaluation(model)
     require_finite(model)
