@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backends.errors import UserError
-from backends.he.manifest import is_finished
+from backends.he.manifest import GroupSpec, is_finished
 from backends.he.params import Parameters
 from backends.he.params import preset as named_preset
 from backends.he.preparation import Arithmetic, work_units
@@ -72,14 +72,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "private-lora"
 
 
-def place_of(skeleton: Skeleton, parameters: Parameters, cache: Path, owner_tag: bytes) -> Path:
+def place_of(
+    base: Base, groups: Sequence[GroupSpec], parameters: Parameters, cache: Path, owner_tag: bytes
+) -> Path:
     """The directory of a prepared model in a cache: one a model, parameter set and tag."""
-    facts = [
-        skeleton.base.identity(), asdict(parameters), [asdict(g) for g in skeleton.groups],
-        owner_tag.hex(),
-    ]  # fmt: skip
+    facts = [base.identity(), asdict(parameters), [asdict(g) for g in groups], owner_tag.hex()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return cache / f"{skeleton.base.config.model_type}-{parameters.name}-{key}"
+    return cache / f"{base.config.model_type}-{parameters.name}-{key}"
 
 
 def prepared_at(
@@ -127,9 +126,8 @@ def prepare(
     parameters = named_preset(preset)
     try:
         skeleton = build_skeleton(base, remote_head, _dtype(base), least_remote=least_remote)
-        directory = place_of(
-            skeleton, parameters, Path(cache) if cache else cache_directory(), owner_tag
-        )
+        place = Path(cache) if cache else cache_directory()
+        directory = place_of(base, skeleton.groups, parameters, place, owner_tag)
         total, so_far = work_units(skeleton.groups, parameters), 0
 
         def advance(label: str, done: int) -> None:

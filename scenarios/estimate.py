@@ -126,13 +126,9 @@ def estimate(
     """What the simulator says. Raises ValueError or RuntimeError for a model it cannot follow."""
     # Only here: a run without a worker elsewhere needs no simulator.
     from sim.trace import PARTS, critical_path
-    from sim.workload import trace_step
     from sim.world import simulate
 
-    workload = trace_step(
-        shape.config, shape.tokens, shape.sequence, shape.rank, shape.remote_head, shape.preset,
-        hardware.dtype,
-    )  # fmt: skip
+    workload = workload_of(shape, shape.remote_head, hardware)
     result = simulate(_world(workload, shape.lanes, probe, hardware, workers))
     (step,) = result.steps
     parts = critical_path(result.trace.spans, step.start_s, step.end_s)
@@ -141,6 +137,16 @@ def estimate(
     return Estimate(
         steps, step.duration_s, steps * step.bytes_up, steps * step.bytes_down,
         sum(result.worker_busy_s.values()), name, probe,
+    )  # fmt: skip
+
+
+def workload_of(shape: Shape, remote_head: bool, hardware: Hardware) -> Workload:
+    """The trace of one micro-batch on this hardware. Raises ValueError or RuntimeError."""
+    from sim.workload import trace_step
+
+    return trace_step(
+        shape.config, shape.tokens, shape.sequence, shape.rank, remote_head, shape.preset,
+        hardware.dtype,
     )  # fmt: skip
 
 
@@ -176,19 +182,24 @@ def _world(
     )  # fmt: skip
 
 
-def _limbs(workload: Workload, probe: LineProbe) -> int:
-    """Digits of a value of the matrices that were asked for."""
-    shapes = [workload.matrices[matrix] for matrix, _ in probe.asked]
-    return max((-(-s.up_bytes_per_token // s.in_features) for s in shapes), default=3)
+def _limbs(workload: Workload, probe: LineProbe) -> float:
+    """Digits of a value of the matrices that were asked for, on average over the products."""
+    from sim.workload import limbs_of
+
+    limbs = products = 0.0
+    for matrix, tokens in probe.asked:
+        shape = workload.matrices[matrix]
+        size = float(tokens) * shape.in_features * shape.out_features
+        limbs, products = limbs + limbs_of(shape) * size, products + size
+    return limbs / products if products else 3.0
 
 
 def _owner(workload: Workload, probe: LineProbe, hardware: Hardware) -> DeviceProfile:
-    """A profile of this machine: the built-in one of its kind, at the speeds seen here."""
+    """A profile of this machine, its cipher at the speed that the probe saw."""
     from backends.he.params import preset
-    from sim.device import DeviceProfile
     from sim.workload import decrypt_work, encrypt_work
 
-    base = DeviceProfile.builtin("h200" if hardware.gpu else "cpu-2core")
+    base = this_machine(hardware)
     parameters = preset(workload.preset)
     expected_s = sum(
         base.seconds(work(workload.matrices[matrix], tokens, parameters), task)
@@ -199,9 +210,23 @@ def _owner(workload: Workload, probe: LineProbe, hardware: Hardware) -> DevicePr
     rates = dict(base.rates)
     for kind in ("ring_row", "value"):
         rates[kind] /= slower
-    rates["float"] = float_rate(hardware)
+    return replace(base, rates=rates)
+
+
+def this_machine(hardware: Hardware) -> DeviceProfile:
+    """The built-in profile of its kind, with its cores and what a small float product takes here.
+
+    The cipher's kernels are split over all cores.
+    """
+    from sim.device import DeviceProfile
+
+    base = DeviceProfile.builtin("h200" if hardware.gpu else "cpu-2core")
     cores = base.cores if hardware.gpu else float(core_count())
     width = {task: min(cores, value) for task, value in base.width.items()}
+    rates = {kind: rate * cores / base.cores for kind, rate in base.rates.items()}
+    rates["float"] = float_rate(hardware)
+    if "wire" in rates:  # of one core
+        rates["wire"] = base.rates["wire"]
     return replace(base, name="this machine", rates=rates, cores=cores, width=width)
 
 

@@ -77,7 +77,13 @@ from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.estimate import Shape
-from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
+from scenarios.preparation import (
+    add_model_options,
+    chosen_base,
+    chosen_skeleton,
+    prepared_for,
+    settle_head,
+)
 from scenarios.real_trace import RealTrace
 from scenarios.session import (
     Live,
@@ -162,6 +168,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     if args.clear_peer:
         hardware = replace(hardware, dtype=DTYPES[args.clear_peer])
     base = chosen_base(args)
+    settle_head(args, shape_of(args, base), base, hardware, not args.worker)
     skeleton = chosen_skeleton(args, base, hardware.dtype)
     require_rank(skeleton.groups, args.rank)
     warning = require_positions(skeleton.model, args.sequence)
@@ -178,6 +185,14 @@ def set_up(args: argparse.Namespace) -> Setup:
     )
     name = f"random-{args.seed}" if args.weights is None else base_name(args.weights)
     return Setup(hardware, base, skeleton, sequences, training, name)
+
+
+def shape_of(args: argparse.Namespace, base: Base) -> Shape:
+    """What decides a step's cost."""
+    return Shape(
+        base.config, args.tokens, args.sequence, args.lanes, args.rank, args.preset,
+        args.lm_head == "remote",
+    )  # fmt: skip
 
 
 def make_trainer(
@@ -305,7 +320,7 @@ class Run:
             print(f"the step in clear is in {dtype}: the widest linear takes {found}{remark}")
             self.clear_facts["clear_linear_ms"] = times_ms
         self.clear_facts["clear_dtype"] = dtype
-        return ClearPeer(argv, dtype)
+        return ClearPeer([*argv, "--lm-head", self.args.lm_head], dtype)
 
     def _room(self, setup: Setup, prepared: PreparedModel, model: PeftModel) -> int | None:
         """Device memory for hints; checks on the way that the run fits."""
@@ -316,13 +331,8 @@ class Run:
         return check_memory(gpu, setup.base.config, prepared, tokens, model, args.compare_clear)
 
     def _estimate(self, setup: Setup, trainer: Trainer, session: PrivateSession) -> None:
-        args = self.args
-        shape = Shape(
-            setup.base.config, args.tokens, args.sequence, args.lanes, args.rank, args.preset,
-            args.lm_head == "remote",
-        )  # fmt: skip
         left = setup.training.steps - trainer.progress.step
-        self.estimate_facts = session.say_estimate(shape, left)
+        self.estimate_facts = session.say_estimate(shape_of(self.args, setup.base), left)
 
     def _train(
         self,

@@ -29,6 +29,8 @@ from backends.nn.sources import Base, RandomBase
 from backends.options import Number, place
 from backends.places import named, output_directory
 from backends.units import human_bytes
+from scenarios.estimate import Shape
+from scenarios.head import CHOICES, decided
 from sim.models import model_config
 
 
@@ -76,9 +78,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|FILE|ID",
         help="checkpoint: a directory, a GGUF file, or an id of the hub; random weights without",
     )
-    add("--lm-head", choices=("local", "remote"), default="local",
-        help="who multiplies by the head: remote saves the owner work and costs traffic and "
-        "precision (see docs/design.md)")  # fmt: skip
+    add("--lm-head", choices=CHOICES, default="local",
+        help="who multiplies by the head: remote saves the owner work and costs traffic (see "
+        "docs/design.md); auto asks the simulator and says why")  # fmt: skip
     add(
         "--least-remote",
         type=Number(0, 1),
@@ -114,6 +116,17 @@ def chosen_base(args: argparse.Namespace) -> Base:
         base = open_base(args.weights)
     print(f"weights: {base.describe()}")
     return base
+
+
+def settle_head(
+    args: argparse.Namespace, shape: Shape, base: Base, hardware: Hardware, here: bool
+) -> None:
+    """Put `local` or `remote` in the place of `--lm-head auto`; see `scenarios.head`.
+
+    here  the worker is in this process
+    """
+    if args.lm_head == "auto":
+        args.lm_head = decided(shape, base, hardware, here, args.cache, args.owner_tag)
 
 
 def chosen_skeleton(
@@ -167,7 +180,7 @@ def prepared_for(
     Raises PreparationError when it cannot be made, or what lies there is damaged, wrong or not
     what is asked for.
     """
-    directory = place_of(skeleton, parameters, cache, owner_tag)
+    directory = place_of(skeleton.base, skeleton.groups, parameters, cache, owner_tag)
     start = time.perf_counter()
     found = is_finished(directory)
     if found:

@@ -36,6 +36,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from backends.hardware import CPU
 from backends.he.manifest import NAME, PreparationError
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
@@ -45,7 +46,17 @@ from backends.places import replaced_directory
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.preparation import add_model_options, chosen_base, chosen_skeleton, prepared_for
+from scenarios.estimate import Shape
+from scenarios.preparation import (
+    add_model_options,
+    chosen_base,
+    chosen_skeleton,
+    prepared_for,
+    settle_head,
+)
+
+_STEP = (256, 256, 4, 16)
+"""Tokens, sequence, lanes and rank of the step that `--lm-head auto` takes for granted."""
 
 MODES = Modes(
     {"random": "random weights (without --weights)"},
@@ -67,6 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.worker_part is not None:
         _require_free(args.worker_part, args.cache)
     base = chosen_base(args)
+    settle_head(args, Shape(base.config, *_STEP, args.preset), base, CPU, here=False)
     skeleton = chosen_skeleton(args, base)
     prepared, seconds = prepared_for(
         skeleton, preset(args.preset), args.cache,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.units import human_bytes
+from scenarios.head import ASSUMED_BPS, ASSUMED_RTT_S, compared
 from scenarios.timeline import WORDS, headline, plot_timeline
 from scenarios.whatif import quantities
 from scenarios.whatif.setting import (
@@ -35,7 +36,7 @@ __all__ = ["MENDABLE", "add_options", "print_report", "run"]
 NETWORKS = {
     "lan": (10e9, 0.0002, "the same building"),
     "datacenter": (25e9, 0.001, "the same data centre"),
-    "default": (1e9, 0.020, "an office with a gigabit line"),
+    "default": (ASSUMED_BPS, ASSUMED_RTT_S, "an office with a gigabit line"),
     "fibre": (1e9, 0.010, "fibre at home, 1 Gb/s both ways"),
     "home": (100e6, 0.020, "100 Mb/s both ways"),
     "dsl": (40e6, 0.030, "VDSL by its upload, 40 Mb/s"),
@@ -60,7 +61,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
     bandwidth_bps, rtt_s, _ = NETWORKS[args.network]
     setting = Setting(
         tokens=args.tokens, sequence=args.sequence, lanes=args.lanes, steps=args.steps,
-        head=args.lm_head, bandwidth_bps=bandwidth_bps, rtt_s=rtt_s,
+        bandwidth_bps=bandwidth_bps, rtt_s=rtt_s,
     )  # fmt: skip
     for name in _KNOBS:
         text = getattr(args, name.replace("-", "_"))
@@ -69,7 +70,19 @@ def setting_from(args: argparse.Namespace) -> Setting:
             if len(values) != 1:
                 raise SettingError(f"--{name} takes one value here; `scenarios.whatif` sweeps")
             setting = changed(setting, {name: values[0]})
-    return setting
+    if args.lm_head == "auto":
+        choice = compared(
+            lambda head: world_of(replace(setting, head=head)),
+            f"{setting.label}, {_line(setting)}",
+        )
+        print(choice.said())
+        return replace(setting, head=choice.head)
+    return replace(setting, head=args.lm_head)
+
+
+def _line(setting: Setting) -> str:
+    rate = quantities.show_bandwidth(setting.bandwidth_bps)
+    return f"{rate}, {quantities.show_duration(setting.rtt_s)} round trip"
 
 
 def describe_profile(profile: DeviceProfile) -> str:
@@ -102,8 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = simulate(replace(config, record_owners=None) if setting.owners <= 8 else config)
     found = figures(setting, result, Prices(gpu_hour=0.0))
     found = {k: v for k, v in found.items() if not k.startswith("cost")}
-    rate = quantities.show_bandwidth(setting.bandwidth_bps)
-    line = f"{rate}, {quantities.show_duration(setting.rtt_s)} round trip"
+    line = _line(setting)
     pictures = _write(args.out, setting, result, found, line)
     return {
         "simulated": True,

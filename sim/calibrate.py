@@ -30,6 +30,7 @@ from transformers import LlamaConfig
 
 from backends.errors import UserError
 from backends.files import write_json
+from backends.he.matmul import isa
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import Parameters, preset
 from backends.machine import busy_elsewhere_s, commit, machine
@@ -166,12 +167,15 @@ class Calibration:
     def __enter__(self) -> Calibration:
         for name, config in MODELS.items():
             rehearsed = self._stack.enter_context(rehearsal(config, self.parameters, max(LANES)))
-            workloads = {tokens: trace_step(config, tokens) for tokens in TOKENS}
+            workloads = {tokens: self._trace(config, tokens) for tokens in TOKENS}
             self.models.append(Model(name, rehearsed, workloads))
             for tokens in TOKENS:  # compiles, fills caches, makes the optimiser's moments
                 rehearsed.alone(tokens)
                 rehearsed.update()
         return self
+
+    def _trace(self, config: LlamaConfig, tokens: int) -> Workload:
+        return trace_step(config, tokens, preset=self.parameters.name)
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
@@ -260,12 +264,25 @@ class Calibration:
         assumed = (
             "the cipher's tasks keep all cores busy: their kernels are split over them",
             "overheads include the hand-over between the threads of the in-process driver",
+            "int8_pair follows from int8 by the digits that this processor multiplies",
         )
         today = time.strftime("%Y-%m-%d")
         origin = Origin("measured", describe_machine(), today, commit(), assumed)
         fitted = fit(self.cases(), name, origin, float(core_count()))
-        rates = {**fitted.rates, "wire": max(self.wire)}
+        rates = {**fitted.rates, **pair_rate(fitted.rates["int8"]), "wire": max(self.wire)}
         return _rounded(replace(fitted, rates=rates, width=fit_widths(self.crowds(), fitted)))
+
+
+def pair_rate(int8: float) -> dict[str, float]:
+    """The rate of products of two limbs beside that of products of three, which is measured.
+
+    A product takes as long as its digits: two 16-bit ones for three limbs, and one for two, where
+    the processor has no 8-bit dot product. Without a kernel of its own, it is the same rate.
+    """
+    kernel = next((each for each in isa.ALL if each.name == chosen_kernel().name), None)
+    if kernel is None:
+        return {}
+    return {"int8_pair": int8 * (2 / kernel.digits(2)) / (3 / kernel.digits(3))}
 
 
 def _watched(action: Callable[[], T]) -> tuple[T, float]:

@@ -14,6 +14,8 @@ task takes alone. A heap of virtual end times and one SimPy event are all it tak
 Kinds of operations (the keys of `Work.operations` and `DeviceProfile.rates`):
 
     int8       multiply-adds of an int8 matrix product; three limbs count three times
+    int8_pair  the same of a product of two limbs, for processors that take both as one digit of 16
+               bits; a profile without such a rate has the one of int8
     float      multiply-adds of the owner's own layers, in the run's float type
     ring_row   one output row of one block's ring arithmetic: rank products and one inverse NTT
     value      one element of a ciphertext that is made, opened or checked
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     import simpy
 
 PROFILES = Path(__file__).with_name("profiles")
+_LIKE = {"int8_pair": "int8"}
+"""Whose rate a kind has that has none of its own."""
 
 
 class ProfileError(ValueError):
@@ -159,8 +163,9 @@ class DeviceProfile:
     def _busy(self, work: Work) -> float:
         total = 0.0
         for kind, count in work.operations.items():
+            same = kind if kind in self.rates else _LIKE.get(kind, kind)
             try:
-                total += count / self.rates[kind]
+                total += count / self.rates[same]
             except KeyError:
                 raise ProfileError(
                     f"profile {self.name!r} has no rate for {kind!r}, only for "

@@ -14,6 +14,10 @@ What the cipher does for one linear is counted here too, in the units of `sim.de
                digits). Opening a result takes a third of that, and checking one input or result
                a fifth (measured on one AVX-512 core: 3.8, 1.3, 0.75 ns).
     int8       multiply-adds of the worker's product: limbs * tokens * inputs * outputs
+    int8_pair  the same of products of two limbs
+
+Not counted: packing and unpacking of values of 18 or 20 bits, learning a scale, and repairing what
+wrapped; all of it is little beside what is.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from sim.tracing import LaneTrace, trace_lane, trace_update
 
 __all__ = [
     "MODELS", "Linear", "Local", "Workload", "WorkloadError", "decrypt_work", "encrypt_work",
-    "multiply_work", "trace_step",
+    "limbs_of", "multiply_work", "trace_step",
 ]  # fmt: skip
 
 _NTT, _PRODUCT = 0.16, 0.024  # microseconds of one row on a Zen 4 core, see docs/design.md
@@ -90,6 +94,7 @@ class Workload:
     accumulate   adding a micro-batch's gradients to those of the step's first
     update       clipping and optimiser, once a step
     preset       name of the cipher parameters
+    groups       of linears that share an input; each has two matrices
     """
 
     name: str
@@ -102,6 +107,7 @@ class Workload:
     lora_rank: int
     remote_head: bool
     preset: str
+    groups: tuple[GroupSpec, ...] = ()
 
     @property
     def linears(self) -> tuple[MatrixShape, ...]:
@@ -160,7 +166,7 @@ def trace_step(
     return Workload(
         name or config.name_or_path or config.model_type,
         tokens, sequence, matrices, _items(trace, matrices), accumulate, update,
-        lora_rank, remote_head, preset,
+        lora_rank, remote_head, preset, trace.groups,
     )  # fmt: skip
 
 
@@ -213,7 +219,7 @@ def _items(trace: LaneTrace, matrices: tuple[MatrixShape, ...]) -> tuple[Local |
     return tuple(items)
 
 
-def _limbs(shape: MatrixShape) -> int:
+def limbs_of(shape: MatrixShape) -> int:
     """Base-256 digits of a value that the worker multiplies."""
     return -(-shape.up_bytes_per_token // shape.in_features)
 
@@ -238,7 +244,7 @@ def encrypt_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Wor
             "ring_row": _ring_rows(shape.in_features, tokens, parameters.rank),
             "value": (1 + _CHECKED) * values,
         },
-        public + values * (3 * 4 + 2 * _ERROR_BYTES + _limbs(shape)),
+        public + values * (3 * 4 + 2 * _ERROR_BYTES + limbs_of(shape)),
     )
 
 
@@ -261,8 +267,8 @@ def decrypt_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Wor
 
 def multiply_work(shape: MatrixShape, tokens: int) -> Work:
     """What a worker does for one request: the weight and the planes read, the answer written."""
-    inputs, outputs = shape.in_features, shape.out_features
+    inputs, outputs, limbs = shape.in_features, shape.out_features, limbs_of(shape)
     return Work(
-        {"int8": float(_limbs(shape) * tokens * inputs * outputs)},
+        {"int8_pair" if limbs == 2 else "int8": float(limbs * tokens * inputs * outputs)},
         inputs * outputs + tokens * (shape.up_bytes_per_token + shape.down_bytes_per_token),
     )

@@ -237,6 +237,7 @@ def discover_groups(model: nn.Module, remote: Remote) -> tuple[list[GroupSpec], 
             tuple(m.name for m in members),
             members[0].in_features,
             tuple(m.out_features for m in members),
+            precise=any(m.is_head for m in members),
         )
         specs.append(spec)
         shared = RemoteGroup(index, spec)

@@ -10,7 +10,8 @@ and --set turn its knobs. On all cores a sweep of 200 settings of a 1B model tak
 
 It ends with a table (every setting), the answer, and, in runs/whatif/NAME: rows.csv, rows.json and
 picture.png. Columns: p50 and p99 of the step time over all owners' steps, tokens/s of an owner and
-of a GPU, GPU utilisation, traffic, cost, and what a step waits for on its critical path.
+of a GPU, GPU utilisation, traffic, cost, what a step waits for on its critical path, and the speed
+over that of the same training in clear on the owner's own machine.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ COLUMNS = (
     ("worker", "path_worker", "{:.0%}"),
     ("down", "path_down", "{:.0%}"),
     ("idle", "path_idle", "{:.0%}"),
+    ("/clear", "private_over_clear", "{:.2g}"),
 )
 
 
@@ -168,7 +170,7 @@ class Sweep:
         with replacing(self.out / "rows.csv") as file:
             file.write(csv_text(self.rows).encode())
         if found is not None:
-            figures |= {"headline": found.headline, "answer": found.text}
+            figures |= {"headline": found.headline, "answer": found.text, **found.facts}
         write_json(self.out / "rows.json", figures)
         if found is not None:
             self._draw(found)

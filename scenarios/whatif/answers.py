@@ -4,18 +4,20 @@ effects   how much each knob matters, and the best setting                     (
 until     how far a knob can go until a figure has grown by a factor
 cheaper   which of two knobs buys speed for less
 against   what one choice costs against another, over everything else that varies
+worth     from which line on private is faster than clear on the owner's own machine
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any, TypeAlias
 
 from scenarios.timeline import WORDS
+from scenarios.whatif.clear import ASSUMED, memory_gb
 from scenarios.whatif.quantities import Value
 from scenarios.whatif.setting import KEYS, SettingError, shown, values_of
 from scenarios.whatif.study import Study
@@ -36,16 +38,21 @@ VALUES: dict[str, tuple[str, str, bool, str]] = {
     "gb_per_million_tokens": ("traffic", "GB per million tokens", False, ".4g"),
     "cost_per_million_tokens": ("cost", "$ per million tokens", False, ".3g"),
     "path_up": ("part of a step that is upload", "", False, ".0%"),
+    "private_over_clear": ("speed, private over clear here", "times", True, ".2g"),
 }
 
 
 @dataclass(frozen=True)
 class Answer:
-    """headline: one line, for the picture. text: some more lines. mark: knobs to point out."""
+    """headline: one line, for the picture. text: some more lines. mark: knobs to point out.
+
+    facts  more for --json
+    """
 
     headline: str
     text: str
     mark: Mapping[str, Value]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def answer(study: Study, rows: Sequence[Row]) -> Answer:
@@ -344,9 +351,95 @@ def _percent(change: float) -> str:
     return f"{100 * change:+.0f} %" if abs(change) >= 0.01 else f"{100 * change:+.1f} %"
 
 
+def _worth(study: Study, rows: Sequence[Row]) -> Answer:
+    """Private against clear on the owner's own machine, for each model and machine.
+
+    What else varies stands at its best for each bandwidth.
+    """
+    cases = [worth(group) for group in groups(rows, ("model", "owner-device")).values()]
+    words = {
+        "only": "clear does not fit, private does",
+        "always": f"from {shown('bandwidth', min(study.sweep['bandwidth']))} on, or less",
+        "never": "not here",
+    }
+    found: dict[str, list[str]] = {}
+    for case in cases:
+        name = f"{case['model']} on {shown('owner-device', case['owner_device'])}"
+        verdict = case["verdict"]
+        if verdict == "from":
+            verdict = f"from {shown('bandwidth', case['break_even_bps'])} on"
+        found.setdefault(words.get(verdict, verdict), []).append(name)
+    head = "Private is faster: " + "; ".join(
+        f"{what} ({', '.join(names)})" for what, names in found.items()
+    )
+    text = "\n".join(_told(case) for case in cases) + f"\nAssumed {ASSUMED}."
+    return Answer(head, text, {}, {"worth": cases, "assumed": ASSUMED})
+
+
+def worth(rows: Sequence[Row]) -> dict[str, Any]:
+    """One model on one machine.
+
+    verdict         only: clear does not fit the memory; never, always: at all bandwidths tried;
+                    from: from `break_even_bps` on, read off between two of them in proportion
+    private_most    tokens/s over the fastest line tried
+    """
+    best: dict[float, Row] = {}
+    for row in rows:
+        held = best.get(row["bandwidth_bps"], row)
+        best[row["bandwidth_bps"]] = max(held, row, key=lambda r: r["tokens_per_s_owner"])
+    line = [best[bps] for bps in sorted(best)]
+    first, last = line[0], line[-1]
+    even = None
+    if not first["clear_fits"]:
+        verdict = "only"
+    elif first["private_over_clear"] >= 1:
+        verdict = "always"
+    else:
+        even = next((_even(a, b) for a, b in pairwise(line) if b["private_over_clear"] >= 1), None)
+        verdict = "never" if even is None else "from"
+    return {
+        "model": first["model"],
+        "owner_device": first["owner_device"],
+        "verdict": verdict,
+        "break_even_bps": even,
+        "clear_tokens_per_s": first["clear_tokens_per_s"],
+        "clear_memory_gb": first["clear_memory_gb"],
+        "memory_gb": memory_gb(first["owner_device"]),
+        "private_most": last["tokens_per_s_owner"],
+        "private_most_bps": last["bandwidth_bps"],
+        "limit": limit_of(last),
+    }
+
+
+def _even(below: Row, above: Row) -> float:
+    """The bandwidth at which the ratio is 1, on a straight line of logarithms."""
+    bps = [math.log(row["bandwidth_bps"]) for row in (below, above)]
+    ratios = [math.log(row["private_over_clear"]) for row in (below, above)]
+    part = -ratios[0] / (ratios[1] - ratios[0])
+    return math.exp(bps[0] + part * (bps[1] - bps[0]))
+
+
+def _told(case: Mapping[str, Any]) -> str:
+    """One case in a line."""
+    clear = say("tokens_per_s_owner", case["clear_tokens_per_s"])
+    needs = f"{case['clear_memory_gb']:.3g} of {case['memory_gb']:.3g} GB"
+    most = say("tokens_per_s_owner", case["private_most"])
+    over = shown("bandwidth", case["private_most_bps"])
+    told = {
+        "only": f"clear does not fit ({needs}); private is the only way",
+        "never": f"not here: clear does {clear} ({needs})",
+        "always": f"over every line tried; clear does {clear} ({needs})",
+        "from": f"from {shown('bandwidth', case['break_even_bps'] or 0.0)} on; clear does {clear} "
+        f"({needs})",
+    }[case["verdict"]]
+    where = f"{case['model']} on {shown('owner-device', case['owner_device'])}"
+    return f"  {where}: {told}; private {most} over {over}, where {case['limit']}"
+
+
 _KINDS: Mapping[str, Callable[..., Answer]] = {
     "effects": _effects,
     "until": _until,
     "cheaper": _cheaper,
     "against": _against,
+    "worth": _worth,
 }

@@ -81,6 +81,7 @@ _ANSWERS: Mapping[str, tuple[Mapping[str, Check], tuple[str, ...]]] = {
     "against": (
         {"knob": _varies, "value": _figure, "what": _text, "remedy": _varies}, ("knob",),
     ),
+    "worth": ({}, ()),
 }  # fmt: skip
 """Options of each kind of answer, and those that it cannot do without."""
 _PLOT: Mapping[str, Check] = {
@@ -111,6 +112,8 @@ def require_sound(study: Study) -> None:
     _check(study, f"[answer] of kind {kind!r}", options, checks)
     if kind == "cheaper" and sorted((options["one"], options["other"])) != sorted(varying(study)):
         raise SettingError("[answer] of kind 'cheaper': one and other are the two knobs that vary")
+    if kind == "worth" and "bandwidth" not in varying(study):
+        raise SettingError("[answer] of kind 'worth': bandwidth must vary")
     _check(study, "[plot]", study.plot, _PLOT)
     _check_axes(study)
 

@@ -49,7 +49,7 @@ def _facts(study: Study, rows: Sequence[Row], left_out: Sequence[str]) -> str:
     """What stays the same in a picture, for its small print."""
     row = rows[0]
     told = ["model", "gpu", "owner-device", "workers", "owners", "lanes", "tokens", "bandwidth"]
-    told += ["rtt", "site-bandwidth", "sites", "placement"]
+    told += ["rtt", "site-bandwidth", "sites", "placement", "head"]
     if row["workers"] == 1:
         told = [knob for knob in told if knob not in ("sites", "placement", "workers")]
     parts = []
@@ -191,6 +191,8 @@ def _meaning(study: Study, value: str, against: str | None) -> str:
         first, last = (shown(against, study.sweep[against][i]) for i in (0, -1))
         return f"change of the {words} with {against} {last} instead of {first}"
     better = "darker is better" if more else "darker is worse"
+    if value == "private_over_clear":
+        better += "; above 1 private is faster; *: clear would not fit the owner's memory"
     best = "; bold: the best" if study.answer.get("kind") != "against" else ""
     return f"{words}, {unit} ({better}{best})"
 
@@ -254,12 +256,17 @@ def _map(
     focus = {k: KEYS[k].form.read(str(v)) for k, v in study.answer.get("at", {}).items()}
     columns, lines = study.sweep[x], study.sweep[y]
     cells = np.full((len(lines), len(columns)), np.nan)
+    no_clear = set()
     for row in rows:
-        cells[lines.index(of(row, y)), columns.index(of(row, x))] = row[value]
+        place = lines.index(of(row, y)), columns.index(of(row, x))
+        cells[place] = row[value]
+        if value == "private_over_clear" and not row["clear_fits"]:
+            no_clear.add(place)
     axes.imshow(shades(cells), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in np.ndindex(cells.shape):
         number = cells[i, j]
         text = "none" if np.isnan(number) else f"{number:{form}}".replace("%", " %")
+        text += "*" if (i, j) in no_clear else ""
         dark = not np.isnan(number) and float(shades(number)) > 0.55
         best = (mark.get(x), mark.get(y)) == (columns[j], lines[i])
         axes.text(

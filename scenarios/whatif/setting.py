@@ -16,7 +16,10 @@ import networkx as nx
 import numpy as np
 
 from protocol.placement import Placement
+from scenarios.head import CHOICES as CHOICES_OF_HEAD
+from scenarios.head import HEADS, pays
 from scenarios.whatif import quantities
+from scenarios.whatif.clear import ClearRun, clear_run
 from scenarios.whatif.quantities import Form, Value
 from sim.device import DeviceProfile, ProfileError
 from sim.network import Link, star, two_sites
@@ -27,7 +30,7 @@ from sim.world import WorldConfig, WorldError, WorldResult, simulate
 CHOICES = {
     "placement": ("spread", "by-layer", "one"),
     "connection": ("stream", "parallel"),
-    "head": ("local", "remote"),
+    "head": CHOICES_OF_HEAD,
 }
 SITE_LAN = Link(bandwidth_bps=400e9, delay_s=5e-6)
 PASSES_MOST = 1_000_000
@@ -54,7 +57,8 @@ class Setting:
                         one after the other; one: only the first worker is used
     connection          stream: an owner's requests to a worker follow each other on the line;
                         parallel: they share it
-    head                who multiplies by the language model's head
+    head                who multiplies by the language model's head; auto: both are simulated, and
+                        the better one counts
     """
 
     model: str = "llama-3.2-1b"
@@ -147,7 +151,7 @@ KEYS: dict[str, Key] = {
     "jitter": Key("jitter_s", _TIME, "mean extra delay of a frame"),
     "loss": Key("loss", _PART, "packets lost on an owner's line"),
     "connection": Key("connection", _WORD, "requests on the line: stream or parallel"),
-    "head": Key("head", _WORD, "local or remote"),
+    "head": Key("head", _WORD, "local, remote or auto"),
     "steps": Key("steps", _COUNT, "steps that count"),
 }
 BY_FIELD = {key.field: name for name, key in KEYS.items()}
@@ -220,8 +224,22 @@ def workload_of(model: str, tokens: int, sequence: int, head: str) -> Workload:
 
 
 def workload_for(setting: Setting) -> Workload:
-    """The workload of a setting."""
-    return workload_of(setting.model, setting.tokens, setting.sequence, setting.head)
+    """The workload of a setting; where its head is `auto`, with a local one."""
+    head = HEADS[0] if setting.head == "auto" else setting.head
+    return workload_of(setting.model, setting.tokens, setting.sequence, head)
+
+
+@functools.cache
+def _clear_of(model: str, tokens: int, sequence: int, lanes: int, device: str) -> ClearRun:
+    workload = workload_of(model, tokens, sequence, HEADS[0])
+    return clear_run(workload, lanes, profile_of(device), device)
+
+
+def clear_for(setting: Setting) -> ClearRun:
+    """The same training in clear on the owner's own machine. Raises ProfileError."""
+    return _clear_of(
+        setting.model, setting.tokens, setting.sequence, setting.lanes, setting.owner_device
+    )
 
 
 def world_of(setting: Setting, record: bool = True, seed: int = 0) -> WorldConfig:
@@ -307,10 +325,16 @@ GPU_HOUR = {"h200": 3.5, "h100": 2.5, "a100": 1.8, "l4": 0.7, "rtx4090": 0.4}
 
 
 def measure(setting: Setting, prices: Prices) -> dict[str, Any]:
-    """Simulate a setting; one row of a what-if table. Raises WorldError, ProfileError."""
+    """Simulate a setting; one row of a what-if table. Raises WorldError, ProfileError.
+
+    head_used  differs from the knob where that is `auto`
+    """
+    if setting.head == "auto":
+        rows = [measure(replace(setting, head=head), prices) for head in HEADS]
+        return rows[pays(*(row["step_p50_s"] for row in rows))] | {"head": "auto"}
     result = simulate(world_of(setting))
     knobs = {f.name: getattr(setting, f.name) for f in fields(Setting)}
-    return knobs | figures(setting, result, prices)
+    return knobs | {"head_used": setting.head} | figures(setting, result, prices)
 
 
 def figures(setting: Setting, result: WorldResult, prices: Prices) -> dict[str, Any]:
@@ -319,7 +343,9 @@ def figures(setting: Setting, result: WorldResult, prices: Prices) -> dict[str, 
     step_p50_s, step_p99_s  over all owners' counted steps
     *_busy                  part of a line's capacity in use; of a site's, the fuller direction's
     path_*                  parts of the first owner's steps on their critical path, sum 1
+    clear_*                 of the same training in clear on the owner's machine, see `clear`
     """
+    clear = clear_for(setting)
     durations = [step.duration_s for step in result.steps]
     tokens = result.tokens_per_step
     per_owner = tokens / fmean(durations)
@@ -355,6 +381,10 @@ def figures(setting: Setting, result: WorldResult, prices: Prices) -> dict[str, 
         "cost_per_million_tokens": sum(cost.values()),
         **cost,
         **{f"path_{part}": value for part, value in critical_parts(result).items()},
+        "clear_tokens_per_s": clear.tokens_per_s,
+        "clear_memory_gb": clear.memory_gb,
+        "clear_fits": clear.fits,
+        "private_over_clear": per_owner / clear.tokens_per_s,
         "resent": result.resent,
         "events": result.events,
     }

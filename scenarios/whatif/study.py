@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.files import read_bounded
+from scenarios.head import HEADS
 from scenarios.whatif.quantities import Value
 from scenarios.whatif.setting import (
     KEYS,
@@ -37,6 +38,7 @@ from scenarios.whatif.setting import (
     Setting,
     SettingError,
     changed,
+    clear_for,
     measure,
     profile_of,
     values_of,
@@ -181,12 +183,16 @@ def prepare(settings: Sequence[Setting]) -> Iterator[str]:
     for setting in settings:
         for knob, choice in (("gpu", setting.gpu), ("owner-device", setting.owner_device)):
             _checked(f"{knob}={choice!r}", lambda choice=choice: profile_of(choice))  # type: ignore[misc]
+        heads = HEADS if setting.head == "auto" else (setting.head,)
         key = (setting.model, setting.tokens, setting.sequence, setting.head)
         if key not in seen:
             seen.add(key)
             yield f"{setting.model}, {setting.tokens} tokens"
             name = f"model={setting.model!r} with tokens={setting.tokens}"
-            _checked(name, lambda setting=setting: workload_for(setting))  # type: ignore[misc]
+            for head in heads:
+                one = replace(setting, head=head)
+                _checked(name, lambda one=one: workload_for(one))  # type: ignore[misc]
+        _checked(f"owner-device={setting.owner_device!r}", lambda s=setting: clear_for(s))  # type: ignore[misc]
 
 
 def _checked(what: str, action: Callable[[], object]) -> None:
