@@ -37,6 +37,7 @@ from backends.machine import busy_elsewhere_s, commit, machine
 from backends.options import Parser
 from backends.places import output_file
 from backends.threads import core_count
+from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
 from sim.rehearsal import PassTimes, Rehearsal, rehearsal
@@ -54,7 +55,6 @@ T = TypeVar("T")
 
 TOKENS = (64, 256)
 LANES = (4, 2)
-TASKS = {"encrypt": encrypt_work, "multiply": multiply_work, "decrypt": decrypt_work}
 BUDGET_S = 25.0
 """Seconds of measuring, after the set-up."""
 PATIENCE_S = 15.0
@@ -252,12 +252,19 @@ class Calibration:
                 phases[shape.in_features, shape.out_features].append(tuple(spent))
         for shape in workload.linears:
             sizes = (shape.in_features, shape.out_features)
-            for place, (task, work) in enumerate(TASKS.items()):
-                part = work(shape, tokens, self.parameters)
+            for place, (task, part) in enumerate(self._works(shape, tokens).items()):
                 seconds = fmean(measured[place] for measured in phases[sizes])
                 title = f"{name} {task} {sizes[0]} to {sizes[1]}"
                 found.append(Case(title, task, (part,), seconds))
         return found
+
+    def _works(self, shape: MatrixShape, tokens: int) -> dict[str, Work]:
+        """The work of a linear's tasks, in the order in which they are timed."""
+        return {
+            "encrypt": encrypt_work(shape, tokens, self.parameters),
+            "multiply": multiply_work(shape, tokens),
+            "decrypt": decrypt_work(shape, tokens, self.parameters),
+        }
 
     def profile(self, name: str) -> DeviceProfile:
         """What this machine is, by the measurements so far."""

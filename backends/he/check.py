@@ -172,13 +172,16 @@ class Expected:
             np.maximum(self.peaks, peaks, out=self.peaks)
         peaks[...] = 0
 
-    def suspicious(self) -> NDArray[np.int64]:
-        """The tokens whose results cannot well be the product's, once all is taken in."""
+    def suspicious(self, most: float) -> NDArray[np.int64]:
+        """The tokens whose results may have wrapped, once all is taken in.
+
+        most  tokens with a larger |y| count, too
+        """
         honesty = self.check.judge.honesty
         differences = self._found.values - self._expected.values
         found = suspicious(differences, honesty.mean[self.rows], honesty.deviation[self.rows])
         differences[...] = 0
-        return found
+        return np.union1d(found, np.flatnonzero(self.peaks > most))
 
     def add_turns(self, tokens: NDArray[np.int64], turns: Float64Array, modulus: int) -> None:
         """Take in that results of some tokens were moved by float64[tokens, N] times p."""
@@ -231,6 +234,6 @@ class IntegrityCheck:
         self.judge = Judge(matrix.name, mlwe_honesty(self.pool, found, form, parameters))
         self.ratio = form.modulus / parameters.modulus
 
-    def products(self, values: Float64Array) -> Float64Array:
-        """float64[T, K] -> float64[T, N]: what the matrix makes of them, in clear."""
+    def products(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32[T, K] -> float32[T, N]: what the matrix makes of them, in clear."""
         return clear_products(values, self._weight, self._forward)

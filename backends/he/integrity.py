@@ -61,8 +61,8 @@ ROWS = 8
 """Rows of the pool that one request is checked with."""
 LIMIT = 8.0
 """Standard deviations: an honest difference exceeds it with probability 2*exp(-32)."""
-SUSPICION = 31.83
-"""Of the sum of ROWS squares of standard normal numbers: exceeded with probability 1e-4."""
+SUSPICION = 37.33
+"""Of the sum of ROWS squares of standard normal numbers: exceeded with probability 1e-5."""
 CLASSES = 16
 """Sums are kept for places in a request that are equal mod this: a bias may be for some tokens."""
 _MARKS = 16
@@ -309,7 +309,7 @@ def suspicious(
 ) -> NDArray[np.int64]:
     """The tokens of float64[T, ROWS] whose differences are larger together than noise is.
 
-    Of an honest answer in which nothing wrapped, one in 10,000 is.
+    Of an honest answer in which nothing wrapped, one in 100,000 is.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         together = np.sum(((differences - mean) / deviation) ** 2, axis=1)

@@ -51,7 +51,7 @@ from backends.he.interface import (
 from backends.he.packing import pack_request, unpack_answer
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.repair import Gains, Repairs, unwrap
+from backends.he.repair import EDGE, Gains, Repairs, unwrap
 from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
 from backends.he.vector import LANES
@@ -60,6 +60,7 @@ from backends.threads import run_split
 _D = RING_DEGREE
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
+_REPAIRED_AT_ONCE = 64  # tokens
 _VALUES_AT_ONCE = 1 << 16
 """Inputs that are summed up and then hashed while they are still in a core's cache."""
 ERROR_BYTES = 5
@@ -437,11 +438,15 @@ class MlweOwner(RingOwner):
         self, sealed: Sealed, expected: Expected, matrix: OwnerMatrix, out: Float32Array
     ) -> None:
         """Move results that wrapped back to where they belong, and learn the matrix's gain."""
-        p, tokens = matrix.plan.format.modulus, expected.suspicious()
-        inverse = sealed.inverse_alpha[tokens]
-        tokens, inverse = tokens[inverse > 0], inverse[inverse > 0]
-        if len(tokens):
-            scaled = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse[:, None]
+        p = matrix.plan.format.modulus
+        suspicious = expected.suspicious(EDGE * p / 2)
+        suspicious = suspicious[sealed.inverse_alpha[suspicious] > 0]
+        for start in range(0, len(suspicious), _REPAIRED_AT_ONCE):
+            tokens = suspicious[start : start + _REPAIRED_AT_ONCE]
+            inverse = sealed.inverse_alpha[tokens]
+            wide = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse[:, None]
+            scaled = wide.astype(np.float32)
+            wide[...] = 0
             right = expected.check.products(scaled)
             turns = unwrap(out, tokens, right, p, np.outer(inverse, matrix.out_scale))
             expected.add_turns(tokens, turns, p)

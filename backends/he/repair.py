@@ -2,10 +2,11 @@
 
 Under `thin` parameters the scale of a matrix is larger than what could never wrap, by a gain that
 the owner learns from results it has decrypted. A result beyond p/2 then comes back less p. The
-check of answers (`integrity.py`) sees it, as it compares in real numbers: the owner multiplies such
-a token itself, in clear, from the int8 weights, and moves each of its results by the multiple of p
-that brings it nearest to what it should be. Whether the worker told the truth is judged afterwards,
-on the results as moved: a multiple of p is nothing that a worker can add or take away.
+check of answers (`integrity.py`) sees it, as it compares in real numbers, and so does the owner, as
+what goes a little beyond p/2 comes back close to it. The owner multiplies such a token itself, in
+clear, from the int8 weights, and moves each of its results by the multiple of p that brings it
+nearest to what it should be. Whether the worker told the truth is judged afterwards, on the results
+as moved: a multiple of p is nothing that a worker can add or take away.
 
 A gain lives in the owner's memory and in its token scales; neither it nor a repair makes any
 difference to what is sent.
@@ -15,22 +16,28 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+from backends import jit
+from backends.threads import run_split
 
 Float64Array = NDArray[np.float64]
 
-_SLAB_BYTES = 8 << 20  # of weights widened at a time
+_GRAIN = 256  # outputs that are worth a thread
 _OCTAVE = 8
 """Bins of a histogram for each factor of two."""
 _BINS = 12 * _OCTAVE
 _REMEMBERED = 1 << 14  # tokens, after which those before count half
 _ROOM = 1.25
 """How far the results that a gain is made for are kept from p/2."""
-RARE = 2.0**-10
+RARE = 2.0**-12
 """The share of tokens that may have results beyond those."""
+EDGE = 1 / _ROOM
+"""Tokens with a result beyond this share of p/2 are multiplied in clear, wrapped or not: what wraps
+mostly goes little beyond p/2, and comes back close to it."""
 LARGEST_GAIN = 16.0
 
 
@@ -95,36 +102,62 @@ class Repairs:
             self.wraps += wraps
 
 
-def clear_products(values: Float64Array, weight: NDArray[np.int8], forward: bool) -> Float64Array:
-    """float64[T, K] times the transposed weight int8[N, K] (forward), or float64[T, N] times it."""
+# Reassociation lets LLVM sum in vectors. Sums are to tell one multiple of p from the next.
+@jit.reassociating
+def _times_rows(values: Any, weight: Any, out: Any, first: int, last: int) -> None:
+    """out float32[T, N] = values float32[T, K] @ weight.T, for rows first..last of it."""
+    for j in range(first, last):
+        row = weight[j]
+        for t in range(len(values)):
+            total = np.float32(0)
+            x = values[t]
+            for k in range(len(row)):
+                total += x[k] * np.float32(row[k])
+            out[t, j] = total
+
+
+@jit.reassociating
+def _times_columns(values: Any, weight: Any, out: Any, first: int, last: int) -> None:
+    """out float32[T, K] += values float32[T, N] @ weight, for columns first..last of it."""
+    for j in range(len(weight)):
+        row = weight[j, first:last]
+        for t in range(len(values)):
+            x, sums = values[t, j], out[t, first:last]
+            for k in range(len(row)):
+                sums[k] += x * np.float32(row[k])
+
+
+def clear_products(
+    values: NDArray[np.float32], weight: NDArray[np.int8], forward: bool
+) -> NDArray[np.float32]:
+    """float32[T, K] times the transposed weight int8[N, K] (forward), or float32[T, N] times it.
+
+    For a few tokens: what it costs is reading the weight once.
+    """
     rows, columns = weight.shape
-    x = torch.from_numpy(values)
-    out = torch.zeros((len(values), rows if forward else columns), dtype=torch.float64)
-    step = max(1, _SLAB_BYTES // (8 * columns))
-    for start in range(0, rows, step):
-        part = slice(start, min(rows, start + step))
-        slab = torch.from_numpy(np.array(weight[part])).double()
-        if forward:
-            out[:, part] = x @ slab.T
-        else:
-            out += x[:, part] @ slab
-    found: Float64Array = out.numpy()
-    return found
+    weight = weight.view()
+    weight.flags.writeable = False  # mapped weights are: one compilation for all
+    out = np.zeros((len(values), rows if forward else columns), np.float32)
+    kernel = _times_rows if forward else _times_columns
+    run_split(lambda a, b: kernel(values, weight, out, a, b), out.shape[1], grain=_GRAIN)
+    return out
 
 
 def unwrap(
-    out: NDArray[np.float32], tokens: NDArray[np.int64], right: Float64Array, modulus: int,
+    out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[np.float32], modulus: int,
     scale: Float64Array,
 ) -> Float64Array:  # fmt: skip
     """Move each result of some tokens by the multiple of p that brings it nearest to `right`.
 
     out    float32[T, N], results times their scale, changed in place
-    right  float64[tokens, N], in units of which the period is `modulus`
+    right  float32[tokens, N], in units of which the period is `modulus`
     scale  float64[tokens, N]: what a unit is in `out`
 
     Returns the multiples, float64[tokens, N].
     """
-    turns = np.rint((right - out[tokens] / scale) / modulus)
+    with np.errstate(invalid="ignore", over="ignore"):
+        turns = np.rint((right - out[tokens] / scale) / modulus)
+    turns[~np.isfinite(turns)] = 0  # of a result that is no float32, wherever it belongs
     moved = np.flatnonzero(turns.any(axis=1))
     if len(moved):
         at = tokens[moved]

@@ -158,10 +158,11 @@ class Comparison:
         """float64[T], the largest |y| of each token; of `thin` parameters only."""
         return self._found.read()[self._tokens * ROWS :]
 
-    def suspicious(self) -> NDArray[np.int64]:
-        """The tokens whose results cannot well be the product's."""
+    def suspicious(self, most: float) -> NDArray[np.int64]:
+        """The tokens whose results may have wrapped; those with a larger |y| than `most` count."""
         honesty, rows = self._expected.check.judge.honesty, self._expected.rows
-        return suspicious(self._differences, honesty.mean[rows], honesty.deviation[rows])
+        found = suspicious(self._differences, honesty.mean[rows], honesty.deviation[rows])
+        return np.union1d(found, np.flatnonzero(self.peaks > most))
 
     def add_turns(self, tokens: NDArray[np.int64], turns: torch.Tensor, modulus: int) -> None:
         """Take in that results of some tokens were moved by float64[tokens, N] times p."""

@@ -43,6 +43,7 @@ from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
 from backends.he.mlwe_owner import RingOwner, check_input, require_finite
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
+from backends.he.repair import EDGE
 from backends.he.ring import tiles_of
 from backends.he.secret import UseOnce
 from backends.he.wire import EXACT, Format
@@ -270,7 +271,8 @@ class CudaOwner(RingOwner):
         self, sealed: Sealed, comparison: Comparison, matrix: OwnerMatrix, out: torch.Tensor
     ) -> None:
         """Move results that wrapped back to where they belong, and learn the matrix's gain."""
-        p, suspicious = matrix.plan.format.modulus, comparison.suspicious()
+        p = matrix.plan.format.modulus
+        suspicious = comparison.suspicious(EDGE * p / 2)
         if len(suspicious):
             at = torch.from_numpy(suspicious).to(self._gpu.device)
             for part in torch.split(at[sealed.inverse_alpha[at] > 0], TOKENS_AT_ONCE):

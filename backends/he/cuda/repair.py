@@ -49,5 +49,6 @@ def unwrap(
     """
     found = out[tokens]
     turns = torch.round((right - found / scale) / modulus)
+    turns.nan_to_num_(0, 0, 0)  # of a result that is no float32, wherever it belongs
     out[tokens] = (found + turns * modulus * scale).float()
     return turns
