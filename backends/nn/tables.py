@@ -62,7 +62,8 @@ def map_input_table(
             _written(weight.detach(), place) if found is None else found, requires_grad=False
         )
     except OSError as error:
-        log.warning("the embedding stays in memory: %s: %s", place, error.strerror or error)
+        directory = place.parent
+        log.warning("the embedding stays in memory: %s: %s", directory, error.strerror or error)
         return
     for module, leaf in sharing:
         setattr(module, leaf, mapped)
