@@ -37,6 +37,7 @@ from backends.machine import busy_elsewhere_s, commit, machine
 from backends.options import Parser
 from backends.places import output_file
 from backends.threads import core_count
+from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Origin, Work
 from sim.fitting import Case, Crowd, fit, fit_widths
 from sim.rehearsal import PassTimes, Rehearsal, rehearsal
@@ -54,7 +55,11 @@ T = TypeVar("T")
 
 TOKENS = (64, 256)
 LANES = (4, 2)
-TASKS = {"encrypt": encrypt_work, "multiply": multiply_work, "decrypt": decrypt_work}
+TASKS: Mapping[str, Callable[[MatrixShape, int, Parameters], Work]] = {
+    "encrypt": encrypt_work,
+    "multiply": lambda shape, tokens, _: multiply_work(shape, tokens),
+    "decrypt": decrypt_work,
+}
 BUDGET_S = 25.0
 """Seconds of measuring, after the set-up."""
 PATIENCE_S = 15.0
