@@ -47,6 +47,7 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
                 gpu_fidelity,
                 speed,
                 studies,
+                worth,
                 chaos,
                 crashes,
                 planted,
@@ -603,6 +604,45 @@ def studies() -> str:
     lines.append(f"\nOn a modelled owner and GPU: {'; '.join(s['profiles'])}.")
     lines.append(f"{s['configurations']} settings of the first study took {s['elapsed_s']:.0f} s.")
     return "\n".join(lines) + "\n" + origin(s)
+
+
+def worth() -> str:
+    """Private against clear on the owner's own machine."""
+    if not (RESULTS / "whatif-worth-it.json").exists():
+        return """### Is private worth it?
+
+Not simulated yet: `python -m scenarios.whatif --study worth-it`.
+"""
+    s = load("whatif-worth-it")
+    rows = []
+    for case in s["worth"]:
+        even = case["break_even_bps"]
+        verdict = {
+            "only": "any line: clear does not fit",
+            "always": "every line tried",
+            "never": "**not here**",
+            "from": f"from {0 if even is None else even / 1e6:,.0f} Mb/s on",
+        }[case["verdict"]]
+        needs = f"{case['clear_memory_gb']:.3g} of {case['memory_gb']:.3g}"
+        clear, private = (
+            f"{case[of]:,.0f}" if case[of] >= 100 else f"{case[of]:.3g}"
+            for of in ("clear_tokens_per_s", "private_most")
+        )
+        clear = "-" if case["verdict"] == "only" else clear
+        cells = [case["owner_device"], case["model"], needs, clear, private, verdict]
+        rows.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(rows)
+    most = s["worth"][0]["private_most_bps"] / 1e9
+    return f"""### Is private worth it?
+
+Private fine-tuning against the same in clear on the owner's own machine. Assumed {s["assumed"]}.
+
+| owner | model | GB needed in clear | clear, tokens/s | private over {most:g} Gb/s, tokens/s | \
+private is faster |
+| --- | --- | --- | --- | --- | --- |
+{table}
+
+{origin(s)}"""
 
 
 def chaos() -> str:

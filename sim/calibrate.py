@@ -55,6 +55,11 @@ T = TypeVar("T")
 
 TOKENS = (64, 256)
 LANES = (4, 2)
+TASKS: Mapping[str, Callable[[MatrixShape, int, Parameters], Work]] = {
+    "encrypt": encrypt_work,
+    "multiply": lambda shape, tokens, _: multiply_work(shape, tokens),
+    "decrypt": decrypt_work,
+}
 BUDGET_S = 25.0
 """Seconds of measuring, after the set-up."""
 PATIENCE_S = 15.0
@@ -252,19 +257,12 @@ class Calibration:
                 phases[shape.in_features, shape.out_features].append(tuple(spent))
         for shape in workload.linears:
             sizes = (shape.in_features, shape.out_features)
-            for place, (task, part) in enumerate(self._works(shape, tokens).items()):
+            for place, (task, work) in enumerate(TASKS.items()):
+                part = work(shape, tokens, self.parameters)
                 seconds = fmean(measured[place] for measured in phases[sizes])
                 title = f"{name} {task} {sizes[0]} to {sizes[1]}"
                 found.append(Case(title, task, (part,), seconds))
         return found
-
-    def _works(self, shape: MatrixShape, tokens: int) -> dict[str, Work]:
-        """The work of a linear's tasks, in the order in which they are timed."""
-        return {
-            "encrypt": encrypt_work(shape, tokens, self.parameters),
-            "multiply": multiply_work(shape, tokens),
-            "decrypt": decrypt_work(shape, tokens, self.parameters),
-        }
 
     def profile(self, name: str) -> DeviceProfile:
         """What this machine is, by the measurements so far."""

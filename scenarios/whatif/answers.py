@@ -357,20 +357,12 @@ def _worth(study: Study, rows: Sequence[Row]) -> Answer:
     What else varies stands at its best for each bandwidth.
     """
     cases = [worth(group) for group in groups(rows, ("model", "owner-device")).values()]
-    words = {
-        "only": "clear does not fit, private does",
-        "always": f"from {shown('bandwidth', min(study.sweep['bandwidth']))} on, or less",
-        "never": "not here",
-    }
     found: dict[str, list[str]] = {}
     for case in cases:
-        name = f"{case['model']} on {shown('owner-device', case['owner_device'])}"
-        verdict = case["verdict"]
-        if verdict == "from":
-            verdict = f"from {shown('bandwidth', case['break_even_bps'])} on"
-        found.setdefault(words.get(verdict, verdict), []).append(name)
+        device = shown("owner-device", case["owner_device"])
+        found.setdefault(device, []).append(f"{case['model']} {_verdict(case)}")
     head = "Private is faster: " + "; ".join(
-        f"{what} ({', '.join(names)})" for what, names in found.items()
+        f"on {device}: {', '.join(told)}" for device, told in found.items()
     )
     text = "\n".join(_told(case) for case in cases) + f"\nAssumed {ASSUMED}."
     return Answer(head, text, {}, {"worth": cases, "assumed": ASSUMED})
@@ -419,21 +411,30 @@ def _even(below: Row, above: Row) -> float:
     return math.exp(bps[0] + part * (bps[1] - bps[0]))
 
 
+def _verdict(case: Mapping[str, Any]) -> str:
+    if case["verdict"] == "from":
+        return f"from {shown('bandwidth', case['break_even_bps'])} on"
+    return {"only": "always (clear does not fit)", "always": "always", "never": "never"}[
+        case["verdict"]
+    ]
+
+
 def _told(case: Mapping[str, Any]) -> str:
     """One case in a line."""
-    clear = say("tokens_per_s_owner", case["clear_tokens_per_s"])
     needs = f"{case['clear_memory_gb']:.3g} of {case['memory_gb']:.3g} GB"
-    most = say("tokens_per_s_owner", case["private_most"])
+    clear = "does not fit" if case["verdict"] == "only" else f"{_rate(case['clear_tokens_per_s'])}"
     over = shown("bandwidth", case["private_most_bps"])
-    told = {
-        "only": f"clear does not fit ({needs}); private is the only way",
-        "never": f"not here: clear does {clear} ({needs})",
-        "always": f"over every line tried; clear does {clear} ({needs})",
-        "from": f"from {shown('bandwidth', case['break_even_bps'] or 0.0)} on; clear does {clear} "
-        f"({needs})",
-    }[case["verdict"]]
-    where = f"{case['model']} on {shown('owner-device', case['owner_device'])}"
-    return f"  {where}: {told}; private {most} over {over}, where {case['limit']}"
+    return (
+        f"  {case['model']} on {shown('owner-device', case['owner_device'])}: {_verdict(case)}; "
+        f"clear {clear} ({needs}), private {_rate(case['private_most'])} over {over}, where "
+        f"{case['limit']}"
+    )
+
+
+def _rate(tokens_per_s: float) -> str:
+    return (
+        f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 100 else f"{tokens_per_s:.3g} tokens/s"
+    )
 
 
 _KINDS: Mapping[str, Callable[..., Answer]] = {

@@ -7,14 +7,13 @@ that is the part of the comparison which rests on assumptions, and they favour t
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 from backends.nn.sources import outline_of
 from sim.device import DeviceProfile, Work
-from sim.models import model_config
 from sim.workload import Local, Workload
 
 MEMORY_GB = {
@@ -53,27 +52,26 @@ def memory_gb(device: str) -> float:
     return MEMORY_GB.get(device, MEMORY_ELSE_GB)
 
 
-def clear_run(workload: Workload, lanes: int, owner: DeviceProfile, device: str) -> ClearRun:
-    """A step of `lanes` micro-batches of a workload whose head is local, on the owner's machine.
+def needed_gb(config: PretrainedConfig, workload: Workload) -> float:
+    """Memory of a model's weights, shared ones once, and of a micro-batch's activations."""
+    outline = outline_of(config, torch.float32)
+    outline.tie_weights()
+    weights = sum(parameter.numel() for parameter in outline.parameters())
+    values = sum(m.in_features + m.out_features for m in workload.matrices[::2])
+    values += 2 * config.get_text_config().vocab_size
+    return (weights * WEIGHT_BYTES + workload.tokens * values * VALUE_BYTES) / 1e9
+
+
+def clear_speed(workload: Workload, lanes: int, owner: DeviceProfile) -> float:
+    """Tokens/s of steps of `lanes` micro-batches of a workload whose head is local.
 
     Raises ProfileError when the profile lacks a rate.
     """
-    tokens = workload.tokens
-    layers_s = sum(
-        owner.seconds(part, "local")
-        for item in workload.lane
-        if isinstance(item, Local)
-        for part in item.parts
-    )
-    products_s = sum(owner.seconds(work, "local") for work in products(workload))
+    layers = [part for item in workload.lane if isinstance(item, Local) for part in item.parts]
+    pass_s = sum(owner.seconds(work, "local") for work in [*layers, *products(workload)])
     updates = (workload.update, (lanes - 1) * workload.accumulate)
-    update_s = sum(owner.seconds(work, "update") for work in updates)
-    step_s = lanes * (layers_s + products_s) + update_s
-    values = sum(m.in_features + m.out_features for m in workload.matrices[::2])
-    vocabulary = model_config(workload.name).get_text_config().vocab_size
-    held = tokens * (values + 2 * vocabulary) * VALUE_BYTES
-    needed = (weights_of(workload.name) * WEIGHT_BYTES + held) / 1e9
-    return ClearRun(tokens * lanes / step_s, needed, memory_gb(device))
+    step_s = lanes * pass_s + sum(owner.seconds(work, "update") for work in updates)
+    return workload.tokens * lanes / step_s
 
 
 def products(workload: Workload) -> list[Work]:
@@ -84,10 +82,3 @@ def products(workload: Workload) -> list[Work]:
         moved = WEIGHT_BYTES * inputs * outputs + VALUE_BYTES * workload.tokens * (inputs + outputs)
         found.append(Work({"float": float(workload.tokens * inputs * outputs)}, moved))
     return found
-
-
-@functools.cache
-def weights_of(model: str) -> int:
-    """All weights of a model of `sim.models`, shared ones once."""
-    outline = outline_of(model_config(model), torch.float32)
-    return sum(parameter.numel() for parameter in outline.parameters())

@@ -19,7 +19,7 @@ from protocol.placement import Placement
 from scenarios.head import CHOICES as CHOICES_OF_HEAD
 from scenarios.head import HEADS, pays
 from scenarios.whatif import quantities
-from scenarios.whatif.clear import ClearRun, clear_run
+from scenarios.whatif.clear import ClearRun, clear_speed, memory_gb, needed_gb
 from scenarios.whatif.quantities import Form, Value
 from sim.device import DeviceProfile, ProfileError
 from sim.network import Link, star, two_sites
@@ -134,7 +134,7 @@ _WORD = Form(str, numeric=False)
 _DEVICE = Form(str, lambda choice: device_name(str(choice)), numeric=False)
 
 KEYS: dict[str, Key] = {
-    "model": Key("model", _WORD, f"one of {', '.join(MODELS)}"),
+    "model": Key("model", _WORD, f"what is trained, one of {', '.join(MODELS)}"),
     "tokens": Key("tokens", _COUNT, "tokens of one lane's micro-batch"),
     "sequence": Key("sequence", _COUNT, "tokens of a sequence"),
     "lanes": Key("lanes", _COUNT, "micro-batches of a step, all in flight"),
@@ -230,16 +230,18 @@ def workload_for(setting: Setting) -> Workload:
 
 
 @functools.cache
-def _clear_of(model: str, tokens: int, sequence: int, lanes: int, device: str) -> ClearRun:
-    workload = workload_of(model, tokens, sequence, HEADS[0])
-    return clear_run(workload, lanes, profile_of(device), device)
+def _clear_gb(model: str, tokens: int, sequence: int) -> float:
+    return needed_gb(MODELS[model](), workload_of(model, tokens, sequence, HEADS[0]))
 
 
 def clear_for(setting: Setting) -> ClearRun:
     """The same training in clear on the owner's own machine. Raises ProfileError."""
-    return _clear_of(
-        setting.model, setting.tokens, setting.sequence, setting.lanes, setting.owner_device
-    )
+    sizes = (setting.model, setting.tokens, setting.sequence)
+    owner = profile_of(setting.owner_device)
+    return ClearRun(
+        clear_speed(workload_of(*sizes, HEADS[0]), setting.lanes, owner),
+        _clear_gb(*sizes), memory_gb(setting.owner_device),
+    )  # fmt: skip
 
 
 def world_of(setting: Setting, record: bool = True, seed: int = 0) -> WorldConfig:

@@ -157,7 +157,7 @@ def test_an_honest_worker_is_never_accused_for_wraps() -> None:
     for turn in range(30):
         x = rng.standard_normal((100, 64)).astype(np.float32)
         if turn % 3 == 2:
-            x += 5 * case.weight[heaviest]
+            x += 5 * case.weight[heaviest].astype(np.float32)
         y, right = ask(owner, case, x), case.exact(x)
         assert np.linalg.norm(y - right) < 0.2 * np.linalg.norm(right)
     assert owner.repairs.wraps > 0

@@ -17,6 +17,7 @@ from scenarios.timeline import busy_s
 from scenarios.whatif import quantities
 from scenarios.whatif.__main__ import csv_text, table
 from scenarios.whatif.answers import answer
+from scenarios.whatif.clear import clear_speed, needed_gb
 from scenarios.whatif.quantities import Form
 from scenarios.whatif.setting import (
     KEYS,
@@ -26,10 +27,13 @@ from scenarios.whatif.setting import (
     changed,
     measure,
     values_of,
+    workload_for,
 )
 from scenarios.whatif.study import Study, load_study, prepare, run_all, study_names
-from sim.device import ProfileError
+from sim.device import DeviceProfile, Origin, ProfileError
+from sim.models import MODELS
 from sim.trace import PARTS, Span, critical_path, read_perfetto
+from sim.workload import Local
 from sim.world import WorldError
 from tests.scenarios.commands import ROOT, interrupt, run
 
@@ -130,7 +134,8 @@ def test_the_smallest_setting_of_every_study_runs(name: str) -> None:
     study = load_study(name)
     assert study.question.endswith("?")
     assert len(study.settings()) == len(set(study.settings()))
-    small = study.with_sweeps([], ["tokens=32", "model=gpt2"])
+    few = [] if "lanes" in study.sweep else ["lanes=1"]
+    small = study.with_sweeps([], ["tokens=32", "model=gpt2", *few])
     ends = {knob: [values[0], values[-1]] for knob, values in small.sweep.items()}
     ends["owners"] = [1, 2] if "owners" in ends else []
     small = replace(small, sweep={k: v for k, v in ends.items() if v}, answer={}, plot={})
@@ -263,6 +268,63 @@ def test_against_tells_the_worst_and_the_remedy() -> None:
     rows = [*ROWS[:3], row_of(2, 2e6, 3.3)]
     head = answer(study, rows).headline
     assert "median step -50 % at worst, only -9 % with lanes 2" in head
+
+
+def worth_row(bps: float, ratio: float, fits: bool = True, **more: Any) -> dict[str, Any]:
+    """Private at `ratio` times 10 tokens/s."""
+    told = {"clear_tokens_per_s": 10.0, "private_over_clear": ratio, "clear_fits": fits}
+    return row_of(1, bps, 10 * ratio, clear_memory_gb=9.0, **told, **more)
+
+
+def test_worth_reads_off_where_private_overtakes() -> None:
+    """Between two lines in proportion, never, always, or where clear has no room; best of lanes."""
+    study = Study("t", "?", {}, {"bandwidth": [1e6, 1e8]}, answer={"kind": "worth"})
+    crossing = [worth_row(1e6, 0.1), worth_row(1e8, 10.0), worth_row(1e8, 0.2)]
+    found = answer(study, crossing)
+    assert found.headline == "Private is faster: on cpu-2core: llama-3.2-1b from 10 Mb/s on"
+    (case,) = found.facts["worth"]
+    assert case["break_even_bps"] == pytest.approx(1e7)
+    assert case["private_most"] == 100
+    assert "clear 10 tokens/s (9 of 16 GB)" in found.text
+    assert "2 bytes a weight" in found.text
+    for ratios, fits, verdict in (
+        ((0.1, 0.9), True, "never"), ((1.0, 2.0), True, "always"), ((0.1, 0.9), False, "only"),
+    ):  # fmt: skip
+        rows = [worth_row(1e6, ratios[0], fits), worth_row(1e8, ratios[1], fits)]
+        assert answer(study, rows).facts["worth"][0]["verdict"] == verdict
+    two = [*crossing, worth_row(1e6, 0.1, owner_device="l4")]
+    assert answer(study, two).headline.endswith("from 10 Mb/s on; on L4: llama-3.2-1b never")
+
+
+def test_the_clear_run_by_hand() -> None:
+    """Layers and products one after the other, on a device without overhead or memory's limits."""
+    quick = {"local": 0.0, "update": 0.0}
+    origin = Origin("datasheet", "test", "2026-01-01")
+    owner = DeviceProfile("d", origin, 1.0, {"float": 1e9}, 1e30, quick)
+    load = workload_for(changed(Setting(), SMALL))
+    layers = sum(
+        part.operations.get("float", 0.0)
+        for item in load.lane if isinstance(item, Local) for part in item.parts
+    )  # fmt: skip
+    linears = sum(8 * m.in_features * m.out_features for m in load.linears)
+    update = load.update.operations.get("float", 0.0)
+    seconds = (2 * (layers + linears) + update) / 1e9
+    assert clear_speed(load, 2, owner) == pytest.approx(16 / seconds)
+    kept = 12 * (768 + 2304 + 2 * 768 + 2 * (768 + 3072)) + 2 * 50257
+    wanted = 2 * 124_439_808 + 4 * 8 * kept
+    assert needed_gb(MODELS["gpt2"](), load) == pytest.approx(wanted / 1e9)
+
+
+def test_an_auto_head_is_the_better_of_both() -> None:
+    """And the row says which."""
+    rows = {
+        head: measure(changed(Setting(), SMALL | {"head": head}), Prices())
+        for head in ("local", "remote", "auto")
+    }
+    remote = rows["remote"]["step_p50_s"] < 0.95 * rows["local"]["step_p50_s"]
+    best = rows["remote" if remote else "local"]
+    assert rows["auto"] == best | {"head": "auto"}
+    assert rows["auto"]["head_used"] == best["head"]
 
 
 def test_an_answer_of_no_kind_is_refused() -> None:

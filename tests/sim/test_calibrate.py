@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from transformers import LlamaConfig
 from backends.he.params import preset
 from backends.machine import busy_elsewhere_s
 from sim import calibrate
-from sim.calibrate import Calibration, Passes, Samples
+from sim.calibrate import Calibration, Passes, Samples, pair_rate
 from sim.device import DeviceProfile, Origin, Processor, Work
 from sim.fitting import GUESSES, Case, Crowd, fit, fit_widths, least_squares
 from sim.rehearsal import PassTimes, RehearsalError, rehearsal
@@ -242,3 +243,14 @@ def test_what_other_processes_use_is_counted() -> None:
     program = "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", program], check=True)
     assert busy_elsewhere_s() - before > 0.4
+
+
+@pytest.mark.parametrize(("kernel", "faster"), [("avx2", 4 / 3), ("avx512vnni", 1.0)])
+def test_two_limbs_beside_three(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, faster: float
+) -> None:
+    """One 16-bit digit takes half of two; two digits of 8 bits take two thirds of three."""
+    monkeypatch.setattr(calibrate, "chosen_kernel", lambda: SimpleNamespace(name=kernel))
+    assert pair_rate(300.0)["int8_pair"] == pytest.approx(faster * 300.0)
+    monkeypatch.setattr(calibrate, "chosen_kernel", lambda: SimpleNamespace(name="generic"))
+    assert pair_rate(300.0) == {}

@@ -291,3 +291,13 @@ def test_profile_files_are_plain_json() -> None:
     """A person can read them: rates by name, units in the keys."""
     for path in PROFILES.glob("*.json"):
         assert {"rates", "bytes_per_s", "overhead_s", "origin"} <= set(json.loads(path.read_text()))
+
+
+def test_products_of_two_limbs_have_a_rate_of_their_own() -> None:
+    """Where the profile has one; else they are as fast as those of three."""
+    pair = Work({"int8_pair": 1000.0}, launches=0.0)
+    assert PROFILE.seconds(pair, "multiply") == PROFILE.seconds(
+        Work({"int8": 1000.0}, launches=0.0), "multiply"
+    )
+    faster = replace(PROFILE, rates={**PROFILE.rates, "int8_pair": 2000.0})
+    assert faster.seconds(pair, "multiply") == pytest.approx(PROFILE.seconds(pair, "multiply") / 2)

@@ -17,6 +17,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config,
 from backends.he.manifest import GroupSpec
 from backends.he.params import preset
 from backends.he.preparation import prepare
+from backends.he.store import nominal_formats
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.head import LocalHead
 from backends.nn.losses import token_losses
@@ -170,7 +171,7 @@ def test_matrices_are_those_of_a_prepared_model(tmp_path: Path) -> None:
 
 def test_the_1b_is_what_the_design_counts() -> None:
     """DESIGN section 4: 64 groups, 607k values up per token with the head local."""
-    workload = trace_step(MODELS["llama-3.2-1b"](), 256)
+    workload = trace_step(MODELS["llama-3.2-1b"](), 256, preset="exact")
     assert len(workload.matrices) == 2 * 64
     values = sum(m.in_features for m in workload.matrices)
     assert values == 16 * ((2048 + 2048 + 2048 + 8192) + (3072 + 2048 + 16_384 + 2048)) == 606_208
@@ -178,9 +179,27 @@ def test_the_1b_is_what_the_design_counts() -> None:
     assert len(workload.linears) == 2 * 64 - 1
     assert workload.up_bytes == 256 * 3 * (606_208 - 3072)
     assert workload.down_bytes == 256 * 2 * (606_208 - 2048)
-    remote = trace_step(MODELS["llama-3.2-1b"](), 256, remote_head=True)
+    remote = trace_step(MODELS["llama-3.2-1b"](), 256, remote_head=True, preset="exact")
     assert len(remote.linears) == 2 * 65 - 1
     assert remote.up_bytes - workload.up_bytes == 256 * 3 * (2048 + 128_256)
+
+
+def test_bytes_and_digits_follow_the_formats() -> None:
+    """Of the thin 1B: at most 2.2 MB a token, some of it in two limbs; its head is precise."""
+    workload = trace_step(MODELS["llama-3.2-1b"](), 256, remote_head=True)
+    formats = nominal_formats(workload.groups, preset("thin"))
+    asked = [item.matrix for item in workload.lane if isinstance(item, Linear)]
+    up = sum(formats[m].up_bytes(workload.matrices[m].in_features) for m in asked)
+    assert workload.up_bytes == 256 * up
+    for shape, form in zip(workload.matrices, formats, strict=True):
+        kind = "int8_pair" if form.limbs == 2 else "int8"
+        products = form.limbs * 256 * shape.in_features * shape.out_features
+        assert multiply_work(shape, 256).operations == {kind: products}
+    assert {form.limbs for form in formats} == {2, 3}
+    assert [group.name for group in workload.groups if group.precise] == [".lm_head"]
+    both = workload.up_bytes + workload.down_bytes
+    head = sum(m.up_bytes_per_token + m.down_bytes_per_token for m in workload.matrices[-2:])
+    assert both / 256 - head <= 2.2e6
 
 
 def total(workload: Workload) -> Work:
