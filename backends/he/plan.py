@@ -83,21 +83,25 @@ def plan_matrix(weight: NDArray[np.int8], out_scale: NDArray[np.float32]) -> Mat
 
 
 def plan_directions(
-    codes: NDArray[np.int8], scales: NDArray[np.float32], device: torch.device | None = None
+    codes: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    channels: NDArray[np.float32],
+    device: torch.device | None = None,
 ) -> tuple[MatrixPlan, MatrixPlan]:
-    """Plans of int8[N, K] with float32[N] scales: of Wq forward, and of Wq^T backward.
+    """Plans of int8[N, K] with float32[N] scales and float32[K] c (`quantise.py`): of Wq forward,
+    and of Wq^T backward.
 
     device  where to sum (the CPU); the sums are exact, so the plans are the same everywhere
     """
-    return plans_from(*_norms(codes, device), scales)
+    return plans_from(*_norms(codes, device), scales, channels)
 
 
 def plans_from(
-    rows: Norms, columns: Norms, scales: NDArray[np.float32]
+    rows: Norms, columns: Norms, scales: NDArray[np.float32], channels: NDArray[np.float32]
 ) -> tuple[MatrixPlan, MatrixPlan]:
     """The same from the norms of Wq's rows and columns, whoever summed them."""
     outputs, inputs = len(rows.squares), len(columns.squares)
-    backward = _plan(columns, np.ones(inputs, np.float32), outputs)
+    backward = _plan(columns, np.reciprocal(channels), outputs)
     return _plan(rows, scales, inputs), backward
 
 
