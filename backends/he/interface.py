@@ -65,8 +65,8 @@ class OwnerMatrix:
     """What the owner knows of one matrix. All of it is public.
 
     name          for messages to people, e.g. "model.layers.0.self_attn.qkv.forward"
-    in_scale      float32[K], applied to inputs before encryption (ones forward)
-    out_scale     float32[N], applied to decrypted results (ones backward)
+    in_scale      float32[K], applied to inputs before encryption (forward 1/c, see `quantise.py`)
+    out_scale     float32[N], applied to decrypted results (backward 1/c)
     hint          int32[tiles, rank, 256, 16], H = Wq*A for the N outputs; None for `clear`
     """
 

@@ -4,7 +4,7 @@
      "seed": ... or null,
      "groups": [{"spec": {...}, "forward_plan": {...}, "backward_plan": {...},
                  "arrays": {"weight": {"dtype": "int8", "shape": [N, K], "sha256": ...},
-                            "scale": ..., "forward": ..., "backward": ...}}, ...],
+                            "scale": ..., "channels": ..., "forward": ..., "backward": ...}}, ...],
      "setup_digest": ...}
 
 `setup_digest` is the SHA-256 of all the rest. It holds the manifest and, through the arrays'
@@ -39,8 +39,13 @@ from backends.he.wire import Format
 
 FORMAT = 3
 NAME = "manifest.json"
-KINDS = {"weight": "worker", "scale": "owner", "forward": "owner", "backward": "owner"}
+KINDS = {
+    "weight": "worker", "scale": "owner", "channels": "owner", "forward": "owner",
+    "backward": "owner",
+}  # fmt: skip
 """Kinds of array, and whose folder each is in."""
+QUANTISED = ("weight", "scale", "channels")
+"""Those of them that are there without hints, too."""
 OWNER_TAG_BYTES = 1024
 """The longest tag."""
 
@@ -81,6 +86,8 @@ def array_form(spec: GroupSpec, kind: str, rank: int) -> tuple[str, tuple[int, .
         return "int8", (outputs, inputs)
     if kind == "scale":
         return "float32", (outputs,)
+    if kind == "channels":
+        return "float32", (inputs,)
     rows = outputs if kind == "forward" else inputs
     return "int32", (tiles_of(rows), rank, RING_DEGREE, LANES)
 
@@ -144,7 +151,7 @@ class Manifest:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Those of KINDS that each group has."""
-        return tuple(KINDS) if self.parameters else ("weight", "scale")
+        return tuple(KINDS) if self.parameters else QUANTISED
 
     @property
     def model_digest(self) -> bytes:
@@ -233,7 +240,7 @@ def _parameter_difference(found: Parameters | None, wanted: Parameters | None) -
 
 def digest_of_groups(entries: Sequence[GroupEntry]) -> bytes:
     """32 bytes that name the quantised weights."""
-    facts = [[asdict(e.spec), e.sha256["weight"], e.sha256["scale"]] for e in entries]
+    facts = [[asdict(e.spec), *(e.sha256[kind] for kind in QUANTISED)] for e in entries]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
@@ -380,7 +387,7 @@ def _read_manifest(value: _Value) -> Manifest:
     form.equal(FORMAT)
     found = None if parameters.value is None else parameters.made(Parameters)
     tag = bytes.fromhex(owner_tag.hex(0, OWNER_TAG_BYTES))
-    rank, kinds = (found.rank, tuple(KINDS)) if found else (0, ("weight", "scale"))
+    rank, kinds = (found.rank, tuple(KINDS)) if found else (0, QUANTISED)
     entries = tuple(_read_entry(item, rank, kinds) for item in groups.items())
     if len({entry.spec.name for entry in entries}) != len(entries):
         raise _UnfitError("groups: two have one name")
@@ -472,7 +479,7 @@ def read_group_record(path: Path, parameters: Parameters | None) -> GroupEntry |
     try:
         stated, entry = _load(path).parts(("parameters", "entry"))
         stated.equal(_digest_text(parameters))
-        return _read_entry(entry, 0, ("weight", "scale"))
+        return _read_entry(entry, 0, QUANTISED)
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -138,23 +138,26 @@ def plan_matrix(
 def plan_directions(
     codes: NDArray[np.int8], scales: NDArray[np.float32], parameters: Parameters | None,
     precise: bool = False, device: torch.device | None = None,
+    channels: NDArray[np.float32] | None = None,
 ) -> tuple[MatrixPlan, MatrixPlan]:  # fmt: skip
     """Plans of int8[N, K] with float32[N] scales: of Wq forward, and of Wq^T backward.
 
     parameters  None, for the `clear` backend, gives the plans of `exact`
     precise     plan for PRECISE_ERROR
     device      where to sum (the CPU); the sums are exact, so the plans are the same everywhere
+    channels    c, float32[K] (`quantise.py`), None for ones
     """
-    return plans_from(*_norms(codes, device), scales, parameters, precise)
+    return plans_from(*_norms(codes, device), scales, parameters, precise, channels)
 
 
 def plans_from(
     rows: Norms, columns: Norms, scales: NDArray[np.float32], parameters: Parameters | None,
-    precise: bool = False,
+    precise: bool = False, channels: NDArray[np.float32] | None = None,
 ) -> tuple[MatrixPlan, MatrixPlan]:  # fmt: skip
     """The same from the norms of Wq's rows and columns, whoever summed them."""
     outputs, inputs = len(rows.squares), len(columns.squares)
-    backward = _plan(columns, np.ones(inputs, np.float32), outputs, parameters, precise)
+    back = np.ones(inputs, np.float32) if channels is None else np.reciprocal(channels)
+    backward = _plan(columns, back, outputs, parameters, precise)
     return _plan(rows, scales, inputs, parameters, precise), backward
 
 

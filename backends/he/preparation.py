@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array
 from backends.he.manifest import (
     OWNER_TAG_BYTES,
+    QUANTISED,
     GroupEntry,
     GroupSpec,
     Manifest,
@@ -43,7 +44,7 @@ from backends.he.manifest import (
 from backends.he.params import Parameters
 from backends.he.plan import MatrixPlan, plan_directions
 from backends.he.public import HintBuilder, PublicMatrix
-from backends.he.quantise import quantise
+from backends.he.quantise import channel_scales, quantise
 from backends.he.ring import tiles_of
 from backends.he.store import PreparedModel, array_path, map_stored
 from backends.he.vector import LANES
@@ -55,6 +56,8 @@ from backends.threads import Job, core_count, run_ahead
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+Quantised: TypeAlias = tuple[NDArray[np.int8], Float32Array, Float32Array]
+"""int8[N, K], float32[N] scales and float32[K] c of a group (`quantise.py`), as QUANTISED names."""
 _CPU = torch.device("cpu")
 HINT_SLAB = 4096
 """Rows of a hint built at a time."""
@@ -90,7 +93,7 @@ def disk_bytes(groups: Sequence[GroupSpec], parameters: Parameters | None) -> in
     """Bytes a prepared model takes on disk (no hints when `parameters` is None)."""
     total = 0
     for group in groups:
-        total += group.in_features * group.total_out + 4 * group.total_out
+        total += group.in_features * group.total_out + 4 * (group.total_out + group.in_features)
         if parameters is not None:
             rows = LANES * (tiles_of(group.total_out) + tiles_of(group.in_features))
             total += rows * parameters.dimension * 4
@@ -228,10 +231,12 @@ def _quantise_all(
             for index, parts in zip(missing, weights, strict=True):
                 group = groups[index]
                 limit = weight_limit(group, parameters)
-                codes, scales = _quantise_group(group, parts, limit, arithmetic.device)
-                plans = plan_directions(codes, scales, parameters, group.precise, arithmetic.device)
-                write = partial(_write_group, directory, index, group, codes, scales, plans,
-                                parameters)  # fmt: skip
+                made = _quantise_group(group, parts, limit, arithmetic.device)
+                codes, scales, channels = made
+                plans = plan_directions(
+                    codes, scales, parameters, group.precise, arithmetic.device, channels
+                )
+                write = partial(_write_group, directory, index, group, made, plans, parameters)
                 yield Job(codes.nbytes, write)
 
     found = []
@@ -282,32 +287,32 @@ def _load_group(group: GroupSpec, load_weight: Callable[[str], torch.Tensor]) ->
 
 def _quantise_group(
     group: GroupSpec, weights: Sequence[torch.Tensor], limit: int, device: torch.device
-) -> tuple[NDArray[np.int8], Float32Array]:
-    """(int8[N, K], float32[N]) of all members, one below the other."""
+) -> Quantised:
+    """All members, one below the other."""
     parts = []
+    channels = channel_scales(weights, device)
     for module, weight in zip(group.members, weights, strict=True):
         try:
-            parts.append(quantise(weight, limit, device))
+            parts.append(quantise(weight, limit, device, channels))
         except ValueError as error:
             raise PreparationError(f"{module}: {error}") from error
     if len(parts) == 1:
-        return parts[0]
+        return *parts[0], channels
     codes, scales = zip(*parts, strict=True)
-    return np.concatenate(codes), np.concatenate(scales)
+    return np.concatenate(codes), np.concatenate(scales), channels
 
 
 def _write_group(
     directory: Path,
     index: int,
     group: GroupSpec,
-    codes: NDArray[np.int8],
-    scales: Float32Array,
+    made: Quantised,
     plans: tuple[MatrixPlan, MatrixPlan],
     parameters: Parameters | None,
 ) -> GroupEntry:
     """Write a group's arrays, then the record that it is finished; returns its entry."""
     digests = {}
-    arrays: dict[str, NDArray[Any]] = {"weight": codes, "scale": scales}
+    arrays: dict[str, NDArray[Any]] = dict(zip(QUANTISED, made, strict=True))
     for kind, array in arrays.items():
         dtype, shape = array_form(group, kind, 0)
         digests[kind] = write_array(array_path(directory, index, kind), shape, dtype, [array])

@@ -3,6 +3,7 @@
     DIR/manifest.json               written last: a directory without one is unfinished
     DIR/worker/g0003.weight.npy     int8[N, K]
     DIR/owner/g0003.scale.npy       float32[N]
+    DIR/owner/g0003.channels.npy    float32[K], c of `quantise.py`
     DIR/owner/g0003.forward.npy     int32[tiles, rank, 256, 16], the hint Wq*A
     DIR/owner/g0003.backward.npy    the hint Wq^T*A
 
@@ -248,10 +249,10 @@ class PreparedModel:
         matrices = []
         for index, entry in enumerate(self.manifest.groups):
             scale: Float32Array = np.array(self._array(index, "scale"))
-            ones = np.ones(entry.spec.in_features, np.float32)
+            channels: Float32Array = np.reciprocal(self._array(index, "channels"))
             for direction, in_scale, out_scale, plan in (
-                ("forward", ones, scale, entry.forward_plan),
-                ("backward", scale, ones, entry.backward_plan),
+                ("forward", channels, scale, entry.forward_plan),
+                ("backward", scale, channels, entry.backward_plan),
             ):
                 hint = self._array(index, direction) if self.parameters else None
                 name = f"{entry.spec.name} {direction}"

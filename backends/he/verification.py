@@ -4,7 +4,8 @@ A wrong hint makes answers garbage; a plan with too small a norm lets results wr
 not finite poisons training. Digests find none of this when whoever made the files recorded the
 digests too. So, from the weights alone:
 
-  * weights are within the quantiser's -127..127, scales finite and positive;
+  * weights are within the quantiser's -127..127, scales finite and positive, channels' factors
+    powers of two within its bounds;
   * plans are made again and compared: norms exactly, the error forecast to its rounding;
   * a hint H of M (N x K) must be M*A mod q. For c uniform in [0, q)^N, drawn from the operating
     system's entropy when verification begins,
@@ -42,10 +43,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends import jit
-from backends.he.manifest import PreparationError, Wanted
+from backends.he.manifest import QUANTISED, PreparationError, Wanted
 from backends.he.params import NTT_PRIME
 from backends.he.plan import Norms, plans_from
 from backends.he.public import expand_tile
+from backends.he.quantise import MOST_DOUBLINGS
 from backends.he.ring import centre, tiles_of
 from backends.he.store import PreparedModel, Stored
 from backends.he.vector import LANES
@@ -53,6 +55,7 @@ from backends.he.verdict import Verdicts
 from backends.threads import Job, core_count, run_ahead, run_split
 
 _Q = NTT_PRIME
+_FACTORS = np.ldexp(np.float32(1), np.arange(-MOST_DOUBLINGS, MOST_DOUBLINGS + 1))
 _FORECAST = 1e-9  # relative: sums of floats may be taken in another order on another processor
 
 
@@ -254,7 +257,7 @@ def _verify_weights(
     claims: Sequence[_Claim],
 ) -> list[Stored]:
     """Weights, scales and plans of a group; sets the claims' combinations. Returns the arrays."""
-    weight, scale = stored["weight"], stored["scale"]
+    weight, scale, channels = (stored[kind] for kind in QUANTISED)
     codes: NDArray[np.int8] = weight.values
     columns = np.zeros(codes.shape[1], np.int64)
     rows = np.zeros(len(codes), np.int64)
@@ -272,14 +275,17 @@ def _verify_weights(
 
     weight.read(visit)
     scale.read()
+    channels.read()
     if least < -127:
         raise weight.fail("holds -128, which no quantised weight is")
     if not (np.isfinite(scale.values).all() and (scale.values > 0).all()):
         raise scale.fail("holds a scale that is not finite and positive")
+    if not np.isin(channels.values, _FACTORS).all():
+        raise channels.fail("holds a factor that is no power of two, or none that is chosen")
     entry = model.manifest.groups[weight.group]
     plans = plans_from(
         Norms(*row_norms), Norms(*column_norms), scale.values, model.parameters,
-        entry.spec.precise,
+        entry.spec.precise, channels.values,
     )  # fmt: skip
     for direction, right, stated in zip(
         ("forward", "backward"), plans, (entry.forward_plan, entry.backward_plan), strict=True
@@ -295,7 +301,7 @@ def _verify_weights(
             )
     for claim, combined in zip(claims, (columns, rows), strict=False):
         claim.combined = _by_tiles(centre(combined % _Q))
-    return [weight, scale]
+    return [weight, scale, channels]
 
 
 def _verify_values(claim: _Claim) -> list[Stored]:

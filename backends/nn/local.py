@@ -6,6 +6,7 @@ only difference left is the cipher.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +21,8 @@ def localise(skeleton: Skeleton, prepared: PreparedModel) -> None:
     weights = prepared.worker_weights()
     matrices = prepared.owner_matrices()
     for index, group in enumerate(prepared.groups):
-        weight = dequantise(weights[index], matrices[2 * index].out_scale)
+        forward = matrices[2 * index]
+        weight = dequantise(weights[index], forward.out_scale, np.reciprocal(forward.in_scale))
         row = 0
         for name, outputs in zip(group.members, group.out_features, strict=True):
             shell = skeleton.model.get_submodule(name)

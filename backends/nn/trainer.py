@@ -117,6 +117,8 @@ class Trainer:
     ledger          who serves and who was caught; when one that served is caught, training goes
                     back to the newest checkpoint from before its first answer
     say             is told in a line what is unexpected in a checkpoint that is resumed
+
+    Of every step that was taken here: step_seconds, and gradient_norms, before they are clipped.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.step_seconds: list[float] = []
+        self.gradient_norms: list[float] = []
         self._model = model
         self._sequences = sequences
         self._lanes = lanes
@@ -297,6 +300,7 @@ class Trainer:
                 f"step {step + 1}: the loss or its gradient is not finite; lower the learning rate "
                 f"({config.learning_rate:g}) or look at the data"
             )
+        self.gradient_norms.append(norm.item())
         for group in self._optimizer.param_groups:
             group["lr"] = config.rate(step)
         self._optimizer.step()

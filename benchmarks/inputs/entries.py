@@ -123,6 +123,7 @@ ENTRIES = (
     _entry("benchmarks.he_linear", "benchmarks.he_linear:Layer"),
     _entry("benchmarks.integrity", "benchmarks.integrity:attacks"),
     _entry("benchmarks.noise", "benchmarks.noise:measure"),
+    _entry("benchmarks.quality", "benchmarks.quality:measure"),
     _entry("benchmarks.sim_speed", "benchmarks.sim_speed:measure"),
     _entry("benchmarks.transport", "benchmarks.transport:run", "benchmarks.two_processes:measure"),
     _entry(

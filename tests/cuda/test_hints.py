@@ -19,7 +19,7 @@ from backends.he.params import RING_DEGREE, preset
 from backends.he.plan import MatrixPlan, plan_directions
 from backends.he.preparation import prepare
 from backends.he.public import HintBuilder, PublicMatrix
-from backends.he.quantise import quantise
+from backends.he.quantise import channel_scales, quantise
 
 STANDARD = preset("exact")
 PUBLIC = PublicMatrix(bytes(range(32)), STANDARD.rank)
@@ -138,11 +138,12 @@ def test_plans_are_exact(gpu: Gpu, rows: int, columns: int, seed: int, zero: boo
     """On the device as on the CPU, and both as defined."""
     codes = codes_of(rows, columns, seed) * np.int8(not zero)
     scales = np.random.default_rng(seed).uniform(0.001, 0.1, rows).astype(np.float32)
-    plans = plan_directions(codes, scales, preset("thin"), device=gpu.device)
-    assert plans == plan_directions(codes, scales, preset("thin"))
+    channels = 2.0 ** np.random.default_rng(seed).integers(-3, 4, columns).astype(np.float32)
+    plans = plan_directions(codes, scales, preset("thin"), device=gpu.device, channels=channels)
+    assert plans == plan_directions(codes, scales, preset("thin"), channels=channels)
     plain = (
         planned_plainly(codes, scales),
-        planned_plainly(codes.T, np.ones(columns, np.float32)),
+        planned_plainly(codes.T, 1 / channels),
     )
     for found, expected in zip(plans, plain, strict=True):
         assert (found.max_norm, found.max_l1, found.in_features) == (
@@ -209,8 +210,10 @@ def _measure_peak(gpu: Gpu) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(gpu.device)
     before = torch.cuda.memory_allocated(gpu.device)
-    codes, scales = quantise(torch.randn(2048, 4096), device=gpu.device)
-    plan_directions(codes, scales, preset("thin"), device=gpu.device)
+    weight = torch.randn(2048, 4096)
+    channels = channel_scales([weight], gpu.device)
+    codes, scales = quantise(weight, 127, gpu.device, channels)
+    plan_directions(codes, scales, preset("thin"), device=gpu.device, channels=channels)
     builder = CudaHintBuilder(PUBLIC, gpu)
     assert builder.build(codes, False).shape == (256, STANDARD.rank, RING_DEGREE, 16)
     builder.build(codes, True)

@@ -67,7 +67,7 @@ def covered_up(record: Any) -> Any:
     try:
         entries = record["groups"]
         facts = [
-            [e["spec"], e["arrays"]["weight"]["sha256"], e["arrays"]["scale"]["sha256"]]
+            [e["spec"], *(e["arrays"][kind]["sha256"] for kind in ("weight", "scale", "channels"))]
             for e in entries
         ]
         text = json.dumps(facts, sort_keys=True)

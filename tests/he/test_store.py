@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -21,8 +22,9 @@ from backends import files
 from backends.files import WriteError, replacing
 from backends.he.manifest import GroupSpec, PreparationError
 from backends.he.params import preset
+from backends.he.plan import plan_matrix
 from backends.he.preparation import disk_bytes, prepare, work_units
-from backends.he.quantise import dequantise, quantise
+from backends.he.quantise import channel_scales, dequantise, quantise
 from backends.he.store import PreparedModel
 from backends.threads import Job, run_ahead
 
@@ -253,3 +255,67 @@ def test_an_error_waits_for_the_jobs_begun() -> None:
     with pytest.raises(KeyError):
         list(run_ahead([Job(1, broken), Job(1, slow)], threads=2, budget_bytes=10))
     assert running.is_set()
+
+
+def factors_plainly(weights: list[torch.Tensor]) -> list[float]:
+    """c by its definition, number by number in Python's own."""
+    rows = [row for weight in weights for row in weight.tolist()]
+    norms = []
+    for k in range(len(rows[0])):
+        shares = [row[k] / max(map(abs, row)) for row in rows if any(row)]
+        norms.append(math.sqrt(sum(share * share for share in shares)))
+    some = sorted(norm for norm in norms if norm)
+    middle = some[len(some) // 2] if some else 0.0
+    doublings = [round(math.log2(middle / norm)) if norm else 0 for norm in norms]
+    return [2.0 ** (max(-20, min(20, d)) if abs(d) > 1 else 0) for d in doublings]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_factors_of_channels_are_those_defined(seed: int) -> None:
+    """Powers of two that even out columns, chosen for all members of a group together."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(rows, 37, generator=generator) for rows in (1100, 25)]
+    sizes = 2.0 ** (3 * torch.randn(37, generator=generator)).clamp(-5, 5)
+    weights = [weight * sizes for weight in weights]
+    weights[1] *= 1e-5
+    weights[0][9] = 0
+    for weight in weights:
+        weight[:, 4] = 0
+    found = channel_scales(weights)
+    assert found.tolist() == factors_plainly(weights)
+    assert found[4] == 1
+    assert len(set(found.tolist())) > 5
+
+
+def test_columns_that_are_alike_are_left_alone() -> None:
+    """And so are weights of sizes that no model has: factors could leave float32."""
+    ones = np.ones(30, np.float32)
+    weight = torch.randn(50, 30) * torch.linspace(0.6, 1.6, 30)
+    assert np.array_equal(channel_scales([weight]), ones)
+    for size, alone in ((0.0, False), (1e-42, True), (1e30, True), (float("nan"), True)):
+        outliers = torch.randn(50, 30)
+        outliers[:, 3] *= 1000
+        outliers[7] *= size
+        assert np.array_equal(channel_scales([outliers]), ones) == alone
+
+
+def test_factors_of_channels_are_undone(tmp_path: Path) -> None:
+    """The prepared matrices multiply by the model's own weight, both ways, to 8 bits."""
+    weight = Loader()("a.o")
+    weight[:, [3, 17]] *= torch.tensor([1 / 300, 256.0])
+    group = GroupSpec("a.o", ("a.o",), 32, (24,))
+    model = prepare(tmp_path, [group], lambda name: weight, None, quiet)
+    codes = model.worker_weights()[0].astype(np.float32)
+    forward, backward = model.owner_matrices()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(9, 32)).astype(np.float32) / np.linalg.norm(weight, axis=0)
+    dy = rng.normal(size=(9, 24)).astype(np.float32)
+    for found, exact in (
+        ((x * forward.in_scale) @ codes.T * forward.out_scale, x @ weight.numpy().T),
+        ((dy * backward.in_scale) @ codes * backward.out_scale, dy @ weight.numpy()),
+    ):
+        off = np.linalg.norm(found - exact, axis=0) / np.linalg.norm(exact, axis=0)
+        assert off.max() < 0.06
+    whole = dequantise(model.worker_weights()[0], forward.out_scale, 1 / forward.in_scale)
+    assert (whole - weight).norm() < 0.01 * weight.norm()
+    assert backward.plan == plan_matrix(model.worker_weights()[0].T, backward.out_scale)
