@@ -110,6 +110,19 @@ def test_quantisation_is_bit_identical(
     assert np.array_equal(scales, plain_scales)
 
 
+def test_factors_of_channels_are_the_same_everywhere(gpu: Gpu) -> None:
+    """And so is what is quantised with them."""
+    weight = torch.randn(3000, 40, generator=torch.Generator().manual_seed(6))
+    weight *= 2.0 ** torch.randint(-9, 9, (40,), generator=torch.Generator().manual_seed(7))
+    channels = channel_scales([weight], gpu.device)
+    assert np.array_equal(channels, channel_scales([weight]))
+    assert len(set(channels.tolist())) > 5
+    codes, scales = quantise(weight, gpu.device, channels)
+    plain_codes, plain_scales = quantised_plainly(weight * torch.from_numpy(channels))
+    assert np.array_equal(codes, plain_codes)
+    assert np.array_equal(scales, plain_scales)
+
+
 def test_many_scales_are_true_quotients(gpu: Gpu) -> None:
     """A reciprocal in place of a division would be a bit off in some of these."""
     weight = torch.rand(3000, 2, generator=torch.Generator().manual_seed(5)) + 0.5
