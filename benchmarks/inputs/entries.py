@@ -218,5 +218,6 @@ def _simulations() -> list[Any]:
         patch("scenarios.whatif.setting.MODELS", small),
         patch("scenarios.whatif.setting.simulate", timed),
         patch("scenarios.simulated.simulate", timed),
+        patch("sim.world.simulate", timed),
         patch("scenarios.whatif.__main__.run_all", in_turn),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,13 +24,14 @@ from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 from backends.session import Workers
 from protocol.catalogue import MatrixShape
-from scenarios.estimate import Estimate, Shape, spoken
+from scenarios.estimate import Estimate, Shape, _limbs, spoken
 from scenarios.line import waits_for
 from scenarios.preparation import prepared_for
 from scenarios.probe import LineProbe, Prober, Sample, solved, telling
 from scenarios.session import Live, PrivateSession, private_session
 from sim.network import Link, Network, star
 from sim.stream import Stream, Tcp
+from sim.workload import trace_step
 
 SHAPES = [
     MatrixShape(name, inputs, outputs, 3 * inputs, 2 * outputs)
@@ -83,6 +85,15 @@ def test_what_a_step_waits_for() -> None:
     assert waits_for(10.0, 1, away_s=2.0, worker_s=1.0) == "owner"
     assert waits_for(10.0, 4, away_s=36.0, worker_s=8.0) == "worker"
     assert waits_for(10.0, 4, away_s=36.0, worker_s=2.0) == "line"
+
+
+def test_the_digits_of_what_was_asked_for() -> None:
+    """By the size of the products: half of them of two limbs, half of three."""
+    shapes = [MatrixShape(str(up), 64, 64, up * 64, 64) for up in (2, 3)]
+    probe = LineProbe(0.02, 1e7, 1e7, 1e11, 0.1, ((0, 8), (1, 8)), 9_000_000, 2.1)
+    workload = replace(trace_step(CONFIG, 8, lora_rank=1), matrices=tuple(shapes))
+    assert _limbs(workload, probe) == 2.5
+    assert _limbs(workload, replace(probe, asked=())) == 3.0
 
 
 def test_the_estimate_in_words() -> None:

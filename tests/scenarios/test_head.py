@@ -17,6 +17,8 @@ from backends.nn.sources import RandomBase
 from scenarios import head as head_module
 from scenarios.estimate import Shape, workload_of
 from scenarios.head import HeadChoice, compared, decided, estimated, prepared_one
+from scenarios.llama1b import parse
+from scenarios.simulated import setting_from
 from sim.device import DeviceProfile
 from sim.network import Link
 from sim.world import WorldConfig
@@ -98,3 +100,13 @@ def test_a_model_that_cannot_be_followed_keeps_its_head(
     short = replace(SHAPE, tokens=128, sequence=128)
     assert decided(short, RandomBase(CONFIG, 0), CPU, True, tmp_path, b"") == "local"
     assert "no estimate of a step (a sequence of 128 tokens" in capsys.readouterr().out
+
+
+def test_a_simulated_run_decides_on_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A slow one keeps the head here; it is said for which line."""
+    small = ["--model=gpt2", "--tokens=8", "--sequence=8", "--lanes=1", "--steps=1"]
+    setting = setting_from(parse(["--lm-head=auto", "--bandwidth=1Mb/s", *small]))
+    assert setting.head == "local"
+    said = capsys.readouterr().out
+    assert said.startswith("head local: ")
+    assert said.endswith("the line is the bottleneck (gpt2 on H200, 1 Mb/s, 20 ms round trip)\n")
