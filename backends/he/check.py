@@ -172,16 +172,13 @@ class Expected:
             np.maximum(self.peaks, peaks, out=self.peaks)
         peaks[...] = 0
 
-    def suspicious(self, most: float) -> NDArray[np.int64]:
-        """The tokens whose results may have wrapped, once all is taken in.
-
-        most  tokens with a larger |y| count, too
-        """
+    def suspicious(self) -> NDArray[np.int64]:
+        """The tokens whose results cannot well be the product's, once all is taken in."""
         honesty = self.check.judge.honesty
         differences = self._found.values - self._expected.values
         found = suspicious(differences, honesty.mean[self.rows], honesty.deviation[self.rows])
         differences[...] = 0
-        return np.union1d(found, np.flatnonzero(self.peaks > most))
+        return found
 
     def add_turns(self, tokens: NDArray[np.int64], turns: Float64Array, modulus: int) -> None:
         """Take in that results of some tokens were moved by float64[tokens, N] times p."""
@@ -237,3 +234,11 @@ class IntegrityCheck:
     def products(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32[T, K] -> float32[T, N]: what the matrix makes of them, in clear."""
         return clear_products(values, self._weight, self._forward)
+
+    def results(
+        self, values: NDArray[np.float32], places: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """float32[n]: of row i of float32[n, K], the matrix's output number places[i], in clear."""
+        rows = self._weight[places] if self._forward else self._weight[:, places].T
+        found: NDArray[np.float32] = np.einsum("nk,nk->n", values, rows.astype(np.float32))
+        return found

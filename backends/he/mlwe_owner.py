@@ -51,7 +51,7 @@ from backends.he.interface import (
 from backends.he.packing import pack_request, unpack_answer
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.repair import EDGE, Gains, Repairs, unwrap
+from backends.he.repair import EDGE, FEW, Gains, Repairs, in_parts, unwrap, wipe
 from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
 from backends.he.vector import LANES
@@ -60,7 +60,6 @@ from backends.threads import run_split
 _D = RING_DEGREE
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
-_REPAIRED_AT_ONCE = 64  # tokens
 _VALUES_AT_ONCE = 1 << 16
 """Inputs that are summed up and then hashed while they are still in a core's cache."""
 ERROR_BYTES = 5
@@ -439,22 +438,46 @@ class MlweOwner(RingOwner):
     ) -> None:
         """Move results that wrapped back to where they belong, and learn the matrix's gain."""
         p = matrix.plan.format.modulus
-        suspicious = expected.suspicious(EDGE * p / 2)
-        suspicious = suspicious[sealed.inverse_alpha[suspicious] > 0]
-        for start in range(0, len(suspicious), _REPAIRED_AT_ONCE):
-            tokens = suspicious[start : start + _REPAIRED_AT_ONCE]
-            inverse = sealed.inverse_alpha[tokens]
-            wide = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse[:, None]
-            scaled = wide.astype(np.float32)
-            wide[...] = 0
-            right = expected.check.products(scaled)
-            turns = unwrap(out, tokens, right, p, np.outer(inverse, matrix.out_scale))
-            expected.add_turns(tokens, turns, p)
+        edge, live = EDGE * p / 2, sealed.inverse_alpha > 0
+        near = np.flatnonzero((expected.peaks > edge) & live)
+        for tokens in in_parts(near):
+            scaled, unit = self._units(sealed, matrix, tokens)
+            values = out[tokens] / unit
+            places = np.nonzero(np.abs(values) > edge)
+            right = values.copy()
+            if len(places[0]) <= FEW * len(tokens):
+                right[places] = expected.check.results(scaled[places[0]], places[1])
+            else:
+                right[...] = expected.check.products(scaled)
+            self._move(expected, tokens, unwrap(out, tokens, right, p, unit), p)
             expected.peaks[tokens] = np.abs(right).max(axis=1)
-            self.repairs.add(len(tokens), int(np.count_nonzero(turns)))
-            for private in (scaled, right, turns, inverse):
-                private[...] = 0
+            wipe(scaled, unit, values, right)
+        for tokens in in_parts(expected.suspicious()):
+            tokens = tokens[live[tokens]]
+            scaled, unit = self._units(sealed, matrix, tokens)
+            products = expected.check.products(scaled)
+            self._move(expected, tokens, unwrap(out, tokens, products, p, unit), p)
+            expected.peaks[tokens] = np.abs(products).max(axis=1, initial=0)
+            wipe(scaled, unit, products)
         self._gains.learn(matrix.name, expected.peaks / (p / 2), sealed.gain)
+
+    def _units(
+        self, sealed: Sealed, matrix: OwnerMatrix, tokens: NDArray[np.int64]
+    ) -> tuple[Float32Array, NDArray[np.float64]]:
+        """Of some tokens: float32[n, K], inputs as they were scaled; float64[n, N], what a unit of
+        the worker's modulus is in each result.
+        """
+        inverse = sealed.inverse_alpha[tokens, None]
+        scaled = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse
+        return scaled.astype(np.float32), inverse * matrix.out_scale
+
+    def _move(
+        self, expected: Expected, tokens: NDArray[np.int64], turns: NDArray[np.float64], p: int
+    ) -> None:
+        """Tell the check, and the counts, of results that were moved by so many times p."""
+        expected.add_turns(tokens, turns, p)
+        self.repairs.add(len(tokens), int(np.count_nonzero(turns)))
+        wipe(turns)
 
     def discard(self, sealed: Sealed) -> None:
         sealed.wipe()

@@ -3,10 +3,11 @@
 Under `thin` parameters the scale of a matrix is larger than what could never wrap, by a gain that
 the owner learns from results it has decrypted. A result beyond p/2 then comes back less p. The
 check of answers (`integrity.py`) sees it, as it compares in real numbers, and so does the owner, as
-what goes a little beyond p/2 comes back close to it. The owner multiplies such a token itself, in
-clear, from the int8 weights, and moves each of its results by the multiple of p that brings it
-nearest to what it should be. Whether the worker told the truth is judged afterwards, on the results
-as moved: a multiple of p is nothing that a worker can add or take away.
+what goes a little beyond p/2 comes back close to it. Results that are close are computed in clear,
+from the int8 weights, and so is a whole token that the check still finds off: each is moved by the
+multiple of p that brings it nearest to what it should be. Whether the worker told the truth is
+judged afterwards, on the results as moved: a multiple of p is nothing that a worker can add or take
+away.
 
 A gain lives in the owner's memory and in its token scales; neither it nor a repair makes any
 difference to what is sent.
@@ -27,6 +28,9 @@ from backends.threads import run_split
 Float64Array = NDArray[np.float64]
 
 _GRAIN = 256  # outputs that are worth a thread
+_AT_ONCE = 64  # tokens
+FEW = 16
+"""Results of a token, on average, that are computed one by one rather than all of them."""
 _OCTAVE = 8
 """Bins of a histogram for each factor of two."""
 _BINS = 12 * _OCTAVE
@@ -36,8 +40,8 @@ _ROOM = 1.25
 RARE = 2.0**-12
 """The share of tokens that may have results beyond those."""
 EDGE = 1 / _ROOM
-"""Tokens with a result beyond this share of p/2 are multiplied in clear, wrapped or not: what wraps
-mostly goes little beyond p/2, and comes back close to it."""
+"""Results beyond this share of p/2 are computed in clear, wrapped or not: what wraps mostly goes
+little beyond p/2, and comes back close to it."""
 LARGEST_GAIN = 16.0
 
 
@@ -48,8 +52,8 @@ class _Histogram:
         self._counts = np.zeros(_BINS)
 
     def add(self, shares: Float64Array) -> None:
-        """Count float64[T]; tokens without any input have none."""
-        found = shares[shares > 0]
+        """Count float64[T]; tokens of zeros say nothing, nor do results that are no float32."""
+        found = shares[(shares > 0) & np.isfinite(shares)]
         places = np.clip(np.floor(-np.log2(found) * _OCTAVE), 0, _BINS - 1).astype(np.int64)
         if self._counts.sum() > _REMEMBERED:
             self._counts /= 2
@@ -127,6 +131,17 @@ def _times_columns(values: Any, weight: Any, out: Any, first: int, last: int) ->
                 sums[k] += x * np.float32(row[k])
 
 
+def in_parts(tokens: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Tokens to repair, a few at a time, which bounds the memory that many take."""
+    return [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
+
+
+def wipe(*private: NDArray[Any]) -> None:
+    """Overwrite arrays."""
+    for array in private:
+        array[...] = 0
+
+
 def clear_products(
     values: NDArray[np.float32], weight: NDArray[np.int8], forward: bool
 ) -> NDArray[np.float32]:
@@ -144,13 +159,13 @@ def clear_products(
 
 
 def unwrap(
-    out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[np.float32], modulus: int,
+    out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[Any], modulus: int,
     scale: Float64Array,
 ) -> Float64Array:  # fmt: skip
     """Move each result of some tokens by the multiple of p that brings it nearest to `right`.
 
     out    float32[T, N], results times their scale, changed in place
-    right  float32[tokens, N], in units of which the period is `modulus`
+    right  [tokens, N], in units of which the period is `modulus`
     scale  float64[tokens, N]: what a unit is in `out`
 
     Returns the multiples, float64[tokens, N].

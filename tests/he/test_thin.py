@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.he import repair
-from backends.he.check import Expected
+from backends.he import mlwe_owner, repair
 from backends.he.integrity import ROWS, SUSPICION
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
@@ -246,8 +245,7 @@ def test_repairs_do_not_depend_on_the_edge_alone(monkeypatch: pytest.MonkeyPatch
     """Without the look at results near p/2, the check's sums find single wraps by themselves."""
     case = make_case(200, 90, parameters=THIN, form=Format(16, 8))
     x = np.random.default_rng(1).standard_normal((2000, 200)).astype(np.float32)
-    found = Expected.suspicious
-    monkeypatch.setattr(Expected, "suspicious", lambda self, most: found(self, np.inf))
+    monkeypatch.setattr(mlwe_owner, "EDGE", np.inf)
     owner = owner_of(case, 4.5)
     y, right = ask(owner, case, x), case.exact(x)
     wraps, noise = beyond(case, x, 4.5)
