@@ -22,6 +22,7 @@ from torch import nn
 
 from backends.he.interface import Values
 from backends.he.manifest import GroupSpec
+from backends.memory import give_back_sometimes
 from backends.nn.head import LocalHead
 
 LinearFunction: TypeAlias = Callable[[int, Values], Values]
@@ -103,6 +104,7 @@ class Remote:
         """float32[T, K] -> float32[T, N]; the one step a trace without numbers replaces."""
         if self._linear is None:
             raise NotConnectedError("remote linear called outside `with remote.connected(...)`")
+        give_back_sometimes()
         operand = rows.numpy() if rows.device.type == "cpu" else rows
         return torch.as_tensor(self._linear(matrix, operand))
 
