@@ -115,7 +115,7 @@ def trace_lane(
 
 
 def _outline_head(skeleton: Skeleton) -> LocalHead | None:
-    """The owner's share in a remote head's backward product, without numbers."""
+    """What makes a remote head's backward product, without numbers."""
     if skeleton.head is None:
         return None
     place = next(i for i, group in enumerate(skeleton.groups) if skeleton.head in group.members)

@@ -342,20 +342,21 @@ class Judge:
         units = np.ones(size) if unit is None else unit
         try:
             if not _tally(differences, mean, deviation, units, total, energy):
-                raise self._wrong("not the product that was asked for")
+                raise self.wrong("not the product that was asked for")
             with self._lock:
                 sums = self._sums.setdefault(worker, _Sums())
                 tokens = sums.tokens[rows] + (size + CLASSES - 1 - np.arange(CLASSES)) // CLASSES
                 total += sums.total[rows]
                 energy += sums.energy[rows]
                 if not _within(tokens, total, energy, self.honesty.drift):
-                    raise self._wrong("off by a little, and always alike")
+                    raise self.wrong("off by a little, and always alike")
                 sums.tokens[rows], sums.total[rows], sums.energy[rows] = tokens, total, energy
         finally:
             for private in (total, energy, mean, deviation):
                 private[...] = 0
 
-    def _wrong(self, what: str) -> WrongAnswerError:
+    def wrong(self, what: str) -> WrongAnswerError:
+        """The error that says so of this matrix."""
         return WrongAnswerError(
             f"{self._name}: the worker's answer is {what}; the worker is broken or lying: "
             "stop using it (the request revealed nothing to it)"

@@ -37,6 +37,7 @@ from backends.he.check import Expected, IntegrityCheck
 from backends.he.entropy import Entropy, Keystream, OsEntropy, RequestKeys
 from backends.he.epilogue import open_row, seal_row
 from backends.he.hedge import MessageHash, hash_rows, scheme_tag
+from backends.he.integrity import LIMIT
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -449,14 +450,14 @@ class MlweOwner(RingOwner):
                 right[places] = expected.check.results(scaled[places[0]], places[1])
             else:
                 right[...] = expected.check.products(scaled)
-            self._move(expected, tokens, unwrap(out, tokens, right, p, unit), p)
+            self._moved(expected, matrix, tokens, *unwrap(out, tokens, right, p, unit))
             expected.peaks[tokens] = np.abs(right).max(axis=1)
             wipe(scaled, unit, values, right)
         for tokens in in_parts(expected.suspicious()):
             tokens = tokens[live[tokens]]
             scaled, unit = self._units(sealed, matrix, tokens)
             products = expected.check.products(scaled)
-            self._move(expected, tokens, unwrap(out, tokens, products, p, unit), p)
+            self._moved(expected, matrix, tokens, *unwrap(out, tokens, products, p, unit))
             expected.peaks[tokens] = np.abs(products).max(axis=1, initial=0)
             wipe(scaled, unit, products)
         self._gains.learn(matrix.name, expected.peaks / (p / 2), sealed.gain)
@@ -471,13 +472,19 @@ class MlweOwner(RingOwner):
         scaled = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse
         return scaled.astype(np.float32), inverse * matrix.out_scale
 
-    def _move(
-        self, expected: Expected, tokens: NDArray[np.int64], turns: NDArray[np.float64], p: int
-    ) -> None:
-        """Tell the check, and the counts, of results that were moved by so many times p."""
-        expected.add_turns(tokens, turns, p)
+    def _moved(
+        self, expected: Expected, matrix: OwnerMatrix, tokens: NDArray[np.int64],
+        turns: NDArray[np.float64], off: float,
+    ) -> None:  # fmt: skip
+        """Tell the check, and the counts, of results that were moved by so many times p.
+
+        Raises WrongAnswerError when one of them is off by more than noise ever is.
+        """
+        expected.add_turns(tokens, turns, matrix.plan.format.modulus)
         self.repairs.add(len(tokens), int(np.count_nonzero(turns)))
         wipe(turns)
+        if off > LIMIT * matrix.plan.noise(self._parameters):
+            raise expected.check.judge.wrong("not the product that was asked for")
 
     def discard(self, sealed: Sealed) -> None:
         sealed.wipe()

@@ -83,6 +83,11 @@ class MatrixPlan:
         p_over_q = self.format.modulus / modulus
         return self.format.unit**2 / 12 + p_over_q**2 * (ERROR_BITS / 4 + 1 / 12)
 
+    def noise(self, parameters: Parameters) -> float:
+        """Standard deviation of what is added to an exact result, in units of p, of any row."""
+        up = self.max_norm**2 * self.input_variance(parameters.modulus)
+        return sqrt(up + 4.0**self.format.dropped_bits / 12)
+
     def margin(self, parameters: Parameters) -> float:
         """What is held back of p/2 for everything that is added to an exact result.
 
@@ -90,8 +95,7 @@ class MatrixPlan:
         """
         form = self.format
         if parameters.thin:
-            noise = self.max_norm**2 * self.input_variance(parameters.modulus)
-            return MARGIN * sqrt(noise + 4.0**form.dropped_bits / 12)
+            return MARGIN * self.noise(parameters)
         p_over_q = form.modulus / parameters.modulus
         per_input = form.unit * (0.5 + 2.0**-24) + (ERROR_BOUND + 0.5) * p_over_q
         return self.max_l1 * per_input + 2.0**form.dropped_bits + 2.0

@@ -161,20 +161,25 @@ def clear_products(
 def unwrap(
     out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[Any], modulus: int,
     scale: Float64Array,
-) -> Float64Array:  # fmt: skip
+) -> tuple[Float64Array, float]:  # fmt: skip
     """Move each result of some tokens by the multiple of p that brings it nearest to `right`.
 
     out    float32[T, N], results times their scale, changed in place
     right  [tokens, N], in units of which the period is `modulus`
     scale  float64[tokens, N]: what a unit is in `out`
 
-    Returns the multiples, float64[tokens, N].
+    Returns the multiples, float64[tokens, N], and by how much the results are off at most, in
+    units, once moved.
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        turns = np.rint((right - out[tokens] / scale) / modulus)
-    turns[~np.isfinite(turns)] = 0  # of a result that is no float32, wherever it belongs
+        off = right - out[tokens] / scale
+        off[~np.isfinite(off)] = 0  # of a result that is no float32, wherever it belongs
+    turns = np.rint(off / modulus)
+    off -= turns * modulus
+    most = float(np.abs(off).max(initial=0))
+    off[...] = 0
     moved = np.flatnonzero(turns.any(axis=1))
     if len(moved):
         at = tokens[moved]
         out[at] = (out[at] + turns[moved] * modulus * scale[moved]).astype(np.float32)
-    return turns
+    return turns, most

@@ -1,31 +1,35 @@
-"""The owner's share in a remote language-model head's backward product.
+"""The backward product of a remote language-model head, which the owner makes itself.
 
-The gradient of a softmax is nearly one-hot, and an encrypted product's error is that of its largest
-inputs: all of it in one product over the vocabulary would drown in noise. So of every token the
-owner multiplies the largest entries itself, by rows of the public int8 weight, and only the rest
-goes to a worker. As many for every token, so that the work tells nothing of the text.
+The gradient of a softmax is nearly one-hot over a hundred thousand inputs. Encrypted, it would cost
+as many ciphertext values a token, and an error that is many times what matters in it. The owner has
+the weight (it is public, and mapped), and needs few of its rows: of every token it multiplies the
+LARGEST entries, and of the others a sample of SAMPLED, drawn in proportion to their size. What
+comes out is unbiased. On a pretrained model with 262,144 words its error is 0.2 % of the gradient,
+and the work a thousandth of the model's. Nothing is sent. As many rows for every token, so that the
+work tells nothing of the text.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from backends.he.interface import OwnerMatrix
+from backends.he.rows import sampled, weighted_rows
 from backends.nn.tables import tensor_over
 
-K_LOCAL = 256
-"""Entries of each token that the owner multiplies itself."""
+LARGEST = 256
+"""Entries of each token that are multiplied as they are."""
+SAMPLED = 512
+"""Rows that stand for all others."""
 
 _CHUNK_VALUES = {"cuda": 1 << 27}
 _SMALL_CHUNK_VALUES = 1 << 21
 
 
 class LocalHead:
-    """Multiplies the largest entries of the logits' gradient.
+    """Multiplies the logits' gradient by a head's weight, nearly.
 
     group      place of the head among the groups
     codes      int8[V, K], on the CPU
@@ -38,6 +42,8 @@ class LocalHead:
     ) -> None:
         self.group = group
         self._codes, self._in_scale, self._out_scale = codes, in_scale, out_scale
+        # Of the system's entropy: nothing that trains draws from it, or is repeated by a seed.
+        self._random = np.random.default_rng()
 
     @classmethod
     def of(cls, group: int, weight: NDArray[np.int8], backward: OwnerMatrix) -> LocalHead:
@@ -45,47 +51,60 @@ class LocalHead:
         scales = (torch.from_numpy(s) for s in (backward.in_scale, backward.out_scale))
         return cls(group, tensor_over(weight), *scales)
 
-    def input_gradient(
-        self, dy: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """float32[T, V] -> float32[T, K]; `product` multiplies what is left of dy.
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """float32[T, V] -> float32[T, K], on average dy times the weight."""
+        scale = self._in_scale.to(dy.device)
+        dx = dy.new_empty(len(dy), self._codes.shape[1])
+        for part in _parts(dy):
+            dx[part] = self._multiply(*self._chosen(dy[part] * scale))
+        return dx.mul_(self._out_scale.to(dy.device))
 
-        While it does, dy lacks the largest entries; afterwards they are back. A copy of it would
-        be the largest array of the pass.
-        """
-        values, index = self._take(dy)
-        dx = product(dy)
-        dy.scatter_(1, index, values)
-        return dx + self._multiply(values, index)
+    def _chosen(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(float32[T, n], int64[T, n]): factors of rows of the weight, and which rows."""
+        weights = scaled.abs()
+        top = weights.topk(min(LARGEST, scaled.shape[1]), sorted=False).indices
+        weights.scatter_(1, top, 0.0)
+        rest, step = self._sample(weights)
+        sign = scaled.gather(1, rest).sign_()
+        values = torch.cat([scaled.gather(1, top), sign.mul_(step[:, None])], dim=1)
+        return values, torch.cat([top, rest], dim=1)
 
-    def _take(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(float32[T, K_LOCAL], int64[T, K_LOCAL]): the largest by their share in dy's length,
-        and where they were; zeros are there now."""
-        scale, count = self._in_scale.to(dy.device), min(K_LOCAL, dy.shape[1])
-        found = [
-            (dy[part] * scale).abs_().topk(count, sorted=False).indices
-            for part in _parts(dy, dy.shape[1])
-        ]
-        index = torch.cat(found)
-        values = dy.gather(1, index)
-        dy.scatter_(1, index, 0.0)
-        return values, index
+    def _sample(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(int64[T, SAMPLED], float32[T]): rows, and what each stands for."""
+        offset = self._random.random(len(weights))
+        if not _has_kernels(weights):
+            return sampled_by_torch(weights, torch.from_numpy(offset).to(weights))
+        index, step = sampled(weights.numpy(), offset, SAMPLED)
+        return torch.from_numpy(index), torch.from_numpy(step)
 
     def _multiply(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """float32[T, K]: the product of these entries alone."""
-        width = self._codes.shape[1]
+        """float32[T, K]: the sums of rows of the weight times their factors."""
+        if _has_kernels(values):
+            found = weighted_rows(values.numpy(), index.numpy(), self._codes.numpy())
+            return torch.from_numpy(found)
         where = index.to(self._codes.device)
-        scaled = values * self._in_scale.to(values.device)[index]
-        dx = values.new_empty(len(values), width)
-        for part in _parts(values, width * values.shape[1]):
-            rows = self._codes.index_select(0, where[part].reshape(-1)).to(values.device)
-            rows = rows.to(torch.float32).reshape(-1, values.shape[1], width)
-            dx[part] = torch.bmm(scaled[part, None], rows)[:, 0]
-        return dx.mul_(self._out_scale.to(dx.device))
+        rows = self._codes.index_select(0, where.reshape(-1)).to(values.device)
+        rows = rows.to(torch.float32).reshape(*index.shape, -1)
+        return torch.bmm(values[:, None], rows)[:, 0]
 
 
-def _parts(rows: torch.Tensor, values: int) -> list[slice]:
-    """Few rows at a time, where one of them takes so many values."""
+def sampled_by_torch(
+    weights: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rows.sampled` draws, by operations of any device, but for roundings of its sums."""
+    sums = weights.cumsum(1)
+    place = torch.arange(SAMPLED, device=weights.device)
+    at = (place + offset[:, None]) / SAMPLED * sums[:, -1:]
+    index = torch.searchsorted(sums, at, right=True)
+    return index.clamp_(max=weights.shape[1] - 1), sums[:, -1] / SAMPLED
+
+
+def _has_kernels(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _parts(rows: torch.Tensor) -> list[slice]:
+    """Few rows at a time, as each is as wide as the vocabulary."""
     most = _CHUNK_VALUES.get(rows.device.type, _SMALL_CHUNK_VALUES)
-    step = max(1, most // values)
+    step = max(1, most // rows.shape[1])
     return [slice(start, start + step) for start in range(0, len(rows), step)]

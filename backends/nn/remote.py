@@ -74,7 +74,7 @@ class Remote:
     def connected(self, linear: LinearFunction, head: LocalHead | None = None) -> Iterator[None]:
         """Within this context remote linears compute through `linear`.
 
-        head  the owner's share in the backward product of a remote head
+        head  makes the backward product of a remote head
         """
         if self._linear is not None:
             raise NotConnectedError("this model is already connected to a worker")
@@ -90,12 +90,10 @@ class Remote:
         return _like(y, x)
 
     def input_gradient(self, group: RemoteGroup, dy: torch.Tensor) -> torch.Tensor:
-        """dy[..., N] -> [..., K], in dy's dtype, through the worker, but for a head's share."""
+        """dy[..., N] -> [..., K], in dy's dtype, through the worker; a head's is the owner's."""
         rows = _rows(dy)
         if self.head is not None and self.head.group == group.index:
-            dx = self.head.input_gradient(
-                rows, lambda rest: self.compute(group.backward_matrix, rest)
-            )
+            dx = self.head.input_gradient(rows)
         else:
             dx = self.compute(group.backward_matrix, rows)
         return _like(dx, dy)

@@ -64,7 +64,7 @@ class Skeleton:
         return [name for name in self.shapes if name != self.head]
 
     def local_head(self, prepared: PreparedModel) -> LocalHead | None:
-        """The owner's share in a remote head's backward product; None for a local head."""
+        """What makes a remote head's backward product; None for a local head."""
         if self.head is None:
             return None
         place = next(i for i, group in enumerate(self.groups) if self.head in group.members)

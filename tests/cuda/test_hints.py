@@ -117,7 +117,7 @@ def test_factors_of_channels_are_the_same_everywhere(gpu: Gpu) -> None:
     channels = channel_scales([weight], gpu.device)
     assert np.array_equal(channels, channel_scales([weight]))
     assert len(set(channels.tolist())) > 5
-    codes, scales = quantise(weight, gpu.device, channels)
+    codes, scales = quantise(weight, 127, gpu.device, channels)
     plain_codes, plain_scales = quantised_plainly(weight * torch.from_numpy(channels))
     assert np.array_equal(codes, plain_codes)
     assert np.array_equal(scales, plain_scales)

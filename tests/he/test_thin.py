@@ -19,6 +19,7 @@ from backends.he.plan import CHECK_NOISE, NOMINAL_GAIN, TARGET_ERROR, nominal_pl
 from backends.he.repair import LARGEST_GAIN, Gains, clear_products, unwrap
 from backends.he.wire import EXACT, Format
 from benchmarks.integrity import KINDS, Desk
+from protocol.errors import WrongAnswerError
 from tests.he.conftest import Case, make_case
 
 THIN = preset("thin")
@@ -148,6 +149,29 @@ def test_lies_are_found_among_wraps(kind: str) -> None:
     assert accepted <= 1.5 * bound + 4 * np.sqrt(bound) + 0.5
 
 
+@pytest.mark.parametrize("size", [0.5, 0.4])
+def test_a_large_lie_of_one_value_is_found_in_the_widest_matrices(size: float) -> None:
+    """Where the check's noise is an eighth of p: half of p is seen by what follows a suspicion.
+
+    Eight deviations of a row's noise are all of p there, so that no row alone is over its limit.
+    """
+    case = make_case(256, 4000, parameters=THIN, form=Format(18, 8))
+    deviation = owner_of(case)._checks[case.matrix.name].judge.honesty.deviation.mean()
+    assert 0.05 < deviation / case.matrix.plan.format.modulus < 0.13
+    found, tries = 0, 30
+    for seed in range(tries):
+        rng = np.random.default_rng(seed)
+        owner, worker = owner_of(case), MlweWorker()
+        sent = owner.encrypt(rng.standard_normal((4, 256)).astype(np.float32), case.matrix)
+        answer = np.array(worker.multiply(sent.payload, 4, case.load(worker)))
+        answer[rng.integers(len(answer))] += np.uint8(256 * size)
+        try:
+            owner.decrypt(sent.sealed, answer, case.matrix)
+        except WrongAnswerError:
+            found += 1
+    assert found >= 0.9 * tries
+
+
 def test_an_honest_worker_is_never_accused_for_wraps() -> None:
     """Requests whose data change all at once, so that most of their tokens wrap."""
     case = make_case(64, 300, parameters=THIN)
@@ -205,12 +229,14 @@ def test_unwrapping_in_plain_steps() -> None:
     out = np.zeros((9, 7), np.float32)
     tokens = np.array([1, 4, 5, 8])
     out[tokens] = wrapped * scale
-    turns = unwrap(out, tokens, true.astype(np.float32), 1 << 16, scale)
+    turns, off = unwrap(out, tokens, true.astype(np.float32), 1 << 16, scale)
     assert np.array_equal(turns, (noisy - wrapped) // (1 << 16))
+    assert off == pytest.approx(np.abs(noisy - true).max(), abs=0.1)
     assert np.allclose(out[tokens], noisy * scale, rtol=1e-6)
     assert not out[[0, 2, 3, 6, 7]].any()
     out[1, 2] = np.inf
-    assert unwrap(out, tokens, true.astype(np.float32), 1 << 16, scale)[0, 2] == 0
+    turns, _ = unwrap(out, tokens, true.astype(np.float32), 1 << 16, scale)
+    assert turns[0, 2] == 0
     assert np.isinf(out[1, 2])
 
 

@@ -49,7 +49,7 @@ def prepared(directory: Path) -> PreparedModel:
     """By the preset in which nothing can wrap."""
     skeleton = build_skeleton(BASE)
     return prepare(
-        directory, skeleton.groups, skeleton.load_weight, preset("standard"),
+        directory, skeleton.groups, skeleton.load_weight, preset("exact"),
         lambda label, done: None,
     )  # fmt: skip
 

@@ -136,8 +136,10 @@ def test_the_largest_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 <= tests[0] - tests[1] < 3
     shape = Shape(MAX_INPUTS, MAX_INPUTS, 1)
     sizes = []
-    monkeypatch.setattr(params, "quantise", lambda w: sizes.append(w.numel()) or quantise(w))
-    shape.plan()
+    monkeypatch.setattr(
+        params, "quantise", lambda w, limit: sizes.append(w.numel()) or quantise(w, limit)
+    )
+    shape.plan(PRESETS["exact"])
     assert sizes == [1 << 24]
 
 
@@ -166,5 +168,5 @@ def test_shapes() -> None:
     assert 0 < narrow["predicted_error"] < wide["predicted_error"] < 0.05
     assert 0 < narrow["margin"] < wide["margin"] < 0.1
     sent = traffic(known, Shape(100, 7, 10))
-    assert sent["up_bytes_per_block"] == known.up_bytes_per_value * 1000
+    assert (sent["up_bits_per_value"], sent["up_bytes_per_block"]) == (24, 3000)
     assert sent["tokens_per_block"] == 10

@@ -39,6 +39,7 @@ from backends.he.cuda.repair import TOKENS_AT_ONCE, unwrap
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flag, Flags
 from backends.he.entropy import Entropy, RequestKeys
+from backends.he.integrity import LIMIT
 from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
 from backends.he.mlwe_owner import RingOwner, check_input, require_finite
 from backends.he.params import RING_DEGREE, Parameters
@@ -294,12 +295,14 @@ class CudaOwner(RingOwner):
             x = torch.from_numpy(sealed.x[tokens]).to(self._gpu.device)
         scaled = x.double() * in_scale / inverse
         right = expected.check.products(scaled)
-        turns = unwrap(out, at, right, p, inverse * out_scale)
+        turns, off = unwrap(out, at, right, p, inverse * out_scale)
         comparison.add_turns(tokens, turns, p)
         comparison.peaks[tokens] = right.abs().amax(dim=1).cpu().numpy()
         self.repairs.add(len(tokens), int(torch.count_nonzero(turns)))
         for private in (x, scaled, right, turns, inverse):
             private.zero_()
+        if off > LIMIT * matrix.plan.noise(self._parameters):
+            raise expected.check.judge.wrong("not the product that was asked for")
 
     def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:
         """(grid, secrets each thread block works through) for a matrix of so many tiles.

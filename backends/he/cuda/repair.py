@@ -37,7 +37,7 @@ def clear_products(values: torch.Tensor, weight: NDArray[np.int8], forward: bool
 
 def unwrap(
     out: torch.Tensor, tokens: torch.Tensor, right: torch.Tensor, modulus: int, scale: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, float]:
     """Move each result of some tokens by the multiple of p that brings it nearest to `right`.
 
     out     float32[T, N], results times their scale, changed in place
@@ -45,10 +45,14 @@ def unwrap(
     right   float64[n, N], in units of which the period is `modulus`
     scale   float64[n, N]: what a unit is in `out`
 
-    Returns the multiples, float64[n, N].
+    Returns the multiples, float64[n, N], and by how much the results are off at most, in units,
+    once moved.
     """
     found = out[tokens]
-    turns = torch.round((right - found / scale) / modulus)
-    turns.nan_to_num_(0, 0, 0)  # of a result that is no float32, wherever it belongs
+    off = (right - found / scale).nan_to_num_(0, 0, 0)  # of what is no float32
+    turns = torch.round(off / modulus)
+    off -= turns * modulus
+    most = float(off.abs_().max()) if off.numel() else 0.0
+    off.zero_()
     out[tokens] = (found + turns * modulus * scale).float()
-    return turns
+    return turns, most
