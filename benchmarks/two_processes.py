@@ -29,17 +29,37 @@ _WATCHED_S = 0.05
 
 @dataclass(frozen=True)
 class Size:
-    """What a step is made of. tokens: of one lane's micro-batch; rounds: runs of each kind."""
+    """What a step is made of.
+
+    tokens  of one lane's micro-batch
+    rounds  runs of each kind
+    head    local or remote, in clear too: what is compared has the same memory of its own for it
+    cache   of prepared models; None is the usual one
+    kinds   what is run: in one process, in two, in clear
+    """
 
     steps: int = 3
     tokens: int = 64
     lanes: int = 4
     rounds: int = 2
+    head: str = "local"
+    preset: str = "thin"
+    cache: Path | None = None
+    kinds: tuple[str, ...] = ("one", "two", "clear")
 
     def options(self, lanes: int, tokens: int) -> list[str]:
         """For `scenarios.llama1b`."""
         told = {"steps": self.steps, "tokens": tokens, "sequence": self.tokens, "lanes": lanes}
-        return [word for name, value in told.items() for word in (f"--{name}", str(value))]
+        return [*_words(told), *self.model_options()]
+
+    def model_options(self) -> list[str]:
+        """For `scenarios.prepare`, too."""
+        cache = {} if self.cache is None else {"cache": self.cache}
+        return _words({"lm-head": self.head, "preset": self.preset, **cache})
+
+
+def _words(told: dict[str, Any]) -> list[str]:
+    return [word for name, value in told.items() for word in (f"--{name}", str(value))]
 
 
 class Watch:
@@ -114,11 +134,11 @@ def _worker(model: Path, certs: Path) -> Iterator[str]:
 
 
 def measure(size: Size) -> dict[str, Any]:
-    """Runs of all three kinds in turn; medians over steps and rounds.
+    """Runs of the wanted kinds in turn; medians over steps and rounds.
 
     A private run's first step is not counted: it maps the hints.
     """
-    runs: dict[str, list[dict[str, Any]]] = {"one": [], "two": [], "clear": []}
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in size.kinds}
     with tempfile.TemporaryDirectory(prefix="transport-") as directory:
         place = Path(directory)
         authority = Authority()
@@ -126,38 +146,49 @@ def measure(size: Size) -> dict[str, Any]:
         authority.issue(place / "worker", ["localhost"])
         figures = place / "prepared.json"
         command = [sys.executable, "-m", "scenarios.prepare", "--json", str(figures)]
+        command += size.model_options()
         subprocess.run(command, check=True)
         model = Path(json.loads(figures.read_text())["directory"])
         for turn in range(size.rounds):
             print(f"round {turn + 1} of {size.rounds}", flush=True)
-            runs["one"].append(_private(size, place, []))
-            with _worker(model, place) as address:
-                more = ["--worker", address, "--tls", str(place / "owner")]
-                runs["two"].append(_private(size, place, more))
-            runs["clear"].append(_clear(size))
+            if "one" in runs:
+                runs["one"].append(_private(size, place, []))
+            if "two" in runs:
+                with _worker(model, place) as address:
+                    more = ["--worker", address, "--tls", str(place / "owner")]
+                    runs["two"].append(_private(size, place, more))
+            if "clear" in runs:
+                runs["clear"].append(_clear(size))
     return _summary(size, runs)
 
 
 def _summary(size: Size, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     def steps(kind: str) -> list[float]:
-        return [s for run in runs[kind] for s in run["private_steps_s"][1:]]
+        key = "step_s" if kind == "clear" else "private_steps_s"
+        return [s for run in runs[kind] for s in run[key][1:]]
 
     def of(kind: str, key: str) -> float:
         return median(run[key] for run in runs[kind])
 
     tokens = size.lanes * size.tokens
-    return {
+    names = {"one": "one_process", "two": "two_processes", "clear": "clear"}
+    found: dict[str, Any] = {
         "tokens_per_step": tokens,
         "lanes": size.lanes,
+        "head": size.head,
+        "preset": size.preset,
         "cores": os.cpu_count(),
-        "one_process_steps_s": steps("one"),
-        "two_processes_steps_s": steps("two"),
-        "clear_steps_s": [s for run in runs["clear"] for s in run["step_s"][1:]],
-        "step_ratio": median(steps("two")) / median(steps("one")),
-        "owner_cpu_ms_per_token": 1e3 * of("two", "cpu_s") / tokens,
-        "clear_cpu_ms_per_token": 1e3 * of("clear", "cpu_s") / tokens,
-        "owner_cpu_ratio": of("two", "cpu_s") / of("clear", "cpu_s"),
-        "owner_own_mb": of("two", "own_bytes") / 1e6,
-        "clear_own_mb": of("clear", "own_bytes") / 1e6,
-        "owner_rss_ratio": of("two", "own_bytes") / of("clear", "own_bytes"),
     }
+    found |= {f"{names[kind]}_steps_s": steps(kind) for kind in runs}
+    if {"one", "two"} <= runs.keys():
+        found["step_ratio"] = median(steps("two")) / median(steps("one"))
+    if {"two", "clear"} <= runs.keys():
+        found |= {
+            "owner_cpu_ms_per_token": 1e3 * of("two", "cpu_s") / tokens,
+            "clear_cpu_ms_per_token": 1e3 * of("clear", "cpu_s") / tokens,
+            "owner_cpu_ratio": of("two", "cpu_s") / of("clear", "cpu_s"),
+            "owner_own_mb": of("two", "own_bytes") / 1e6,
+            "clear_own_mb": of("clear", "own_bytes") / 1e6,
+            "owner_rss_ratio": of("two", "own_bytes") / of("clear", "own_bytes"),
+        }
+    return found

@@ -125,6 +125,9 @@ ENTRIES = (
     _entry("benchmarks.noise", "benchmarks.noise:measure"),
     _entry("benchmarks.quality", "benchmarks.quality:measure"),
     _entry("benchmarks.sim_speed", "benchmarks.sim_speed:measure"),
+    _entry(
+        "benchmarks.thin", "benchmarks.thin.__main__:measure", module="benchmarks.thin.__main__"
+    ),
     _entry("benchmarks.transport", "benchmarks.transport:run", "benchmarks.two_processes:measure"),
     _entry(
         "benchmarks.inputs", "benchmarks.inputs.__main__:run", module="benchmarks.inputs.__main__"

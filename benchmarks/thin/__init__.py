@@ -1,0 +1,1 @@
+"""What thin ciphertexts cost: `python -m benchmarks.thin`."""
