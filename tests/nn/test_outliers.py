@@ -73,7 +73,7 @@ def private(model: PreparedModel) -> Iterator[Skeleton]:
     owner = MlweOwner(parameters, model.public_matrix())
     model.guard(owner)
     with (
-        in_process(model, owner, [MlweWorker(parameters)]) as (client, _),
+        in_process(model, owner, [MlweWorker()]) as (client, _),
         skeleton.remote.connected(client.linear),
     ):
         yield skeleton

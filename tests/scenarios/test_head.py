@@ -12,6 +12,7 @@ from backends.door import place_of
 from backends.hardware import CPU
 from backends.he.manifest import NAME
 from backends.he.params import preset
+from backends.nn import head
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
 from scenarios import head as head_module
@@ -40,8 +41,11 @@ def world(float_rate: float, bps: float, head: str) -> WorldConfig:
     )  # fmt: skip
 
 
-def test_the_slower_side_decides() -> None:
+def test_the_slower_side_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow owner sends the head away over a fast line; a quick one keeps it from a slow line."""
+    # Of the few words of this model, as of a real one's many.
+    monkeypatch.setattr(head, "LARGEST", 2)
+    monkeypatch.setattr(head, "SAMPLED", 2)
     slow = compared(lambda head: world(1e7, 1e10, head), "slow owner")
     assert (slow.head, slow.bottleneck) == ("remote", "owner")
     assert slow.step_s[1] < slow.step_s[0]
