@@ -18,7 +18,7 @@ from docs.pages import between, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURES, GPU_FIGURES = "figures", "figures of a GPU"
+FIGURES, GPU_FIGURES, NOISE_FIGURES = "figures", "figures of a GPU", "figures of noise"
 """Names of a page's generated parts, in their markers."""
 
 
@@ -38,6 +38,7 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
         ROOT / "docs" / "design.md": {
             GPU_FIGURES: (gpu_table, gpu_step, gpu_owner),
             FIGURES: (transport, two_processes),
+            NOISE_FIGURES: (quality,),
         },
         ROOT / "docs" / "inputs.md": {FIGURES: (zoo, inputs)},
         ROOT / "docs" / "simulation.md": {
@@ -127,6 +128,36 @@ tokens multiply it four times. What is mapped from files, as hints are, is not c
 of each kind, the first step of the private ones left out.
 
 {origin(f)}"""
+
+
+QUALITY = ("quality-quickstart", "quality-gemma")
+"""What `benchmarks.quality` is run on."""
+
+
+def quality() -> str:
+    """How much noise fine-tuning stands, model by model."""
+    there = [name for name in QUALITY if (RESULTS / f"{name}.json").exists()]
+    return "\n".join(quality_of(load(name)) for name in there)
+
+
+def quality_of(f: dict[str, Any]) -> str:
+    """One model's runs, each against clear of the same seed."""
+    clear = {run["seed"]: run["final_loss"] for run in f["runs"] if run["name"] == "clear"}
+    lines = ["| products | held-out loss | its adapter without noise | gradient norm |"]
+    lines.append("| --- | --- | --- | --- |")
+    for run in f["runs"]:
+        if run["name"] == "clear":
+            continue
+        noisy, quiet = (run[key] / clear[run["seed"]] - 1 for key in ("final_loss", "adapter_loss"))
+        norm = run["gradient_norm_ratio"]
+        lines.append(f"| {run['name']} | {noisy:+.2%} | {quiet:+.2%} | {norm:.3f} |")
+    t = f["training"]
+    head = (
+        f"{f['model']}, {t['steps']} steps of {t['batch'] * t['sequence']} tokens; in clear, with "
+        f"8-bit weights, it ends at {f['clear_loss']:.4f} on {f['held_out_sequences']} held-out "
+        "sequences. Against that:"
+    )
+    return "\n".join([head, "", *lines, "", origin(f)])
 
 
 KINDS = {"avx2": "AVX2 only", "avx512": "AVX-512 VNNI", "avxvnni": "AVX-VNNI"}

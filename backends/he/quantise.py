@@ -83,8 +83,8 @@ def channel_scales(
 
     A column counts by its norm, each row taken relative to its largest weight, as it is quantised.
     The median column's over a column's own, to the nearest power of two, is its c; 1 where that is
-    1/2 or 2, for a column of zeros, and for all columns where a row's largest weight is of no usual
-    size, or no number.
+    1/2 or 2, for a column of nothing but zeros and weights below 2^-16 of their row's largest, and
+    for all columns where a row's largest weight is of no usual size, or no number.
     """
     squares = np.zeros(weights[0].shape[1], np.int64)
     for weight in weights:

@@ -105,6 +105,5 @@ def test_outliers_cost_the_gradients_nothing(
         preparation, "channel_scales", lambda w, d: np.ones(w[0].shape[1], np.float32)
     )
     worse_cipher, worse = off(prepared(tmp_path / "as-they-are"))
-    print(cipher, all_of_it, worse_cipher, worse)
     assert worse_cipher > 3 * cipher
     assert worse > 0.2
