@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 _BLOCK_VALUES = 1 << 20  # int8 values summed at a time
 
-TARGET_ERROR = 0.12
-"""Of a product, relative: `benchmarks.quality` shows what fine-tuning bears."""
+FORWARD_ERROR, BACKWARD_ERROR = 0.05, 0.12
+"""Of a product, relative. What errors forward do to the logits goes through the softmax into every
+gradient; those backward only add up (`benchmarks.quality` has what either does to training)."""
 PRECISE_ERROR = 0.002
 """The same for a language-model head: logits are exponentiated."""
 NOMINAL_GAIN = 2.5
@@ -132,11 +133,11 @@ class MatrixPlan:
 
 def plan_matrix(
     weight: NDArray[np.int8], out_scale: NDArray[np.float32], parameters: Parameters | None = None,
-    precise: bool = False,
+    target: float = FORWARD_ERROR,
 ) -> MatrixPlan:  # fmt: skip
     """Plan for int8[outputs, inputs] with float32[outputs] scales (exact integer sums)."""
     rows, _ = _norms(weight, None)
-    return _plan(rows, out_scale, weight.shape[1], parameters, precise)
+    return _plan(rows, out_scale, weight.shape[1], parameters, target)
 
 
 def plan_directions(
@@ -161,12 +162,19 @@ def plans_from(
     """The same from the norms of Wq's rows and columns, whoever summed them."""
     outputs, inputs = len(rows.squares), len(columns.squares)
     back = np.ones(inputs, np.float32) if channels is None else np.reciprocal(channels)
-    backward = _plan(columns, back, outputs, parameters, precise)
-    return _plan(rows, scales, inputs, parameters, precise), backward
+    backward = _plan(columns, back, outputs, parameters, target_of(False, precise))
+    return _plan(rows, scales, inputs, parameters, target_of(True, precise)), backward
+
+
+def target_of(forward: bool, precise: bool = False) -> float:
+    """The error that a thin plan aims at."""
+    if precise:
+        return PRECISE_ERROR
+    return FORWARD_ERROR if forward else BACKWARD_ERROR
 
 
 def nominal_plan(
-    inputs: int, outputs: int, parameters: Parameters, precise: bool = False
+    inputs: int, outputs: int, parameters: Parameters, forward: bool = True, precise: bool = False
 ) -> MatrixPlan:
     """The plan of a matrix of which only the shape is known, its entries taken as Gaussian.
 
@@ -179,7 +187,8 @@ def nominal_plan(
     spread = 1 + sqrt(log(max(outputs, 2)) / inputs)
     norm = deviation * sqrt(inputs)
     plan = MatrixPlan(norm * spread, 0.8 * deviation * inputs * spread, 1 / norm**2, inputs)
-    return _with_format(plan, outputs * norm**2, outputs, parameters, precise)
+    target = target_of(forward, precise)
+    return _with_format(plan, outputs * norm**2, outputs, parameters, target)
 
 
 def plan_bytes(columns: int) -> int:
@@ -216,7 +225,7 @@ def _norms(codes: NDArray[np.int8], device: torch.device | None) -> tuple[Norms,
 
 def _plan(
     norms: Norms, out_scale: NDArray[np.float32], inputs: int, parameters: Parameters | None,
-    precise: bool,
+    target: float,
 ) -> MatrixPlan:  # fmt: skip
     squared_scale = out_scale.astype(np.float64) ** 2
     weighted = 0.0
@@ -230,11 +239,11 @@ def _plan(
     if parameters is None:
         return plan
     total = float(norms.squares.sum())
-    return _with_format(plan, total, len(norms.squares), parameters, precise)
+    return _with_format(plan, total, len(norms.squares), parameters, target)
 
 
 def _with_format(
-    plan: MatrixPlan, squares: float, outputs: int, parameters: Parameters, precise: bool
+    plan: MatrixPlan, squares: float, outputs: int, parameters: Parameters, target: float
 ) -> MatrixPlan:
     """The plan with the lightest format that is good enough; with all bits where none is.
 
@@ -246,7 +255,6 @@ def _with_format(
         (Format(up, down) for up in UP_BITS for down in DOWN_BITS),
         key=lambda f: f.up_bytes(plan.in_features) + f.down_bytes(outputs),
     )
-    target = PRECISE_ERROR if precise else TARGET_ERROR
     for form in formats:
         found = replace(plan, up_bits=form.up_bits, down_bits=form.down_bits)
         if found.margin(parameters) >= form.modulus / 2:

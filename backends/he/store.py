@@ -71,10 +71,10 @@ def shapes_of(
 def nominal_formats(groups: Sequence[GroupSpec], parameters: Parameters) -> list[Format]:
     """What the planner would choose for weights of which nothing but the shapes is known."""
     return [
-        nominal_plan(inputs, outputs, parameters, group.precise).format
+        nominal_plan(inputs, outputs, parameters, forward, group.precise).format
         for group in groups
-        for inputs, outputs in (
-            (group.in_features, group.total_out), (group.total_out, group.in_features)
+        for forward, inputs, outputs in (
+            (True, group.in_features, group.total_out), (False, group.total_out, group.in_features)
         )
     ]  # fmt: skip
 

@@ -15,7 +15,14 @@ from backends.he.integrity import ROWS, SUSPICION
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
-from backends.he.plan import CHECK_NOISE, NOMINAL_GAIN, TARGET_ERROR, nominal_plan, plan_directions
+from backends.he.plan import (
+    BACKWARD_ERROR,
+    CHECK_NOISE,
+    FORWARD_ERROR,
+    NOMINAL_GAIN,
+    nominal_plan,
+    plan_directions,
+)
 from backends.he.repair import LARGEST_GAIN, Gains, clear_products, unwrap
 from backends.he.wire import EXACT, Format
 from benchmarks.integrity import KINDS, Desk
@@ -286,9 +293,12 @@ def test_the_planner_takes_the_lightest_format_that_is_good_enough(inputs: int) 
     rng = np.random.default_rng(0)
     codes = np.clip(np.rint(rng.normal(0, 36, (64, inputs))), -127, 127).astype(np.int8)
     scales = np.ones(64, np.float32)
-    for plan in (*plan_directions(codes, scales, THIN), nominal_plan(inputs, 64, THIN)):
-        assert plan.predicted_error(THIN, NOMINAL_GAIN) <= TARGET_ERROR
+    forward, backward = plan_directions(codes, scales, THIN)
+    for plan in (forward, nominal_plan(inputs, 64, THIN)):
+        assert plan.predicted_error(THIN, NOMINAL_GAIN) <= FORWARD_ERROR
         assert plan.format.up_bits < 24
+    for plan in (backward, nominal_plan(64, inputs, THIN, forward=False)):
+        assert plan.predicted_error(THIN, NOMINAL_GAIN) <= BACKWARD_ERROR
     whole = plan_directions(codes, scales, preset("exact"))
     assert {plan.format for plan in whole} == {EXACT}
     head = nominal_plan(inputs, 1000, THIN, precise=True)

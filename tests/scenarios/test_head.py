@@ -25,7 +25,8 @@ from sim.network import Link
 from sim.world import WorldConfig
 
 CONFIG = GPT2Config(
-    vocab_size=4096, n_embd=512, n_layer=1, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
+    vocab_size=4096, n_embd=512, n_layer=1, n_head=4, n_positions=64,
+    bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 SHAPE = Shape(CONFIG, 16, 16, 1, 4, "thin")
 OWNER = replace(DeviceProfile.builtin("cpu-2core"), overhead_s=dict.fromkeys(
