@@ -47,7 +47,7 @@ _FIGURES_MAX = 1 << 24
 
 def traffic(name: str) -> dict[str, Any]:
     """From the formats that the planner gives to weights of which only the shapes are known."""
-    step = trace_step(model_config(MODEL), 256, preset=name)
+    step = trace_step(model_config(MODEL), 64, preset=name)
     up, down = (total / step.tokens for total in (step.up_bytes, step.down_bytes))
     return {"bytes_per_token_up": up, "bytes_per_token_down": down}
 
