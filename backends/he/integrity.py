@@ -342,7 +342,7 @@ class Judge:
         units = np.ones(size) if unit is None else unit
         try:
             if not _tally(differences, mean, deviation, units, total, energy):
-                raise self._wrong("not the product that was asked for")
+                raise self.wrong_result()
             with self._lock:
                 sums = self._sums.setdefault(worker, _Sums())
                 tokens = sums.tokens[rows] + (size + CLASSES - 1 - np.arange(CLASSES)) // CLASSES
@@ -354,6 +354,10 @@ class Judge:
         finally:
             for private in (total, energy, mean, deviation):
                 private[...] = 0
+
+    def wrong_result(self) -> WrongAnswerError:
+        """What to raise for an answer with a result that no noise explains."""
+        return self._wrong("not the product that was asked for")
 
     def _wrong(self, what: str) -> WrongAnswerError:
         return WrongAnswerError(

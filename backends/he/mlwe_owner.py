@@ -51,7 +51,7 @@ from backends.he.interface import (
 from backends.he.packing import pack_request, unpack_answer
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.repair import EDGE, Gains, Repairs, unwrap
+from backends.he.repair import Gains, Repairs, astray, edge, tolerance, unwrap
 from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
 from backends.he.vector import LANES
@@ -247,6 +247,14 @@ class RingOwner(OwnerCipher):
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return matrix.plan.format.down_bytes(matrix.out_features) * tokens
 
+    def _learn(
+        self, matrix: OwnerMatrix, gain: float, peaks: NDArray[np.float64], tokens: int, wraps: int
+    ) -> None:
+        """Learn from an accepted answer: float64[T] largest |y|, tokens seen to, results moved."""
+        if self._parameters.thin:
+            self.repairs.add(tokens, wraps)
+            self._gains.learn(matrix.name, peaks / (matrix.plan.format.modulus / 2), gain)
+
     def _require_check(self, expected: object | None, matrix: OwnerMatrix) -> None:
         """Raise UnguardedError for a request that has none, unless that was asked for."""
         if expected is None and not self._unverified:
@@ -419,9 +427,9 @@ class MlweOwner(RingOwner):
                     row[...] = secret.reshape(-1)
                 run_split(part, -(-outputs // WIDE))
                 if expected is not None:
-                    if self._parameters.thin:
-                        self._repair(sealed, expected, matrix, out)
+                    repaired = self._repair(sealed, expected, matrix, out)
                     expected.require(worker)
+                    self._learn(matrix, sealed.gain, expected.peaks, *repaired)
             except BaseException:
                 # What is no honest answer decrypts to itself less the mask, and from its mask a
                 # secret can be solved for that may yet open the answer of another worker.
@@ -436,11 +444,18 @@ class MlweOwner(RingOwner):
 
     def _repair(
         self, sealed: Sealed, expected: Expected, matrix: OwnerMatrix, out: Float32Array
-    ) -> None:
-        """Move results that wrapped back to where they belong, and learn the matrix's gain."""
-        p = matrix.plan.format.modulus
-        suspicious = expected.suspicious(EDGE * p / 2)
+    ) -> tuple[int, int]:
+        """Move results that wrapped back to where they belong.
+
+        Returns the numbers of tokens looked at and of results moved. Raises WrongAnswerError for a
+        result of those tokens that no noise explains.
+        """
+        if not self._parameters.thin:
+            return 0, 0
+        p, most = matrix.plan.format.modulus, tolerance(matrix.plan, self._parameters)
+        suspicious = expected.suspicious(edge(p, sealed.gain))
         suspicious = suspicious[sealed.inverse_alpha[suspicious] > 0]
+        wraps = 0
         for start in range(0, len(suspicious), _REPAIRED_AT_ONCE):
             tokens = suspicious[start : start + _REPAIRED_AT_ONCE]
             inverse = sealed.inverse_alpha[tokens]
@@ -448,13 +463,17 @@ class MlweOwner(RingOwner):
             scaled = wide.astype(np.float32)
             wide[...] = 0
             right = expected.check.products(scaled)
-            turns = unwrap(out, tokens, right, p, np.outer(inverse, matrix.out_scale))
+            scale = np.outer(inverse, matrix.out_scale)
+            turns = unwrap(out, tokens, right, p, scale)
+            wrong = astray(out, tokens, right, most, scale)
             expected.add_turns(tokens, turns, p)
             expected.peaks[tokens] = np.abs(right).max(axis=1)
-            self.repairs.add(len(tokens), int(np.count_nonzero(turns)))
-            for private in (scaled, right, turns, inverse):
+            wraps += int(np.count_nonzero(turns))
+            for private in (scaled, right, turns, inverse, scale):
                 private[...] = 0
-        self._gains.learn(matrix.name, expected.peaks / (p / 2), sealed.gain)
+            if wrong:
+                raise expected.check.judge.wrong_result()
+        return len(suspicious), wraps
 
     def discard(self, sealed: Sealed) -> None:
         sealed.wipe()

@@ -6,10 +6,12 @@ check of answers (`integrity.py`) sees it, as it compares in real numbers, and s
 what goes a little beyond p/2 comes back close to it. The owner multiplies such a token itself, in
 clear, from the int8 weights, and moves each of its results by the multiple of p that brings it
 nearest to what it should be. Whether the worker told the truth is judged afterwards, on the results
-as moved: a multiple of p is nothing that a worker can add or take away.
+as moved: a multiple of p is nothing that a worker can add or take away. Of a token that was looked
+at each single result must then be within the cipher's noise of what it should be, so whoever adds
+something to answers, to see by the owner's pace which tokens it looks at, is found by the first.
 
 A gain lives in the owner's memory and in its token scales; neither it nor a repair makes any
-difference to what is sent.
+difference to what is sent. It is learnt, and wraps are counted, from answers that were accepted.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends import jit
+from backends.he.integrity import LIMIT
+from backends.he.params import Parameters
+from backends.he.plan import MARGIN, MatrixPlan
 from backends.threads import run_split
 
 Float64Array = NDArray[np.float64]
@@ -39,6 +44,9 @@ EDGE = 1 / _ROOM
 """Tokens with a result beyond this share of p/2 are multiplied in clear, wrapped or not: what wraps
 mostly goes little beyond p/2, and comes back close to it."""
 LARGEST_GAIN = 16.0
+LEAST_PERIOD = 2.0**-140
+"""Of what p stands for in a result: below it, float32 keeps no more of one than its sign."""
+_LEAST, _MOST = 2.0**-148, float(np.finfo(np.float32).max)
 
 
 class _Histogram:
@@ -157,9 +165,50 @@ def unwrap(
     """
     with np.errstate(invalid="ignore", over="ignore"):
         turns = np.rint((right - out[tokens] / scale) / modulus)
-    turns[~np.isfinite(turns)] = 0  # of a result that is no float32, wherever it belongs
+    lost = ~np.isfinite(turns) | (modulus * scale < LEAST_PERIOD)
+    if lost.any():
+        # All that is left of a result that float32 cannot hold is its sign: in the outer half of
+        # the period, which is where noise can take it over the edge, that is enough.
+        whole = np.rint(right / np.float64(modulus))
+        part = right / np.float64(modulus) - whole
+        over = (np.abs(part) > 0.25) & (np.signbit(out[tokens]) != np.signbit(part))
+        turns[lost] = (whole + over * np.sign(part))[lost]
     moved = np.flatnonzero(turns.any(axis=1))
     if len(moved):
         at = tokens[moved]
         out[at] = (out[at] + turns[moved] * modulus * scale[moved]).astype(np.float32)
     return turns
+
+
+def edge(modulus: int, gain: float) -> float:
+    """The |result| beyond which a token is multiplied in clear: none where nothing can wrap."""
+    return EDGE * modulus / 2 if gain > 1 else np.inf
+
+
+def tolerance(plan: MatrixPlan, parameters: Parameters) -> float:
+    """What the cipher adds to one result, at most, in units of the worker modulus.
+
+    It exceeds LIMIT standard deviations, and what is dropped from an answer, with probability
+    2*exp(-32).
+    """
+    return LIMIT / MARGIN * plan.margin(parameters) + 2.0**plan.format.dropped_bits
+
+
+def astray(
+    out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[np.float32], most: float,
+    scale: Float64Array,
+) -> bool:  # fmt: skip
+    """Whether a result is further than `most` units from where `right` says, all as for `unwrap`.
+
+    What float32 rounds, and where it ends, is forgiven.
+    """
+    true = right * scale
+    slack = most * scale + 2.0**-22 * np.abs(true) + _LEAST
+    errors = np.clip(out[tokens].astype(np.float64), -_MOST, _MOST)
+    errors -= np.clip(true, -_MOST, _MOST)
+    try:
+        return not bool(np.all(np.abs(errors) <= slack))
+    finally:
+        errors[...] = 0
+        true[...] = 0
+        slack[...] = 0

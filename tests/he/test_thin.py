@@ -197,7 +197,7 @@ def test_clear_products_are_products(
 
 
 def test_unwrapping_in_plain_steps() -> None:
-    """Value by value, in integers; a result that is no float32 stays what it is."""
+    """Value by value, in integers; a result that is no float32 stays so."""
     rng = np.random.default_rng(0)
     true = rng.integers(-(3 << 16), 3 << 16, (4, 7))
     noisy = true + rng.integers(-900, 900, true.shape)
@@ -211,7 +211,7 @@ def test_unwrapping_in_plain_steps() -> None:
     assert np.allclose(out[tokens], noisy * scale, rtol=1e-6)
     assert not out[[0, 2, 3, 6, 7]].any()
     out[1, 2] = np.inf
-    assert unwrap(out, tokens, true.astype(np.float32), 1 << 16, scale)[0, 2] == 0
+    unwrap(out, tokens, true.astype(np.float32), 1 << 16, scale)
     assert np.isinf(out[1, 2])
 
 
