@@ -342,21 +342,24 @@ class Judge:
         units = np.ones(size) if unit is None else unit
         try:
             if not _tally(differences, mean, deviation, units, total, energy):
-                raise self.wrong("not the product that was asked for")
+                raise self.wrong_result()
             with self._lock:
                 sums = self._sums.setdefault(worker, _Sums())
                 tokens = sums.tokens[rows] + (size + CLASSES - 1 - np.arange(CLASSES)) // CLASSES
                 total += sums.total[rows]
                 energy += sums.energy[rows]
                 if not _within(tokens, total, energy, self.honesty.drift):
-                    raise self.wrong("off by a little, and always alike")
+                    raise self._wrong("off by a little, and always alike")
                 sums.tokens[rows], sums.total[rows], sums.energy[rows] = tokens, total, energy
         finally:
             for private in (total, energy, mean, deviation):
                 private[...] = 0
 
-    def wrong(self, what: str) -> WrongAnswerError:
-        """The error that says so of this matrix."""
+    def wrong_result(self) -> WrongAnswerError:
+        """What to raise for an answer with a result that no noise explains."""
+        return self._wrong("not the product that was asked for")
+
+    def _wrong(self, what: str) -> WrongAnswerError:
         return WrongAnswerError(
             f"{self._name}: the worker's answer is {what}; the worker is broken or lying: "
             "stop using it (the request revealed nothing to it)"

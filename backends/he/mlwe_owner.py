@@ -37,7 +37,6 @@ from backends.he.check import Expected, IntegrityCheck
 from backends.he.entropy import Entropy, Keystream, OsEntropy, RequestKeys
 from backends.he.epilogue import open_row, seal_row
 from backends.he.hedge import MessageHash, hash_rows, scheme_tag
-from backends.he.integrity import LIMIT
 from backends.he.interface import (
     Encrypted,
     Float32Array,
@@ -52,7 +51,7 @@ from backends.he.interface import (
 from backends.he.packing import pack_request, unpack_answer
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.repair import EDGE, FEW, Gains, Repairs, in_parts, unwrap, wipe
+from backends.he.repair import FEW, Gains, Repairs, astray, edge, in_parts, tolerance, unwrap, wipe
 from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
 from backends.he.vector import LANES
@@ -247,6 +246,14 @@ class RingOwner(OwnerCipher):
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return matrix.plan.format.down_bytes(matrix.out_features) * tokens
 
+    def _learn(
+        self, matrix: OwnerMatrix, gain: float, peaks: NDArray[np.float64], tokens: int, wraps: int
+    ) -> None:
+        """Learn from an accepted answer: float64[T] largest |y|, tokens seen to, results moved."""
+        if self._parameters.thin:
+            self.repairs.add(tokens, wraps)
+            self._gains.learn(matrix.name, peaks / (matrix.plan.format.modulus / 2), gain)
+
     def _require_check(self, expected: object | None, matrix: OwnerMatrix) -> None:
         """Raise UnguardedError for a request that has none, unless that was asked for."""
         if expected is None and not self._unverified:
@@ -419,9 +426,9 @@ class MlweOwner(RingOwner):
                     row[...] = secret.reshape(-1)
                 run_split(part, -(-outputs // WIDE))
                 if expected is not None:
-                    if self._parameters.thin:
-                        self._repair(sealed, expected, matrix, out)
+                    repaired = self._repair(sealed, expected, matrix, out)
                     expected.require(worker)
+                    self._learn(matrix, sealed.gain, expected.peaks, *repaired)
             except BaseException:
                 # What is no honest answer decrypts to itself less the mask, and from its mask a
                 # secret can be solved for that may yet open the answer of another worker.
@@ -436,55 +443,52 @@ class MlweOwner(RingOwner):
 
     def _repair(
         self, sealed: Sealed, expected: Expected, matrix: OwnerMatrix, out: Float32Array
-    ) -> None:
-        """Move results that wrapped back to where they belong, and learn the matrix's gain."""
-        p = matrix.plan.format.modulus
-        edge, live = EDGE * p / 2, sealed.inverse_alpha > 0
-        near = np.flatnonzero((expected.peaks > edge) & live)
+    ) -> tuple[int, int]:
+        """Move results that wrapped back to where they belong.
+
+        Returns the numbers of tokens looked at and of results moved. Raises WrongAnswerError for a
+        result of those tokens that no noise explains.
+        """
+        if not self._parameters.thin:
+            return 0, 0
+        p, live = matrix.plan.format.modulus, sealed.inverse_alpha > 0
+        most = edge(p, sealed.gain)
+        near = np.flatnonzero((expected.peaks > most) & live)
+        wraps = 0
         for tokens in in_parts(near):
-            scaled, unit = self._units(sealed, matrix, tokens)
-            values = out[tokens] / unit
-            places = np.nonzero(np.abs(values) > edge)
-            right = values.copy()
-            if len(places[0]) <= FEW * len(tokens):
-                right[places] = expected.check.results(scaled[places[0]], places[1])
-            else:
-                right[...] = expected.check.products(scaled)
-            self._moved(expected, matrix, tokens, *unwrap(out, tokens, right, p, unit))
-            expected.peaks[tokens] = np.abs(right).max(axis=1)
-            wipe(scaled, unit, values, right)
-        for tokens in in_parts(expected.suspicious()):
-            tokens = tokens[live[tokens]]
-            scaled, unit = self._units(sealed, matrix, tokens)
-            products = expected.check.products(scaled)
-            self._moved(expected, matrix, tokens, *unwrap(out, tokens, products, p, unit))
-            expected.peaks[tokens] = np.abs(products).max(axis=1, initial=0)
-            wipe(scaled, unit, products)
-        self._gains.learn(matrix.name, expected.peaks / (p / 2), sealed.gain)
+            wraps += self._repair_tokens(sealed, expected, matrix, out, tokens, most)
+        found = expected.suspicious()
+        found = found[live[found]]
+        for tokens in in_parts(found):
+            wraps += self._repair_tokens(sealed, expected, matrix, out, tokens, 0.0)
+        return len(np.union1d(near, found)), wraps
 
-    def _units(
-        self, sealed: Sealed, matrix: OwnerMatrix, tokens: NDArray[np.int64]
-    ) -> tuple[Float32Array, NDArray[np.float64]]:
-        """Of some tokens: float32[n, K], inputs as they were scaled; float64[n, N], what a unit of
-        the worker's modulus is in each result.
-        """
+    def _repair_tokens(
+        self, sealed: Sealed, expected: Expected, matrix: OwnerMatrix, out: Float32Array,
+        tokens: NDArray[np.int64], most: float,
+    ) -> int:  # fmt: skip
+        """Of a few tokens, results beyond `most`, one by one where they are few."""
+        p, check = matrix.plan.format.modulus, expected.check
         inverse = sealed.inverse_alpha[tokens, None]
-        scaled = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse
-        return scaled.astype(np.float32), inverse * matrix.out_scale
-
-    def _moved(
-        self, expected: Expected, matrix: OwnerMatrix, tokens: NDArray[np.int64],
-        turns: NDArray[np.float64], off: float,
-    ) -> None:  # fmt: skip
-        """Tell the check, and the counts, of results that were moved by so many times p.
-
-        Raises WrongAnswerError when one of them is off by more than noise ever is.
-        """
-        expected.add_turns(tokens, turns, matrix.plan.format.modulus)
-        self.repairs.add(len(tokens), int(np.count_nonzero(turns)))
-        wipe(turns)
-        if off > LIMIT * matrix.plan.noise(self._parameters):
-            raise expected.check.judge.wrong("not the product that was asked for")
+        wide = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse
+        scaled, scale = wide.astype(np.float32), inverse * matrix.out_scale
+        with np.errstate(over="ignore"):
+            values = out[tokens] / scale
+        places = np.nonzero(np.abs(values) > most)
+        if len(places[0]) <= FEW * len(tokens):
+            right = values.astype(np.float32)
+            right[places] = check.results(scaled[places[0]], places[1])
+        else:
+            right = check.products(scaled)
+        turns = unwrap(out, tokens, right, p, scale)
+        wrong = astray(out, tokens, right, tolerance(matrix.plan, self._parameters), scale)
+        expected.add_turns(tokens, turns, p)
+        expected.peaks[tokens] = np.abs(right).max(axis=1)
+        wraps = int(np.count_nonzero(turns))
+        wipe(wide, scaled, scale, values, right, turns)
+        if wrong:
+            raise check.judge.wrong_result()
+        return wraps
 
     def discard(self, sealed: Sealed) -> None:
         sealed.wipe()

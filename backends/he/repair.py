@@ -7,10 +7,12 @@ what goes a little beyond p/2 comes back close to it. Results that are close are
 from the int8 weights, and so is a whole token that the check still finds off: each is moved by the
 multiple of p that brings it nearest to what it should be. Whether the worker told the truth is
 judged afterwards, on the results as moved: a multiple of p is nothing that a worker can add or take
-away.
+away. A result that was looked at must then be within the cipher's noise of what it should be, so
+whoever adds something to answers, to see by the owner's pace which tokens it looks at, is found by
+the first.
 
 A gain lives in the owner's memory and in its token scales; neither it nor a repair makes any
-difference to what is sent.
+difference to what is sent. It is learnt, and wraps are counted, from answers that were accepted.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends import jit
+from backends.he.integrity import LIMIT
+from backends.he.params import Parameters
+from backends.he.plan import MARGIN, MatrixPlan
 from backends.threads import run_split
 
 Float64Array = NDArray[np.float64]
@@ -43,6 +48,9 @@ EDGE = 1 / _ROOM
 """Results beyond this share of p/2 are computed in clear, wrapped or not: what wraps mostly goes
 little beyond p/2, and comes back close to it."""
 LARGEST_GAIN = 16.0
+LEAST_PERIOD = 2.0**-140
+"""Of what p stands for in a result: below it, float32 keeps no more of one than its sign."""
+_LEAST, _MOST = 2.0**-148, float(np.finfo(np.float32).max)
 
 
 class _Histogram:
@@ -52,8 +60,8 @@ class _Histogram:
         self._counts = np.zeros(_BINS)
 
     def add(self, shares: Float64Array) -> None:
-        """Count float64[T]; tokens of zeros say nothing, nor do results that are no float32."""
-        found = shares[(shares > 0) & np.isfinite(shares)]
+        """Count float64[T]; tokens without any input have none."""
+        found = shares[shares > 0]
         places = np.clip(np.floor(-np.log2(found) * _OCTAVE), 0, _BINS - 1).astype(np.int64)
         if self._counts.sum() > _REMEMBERED:
             self._counts /= 2
@@ -159,27 +167,63 @@ def clear_products(
 
 
 def unwrap(
-    out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[Any], modulus: int,
+    out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[np.float32], modulus: int,
     scale: Float64Array,
-) -> tuple[Float64Array, float]:  # fmt: skip
+) -> Float64Array:  # fmt: skip
     """Move each result of some tokens by the multiple of p that brings it nearest to `right`.
 
     out    float32[T, N], results times their scale, changed in place
-    right  [tokens, N], in units of which the period is `modulus`
+    right  float32[tokens, N], in units of which the period is `modulus`
     scale  float64[tokens, N]: what a unit is in `out`
 
-    Returns the multiples, float64[tokens, N], and by how much the results are off at most, in
-    units, once moved.
+    Returns the multiples, float64[tokens, N].
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        off = right - out[tokens] / scale
-        off[~np.isfinite(off)] = 0  # of a result that is no float32, wherever it belongs
-    turns = np.rint(off / modulus)
-    off -= turns * modulus
-    most = float(np.abs(off).max(initial=0))
-    off[...] = 0
+        turns = np.rint((right - out[tokens] / scale) / modulus)
+    lost = ~np.isfinite(turns) | (modulus * scale < LEAST_PERIOD)
+    if lost.any():
+        # All that is left of a result that float32 cannot hold is its sign: in the outer half of
+        # the period, which is where noise can take it over the edge, that is enough.
+        whole = np.rint(right / np.float64(modulus))
+        part = right / np.float64(modulus) - whole
+        over = (np.abs(part) > 0.25) & (np.signbit(out[tokens]) != np.signbit(part))
+        turns[lost] = (whole + over * np.sign(part))[lost]
     moved = np.flatnonzero(turns.any(axis=1))
     if len(moved):
         at = tokens[moved]
         out[at] = (out[at] + turns[moved] * modulus * scale[moved]).astype(np.float32)
-    return turns, most
+    return turns
+
+
+def edge(modulus: int, gain: float) -> float:
+    """The |result| beyond which a token is multiplied in clear: none where nothing can wrap."""
+    return EDGE * modulus / 2 if gain > 1 else np.inf
+
+
+def tolerance(plan: MatrixPlan, parameters: Parameters) -> float:
+    """What the cipher adds to one result, at most, in units of the worker modulus.
+
+    It exceeds LIMIT standard deviations, and what is dropped from an answer, with probability
+    2*exp(-32).
+    """
+    return LIMIT / MARGIN * plan.margin(parameters) + 2.0**plan.format.dropped_bits
+
+
+def astray(
+    out: NDArray[np.float32], tokens: NDArray[np.int64], right: NDArray[np.float32], most: float,
+    scale: Float64Array,
+) -> bool:  # fmt: skip
+    """Whether a result is further than `most` units from where `right` says, all as for `unwrap`.
+
+    What float32 rounds, and where it ends, is forgiven.
+    """
+    true = right * scale
+    slack = most * scale + 2.0**-22 * np.abs(true) + _LEAST
+    errors = np.clip(out[tokens].astype(np.float64), -_MOST, _MOST)
+    errors -= np.clip(true, -_MOST, _MOST)
+    try:
+        return not bool(np.all(np.abs(errors) <= slack))
+    finally:
+        errors[...] = 0
+        true[...] = 0
+        slack[...] = 0

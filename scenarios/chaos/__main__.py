@@ -1,13 +1,15 @@
 """Train a small real model while everything goes wrong, thousands of times, and watch the promises.
 
-Each seed draws a model, a cipher (`clear` or real `mlwe` encryption), workers, lanes and patience,
-and a plan of faults: frames that are dropped, doubled, overtaken, damaged or late; partitions; slow
+Each seed draws a model, a cipher (`clear`, real `mlwe` encryption, or `thin`: the same at scales so
+large that results wrap, with a format of its own for each matrix), workers, lanes and patience, and
+a plan of faults: frames that are dropped, doubled, overtaken, damaged or late; partitions; slow
 workers; workers that lose their memory, lie, answer twice or refuse; an owner that dies and
 resumes; clocks that jump. The real trainer trains on the real protocol through all of it, in
 simulated time. Checked from outside, by code that shares nothing with the protocol:
 
   safety    every step applied once and in order; with `clear` every bit of every step's weights as
-            without faults; no secret used twice or left in memory; nothing private on the wire; no
+            without faults; with `thin` every result that wrapped repaired, by the count of those
+            that must; no secret used twice or left in memory; nothing private on the wire; no
             stale, foreign or wrong answer accepted; a worker found lying never asked again
   liveness  within a stated bound after the last fault, training has ended, every honest worker
             serves again and the sessions close
@@ -152,7 +154,7 @@ def faults(injected: Counter[str]) -> str:
 
 
 def figures(
-    seeds: int, broken: list[Result], injected: Counter[str], elapsed_s: float
+    seeds: int, broken: list[Result], injected: Counter[str], wraps: Counter[str], elapsed_s: float
 ) -> dict[str, Any]:
     """What `--json` writes."""
     return {
@@ -161,12 +163,14 @@ def figures(
         "violation_list": [{"seed": r.seed, "violation": r.violation} for r in broken],
         "elapsed_s": round(elapsed_s, 2),
         "faults_injected": dict(sorted(injected.items())),
+        "wraps": dict(sorted(wraps.items())),
     }
 
 
 def many(options: argparse.Namespace) -> int:
     """Run the seeds; returns the exit status."""
     injected: Counter[str] = Counter()
+    wraps: Counter[str] = Counter()
     broken: list[Result] = []
     done = 0
     start = time.perf_counter()
@@ -177,6 +181,7 @@ def many(options: argparse.Namespace) -> int:
             for result in results:
                 done += 1
                 injected += result.injected
+                wraps += result.wraps
                 if result.violation:
                     broken.append(result)
                     with tqdm.external_write_mode():
@@ -191,7 +196,8 @@ def many(options: argparse.Namespace) -> int:
     elapsed_s = time.perf_counter() - start
     print(f"{done} seeds in {elapsed_s:.1f} s: {len(broken)} violations")
     print(f"injected: {faults(injected)}")
-    record.write(options.json, figures(done, broken, injected, elapsed_s))
+    print(f"results: {faults(wraps)}")
+    record.write(options.json, figures(done, broken, injected, wraps, elapsed_s))
     return 130 if interrupted else int(bool(broken))
 
 
@@ -215,11 +221,11 @@ def single(options: argparse.Namespace) -> int:
         print(
             f"no violation; trained at {result.trained_s:.2f} simulated seconds, last fault by "
             f"{draw_options(options.seed).plan.stop_s:.2f}, stated bound {result.bound_s:.2f} later"
-            f"\ninjected: {faults(result.injected)}"
+            f"\ninjected: {faults(result.injected)}\nresults: {faults(result.wraps)}"
         )
     broken = [result] if result.violation else []
     elapsed_s = time.perf_counter() - start
-    record.write(options.json, figures(1, broken, result.injected, elapsed_s))
+    record.write(options.json, figures(1, broken, result.injected, result.wraps, elapsed_s))
     return int(bool(result.violation))
 
 

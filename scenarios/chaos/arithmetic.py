@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,20 @@ from backends.he.interface import OwnerCipher, OwnerMatrix, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.packing import pack_answer, unpack_answer
+from backends.he.repair import Gains
+from backends.he.wire import Format
 from protocol.catalogue import Catalogue
 from protocol.events import MultiplyCiphertext
 from scenarios.chaos.checks import require
 from scenarios.chaos.model import Subject
+from scenarios.chaos.options import stream
 from scenarios.chaos.secrecy import Secrets
 
 _MLWE_ERROR_MOST = 2e-4
 """Of a delivered value, relative to its bound by Cauchy-Schwarz. The cipher errs by a few 1e-5."""
+_FORMATS = (Format(16, 8), Format(18, 10), Format(20, 12), Format(24, 16))
+_PLANTED_SHARE = 0.3
+_PLANTED_GAIN = 3.0, 40.0
 
 
 class WatchedEntropy(SeededEntropy):
@@ -37,6 +44,27 @@ class WatchedEntropy(SeededEntropy):
         return key
 
 
+class PlantedGains(Gains):
+    """For a share of the requests, a gain that is far too large: results wrap."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self._rng = rng
+
+    def of(self, matrix: str) -> float:
+        if self._rng.random() < _PLANTED_SHARE:
+            return self._rng.uniform(*_PLANTED_GAIN)
+        return super().of(matrix)
+
+
+@dataclass(frozen=True)
+class Wraps:
+    """How many results of a request must wrap, and how many more may, as noise has it."""
+
+    certain: int
+    possible: int
+
+
 class Arithmetic:
     """One model under one cipher, both sides of it.
 
@@ -44,7 +72,8 @@ class Arithmetic:
     """
 
     def __init__(self, subject: Subject, cipher: str, seed: int, secrets: Secrets) -> None:
-        self.encrypted = cipher == "mlwe"
+        self.encrypted = cipher != "clear"
+        self.thin = cipher == "thin"
         self._subject = subject
         self._prepared = subject.prepared(cipher)
         self._seed = seed
@@ -54,10 +83,32 @@ class Arithmetic:
         parameters = self._prepared.parameters
         self._worker: WorkerCipher = ClearWorker() if parameters is None else MlweWorker()
         self._formats = self._prepared.manifest.formats
+        if self.thin:
+            rng = stream(seed, "formats")
+            self._change_formats([rng.choice(_FORMATS) for _ in self.matrices])
         self._operands = [
             self._worker.load(subject.weights[index // 2], index % 2 == 0, form)
             for index, form in enumerate(self._formats)
         ]
+
+    def _change_formats(self, formats: list[Format]) -> None:
+        """Let values travel otherwise than planned: so small a model has but one format."""
+        self._formats = formats
+        self.matrices = [
+            replace(
+                matrix,
+                plan=replace(matrix.plan, up_bits=form.up_bits, down_bits=form.down_bits),
+            )
+            for matrix, form in zip(self.matrices, formats, strict=True)
+        ]
+        shapes = tuple(
+            replace(
+                shape, up_bytes_per_token=form.up_bytes(shape.in_features),
+                down_bytes_per_token=form.down_bytes(shape.out_features),
+            )
+            for shape, form in zip(self.catalogue.matrices, formats, strict=True)
+        )  # fmt: skip
+        self.catalogue = replace(self.catalogue, matrices=shapes)
 
     def owner_cipher(self, incarnation: int) -> OwnerCipher:
         """The owner's half for one life of its process; every answer will be checked."""
@@ -70,12 +121,19 @@ class Arithmetic:
             cipher = ClearOwner(entropy)
         else:
             cipher = MlweOwner(parameters, self._prepared.public_matrix(), entropy)
+            if self.thin:
+                cipher._gains = PlantedGains(stream(seed, "gains"))
         for index, matrix in enumerate(self.matrices):
             cipher.guard(matrix, self._subject.weights[index // 2], forward=index % 2 == 0)
         return cipher
 
-    def require_right(self, matrix: int, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
-        """Raise Violation unless y is x times the matrix: bit by bit in clear."""
+    def require_right(
+        self, matrix: int, x: NDArray[np.float32], y: NDArray[np.float32], gain: float
+    ) -> None:
+        """Raise Violation unless y is x times the matrix: bit by bit in clear.
+
+        gain  of the scale that the request was made at
+        """
         right = self._subject.product(matrix, x)
         if not self.encrypted:
             require(y.tobytes() == right.tobytes(), "a lane was given a wrong product")
@@ -83,8 +141,35 @@ class Arithmetic:
         facts = self.matrices[matrix]
         size = np.linalg.norm(x * facts.in_scale, axis=1) * facts.plan.max_norm
         error = (np.abs(y - right) / facts.out_scale).max(axis=1)
-        close = bool((error <= _MLWE_ERROR_MOST * size).all())
+        most = self._error_most(matrix, gain) if self.thin else _MLWE_ERROR_MOST
+        close = bool((error <= most * size).all())
         require(close, "a lane was given a wrong product")
+
+    def _noise_most(self, matrix: int) -> float:
+        """Of one result under `thin`, in units of the worker modulus: 9 deviations, as planned.
+
+        The weights are what they are, not what the plan says of them.
+        """
+        form = self._formats[matrix]
+        weight = self._subject.weights[matrix // 2].astype(np.float64)
+        longest = float(np.linalg.norm(weight, axis=1 if matrix % 2 == 0 else 0).max())
+        step, unit = 2.0**form.dropped_bits, float(form.unit)
+        return 9 * float(np.hypot(0.3 * unit * longest, 0.3 * step)) + step
+
+    def _error_most(self, matrix: int, gain: float) -> float:
+        """The same relative to a result's bound by Cauchy-Schwarz."""
+        room = self._formats[matrix].modulus / 2 - self._noise_most(matrix)
+        return self._noise_most(matrix) / (gain * room) + 1e-6
+
+    def wraps(self, matrix: int, x: NDArray[np.float32], inverse: NDArray[np.float64]) -> Wraps:
+        """Of the products of float32[T, K], at scales float64[T] (0: a token of zeros)."""
+        facts = self.matrices[matrix]
+        used = inverse > 0
+        product = self._subject.product(matrix, x[used]) / facts.out_scale
+        size = np.abs(product / inverse[used, None])
+        edge, noise = self._formats[matrix].modulus / 2, self._noise_most(matrix)
+        certain = int(np.count_nonzero(size > edge + noise))
+        return Wraps(certain, int(np.count_nonzero(size > edge - noise)) - certain)
 
     def multiply(self, work: MultiplyCiphertext) -> bytes:
         """The honest product."""
@@ -137,7 +222,7 @@ class Arithmetic:
         if self.encrypted:
             most = 1 << (form.down_bits - 2)
             step = max(-most, min(many * least, most))
-            values[place] = (values[place] + step) % (1 << form.down_bits)
+            values[place] = (values[place].astype(np.int64) + step) % (1 << form.down_bits)
             return pack_answer(values, form).tobytes()
         floats = values.view(np.float32)
         floats[place] += np.float32(rng.uniform(0.01, 1.0) * np.abs(floats).max())
@@ -155,4 +240,8 @@ class Arithmetic:
         norms = np.linalg.norm(weight, axis=1 if matrix % 2 == 0 else 0)
         step = 2.0**form.dropped_bits
         deviation = np.hypot(0.3 * form.unit * norms.sum(), 0.3 * step * len(norms))
+        if self.thin:  # of a sum over outputs whose noises are independent
+            deviation = np.hypot(
+                0.3 * form.unit * np.linalg.norm(norms), 0.3 * step * np.sqrt(len(norms))
+            )
         return int(2 * 16 * deviation / step) + 2

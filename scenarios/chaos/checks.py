@@ -208,9 +208,11 @@ class Wire:
             require(clean, "private values were seen on the wire")
 
     def _count(self, seen: Seen) -> None:
-        width = self._shapes[seen.matrix].in_features
-        planes = np.frombuffer(seen.body, np.uint8).reshape(-1, self._tokens * width)
-        for plane, values in enumerate(planes):
+        size = self._tokens * self._shapes[seen.matrix].in_features
+        body = np.frombuffer(seen.body, np.uint8)
+        # The digits of the lowest plane may be packed, several to a byte.
+        for plane, start in enumerate(range(0, len(body), size)):
+            values = body[start : start + size]
             counts = np.bincount(values, minlength=256)
             key = (seen.matrix, plane)
             self._counts[key] = self._counts.get(key, np.zeros(256, np.int64)) + counts

@@ -41,6 +41,8 @@ MICRO_BATCH = 2
 RANK = 2
 TOKENS = SEQUENCE * MICRO_BATCH
 KINDS = ("plain", "llama")
+PRESETS = {"clear": "", "mlwe": "exact", "thin": "thin"}
+"""Of the cipher's parameters, by what a run draws."""
 
 LLAMA = LlamaConfig(
     vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=1,
@@ -106,7 +108,7 @@ class Reference:
 
 
 class Subject:
-    """One of the two models, prepared for both ciphers, and its fault-free runs."""
+    """One of the two models, prepared for each cipher, and its fault-free runs."""
 
     def __init__(self, kind: str, directory: Path) -> None:
         self.kind = kind
@@ -135,13 +137,13 @@ class Subject:
         self._references: dict[tuple[TrainConfig, int], Reference] = {}
 
     def prepared(self, cipher: str) -> PreparedModel:
-        """The model prepared for `clear` or `mlwe`, made when it is first asked for."""
+        """The model prepared for a cipher of PRESETS, made when it is first asked for."""
         if cipher not in self._prepared:
             self._prepared[cipher] = prepare(
                 self._directory / self.kind / cipher,
                 self._groups,
                 self._load_weight,
-                preset("exact") if cipher == "mlwe" else None,
+                preset(name) if (name := PRESETS[cipher]) else None,
                 lambda label, done: None,
             )
         return self._prepared[cipher]

@@ -15,7 +15,7 @@ from sim.faults import FaultPlan, draw_plan
 class Options:
     """Everything drawn for one seed.
 
-    kind, cipher    which model, under `clear` or `mlwe`
+    kind, cipher    which model, under `clear`, `mlwe` (results cannot wrap) or `thin`
     local_s, seal_s, multiply_s   (least, most) seconds of a lane's own layers before a product, of
                     an encryption or decryption, of a worker's product
     in_flight_max   requests a worker takes at once; beyond that it is busy
@@ -103,7 +103,7 @@ def draw_options(seed: int) -> Options:
     return Options(
         seed=seed,
         kind="llama" if rng.random() < 0.1 else "plain",
-        cipher="mlwe" if rng.random() < 0.25 else "clear",
+        cipher="mlwe" if (drawn := rng.random()) < 0.25 else "thin" if drawn < 0.35 else "clear",
         workers=workers,
         steps=steps,
         micro_batches=rng.randint(3, 4),

@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,17 @@ _PATH = re.compile(r"'/[^']*'")
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one seed. `violation` is empty when every promise was kept."""
+    """What came of one seed. `violation` is empty when every promise was kept.
+
+    wraps  results of accepted answers that had wrapped, and those that were repaired, by `thin`
+    """
 
     seed: int
     violation: str
     injected: Counter[str]
     trained_s: float
     bound_s: float
+    wraps: Counter[str] = field(default_factory=Counter)
 
 
 class Bench:
@@ -70,7 +74,8 @@ class Bench:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(place.filename).name}:{place.lineno} {place.name}"
                 violation = f"{type(error).__name__} at {where}: {_PATH.sub('a file', str(error))}"
-        return Result(seed, violation, world.wire.injected, world.trained_s, world.bound_s)
+        wire = world.wire
+        return Result(seed, violation, wire.injected, world.trained_s, world.bound_s, world.wraps)
 
 
 @contextmanager

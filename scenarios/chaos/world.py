@@ -9,6 +9,7 @@ way; but once the faults have stopped, nothing may fail any more.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from backends.he.mlwe_owner import MlweOwner, Sealed
 from backends.ledger import WorkerLedger
 from backends.nn.trainer import Trainer
 from protocol.errors import WrongAnswerError
@@ -56,6 +58,8 @@ EVENTS_MAX = 60_000
 _MLWE_DRIFT_MOST = 0.3
 """Distance of encrypted training's parameters from those in clear, relative to their way so far."""
 _MLWE_LOSS_ERROR_MOST = 0.01
+_THIN_DRIFT_MOST = 0.6
+_THIN_LOSS_ERROR_MOST = 0.03
 
 
 class OwnerCrashed(Exception):
@@ -72,7 +76,7 @@ class World:
     directory   where the owner keeps its checkpoints; it outlives the owner
 
     wire (with its count of `injected` faults), bound_s and trained_s (simulated seconds at which
-    training ended, 0 if it did not) are for the verdict.
+    training ended, 0 if it did not) are for the verdict; wraps counts results, under `thin`.
     """
 
     def __init__(
@@ -106,6 +110,8 @@ class World:
         self._answered: set[str] = set()
         self._caught: set[str] = set()
         self._rests_on: list[set[str]] = []
+        self.wraps: Counter[str] = Counter()
+        self._gains: dict[int, float] = {}
         self.trained_s = 0.0
         self._up = False
         self._pool: LanePool | None = None
@@ -194,9 +200,12 @@ class World:
             require(as_bytes(mine) == as_bytes(right), f"wrong parameters after step {step}")
             require(losses == expected, f"wrong losses after step {step}")
             return
-        most = _MLWE_DRIFT_MOST * distance(right, reference.states[0])
+        thin = self._arithmetic.thin
+        drift = _THIN_DRIFT_MOST if thin else _MLWE_DRIFT_MOST
+        most = drift * distance(right, reference.states[0])
         require(distance(mine, right) <= most, f"parameters drift after step {step}")
-        close = np.allclose(losses, expected, rtol=_MLWE_LOSS_ERROR_MOST, atol=0.0)
+        off = _THIN_LOSS_ERROR_MOST if thin else _MLWE_LOSS_ERROR_MOST
+        close = np.allclose(losses, expected, rtol=off, atol=0.0)
         require(close, f"losses drift after step {step}")
 
     def _end_in_order(self) -> None:
@@ -303,8 +312,9 @@ class World:
                 assert isinstance(work.x, np.ndarray)
                 made = self._cipher.encrypt(work.x, matrix)
                 self._secrets.encrypted(made.payload.tobytes(), made.sealed)
+                self._gains[run.task] = getattr(made.sealed, "gain", 1.0)
                 return TaskDone(run.task, (made.payload.data, made.sealed))
-            result = self._cipher.decrypt(work.sealed, work.payload, matrix, work.worker)
+            result = self._decrypted(work)
         except WrongAnswerError as error:
             assert isinstance(work, Decrypt)
             # At once, whatever becomes of the call, as the real driver does.
@@ -318,12 +328,32 @@ class World:
         self._answered.add(work.worker)
         return TaskDone(run.task, result)
 
+    def _decrypted(self, work: Decrypt) -> NDArray[np.float32]:
+        """The result, of which everything that wrapped was repaired."""
+        arithmetic, cipher, sealed = self._arithmetic, self._cipher, work.sealed
+        matrix = arithmetic.matrices[work.matrix]
+        wraps, before = None, 0
+        if isinstance(cipher, MlweOwner) and isinstance(sealed, Sealed):
+            before = cipher.repairs.wraps
+            if arithmetic.thin:
+                wraps = arithmetic.wraps(work.matrix, sealed.x, sealed.inverse_alpha)
+        result = cipher.decrypt(sealed, work.payload, matrix, work.worker)
+        assert isinstance(result, np.ndarray)
+        if wraps is not None and isinstance(cipher, MlweOwner):
+            repaired = cipher.repairs.wraps - before
+            self.wraps["wrapped"] += wraps.certain
+            self.wraps["wrapped, or nearly"] += wraps.certain + wraps.possible
+            self.wraps["repaired"] += repaired
+            fits = wraps.certain <= repaired <= wraps.certain + wraps.possible
+            require(fits, f"{wraps.certain} results wrapped, and {repaired} were repaired")
+        return result
+
     def _report(self, effect: Effect) -> None:
         match effect:
             case Deliver(call, result):
                 matrix, x, answer = self._pending.pop(call)
                 assert isinstance(result, np.ndarray)
-                self._arithmetic.require_right(matrix, x, result)
+                self._arithmetic.require_right(matrix, x, result, self._gains[call])
                 answer(result)
             case FailCall(call, reason):
                 _, _, answer = self._pending.pop(call)

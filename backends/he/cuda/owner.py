@@ -35,16 +35,15 @@ from backends.he.cuda.check import Comparison, DeviceCheck, Expected
 from backends.he.cuda.device import Gpu
 from backends.he.cuda.launch import Kernels, kernels
 from backends.he.cuda.packing import Request, unpack_answer
-from backends.he.cuda.repair import TOKENS_AT_ONCE, unwrap
+from backends.he.cuda.repair import TOKENS_AT_ONCE, astray, unwrap
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flag, Flags
 from backends.he.entropy import Entropy, RequestKeys
-from backends.he.integrity import LIMIT
 from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
 from backends.he.mlwe_owner import RingOwner, check_input, require_finite
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.repair import EDGE
+from backends.he.repair import edge, tolerance
 from backends.he.ring import tiles_of
 from backends.he.secret import UseOnce
 from backends.he.wire import EXACT, Format
@@ -234,9 +233,9 @@ class CudaOwner(RingOwner):
                     self._open(words, answer, *ones, matrix, out)
                     comparison = sealed.expected.compare(out, inverse, out_scale)
                     try:
-                        if self._parameters.thin:
-                            self._repair(sealed, comparison, matrix, out)
+                        repaired = self._repair(sealed, comparison, matrix, out)
                         comparison.require(worker)
+                        self._learn(matrix, sealed.gain, comparison.peaks, *repaired)
                     finally:
                         comparison.wipe()
         except BaseException:
@@ -270,21 +269,24 @@ class CudaOwner(RingOwner):
 
     def _repair(
         self, sealed: Sealed, comparison: Comparison, matrix: OwnerMatrix, out: torch.Tensor
-    ) -> None:
-        """Move results that wrapped back to where they belong, and learn the matrix's gain."""
-        p = matrix.plan.format.modulus
-        suspicious = comparison.suspicious(EDGE * p / 2)
+    ) -> tuple[int, int]:
+        """Move results that wrapped back to where they belong: see `MlweOwner`."""
+        if not self._parameters.thin:
+            return 0, 0
+        tokens = wraps = 0
+        suspicious = comparison.suspicious(edge(matrix.plan.format.modulus, sealed.gain))
         if len(suspicious):
             at = torch.from_numpy(suspicious).to(self._gpu.device)
             for part in torch.split(at[sealed.inverse_alpha[at] > 0], TOKENS_AT_ONCE):
-                self._repair_tokens(part, sealed, comparison, matrix, out)
-        self._gains.learn(matrix.name, comparison.peaks / (p / 2), sealed.gain)
+                tokens += len(part)
+                wraps += self._repair_tokens(part, sealed, comparison, matrix, out)
+        return tokens, wraps
 
     def _repair_tokens(
         self, at: torch.Tensor, sealed: Sealed, comparison: Comparison, matrix: OwnerMatrix,
         out: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """The same of a few tokens, int64[n] on the device."""
+    ) -> int:  # fmt: skip
+        """The same of a few tokens, int64[n] on the device; returns how many results moved."""
         expected, p, tokens = sealed.expected, matrix.plan.format.modulus, at.cpu().numpy()
         assert expected is not None
         in_scale, out_scale = self._residents.scales(matrix)
@@ -295,14 +297,17 @@ class CudaOwner(RingOwner):
             x = torch.from_numpy(sealed.x[tokens]).to(self._gpu.device)
         scaled = x.double() * in_scale / inverse
         right = expected.check.products(scaled)
-        turns, off = unwrap(out, at, right, p, inverse * out_scale)
+        scale = inverse * out_scale
+        turns = unwrap(out, at, right, p, scale)
+        wrong = astray(out, at, right, tolerance(matrix.plan, self._parameters), scale)
         comparison.add_turns(tokens, turns, p)
         comparison.peaks[tokens] = right.abs().amax(dim=1).cpu().numpy()
-        self.repairs.add(len(tokens), int(torch.count_nonzero(turns)))
-        for private in (x, scaled, right, turns, inverse):
+        wraps = int(torch.count_nonzero(turns))
+        for private in (x, scaled, right, turns, inverse, scale):
             private.zero_()
-        if off > LIMIT * matrix.plan.noise(self._parameters):
-            raise expected.check.judge.wrong("not the product that was asked for")
+        if wrong:
+            raise expected.check.judge.wrong_result()
+        return wraps
 
     def _grid(self, blocks: int, tiles: int) -> tuple[tuple[int, int], int]:
         """(grid, secrets each thread block works through) for a matrix of so many tiles.

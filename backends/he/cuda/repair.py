@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from backends.he.repair import LEAST_PERIOD
+
 TOKENS_AT_ONCE = 256
 """Tokens repaired together, which bounds the memory that an answer full of lies can ask for."""
 _SLAB_VALUES = 1 << 23  # of the weight, widened at a time
@@ -37,7 +39,7 @@ def clear_products(values: torch.Tensor, weight: NDArray[np.int8], forward: bool
 
 def unwrap(
     out: torch.Tensor, tokens: torch.Tensor, right: torch.Tensor, modulus: int, scale: torch.Tensor
-) -> tuple[torch.Tensor, float]:
+) -> torch.Tensor:
     """Move each result of some tokens by the multiple of p that brings it nearest to `right`.
 
     out     float32[T, N], results times their scale, changed in place
@@ -45,14 +47,28 @@ def unwrap(
     right   float64[n, N], in units of which the period is `modulus`
     scale   float64[n, N]: what a unit is in `out`
 
-    Returns the multiples, float64[n, N], and by how much the results are off at most, in units,
-    once moved.
+    Returns the multiples, float64[n, N].
     """
     found = out[tokens]
-    off = (right - found / scale).nan_to_num_(0, 0, 0)  # of what is no float32
-    turns = torch.round(off / modulus)
-    off -= turns * modulus
-    most = float(off.abs_().max()) if off.numel() else 0.0
-    off.zero_()
+    turns = torch.round((right - found / scale) / modulus)
+    # See `backends/he/repair.py`: of a result that float32 cannot hold, its sign is left.
+    lost = ~torch.isfinite(turns) | (modulus * scale < LEAST_PERIOD)
+    whole = torch.round(right / modulus)
+    part = right / modulus - whole
+    over = (part.abs() > 0.25) & (torch.signbit(found) != torch.signbit(part))
+    turns = torch.where(lost, whole + over * torch.sign(part), turns)
     out[tokens] = (found + turns * modulus * scale).float()
-    return turns, most
+    return turns
+
+
+def astray(
+    out: torch.Tensor, tokens: torch.Tensor, right: torch.Tensor, most: float, scale: torch.Tensor
+) -> bool:
+    """Whether a result is further than `most` units from where `right` says; as for `unwrap`."""
+    limit = torch.finfo(torch.float32).max
+    true = right * scale
+    errors = out[tokens].double().clamp_(-limit, limit).sub_(true.clamp(-limit, limit))
+    fits = errors.abs() <= most * scale + 2.0**-22 * true.abs() + 2.0**-148
+    errors.zero_()
+    true.zero_()
+    return not bool(fits.all())
