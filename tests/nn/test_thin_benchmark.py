@@ -82,11 +82,10 @@ def test_runs_of_a_tiny_model(tmp_path: Path) -> None:
     assert training.missing([run], "toy", 3, 1) == [0]
 
 
-def test_a_head_s_owner_multiplies_what_would_drown(tmp_path: Path) -> None:
-    """Its part makes the gradient far more exact; the words are as sure as a model's."""
+def test_a_remote_heads_gradient_is_nearly_exact(tmp_path: Path) -> None:
+    """Through encrypted logits and the owner's own rows; the words are as sure as a model's."""
     found = head.measure(*head.peaked(2000, 48, 20), THIN, tmp_path)
-    assert found["gradient_error_backward_alone"] < found["gradient_error_without_local_part"] / 2
-    assert found["gradient_error"] < 0.01
+    assert found["gradient_error_backward_alone"] < found["gradient_error"] + 0.002 < 0.012
     assert 0.3 < found["mean_top_probability"] < 0.9
     assert not list(tmp_path.iterdir())
 
