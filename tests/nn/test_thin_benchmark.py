@@ -60,7 +60,7 @@ def test_planted_wraps_are_counted(forward: bool, monkeypatch: pytest.MonkeyPatc
     assert tally.gain == GAIN
     assert 1 < tally.peak < GAIN
     assert 0 < tally.error < 0.1
-    monkeypatch.setattr(MlweOwner, "_repair", lambda *_: None)
+    monkeypatch.setattr(MlweOwner, "_repair", lambda *_: (0, 0))
     monkeypatch.setattr(Expected, "require", lambda *_: None)
     tally, repaired, there = counted(forward)
     assert repaired == 0
