@@ -19,6 +19,7 @@ from docs.pages import between, rewrite
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES, GPU_FIGURES, NOISE_FIGURES = "figures", "figures of a GPU", "figures of noise"
+THIN_FIGURES = "figures of thin ciphertexts"
 """Names of a page's generated parts, in their markers."""
 
 
@@ -38,6 +39,7 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
         ROOT / "docs" / "design.md": {
             GPU_FIGURES: (gpu_table, gpu_step, gpu_owner),
             FIGURES: (transport, two_processes),
+            THIN_FIGURES: (thin,),
             NOISE_FIGURES: (quality,),
         },
         ROOT / "docs" / "inputs.md": {FIGURES: (zoo, inputs)},
@@ -128,6 +130,61 @@ tokens multiply it four times. What is mapped from files, as hints are, is not c
 of each kind, the first step of the private ones left out.
 
 {origin(f)}"""
+
+
+def thin() -> str:
+    """What thin ciphertexts cost and save."""
+    f, gemma = load("thin-avx2"), load("thin-gemma")
+    total = f["bytes_per_token_up"] + f["bytes_per_token_down"]
+    lines = [
+        f"Llama-3.2-1B, head local: **{total / 1e6:.2f} MB a token**, "
+        f"{f['bytes_per_token_up'] / 1e6:.2f} up and {f['bytes_per_token_down'] / 1e6:.2f} down.",
+        "",
+        "| private fine-tuning under thin, and clear on the same weights | held-out loss, clear "
+        "| private | difference | gradient norm | results | wrapped | repaired | used unseen |",
+        "| --- " * 9 + "|",
+    ]
+    for run in [*f["runs"], *gemma["runs"]]:
+        off = run["private_loss"] / run["clear_loss"] - 1
+        lines.append(
+            f"| {run['model']}, {run['steps']} steps of {run['tokens_per_step']} tokens, seed "
+            f"{run['seed']} | {run['clear_loss']:.4f} | {run['private_loss']:.4f} | {off:+.2%} "
+            f"| {run['gradient_norm_ratio']:.3f} | {run['results']:,} | {run['wraps']:,} "
+            f"| {run['wraps_repaired']:,} | {run['wraps_unseen']:,} |"
+        )
+    lines += [
+        "",
+        "Every product of these runs was computed in clear beside, to count. "
+        f"{_outliers(f['outliers'])}{_head(f['head'])}{_thin_owner(f['owner'])}",
+        "",
+        origin(f),
+        f"Gemma 3 270M (opened from a GGUF file, for checking only): {origin(gemma)}",
+    ]
+    return "\n".join(lines)
+
+
+def _outliers(f: dict[str, Any]) -> str:
+    return (
+        f"Adapters' gradients of the quickstart's model with {f['channels']} channels at "
+        f"{f['factor']:.0f} times the rest are {f['thin']:.0%} off under `thin`, "
+        f"{f['exact']:.2%} under `exact`. "
+    )
+
+
+def _head(f: dict[str, Any]) -> str:
+    parts = [
+        f"{name} {each['gradient_error']:.2%} (logits {each['logits_error']:.2%})"
+        for name, each in f.items()
+    ]
+    return f"A remote head's input gradient is off by: {', '.join(parts)}. "
+
+
+def _thin_owner(f: dict[str, Any]) -> str:
+    return (
+        f"With the head remote the owner's process takes {f['owner_cpu_ratio']:.2f} of the "
+        f"processor seconds of the same step in clear, and {f['owner_rss_ratio']:.2f} of its "
+        "memory, what is mapped from files not counted."
+    )
 
 
 QUALITY = ("quality-quickstart", "quality-gemma")
