@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from backends.hardware import CPU, Hardware
-from backends.he.interface import OwnerCipher, WorkerCipher
+from backends.he.interface import Exactness, OwnerCipher, OwnerMatrix, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
@@ -96,10 +96,11 @@ class Session:
     """
 
     def __init__(
-        self, cipher: OwnerCipher, client: OwnerClient, server: WorkerServer | None,
-        hardware: Hardware,
+        self, cipher: OwnerCipher, matrices: Sequence[OwnerMatrix], client: OwnerClient,
+        server: WorkerServer | None, hardware: Hardware,
     ) -> None:  # fmt: skip
         self._cipher = cipher
+        self._matrices = matrices
         self._client = client
         self._server = server
         self.hardware = hardware
@@ -123,6 +124,10 @@ class Session:
             self._client.meter.bytes_received,
             self._cipher.blocks,
         )
+
+    def exactness(self) -> Exactness | None:
+        """How exact products are by now; of matrices that are not asked for, as planned."""
+        return self._cipher.exactness(self._matrices)
 
     def product_of_ones(self, matrix: int, tokens: int, inputs: int) -> None:
         """One product, whose result nobody needs: to compile kernels, or to look at the line."""
@@ -191,7 +196,7 @@ def opened(
                 in_process(prepared, owner, here, lanes=lanes, hooks=hooks, audit=audit,
                            ledger=ledger)
             )  # fmt: skip
-        session = Session(owner, client, server, hardware)
+        session = Session(owner, prepared.owner_matrices(), client, server, hardware)
         # So that compiling the kernels is not taken for a slow first step.
         session.product_of_ones(0, 1, prepared.groups[0].in_features)
         first(session)

@@ -90,6 +90,8 @@ from scenarios.session import (
     PrivateSession,
     add_worker_options,
     chosen_workers,
+    exactness_figures,
+    exactness_line,
     gradient_norm_figures,
     one_run,
     open_ledger,
@@ -267,6 +269,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.usages: list[Usage] = []
+        self.exactness: dict[str, Any] = {}
         self.cpu_s: list[float] = []
         self.clear: list[ClearStep] = []
         self.clear_facts: dict[str, Any] = {}
@@ -355,6 +358,7 @@ class Run:
         tokens = trainer.config.batch * self.args.sequence
         live = Live(session, tokens, self.args.lanes)
         train_with_bar(trainer, "private (encrypted)", on_step, trace, live)
+        self.exactness = exactness_figures(session)
 
     def _figures(self, setup: Setup, trainer: Trainer, prepare_s: float) -> dict[str, Any]:
         args = self.args
@@ -389,6 +393,7 @@ class Run:
                 "bytes_per_token_up": median(u.bytes_up for u in self.usages) / tokens,
                 "bytes_per_token_down": median(u.bytes_down for u in self.usages) / tokens,
                 "blocks_per_step": median(u.blocks for u in self.usages),
+                **self.exactness,
             }
         if self.clear:
             figures["clear_step_s"] = median(step.seconds for step in self.clear)
@@ -419,6 +424,8 @@ def print_report(f: dict[str, Any]) -> None:
             f"traffic per token      {human_bytes(f['bytes_per_token_up'])} up + "
             f"{human_bytes(f['bytes_per_token_down'])} down = {human_bytes(total)}"
         )
+        if "products" in f:
+            print(exactness_line(f["products"]))
     if "clear_step_s" in f:
         print(
             f"the same step in clear {f['clear_step_s']:8.2f} s  "

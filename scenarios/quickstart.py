@@ -53,6 +53,8 @@ from scenarios.session import (
     Live,
     add_worker_options,
     chosen_workers,
+    exactness_figures,
+    exactness_line,
     gradient_norm_figures,
     one_run,
     open_ledger,
@@ -193,6 +195,7 @@ class Quickstart:
             live = Live(session, self.training.batch * SEQUENCE, self.args.lanes)
             losses = train_with_bar(trainer, "private (encrypted)", trace=trace, live=live)
             self.figures["gradient_norms"] = trainer.progress.gradient_norms
+            self.figures |= exactness_figures(session)
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = self._evaluate(model)
@@ -298,6 +301,8 @@ The gradient's norm was {f["gradient_norm_ratio"]:.3f} of that in clear, in the 
 Traffic per trained token: {human_bytes(f["bytes_per_token_up"])} up, \
 {human_bytes(f["bytes_per_token_down"])} down. Encrypted blocks, each under its own secret: \
 {f["blocks_encrypted"]:,}.
+
+Against the same int8 weights {exactness_line(f["products"])}.
 
 A completion of {PROMPT!r}:
 

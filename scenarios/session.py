@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -153,7 +154,7 @@ class PrivateSession:
         self._session = session
         self._workers = workers
         self.watch = watch
-        self.usage = session.usage
+        self.usage, self.exactness = session.usage, session.exactness
         self.probed: LineProbe | None = None
         self.estimate: Estimate | None = None
 
@@ -220,6 +221,27 @@ def private_session(
 
     with opened(skeleton, prepared, lanes, hooks, hardware, hint_bytes, ledger, workers, first):
         yield known[0]
+
+
+MUCH = 0.25
+"""An error of products from which on a run says that it is large."""
+
+
+def exactness_figures(session: PrivateSession) -> dict[str, Any]:
+    """How exact this session's products are, for a report."""
+    found = session.exactness()
+    return {} if found is None else {"products": asdict(found)}
+
+
+def exactness_line(products: Mapping[str, Any]) -> str:
+    """The same for people."""
+    line = (
+        f"products are off by {products['median']:.1%} in the median matrix, by "
+        f"{products['largest']:.1%} in {products['where']}; {products['wraps']:,} results wrapped "
+        "and were repaired"
+    )
+    much = "; that is a lot: --preset exact costs more bytes and is more exact"
+    return line + (much if products["largest"] > MUCH else "")
 
 
 class Live:

@@ -109,6 +109,21 @@ class Encrypted:
     sealed: Any = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Exactness:
+    """How exact products are, as the owner's cipher expects of the scales that it uses by now.
+
+    median   of all matrices: relative error of a product
+    largest  of them, and the matrix that has it
+    wraps    results that wrapped and were repaired so far
+    """
+
+    median: float
+    largest: float
+    where: str
+    wraps: int
+
+
 class OwnerCipher(ABC):
     """The owner's half. Holds secrets; must never be reachable from worker code.
 
@@ -116,6 +131,10 @@ class OwnerCipher(ABC):
     """
 
     blocks: int = 0
+
+    def exactness(self, matrices: Sequence[OwnerMatrix]) -> Exactness | None:
+        """Of products with these matrices; None for a cipher that has no error."""
+        return None
 
     @property
     @abstractmethod

@@ -39,6 +39,7 @@ from backends.he.epilogue import open_row, seal_row
 from backends.he.hedge import MessageHash, hash_rows, scheme_tag
 from backends.he.interface import (
     Encrypted,
+    Exactness,
     Float32Array,
     NonFiniteInputError,
     OwnerCipher,
@@ -245,6 +246,18 @@ class RingOwner(OwnerCipher):
 
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
         return matrix.plan.format.down_bytes(matrix.out_features) * tokens
+
+    def exactness(self, matrices: Sequence[OwnerMatrix]) -> Exactness:
+        parameters = self._parameters
+        errors = {
+            matrix.name: matrix.plan.predicted_error(
+                parameters, self._gains.of(matrix.name) if parameters.thin else 1.0
+            )
+            for matrix in matrices
+        }
+        where = max(errors, key=errors.__getitem__)
+        middle = float(np.median(list(errors.values())))
+        return Exactness(middle, errors[where], where, self.repairs.wraps)
 
     def _learn(
         self, matrix: OwnerMatrix, gain: float, peaks: NDArray[np.float64], tokens: int, wraps: int
