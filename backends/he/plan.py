@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _BLOCK_VALUES = 1 << 20  # int8 values summed at a time
 
-FORWARD_ERROR, BACKWARD_ERROR = 0.06, 0.12
+FORWARD_ERROR, BACKWARD_ERROR = 0.03, 0.12
 """Of a product, relative. What errors forward do to the logits goes through the softmax into every
 gradient; those backward only add up (`benchmarks.quality` has what either does to training)."""
 PRECISE_ERROR = 0.002

@@ -147,7 +147,7 @@ def test_lies_are_found_among_wraps(kind: str) -> None:
     if kind == "a wrap by p":
         return
     desk = Desk(96, 64, THIN, seed=len(kind))
-    accepted, bound, tries = 0, 0.0, 40
+    accepted, bound, tries = 0, 0.0, 12
     for _ in range(tries):
         desk.owner._gains = FixedGain(3.0)
         taken, chance = desk.attack(KINDS[kind])
