@@ -474,7 +474,8 @@ class MlweOwner(RingOwner):
         scaled, scale = wide.astype(np.float32), inverse * matrix.out_scale
         with np.errstate(over="ignore"):
             values = out[tokens] / scale
-        places = np.nonzero(np.abs(values) > most)
+        # From 0 on, all: what wrapped may have come back as 0, or be too small for float32.
+        places = np.nonzero(np.abs(values) >= most)
         if len(places[0]) <= FEW * len(tokens):
             right = values.astype(np.float32)
             right[places] = check.results(scaled[places[0]], places[1])
