@@ -470,7 +470,10 @@ class MlweOwner(RingOwner):
         """Of a few tokens, results beyond `most`, one by one where they are few."""
         p, check = matrix.plan.format.modulus, expected.check
         inverse = sealed.inverse_alpha[tokens, None]
-        wide = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse
+        ratio = self._parameters.modulus / p
+        wide = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse * ratio
+        np.rint(wide, out=wide)  # the message: what rounding it does to a result is no noise
+        wide /= ratio
         scaled, scale = wide.astype(np.float32), inverse * matrix.out_scale
         with np.errstate(over="ignore"):
             values = out[tokens] / scale

@@ -295,7 +295,9 @@ class CudaOwner(RingOwner):
             x = sealed.x[at]
         else:
             x = torch.from_numpy(sealed.x[tokens]).to(self._gpu.device)
-        scaled = x.double() * in_scale / inverse
+        ratio = self._parameters.modulus / p
+        # The message: what rounding it does to a result is no noise.
+        scaled = (x.double() * in_scale / inverse * ratio).round_().div_(ratio)
         right = expected.check.products(scaled)
         scale = inverse * out_scale
         turns = unwrap(out, at, right, p, scale)
