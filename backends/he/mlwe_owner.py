@@ -428,6 +428,7 @@ class MlweOwner(RingOwner):
                 if expected is not None:
                     repaired = self._repair(sealed, expected, matrix, out)
                     expected.require(worker)
+                    expected.peaks[sealed.inverse_alpha == 0] = 0  # noise, of no input
                     self._learn(matrix, sealed.gain, expected.peaks, *repaired)
             except BaseException:
                 # What is no honest answer decrypts to itself less the mask, and from its mask a

@@ -235,6 +235,7 @@ class CudaOwner(RingOwner):
                     try:
                         repaired = self._repair(sealed, comparison, matrix, out)
                         comparison.require(worker)
+                        comparison.peaks[(inverse == 0).cpu().numpy()] = 0  # noise, of no input
                         self._learn(matrix, sealed.gain, comparison.peaks, *repaired)
                     finally:
                         comparison.wipe()
