@@ -441,6 +441,7 @@ class MlweOwner(RingOwner):
                 if expected is not None:
                     repaired = self._repair(sealed, expected, matrix, out)
                     expected.require(worker)
+                    expected.peaks[sealed.inverse_alpha == 0] = 0  # noise, of no input
                     self._learn(matrix, sealed.gain, expected.peaks, *repaired)
             except BaseException:
                 # What is no honest answer decrypts to itself less the mask, and from its mask a
@@ -483,11 +484,15 @@ class MlweOwner(RingOwner):
         """Of a few tokens, results beyond `most`, one by one where they are few."""
         p, check = matrix.plan.format.modulus, expected.check
         inverse = sealed.inverse_alpha[tokens, None]
-        wide = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse
+        ratio = self._parameters.modulus / p
+        wide = sealed.x[tokens].astype(np.float64) * matrix.in_scale / inverse * ratio
+        np.rint(wide, out=wide)  # the message: what rounding it does to a result is no noise
+        wide /= ratio
         scaled, scale = wide.astype(np.float32), inverse * matrix.out_scale
         with np.errstate(over="ignore"):
             values = out[tokens] / scale
-        places = np.nonzero(np.abs(values) > most)
+        # From 0 on, all: what wrapped may have come back as 0, or be too small for float32.
+        places = np.nonzero(np.abs(values) >= most)
         if len(places[0]) <= FEW * len(tokens):
             right = values.astype(np.float32)
             right[places] = check.results(scaled[places[0]], places[1])

@@ -191,7 +191,11 @@ def unwrap(
     moved = np.flatnonzero(turns.any(axis=1))
     if len(moved):
         at = tokens[moved]
-        out[at] = (out[at] + turns[moved] * modulus * scale[moved]).astype(np.float32)
+        with np.errstate(over="ignore"):
+            there = out[at] + turns[moved] * modulus * scale[moved]
+            # One that overflowed has nothing left that could be moved.
+            gone = np.isinf(out[at]) & (turns[moved] != 0)
+            out[at] = np.where(gone, right[moved] * scale[moved], there).astype(np.float32)
     return turns
 
 

@@ -46,7 +46,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, spend: bool = Fal
 
 def _needed(logits: torch.Tensor) -> bool:
     """Whether the operation that made them, a softmax or tanh, needs them for its gradient."""
-    made = logits.grad_fn
+    made = (logits if logits._base is None else logits._base).grad_fn  # a view has its base's
     kept = [getattr(made, name) for name in dir(made) if name.startswith("_saved_")]
     place = logits.untyped_storage().data_ptr()
     return any(

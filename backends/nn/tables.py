@@ -73,6 +73,7 @@ def _in_checkpoint(files: Collection[Path], table: torch.Tensor) -> torch.Tensor
     """The mapped tensor of the checkpoint with these very values, of the same type."""
     for path in files:
         try:
+            require_own(path.parent, path)  # what else is read of it is copied: this is not
             with safe_open(path, framework="pt") as file:
                 for name in list(file.keys()):
                     if file.get_slice(name).get_shape() == list(table.shape):

@@ -83,6 +83,26 @@ class Capped(torch.nn.Module):
         return self
 
 
+class CappedAndCut(Capped):
+    """One that returns a view of what its own gradient needs."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+        super().forward(input_ids, use_cache)
+        self.logits = self.logits[..., :11].view(*input_ids.shape, 11)
+        return self
+
+
+def test_a_view_of_what_a_gradient_needs_is_left_alone() -> None:
+    """As of a model that cuts its vocabulary after a tanh."""
+    model, tokens = CappedAndCut(), torch.arange(10).reshape(2, 5)
+    (found,) = torch.autograd.grad(losses.token_losses(model, tokens), model.table)
+    logits = torch.tanh(model.table[tokens])
+    expected = functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1), reduction="sum"
+    )
+    torch.testing.assert_close(found, torch.autograd.grad(expected, model.table)[0])
+
+
 def test_logits_that_a_gradient_needs_are_left_alone() -> None:
     """A tanh at the end keeps its result; and whoever spends it hears of it."""
     model, tokens = Capped(), torch.arange(10).reshape(2, 5)

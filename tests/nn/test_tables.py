@@ -72,3 +72,12 @@ def test_a_checkpoints_own_file_is_mapped(
     if remote_head:
         assert torch.equal(skeleton.load_weight("lm_head"), found)
         assert mapped_from(skeleton.load_weight("lm_head")).endswith(kind)
+
+
+def test_a_checkpoint_that_anybody_can_change_is_not_mapped(tmp_path: Path) -> None:
+    """Its rows are read for as long as a run takes: a file of the owner's own holds them then."""
+    AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").chmod(0o666)
+    base = open_base(tmp_path / "model")
+    skeleton = build_skeleton(base, True, torch.float32, tables=tmp_path / "tables")
+    assert mapped_from(table(skeleton)).endswith(".npy")

@@ -235,6 +235,7 @@ class CudaOwner(RingOwner):
                     try:
                         repaired = self._repair(sealed, comparison, matrix, out)
                         comparison.require(worker)
+                        comparison.peaks[(inverse == 0).cpu().numpy()] = 0  # noise, of no input
                         self._learn(matrix, sealed.gain, comparison.peaks, *repaired)
                     finally:
                         comparison.wipe()
@@ -295,7 +296,9 @@ class CudaOwner(RingOwner):
             x = sealed.x[at]
         else:
             x = torch.from_numpy(sealed.x[tokens]).to(self._gpu.device)
-        scaled = x.double() * in_scale / inverse
+        ratio = self._parameters.modulus / p
+        # The message: what rounding it does to a result is no noise.
+        scaled = (x.double() * in_scale / inverse * ratio).round_().div_(ratio)
         right = expected.check.products(scaled)
         scale = inverse * out_scale
         turns = unwrap(out, at, right, p, scale)

@@ -57,7 +57,9 @@ def unwrap(
     part = right / modulus - whole
     over = (part.abs() > 0.25) & (torch.signbit(found) != torch.signbit(part))
     turns = torch.where(lost, whole + over * torch.sign(part), turns)
-    out[tokens] = (found + turns * modulus * scale).float()
+    # One that overflowed has nothing left that could be moved.
+    gone = torch.isinf(found) & (turns != 0)
+    out[tokens] = torch.where(gone, right * scale, found + turns * modulus * scale).float()
     return turns
 
 
