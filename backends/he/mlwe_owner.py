@@ -52,7 +52,18 @@ from backends.he.interface import (
 from backends.he.packing import pack_request, unpack_answer
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
-from backends.he.repair import FEW, Gains, Repairs, astray, edge, in_parts, tolerance, unwrap, wipe
+from backends.he.repair import (
+    FEW,
+    Gains,
+    Repairs,
+    astray,
+    edge,
+    held,
+    in_parts,
+    tolerance,
+    unwrap,
+    wipe,
+)
 from backends.he.ring import inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
 from backends.he.vector import LANES
@@ -493,7 +504,7 @@ class MlweOwner(RingOwner):
             values = out[tokens] / scale
         # From 0 on, all: what wrapped may have come back as 0, or be too small for float32.
         places = np.nonzero(np.abs(values) >= most)
-        if len(places[0]) <= FEW * len(tokens):
+        if len(places[0]) <= FEW * len(tokens) and held(values, p * scale):
             right = values.astype(np.float32)
             right[places] = check.results(scaled[places[0]], places[1])
         else:

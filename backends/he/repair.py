@@ -144,6 +144,11 @@ def in_parts(tokens: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
 
 
+def held(values: Float64Array, periods: Float64Array) -> bool:
+    """Whether float32 holds all results [n, N] well enough to read units off them."""
+    return bool(np.isfinite(values).all() and (periods >= LEAST_PERIOD).all())
+
+
 def wipe(*private: NDArray[Any]) -> None:
     """Overwrite arrays."""
     for array in private:
