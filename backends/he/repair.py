@@ -176,7 +176,10 @@ def unwrap(
     moved = np.flatnonzero(turns.any(axis=1))
     if len(moved):
         at = tokens[moved]
-        out[at] = (out[at] + turns[moved] * modulus * scale[moved]).astype(np.float32)
+        with np.errstate(over="ignore"):
+            found = out[at] + turns[moved] * modulus * scale[moved]
+            found = np.where(np.isfinite(out[at]), found, right[moved] * scale[moved])
+            out[at] = found.astype(np.float32)
     return turns
 
 

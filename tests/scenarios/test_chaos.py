@@ -51,10 +51,25 @@ def test_seeds_keep_every_promise(bench: Bench) -> None:
 @pytest.mark.slow
 def test_encrypted_and_llama_seeds_keep_every_promise(bench: Bench) -> None:
     """Both models under real encryption."""
-    wanted = {("mlwe", "plain"), ("mlwe", "llama"), ("clear", "llama")}
+    wanted = {("mlwe", "plain"), ("mlwe", "llama"), ("clear", "llama"), ("thin", "llama")}
     for kind in sorted(wanted):
         seeds = [s for s in range(300) if (draw_options(s).cipher, draw_options(s).kind) == kind]
         assert bench.run(seeds[0]).violation == ""
+
+
+def test_planted_wraps_are_repaired(bench: Bench) -> None:
+    """As many as there must be, by the count of those that go beyond; with a liar and without."""
+    seeds = [s for s in range(300) if _thin(s)]
+    liars = [s for s in seeds if draw_options(s).plan.liars]
+    for result in map(bench.run, [seeds[0], liars[0]]):
+        assert result.violation == ""
+        wraps = result.wraps
+        assert 100 < wraps["wrapped"] <= wraps["repaired"] <= wraps["wrapped, or nearly"]
+
+
+def _thin(seed: int) -> bool:
+    options = draw_options(seed)
+    return (options.cipher, options.kind, options.steps) == ("thin", "plain", 3)
 
 
 def test_a_seed_is_a_run(bench: Bench) -> None:

@@ -57,7 +57,8 @@ def unwrap(
     part = right / modulus - whole
     over = (part.abs() > 0.25) & (torch.signbit(found) != torch.signbit(part))
     turns = torch.where(lost, whole + over * torch.sign(part), turns)
-    out[tokens] = (found + turns * modulus * scale).float()
+    moved = torch.where(torch.isfinite(found), found + turns * modulus * scale, right * scale)
+    out[tokens] = moved.float()
     return turns
 
 
