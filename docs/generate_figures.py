@@ -155,7 +155,11 @@ def thin() -> str:
     lines += [
         "",
         "Every product of these runs was computed in clear beside, to count. "
-        f"{_outliers(f['outliers'])}{_head(f['head'])}{_thin_owner(f['owner'])}",
+        + "".join(
+            words(f[part])
+            for part, words in (("outliers", _outliers), ("head", _head), ("owner", _thin_owner))
+            if part in f
+        ),
         "",
         origin(f),
         f"Gemma 3 270M (opened from a GGUF file, for checking only): {origin(gemma)}",
