@@ -235,7 +235,9 @@ class CudaOwner(RingOwner):
                     try:
                         repaired = self._repair(sealed, comparison, matrix, out)
                         comparison.require(worker)
-                        comparison.peaks[(inverse == 0).cpu().numpy()] = 0  # noise, of no input
+                        if len(comparison.peaks):  # of thin ciphertexts
+                            zeros = (inverse == 0).cpu().numpy()
+                            comparison.peaks[zeros] = 0  # noise, of no input
                         self._learn(matrix, sealed.gain, comparison.peaks, *repaired)
                     finally:
                         comparison.wipe()
