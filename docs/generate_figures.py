@@ -154,11 +154,19 @@ def thin() -> str:
         )
     lines += [
         "",
-        "Every product of these runs was computed in clear beside, to count. "
-        + "".join(
-            words(f[part])
-            for part, words in (("outliers", _outliers), ("head", _head), ("owner", _thin_owner))
-            if part in f
+        " ".join(
+            [
+                "Every product of these runs was computed in clear beside, to count.",
+                *(
+                    words(f[part])
+                    for part, words in (
+                        ("outliers", _outliers),
+                        ("head", _head),
+                        ("owner", _thin_owner),
+                    )
+                    if part in f
+                ),
+            ]
         ),
         "",
         origin(f),
@@ -171,7 +179,7 @@ def _outliers(f: dict[str, Any]) -> str:
     return (
         f"Adapters' gradients of the quickstart's model with {f['channels']} channels at "
         f"{f['factor']:.0f} times the rest are {f['thin']:.0%} off under `thin`, "
-        f"{f['exact']:.2%} under `exact`. "
+        f"{f['exact']:.2%} under `exact`."
     )
 
 
@@ -180,7 +188,7 @@ def _head(f: dict[str, Any]) -> str:
         f"{name} {each['gradient_error']:.2%} (logits {each['logits_error']:.2%})"
         for name, each in f.items()
     ]
-    return f"A remote head's input gradient is off by: {', '.join(parts)}. "
+    return f"A remote head's input gradient is off by: {', '.join(parts)}."
 
 
 def _thin_owner(f: dict[str, Any]) -> str:
