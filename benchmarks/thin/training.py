@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from backends.he.params import Parameters
-from backends.nn.adapters import add_lora
+from backends.he.store import PreparedModel
+from backends.nn.adapters import add_lora, trainable
 from backends.nn.base import open_base
 from backends.nn.local import localise
 from backends.nn.sane import require_rank
@@ -69,7 +70,10 @@ def gemma_task(directory: Path, steps: int) -> Task:
 
 
 def run(task: Task, seed: int, parameters: Parameters, cache: Path) -> dict[str, Any]:
-    """One private run and one in clear; losses in nats a token, and what wrapped."""
+    """One private run and one in clear; losses in nats a token, and what wrapped.
+
+    private_loss is measured through the cipher, adapter_loss is the same adapter's without.
+    """
     config = TrainConfig(
         task.steps, task.batch, task.batch, task.learning_rate,
         warmup_steps=max(1, task.steps // 10), seed=seed,
@@ -84,40 +88,55 @@ def run(task: Task, seed: int, parameters: Parameters, cache: Path) -> dict[str,
         private_loss = evaluate(model, task.held_out, task.batch)
         found = owner.figures()
     norms = trainer.gradient_norms
+    adapter = [p.detach().clone() for p in trainable(model).values()]
     del model, trainer, skeleton
-    clear_loss, base_loss, clear_norms = _in_clear(task, seed, config, prepared)
+    clear, clear_norms = _in_clear(task, seed, config, prepared, adapter)
     return {
         "model": task.model,
         "seed": seed,
         "steps": task.steps,
         "tokens_per_step": task.batch * task.train.shape[1],
-        "base_loss": base_loss,
-        "clear_loss": clear_loss,
         "private_loss": private_loss,
+        **clear,
         "gradient_norm_ratio": fmean(norms) / fmean(clear_norms),
         **found,
     }
 
 
 def _in_clear(
-    task: Task, seed: int, config: TrainConfig, prepared: Any
-) -> tuple[float, float, list[float]]:
-    """Held-out loss after and before, and the gradients' norms."""
+    task: Task, seed: int, config: TrainConfig, prepared: PreparedModel,
+    adapter: Sequence[torch.Tensor],
+) -> tuple[dict[str, float], list[float]]:  # fmt: skip
+    """Held-out losses without the cipher, of the model before any training, with the adapter that
+    was trained privately, and with the one that is trained here; and the gradients' norms."""
     skeleton = build_skeleton(task.base)
     localise(skeleton, prepared)
-    before = evaluate(skeleton.model, task.held_out, task.batch)
     model = add_lora(skeleton.model, RANK, 2 * RANK, seed)
+    losses = {"base_loss": evaluate(model, task.held_out, task.batch)}
+    parameters = list(trainable(model).values())
+    fresh = [p.detach().clone() for p in parameters]
+    _put(parameters, adapter)
+    losses["adapter_loss"] = evaluate(model, task.held_out, task.batch)
+    _put(parameters, fresh)
     trainer = Trainer(model, task.train, config)
     train_with_bar(trainer, f"{task.model} {seed}, clear")
-    return evaluate(model, task.held_out, task.batch), before, trainer.gradient_norms
+    losses["clear_loss"] = evaluate(model, task.held_out, task.batch)
+    return losses, trainer.gradient_norms
+
+
+@torch.no_grad()
+def _put(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def line(run: dict[str, Any]) -> str:
     """A run for a person."""
-    gap = run["private_loss"] / run["clear_loss"] - 1
+    gap, own = (run[key] / run["clear_loss"] - 1 for key in ("private_loss", "adapter_loss"))
     return (
         f"{run['model']} seed {run['seed']}: held-out loss {run['private_loss']:.4f} private, "
-        f"{run['clear_loss']:.4f} clear ({gap:+.2%}; before training {run['base_loss']:.4f}); "
+        f"{run['clear_loss']:.4f} clear ({gap:+.2%}; its adapter without the cipher {own:+.2%}; "
+        f"before training {run['base_loss']:.4f}); "
         f"gradient norm x {run['gradient_norm_ratio']:.3f}; {run['wraps']} of "
         f"{run['results']:,} results wrapped, {run['wraps_repaired']} repaired, "
         f"{run['wraps_unseen']} unseen; error of a product {run['median_error']:.1%}"

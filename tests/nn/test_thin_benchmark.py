@@ -74,6 +74,8 @@ def test_runs_of_a_tiny_model(tmp_path: Path) -> None:
     run = training.run(task, 0, THIN, tmp_path)
     assert run["private_loss"] == pytest.approx(run["clear_loss"], rel=0.005)
     assert run["private_loss"] != run["clear_loss"] < run["base_loss"]
+    assert run["adapter_loss"] == pytest.approx(run["private_loss"], rel=0.005)
+    assert run["adapter_loss"] not in (run["private_loss"], run["clear_loss"])
     assert run["gradient_norm_ratio"] == pytest.approx(1, abs=0.05)
     assert run["wraps"] == run["wraps_repaired"]
     assert run["wraps_unseen"] == 0
