@@ -126,7 +126,7 @@ class Session:
         )
 
     def exactness(self) -> Exactness | None:
-        """How exact products are by now; of matrices that are not asked for, as planned."""
+        """How exact products are by now, of matrices that were asked for."""
         return self._cipher.exactness(self._matrices)
 
     def product_of_ones(self, matrix: int, tokens: int, inputs: int) -> None:

@@ -265,7 +265,10 @@ class RingOwner(OwnerCipher):
                 parameters, self._gains.of(matrix.name) if parameters.thin else 1.0
             )
             for matrix in matrices
+            if self._gains.known(matrix.name) or not parameters.thin
         }
+        if not errors:
+            return Exactness(0.0, 0.0, "nothing yet", 0)
         where = max(errors, key=errors.__getitem__)
         middle = float(np.median(list(errors.values())))
         return Exactness(middle, errors[where], where, self.repairs.wraps)

@@ -90,6 +90,11 @@ class Gains:
             known = self._histograms.get(matrix)
             return known.gain() if known else 1.0
 
+    def known(self, matrix: str) -> bool:
+        """Whether an answer for it has been seen."""
+        with self._lock:
+            return matrix in self._histograms
+
     def learn(self, matrix: str, peaks: Float64Array, gain: float) -> None:
         """Take in float64[T], each token's largest |result| over p/2, where `gain` was used."""
         with self._lock:
