@@ -40,6 +40,8 @@ _OCTAVE = 8
 """Bins of a histogram for each factor of two."""
 _BINS = 12 * _OCTAVE
 _REMEMBERED = 1 << 14  # tokens, after which those before count half
+_ENOUGH = 64
+"""Tokens before which nothing is concluded: the one that a session begins with is made of ones."""
 _ROOM = 1.25
 """How far the results that a gain is made for are kept from p/2."""
 RARE = 2.0**-12
@@ -70,7 +72,7 @@ class _Histogram:
     def gain(self) -> float:
         """The largest one that leaves but a share of RARE with too little room."""
         total = self._counts.sum()
-        if not total:
+        if total < _ENOUGH:
             return 1.0
         beyond = np.cumsum(self._counts) > RARE * total
         share = 2.0 ** (-int(np.argmax(beyond)) / _OCTAVE)  # the upper end of the bin
@@ -78,7 +80,7 @@ class _Histogram:
 
 
 class Gains:
-    """The gain of every matrix: 1 for its first request, then what its results allow."""
+    """The gain of every matrix: 1 for its first tokens, then what its results allow."""
 
     def __init__(self) -> None:
         self._histograms: dict[str, _Histogram] = {}

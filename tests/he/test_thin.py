@@ -122,6 +122,18 @@ def test_the_gain_leaves_room_for_all_but_a_rare_token(
     assert np.mean(shares * used > repair.EDGE * 1.0001) <= repair.RARE or used == 1
 
 
+def test_a_session_s_first_token_of_ones_teaches_nothing() -> None:
+    """A gain from it alone would have thousands of the first real results wrap."""
+    case = make_case(320, 960, parameters=THIN)
+    owner = owner_of(case)
+    ask(owner, case, np.ones((1, 320), np.float32))
+    assert owner._gains.of(case.matrix.name) == 1
+    x = np.random.default_rng(0).standard_t(4, (256, 320)).astype(np.float32)
+    ask(owner, case, x)
+    assert owner.repairs.wraps == 0
+    assert owner._gains.of(case.matrix.name) > 1
+
+
 def test_gains_are_of_one_matrix_and_forget() -> None:
     """Another matrix begins at 1; a change of what is seen is followed."""
     gains = Gains()
