@@ -482,20 +482,25 @@ class MlweOwner(RingOwner):
         p, live = matrix.plan.format.modulus, sealed.inverse_alpha > 0
         most = edge(p, sealed.gain)
         near = np.flatnonzero((expected.peaks > most) & live)
-        wraps = 0
+        wraps, unsettled = 0, live.copy()
         for tokens in in_parts(near):
-            wraps += self._repair_tokens(sealed, expected, matrix, out, tokens, most)
+            moved, whole = self._repair_tokens(sealed, expected, matrix, out, tokens, most)
+            wraps += moved
+            unsettled[tokens] = not whole
         found = expected.suspicious()
-        found = found[live[found]]
-        for tokens in in_parts(found):
-            wraps += self._repair_tokens(sealed, expected, matrix, out, tokens, 0.0)
-        return len(np.union1d(near, found)), wraps
+        # Not twice: one that float32 cannot hold would be moved by its sign alone once more.
+        for tokens in in_parts(found[unsettled[found]]):
+            wraps += self._repair_tokens(sealed, expected, matrix, out, tokens, 0.0)[0]
+        return len(np.union1d(near, found[live[found]])), wraps
 
     def _repair_tokens(
         self, sealed: Sealed, expected: Expected, matrix: OwnerMatrix, out: Float32Array,
         tokens: NDArray[np.int64], most: float,
-    ) -> int:  # fmt: skip
-        """Of a few tokens, results beyond `most`, one by one where they are few."""
+    ) -> tuple[int, bool]:  # fmt: skip
+        """Of a few tokens, results beyond `most`, one by one where they are few; or all of them.
+
+        Returns how many were moved, and whether all were looked at.
+        """
         p, check = matrix.plan.format.modulus, expected.check
         inverse = sealed.inverse_alpha[tokens, None]
         ratio = self._parameters.modulus / p
@@ -507,7 +512,8 @@ class MlweOwner(RingOwner):
             values = out[tokens] / scale
         # From 0 on, all: what wrapped may have come back as 0, or be too small for float32.
         places = np.nonzero(np.abs(values) >= most)
-        if len(places[0]) <= FEW * len(tokens) and held(values, p * scale):
+        whole = len(places[0]) > FEW * len(tokens) or not held(values, p * scale)
+        if not whole:
             right = values.astype(np.float32)
             right[places] = check.results(scaled[places[0]], places[1])
         else:
@@ -520,7 +526,7 @@ class MlweOwner(RingOwner):
         wipe(wide, scaled, scale, values, right, turns)
         if wrong:
             raise check.judge.wrong_result()
-        return wraps
+        return wraps, whole
 
     def discard(self, sealed: Sealed) -> None:
         sealed.wipe()

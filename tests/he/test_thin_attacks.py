@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends.he.check import Expected
 from backends.he.integrity import ROWS, suspicious
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.packing import pack_answer, unpack_answer
@@ -145,6 +146,16 @@ def test_at_the_ends_of_shapes_and_numbers(name: str, gain: float | None) -> Non
             assert np.all(np.abs(y - right) <= most)
         if gain is None and name in ("one input", "zeros"):
             assert owner.repairs.tokens < 40, "where nothing can wrap, nothing is near the edge"
+
+
+@pytest.mark.parametrize("name", ["one by one", "one input", "one output"])
+def test_tokens_that_look_wrong_after_a_repair_are_not_moved_twice(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a matrix of one output all rows see one noise, so chance alone makes many suspicious."""
+    every = np.arange(300)
+    monkeypatch.setattr(Expected, "suspicious", lambda self: every[: len(self.peaks)])
+    test_at_the_ends_of_shapes_and_numbers(name, 9.0)
 
 
 def test_results_that_float32_cannot_hold_are_no_lies() -> None:
