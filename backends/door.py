@@ -37,6 +37,7 @@ from backends.he.verification import Progress, Trust
 from backends.ledger import WorkerLedger
 from backends.nn.base import open_base
 from backends.nn.corpus import Sequences
+from backends.nn.kept import Kept
 from backends.nn.remote import Remote, RemoteLinear
 from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
@@ -202,6 +203,11 @@ class OpenSession:
         """Workers that will not be asked again."""
         return self._ledger.retired
 
+    @property
+    def kept(self) -> Kept | None:
+        """Counts of activations that are kept; None without `keep_activations`."""
+        return self._session.kept
+
     def usage(self) -> Usage:
         """Seconds, bytes and blocks so far."""
         return self._session.usage()
@@ -238,6 +244,7 @@ def connect(
     tls: str | Path | None = None,
     lanes: int = 1,
     ledger: str | Path | None = None,
+    keep_activations: int = 0,
 ) -> Iterator[OpenSession]:
     """Within the `with`, the remote linears of a model compute, encrypted, by these workers.
 
@@ -246,9 +253,12 @@ def connect(
     tls      directory of this side's certificates; without it workers on this machine only
     lanes    threads that may use the model at once
     ledger   file of workers that were caught, kept from run to run
+    keep_activations  bytes of memory for what the layers below the lowest adapter make of every
+             sequence: seen again, it is not sent again. Workers then see how many there are
 
-    Raises DoorError for another model; what reaching workers raises; and at the end TaintedError
-    when what was trained rests on a worker that was caught.
+    Raises DoorError for another model; CannotKeepError where nothing can be kept; what reaching
+    workers raises; and at the end TaintedError when what was trained rests on a worker that was
+    caught.
     """
     skeleton, public = _of(model)
     _require_no_dropout(model)
@@ -256,7 +266,7 @@ def connect(
     known = WorkerLedger(None if ledger is None else Path(ledger))
     with opened(
         skeleton, public.prepared, lanes, ledger=known,
-        workers=there,
+        workers=there, keep_bytes=keep_activations,
     ) as session:  # fmt: skip
         found = OpenSession(session, model, skeleton, lanes, known)
         try:

@@ -29,6 +29,7 @@ from backends.net.owner import OwnerClient
 from backends.net.remote import connected
 from backends.net.tls import Tls, require_loopback
 from backends.net.worker import WorkerServer
+from backends.nn.kept import Kept, kept_activations
 from backends.nn.skeleton import Skeleton
 
 
@@ -93,16 +94,18 @@ class Session:
     """An owner connected to workers.
 
     server  the worker in this process, if there is one
+    kept    counts of activations that are kept, where they are
     """
 
     def __init__(
         self, cipher: OwnerCipher, matrices: Sequence[OwnerMatrix], client: OwnerClient,
-        server: WorkerServer | None, hardware: Hardware,
+        server: WorkerServer | None, hardware: Hardware, kept: Kept | None = None,
     ) -> None:  # fmt: skip
         self._cipher = cipher
         self._matrices = matrices
         self._client = client
         self._server = server
+        self.kept = kept
         self.hardware = hardware
         self._spent_s = {"owner": 0.0, "worker": 0.0, "copy": 0.0}
 
@@ -165,6 +168,7 @@ def opened(
     hint_bytes: int | None = None,
     ledger: WorkerLedger | None = None,
     workers: Workers = HERE,
+    keep_bytes: int = 0,
     first: Callable[[Session], None] = lambda session: None,
 ) -> Iterator[Session]:
     """Connects the skeleton's remote linears to workers under real encryption.
@@ -173,15 +177,24 @@ def opened(
     hooks       makes those of "owner" and of the worker in this process
     hint_bytes  on a GPU: memory that hints may take there (None: half of what is free)
     ledger      who serves and who was caught, shared with whoever trains
+    keep_bytes  memory for activations that do not change (`kept_activations`); 0 keeps none
     first       is called when the session works, before anything rests on it
 
-    Raises what `backends.net.remote.connected` does.
+    Raises what `backends.net.remote.connected` does, and CannotKeepError.
     """
     owner, here = make_ciphers(prepared, hardware, hint_bytes, workers)
     prepared.guard(owner)
     assert prepared.parameters is not None
     audit = Audit(MlweWorker(), prepared.worker_matrices())
     with ExitStack() as stack:
+        kept = None
+        if keep_bytes:
+            caught = (lambda: 0) if ledger is None else lambda: len(ledger.retired)
+            kept = stack.enter_context(
+                kept_activations(
+                    skeleton.model, skeleton.remote, skeleton.groups, keep_bytes, caught
+                )
+            )  # fmt: skip
         stack.enter_context(hardware.timed())
         server: WorkerServer | None = None
         if workers.addresses:
@@ -196,7 +209,7 @@ def opened(
                 in_process(prepared, owner, here, lanes=lanes, hooks=hooks, audit=audit,
                            ledger=ledger)
             )  # fmt: skip
-        session = Session(owner, prepared.owner_matrices(), client, server, hardware)
+        session = Session(owner, prepared.owner_matrices(), client, server, hardware, kept)
         # So that compiling the kernels is not taken for a slow first step.
         session.product_of_ones(0, 1, prepared.groups[0].in_features)
         first(session)

@@ -219,7 +219,9 @@ def private_session(
         if workers.addresses:
             known[0].probe(prepared)
 
-    with opened(skeleton, prepared, lanes, hooks, hardware, hint_bytes, ledger, workers, first):
+    with opened(
+        skeleton, prepared, lanes, hooks, hardware, hint_bytes, ledger, workers, first=first
+    ):
         yield known[0]
 
 

@@ -38,7 +38,7 @@ def require_causal(model: PreTrainedModel, remote: Remote, groups: list[GroupSpe
     tokens = probe_tokens(model.config)
     for scale in _SCALES:
         try:
-            with remote.connected(_low_rank(groups, scale)), torch.no_grad():
+            with remote.connected(low_rank(groups, scale)), torch.no_grad():
                 logits = _logits(model, tokens)
         except Exception as error:  # of any model's own code
             raise CheckpointError(
@@ -86,7 +86,7 @@ def require_trainable(model: PeftModel, skeleton: Skeleton) -> None:
     tokens = probe_tokens(skeleton.model.config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        with skeleton.remote.connected(_low_rank(skeleton.groups, _SCALES[1])), torch.enable_grad():
+        with skeleton.remote.connected(low_rank(skeleton.groups, _SCALES[1])), torch.enable_grad():
             loss = token_losses(skeleton.model, tokens)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if all(gradient is None for gradient in gradients):
@@ -132,7 +132,9 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return torch.linalg.norm(found - expected).item() / max(size, 1e-30)
 
 
-def _low_rank(groups: list[GroupSpec], scale: float) -> LinearFunction:
+def low_rank(groups: list[GroupSpec], scale: float) -> LinearFunction:
+    """Products with small random matrices of low rank: where information flows costs nothing."""
+
     def linear(matrix: int, x: Values) -> Values:
         group = groups[matrix // 2]
         inputs, outputs = group.in_features, group.total_out

@@ -114,6 +114,33 @@ def test_transformers_own_trainer_trains_privately(
     assert torch.linalg.norm(private - clear) < 0.05 * torch.linalg.norm(clear)
 
 
+def test_what_does_not_change_is_sent_once(public: pl.Public) -> None:
+    """With an adapter in the upper layer, the second epoch sends nothing of the lower one."""
+    torch.manual_seed(0)
+    leaves = sorted({name.rpartition(".")[2] for g in public.prepared.groups for name in g.members})
+    upper = LoraConfig(r=4, target_modules=leaves, layers_to_transform=[1])
+    model = get_peft_model(pl.remote(theirs(), public), upper)
+    config = pl.TrainConfig(steps=4, batch=4, micro_batch=2, learning_rate=1e-2)
+    sent: list[int] = []
+    with pl.connect(model, keep_activations=1 << 20, lanes=2) as session:
+
+        def count(step: int, loss: float) -> None:
+            sent.append(session.usage().bytes_up)
+
+        before = session.usage().bytes_up
+        session.trainer(tokens(8, 12), config).train(count)
+        assert session.kept is not None
+        assert (session.kept.sequences, session.kept.passes) == (8, 4)
+    first, second = sent[1] - before, sent[3] - sent[1]
+    lower, upper_forward = 4, 4
+    upper_backward = 3  # the input of its first products needs no gradient
+    assert second / first == pytest.approx(
+        (upper_forward + upper_backward) / (lower + upper_forward + upper_backward), abs=0.1
+    )
+    with pl.connect(model) as session:
+        assert session.kept is None
+
+
 def test_a_worker_process_over_tls(
     public: pl.Public, in_clear: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
