@@ -21,6 +21,7 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
+from backends.memory import give_back, keep_one_heap
 from backends.net.addresses import address_of
 from backends.net.audit import Audit
 from backends.net.inprocess import in_process
@@ -182,6 +183,7 @@ def opened(
 
     Raises what `backends.net.remote.connected` does, and CannotKeepError.
     """
+    keep_one_heap()
     owner, here = make_ciphers(prepared, hardware, hint_bytes, workers)
     prepared.guard(owner)
     assert prepared.parameters is not None
@@ -213,6 +215,8 @@ def opened(
         # So that compiling the kernels is not taken for a slow first step.
         session.product_of_ones(0, 1, prepared.groups[0].in_features)
         first(session)
+        owner.start_over()
+        give_back()  # what setting up and looking at the line have left
         if ledger is not None:
             ledger.start_over()  # nothing rests on those products
         with skeleton.remote.connected(client.linear, skeleton.local_head(prepared)):

@@ -20,7 +20,7 @@ from backends.he.integrity import (
     ROWS,
     Float64Array,
     Judge,
-    draw_pool,
+    Pool,
     draw_rows,
     mlwe_honesty,
     survey,
@@ -30,7 +30,7 @@ from backends.he.interface import OwnerMatrix
 from backends.he.params import Parameters
 from backends.he.repair import clear_products
 
-_COLUMNS = 512
+_COLUMNS = 128
 """Columns that all tokens are multiplied by in turn: of ROWS rows they stay in a core's cache."""
 
 
@@ -84,23 +84,27 @@ def _expected(
 
 @jit.kernel
 def _found(
-    y: Any, pool: Any, rows: Any, inverse: Any, out_scale: Any, out: Any, peaks: Any, first: int,
+    y: Any, coefficients: Any, inverse: Any, out_scale: Any, out: Any, peaks: Any, first: int,
     last: int,
 ) -> None:  # fmt: skip
     """out float64[T, ROWS] += v*y over outputs first..last, which are then scaled in place.
 
-    peaks float64[T] becomes the largest |y| seen, or stays what it is.
+    peaks float32[T] becomes the largest |y| seen, or stays what it is.
     """
     value, tile = np.zeros(_COLUMNS), np.empty((ROWS, _COLUMNS))
+    # Numbers without a sign are ordered like their bits, of which a maximum is taken in vectors.
+    bits, most = y.view(np.int32), peaks.view(np.int32)
     for start in range(first, last, _COLUMNS):
         end = min(last, start + _COLUMNS)
-        _widen(pool, rows, start, end, tile)
+        _widen(coefficients, np.arange(ROWS), start, end, tile)
         scales = out_scale[start:end]
         for t in range(len(y)):
-            row, scale = y[t, start:end], inverse[t]
+            row, seen, scale, peak = y[t, start:end], bits[t, start:end], inverse[t], most[t]
+            for j in range(len(row)):
+                peak = max(peak, seen[j] & 0x7FFFFFFF)
+            most[t] = peak
             for j in range(len(row)):
                 value[j] = np.float64(row[j])
-                peaks[t] = max(peaks[t], abs(value[j]))
                 row[j] = np.float32(value[j] * scale * np.float64(scales[j]))
             _add_products(value, tile, out[t])
     value[:] = 0  # of an answer that may be a lie: see `MlweOwner.decrypt`
@@ -134,6 +138,7 @@ class Expected:
     def __init__(self, check: IntegrityCheck, tokens: int, key: bytearray) -> None:
         self.check = check
         self.rows = draw_rows(key)
+        self._coefficients: NDArray[np.float32] | None = None
         self._expected, self._found = _Sum(tokens), _Sum(tokens)
         self.peaks = np.zeros(tokens)
         self._lock = threading.Lock()
@@ -161,16 +166,27 @@ class Expected:
 
         They are worth nothing until `require` has agreed.
         """
-        peaks = np.zeros(len(y))
+        peaks, rows = np.zeros(len(y), np.float32), self._own_rows()
 
         def part(out: Float64Array) -> None:
-            pool, rows = self.check.pool, self.rows
-            _found(y, pool, rows, inverse, out_scale, out, peaks, first, last)
+            _found(y, rows, inverse, out_scale, out, peaks, first, last)
 
         self._found.add(part)
         with self._lock:
             np.maximum(self.peaks, peaks, out=self.peaks)
         peaks[...] = 0
+
+    def _own_rows(self) -> NDArray[np.float32]:
+        """v, float32[ROWS, N], for as long as answers are looked at."""
+        with self._lock:
+            if self._coefficients is None:
+                self._coefficients = self.check.pool.rows(self.rows)
+            return self._coefficients
+
+    def _drop_rows(self) -> None:
+        if self._coefficients is not None:
+            self._coefficients[...] = 0
+            self._coefficients = None
 
     def suspicious(self) -> NDArray[np.int64]:
         """The tokens whose results cannot well be the product's, once all is taken in."""
@@ -182,7 +198,7 @@ class Expected:
 
     def add_turns(self, tokens: NDArray[np.int64], turns: Float64Array, modulus: int) -> None:
         """Take in that results of some tokens were moved by float64[tokens, N] times p."""
-        rows = self.check.pool[self.rows].astype(np.float64)
+        rows = self._own_rows().astype(np.float64)
         self._found.values[tokens] += modulus * (turns @ rows.T)
         rows[...] = 0
 
@@ -200,11 +216,13 @@ class Expected:
 
     def forget_outputs(self) -> None:
         """Overwrite what was taken in of an answer that is given up."""
+        self._drop_rows()
         self._found.values[...] = 0
         self.peaks[...] = 0
 
     def wipe(self) -> None:
         """Overwrite which rows these were, and what they gave."""
+        self._drop_rows()
         self.rows[...] = 0
         self._expected.values[...] = 0
         self._found.values[...] = 0
@@ -214,7 +232,7 @@ class Expected:
 class IntegrityCheck:
     """The owner's secret check of one matrix.
 
-    pool       float32[POOL, N], V
+    pool       V, float32[POOL, N]
     projected  float32[POOL, K], V*M
     ratio      p/q, of what is added up of a message
     """
@@ -225,10 +243,12 @@ class IntegrityCheck:
     ) -> None:  # fmt: skip
         form = matrix.plan.format
         self._weight, self._forward = weight, forward
-        self.pool = draw_pool(entropy, weight.shape[0 if forward else 1])
-        found = survey(torch.from_numpy(self.pool), weight, forward, entropy)
+        self.pool = Pool(entropy, weight.shape[0 if forward else 1])
+        pool = self.pool.whole()
+        found = survey(torch.from_numpy(pool), weight, forward, entropy)
         self.projected = found.projected.float().numpy()
-        self.judge = Judge(matrix.name, mlwe_honesty(self.pool, found, form, parameters))
+        self.judge = Judge(matrix.name, mlwe_honesty(pool, found, form, parameters))
+        pool[...] = 0
         self.ratio = form.modulus / parameters.modulus
 
     def products(self, values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from backends.he.integrity import (
     Float64Array,
     Honesty,
     Judge,
-    draw_pool,
+    Pool,
     draw_rows,
     survey,
 )
@@ -71,7 +71,7 @@ class ClearCheck:
         self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy
     ) -> None:
         outputs, inputs = weight.shape if forward else weight.shape[::-1]
-        self._pool = draw_pool(entropy, outputs)
+        self._pool = Pool(entropy, outputs).whole()
         found = survey(torch.from_numpy(self._pool), weight, forward, entropy)
         self._projected = found.projected.numpy()
         self._size = np.sqrt(inputs) * 2.0**-24 * np.linalg.norm(weight.astype(np.float64))

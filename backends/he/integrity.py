@@ -42,6 +42,7 @@ is accused of what another one did. All of this is secret and lives as long as t
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,14 +75,37 @@ _SLAB_BYTES = 64 << 20
 Float64Array = NDArray[np.float64]
 
 
-def draw_pool(entropy: Entropy, outputs: int) -> NDArray[np.float32]:
-    """float32[POOL, outputs], each a random sign times a uniform number of [1/2, 1)."""
-    words = random_bytes(entropy, 4 * POOL * outputs).view("<u4")
-    size = ((words >> np.uint32(9)) + np.uint32(1 << 23)).astype(np.float32) * np.float32(2**-24)
-    pool = np.where(words & np.uint32(1), size, -size).reshape(POOL, outputs)
-    words[...] = 0
-    size[...] = 0
-    return pool
+@jit.kernel
+def _coefficients(words: Any, out: Any) -> None:
+    """out float32[n], each a sign times a number of [1/2, 1), from 32 random bits each."""
+    for i in range(len(words)):
+        size = np.float32((words[i] >> 9) + (1 << 23)) * np.float32(2**-24)
+        out[i] = size if words[i] & 1 else -size
+
+
+class Pool:
+    """V, float32[POOL, N], each a random sign times a uniform number of [1/2, 1).
+
+    A key is all that is kept of it: the pools of a 1B are 200 MB, and few rows are used at a time.
+    """
+
+    def __init__(self, entropy: Entropy, outputs: int) -> None:
+        self._outputs = outputs
+        self._stream = Keystream(entropy.fresh_key())
+
+    def rows(self, which: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32[n, N], rows of it. Whoever asks for them overwrites them."""
+        out = np.empty((len(which), self._outputs), np.float32)
+        words = np.empty(self._outputs, "<u4")
+        for row, place in zip(out, which, strict=True):
+            self._stream.fill(words.view(np.uint8), 4 * self._outputs * int(place))
+            _coefficients(words, row)
+        words[...] = 0
+        return out
+
+    def whole(self) -> NDArray[np.float32]:
+        """All of it."""
+        return self.rows(range(POOL))
 
 
 @dataclass(frozen=True)

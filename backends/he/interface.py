@@ -136,6 +136,9 @@ class OwnerCipher(ABC):
         """Of products with these matrices; None for a cipher that has no error."""
         return None
 
+    def start_over(self) -> None:  # noqa: B027
+        """Forget what was learnt from results so far: a session's first are of made-up inputs."""
+
     @property
     @abstractmethod
     def simulated_randomness(self) -> bool:

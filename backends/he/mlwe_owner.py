@@ -245,6 +245,10 @@ class RingOwner(OwnerCipher):
     def simulated_randomness(self) -> bool:
         return self._entropy.simulated
 
+    def start_over(self) -> None:
+        self._gains.forget()
+        self.repairs = Repairs()
+
     def weakness(self, matrices: Sequence[OwnerMatrix]) -> str | None:
         return unchecked(self._unverified, self._guarded(), matrices)
 

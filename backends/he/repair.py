@@ -97,6 +97,11 @@ class Gains:
         with self._lock:
             return matrix in self._histograms
 
+    def forget(self) -> None:
+        """As if nothing had been seen."""
+        with self._lock:
+            self._histograms.clear()
+
     def learn(self, matrix: str, peaks: Float64Array, gain: float) -> None:
         """Take in float64[T], each token's largest |result| over p/2, where `gain` was used."""
         with self._lock:

@@ -22,7 +22,7 @@ from torch import nn
 
 from backends.he.interface import Values
 from backends.he.manifest import GroupSpec
-from backends.memory import give_back_sometimes
+from backends.memory import Holes
 from backends.nn.head import LocalHead
 
 LinearFunction: TypeAlias = Callable[[int, Values], Values]
@@ -67,6 +67,7 @@ class Remote:
     def __init__(self) -> None:
         self._linear: LinearFunction | None = None
         self._lane = threading.local()
+        self._holes = Holes()
         self.recorder: Callable[[RemoteLinear, torch.Tensor], None] | None = None
         self.head: LocalHead | None = None
 
@@ -86,7 +87,9 @@ class Remote:
 
     def product(self, group: RemoteGroup, x: torch.Tensor) -> torch.Tensor:
         """x[..., K] -> [..., N], in x's dtype, through the worker."""
-        y = self.compute(group.forward_matrix, _rows(x))
+        rows = _rows(x)
+        self._holes.before(len(rows) * group.spec.total_out)
+        y = self.compute(group.forward_matrix, rows)
         return _like(y, x)
 
     def input_gradient(self, group: RemoteGroup, dy: torch.Tensor) -> torch.Tensor:
@@ -95,6 +98,7 @@ class Remote:
         if self.head is not None and self.head.group == group.index:
             dx = self.head.input_gradient(rows)
         else:
+            self._holes.before(len(rows) * group.spec.in_features)
             dx = self.compute(group.backward_matrix, rows)
         return _like(dx, dy)
 
@@ -102,7 +106,6 @@ class Remote:
         """float32[T, K] -> float32[T, N]; the one step a trace without numbers replaces."""
         if self._linear is None:
             raise NotConnectedError("remote linear called outside `with remote.connected(...)`")
-        give_back_sometimes()
         operand = rows.numpy() if rows.device.type == "cpu" else rows
         return torch.as_tensor(self._linear(matrix, operand))
 

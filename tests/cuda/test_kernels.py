@@ -286,7 +286,8 @@ def differences(gpu: Gpu, kernels: Kernels) -> NDArray[np.float64]:
     )  # fmt: skip
     expected = -values
     parts = np.abs(y).astype(np.float64) @ np.abs(pool[rows]).T + np.abs(values)
-    check._found(y, pool, rows, inverse, out_scale, expected, np.zeros(9), 0, 270)
+    coefficients, peaks = pool[rows], np.zeros(9, np.float32)
+    check._found(y, coefficients, inverse, out_scale, expected, peaks, 0, 270)
     found = out.cpu().numpy()
     assert np.all(np.abs(found - expected) <= 2**-45 * parts)
     assert np.array_equal(scaled.cpu().numpy(), y), "denormals included"

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from backends.he import integrity
 from backends.he.clear import ClearOwner
@@ -19,7 +21,7 @@ from backends.he.integrity import (
     ROWS,
     Honesty,
     Judge,
-    draw_pool,
+    Pool,
     draw_rows,
 )
 from backends.he.interface import OwnerCipher, UnguardedError
@@ -269,7 +271,7 @@ def test_the_honest_distribution_is_as_derived(
 
 def test_coefficients_are_as_the_bound_assumes() -> None:
     """Either sign, sizes uniform on [1/2, 1)."""
-    pool = draw_pool(OsEntropy(), 3000)
+    pool = Pool(OsEntropy(), 3000).whole()
     sizes = np.abs(pool).reshape(-1)
     assert pool.dtype == np.float32
     assert sizes.min() >= 0.5
@@ -279,13 +281,25 @@ def test_coefficients_are_as_the_bound_assumes() -> None:
     assert np.abs(counts - len(sizes) / 16).max() < 6 * sqrt(len(sizes) / 16)
 
 
+@given(st.integers(1, 300), st.lists(st.integers(0, POOL - 1), min_size=1, max_size=8))
+def test_rows_are_made_anew_as_they_were(outputs: int, which: list[int]) -> None:
+    """Any of them, in any order, are those of the whole pool."""
+    pool = Pool(OsEntropy(), outputs)
+    words = np.empty(4 * POOL * outputs, np.uint8)
+    pool._stream.fill(words, 0)
+    words = words.view("<u4").reshape(POOL, outputs)
+    right = np.ldexp(((words >> 9) + 0x800000).astype(np.float64), -24) * np.where(words & 1, 1, -1)
+    assert np.array_equal(pool.whole(), right)
+    assert np.array_equal(pool.rows(np.array(which)), right[which])
+
+
 def test_every_request_has_rows_of_its_own_and_every_owner_a_pool() -> None:
     """Over 200 requests every row is drawn, and no two owners share one."""
     case = make_case(5, 400)
     owners = [MlweOwner(case.parameters, case.public) for _ in range(2)]
     for owner in owners:
         owner.guard(case.matrix, case.weight, True)
-    first, second = (owner._checks[case.matrix.name].pool for owner in owners)
+    first, second = (owner._checks[case.matrix.name].pool.whole() for owner in owners)
     assert np.mean(first == second) < 0.01
     x = np.ones((1, 5), np.float32)
     drawn = [

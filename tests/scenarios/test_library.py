@@ -114,6 +114,20 @@ def test_transformers_own_trainer_trains_privately(
     assert torch.linalg.norm(private - clear) < 0.05 * torch.linalg.norm(clear)
 
 
+def test_a_session_has_learnt_nothing_when_it_begins(public: pl.Public) -> None:
+    """Of the products that it begins with, to compile kernels or to look at the line, no scale."""
+    model = adapted(pl.remote(theirs(), public))
+    with pl.connect(model) as session:
+        found = session._session.exactness()
+        assert found is not None
+        assert found.where == "nothing yet"
+        with torch.no_grad():
+            model(input_ids=tokens(1, 8))
+        found = session._session.exactness()
+        assert found is not None
+        assert 0 < found.median < 0.3
+
+
 def test_what_does_not_change_is_sent_once(public: pl.Public) -> None:
     """With an adapter in the upper layer, the second epoch sends nothing of the lower one."""
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from backends.he.integrity import (
     ROWS,
     Float64Array,
     Judge,
-    draw_pool,
+    Pool,
     draw_rows,
     mlwe_honesty,
     survey,
@@ -73,7 +73,7 @@ class DeviceCheck:
         self._weight, self._forward = weight, forward
         self._thin = parameters.thin
         form = matrix.plan.format
-        pool = draw_pool(entropy, weight.shape[0 if forward else 1])
+        pool = Pool(entropy, weight.shape[0 if forward else 1]).whole()
         self._pool = torch.from_numpy(pool).to(gpu.device)
         found = survey(self._pool, weight, forward, entropy)
         self._projected = found.projected.float()
