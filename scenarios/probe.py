@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,8 +87,11 @@ class LineProbe:
     seconds: float
 
 
-def telling(shapes: Sequence[MatrixShape]) -> list[int]:
-    """Matrices whose times differ for different reasons: indices, the smallest first."""
+def telling(shapes: Sequence[MatrixShape], unasked: Collection[int] = ()) -> list[int]:
+    """Matrices whose times differ for different reasons: indices, the smallest first.
+
+    unasked  those that no run asks for: the owner has nothing ready for them
+    """
 
     def ratio(index: int) -> float:
         return shapes[index].in_features / shapes[index].out_features
@@ -97,7 +100,7 @@ def telling(shapes: Sequence[MatrixShape]) -> list[int]:
         inputs, outputs = shapes[index].in_features, shapes[index].out_features
         return inputs * outputs / (inputs + outputs)
 
-    every = range(len(shapes))
+    every = [index for index in range(len(shapes)) if index not in unasked]
     chosen = (min(every, key=share), max(every, key=ratio), min(every, key=ratio))
     return list(dict.fromkeys(chosen))
 
@@ -146,6 +149,7 @@ class Prober:
     ask     computes one: (matrix, tokens)
     away    seconds that requests have been under way so far
     busy    seconds that the owner's cipher has computed so far
+    unasked  as for `telling`
     """
 
     def __init__(
@@ -154,7 +158,9 @@ class Prober:
         ask: Callable[[int, int], object],
         away: Callable[[], float],
         busy: Callable[[], float],
+        unasked: Collection[int] = (),
     ) -> None:
+        self._unasked = unasked
         self._shapes, self._ask, self._away, self._busy = shapes, ask, away, busy
         self._asked: list[tuple[int, int]] = []
         self._bytes = 0
@@ -163,7 +169,7 @@ class Prober:
     def run(self) -> LineProbe:
         """Probe; takes up to about `SECONDS_MAX`. Raises what `ask` raises."""
         start, busy, began = time.perf_counter(), self._busy(), self._away()
-        chosen = telling(self._shapes)
+        chosen = telling(self._shapes, self._unasked)
         pings = [self._time(chosen[0], 1) for _ in range(_PINGS)]
         ping = min(pings, key=lambda sample: sample.seconds)
         samples: list[Sample] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -158,12 +158,12 @@ class PrivateSession:
         self.probed: LineProbe | None = None
         self.estimate: Estimate | None = None
 
-    def probe(self, prepared: PreparedModel) -> None:
+    def probe(self, prepared: PreparedModel, unasked: Collection[int]) -> None:
         """Look at the line to the workers elsewhere, for a few seconds and MB at most."""
         shapes, ones = prepared.catalogue().matrices, self._session.product_of_ones
         self.probed = Prober(
             shapes, lambda m, tokens: ones(m, tokens, shapes[m].in_features),
-            lambda: self.watch.away_s, lambda: self.usage().owner_s,
+            lambda: self.watch.away_s, lambda: self.usage().owner_s, unasked,
         ).run()  # fmt: skip
 
     def say_estimate(self, shape: Shape, steps: int) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def private_session(
     def first(session: Session) -> None:
         known.append(PrivateSession(session, len(workers.addresses), watch))
         if workers.addresses:
-            known[0].probe(prepared)
+            known[0].probe(prepared, skeleton.unasked)
 
     with opened(
         skeleton, prepared, lanes, hooks, hardware, hint_bytes, ledger, workers, first=first

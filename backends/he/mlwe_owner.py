@@ -147,7 +147,7 @@ def _encrypt_groups(
                 public, k0 // LANES, (k1 - k0 + LANES - 1) // LANES, secrets[block], t1 - t0,
                 buffer, wide, z, zs,
             )  # fmt: skip
-            before = ERROR_BYTES * tokens * k0
+            before = ERROR_BYTES * tokens * (k0 - first * WIDE)
             for t in range(t0, t1):
                 seal_row(
                     wide, (t - t0) * WIDE, values, t * inputs + k0, in_scale, k0, k1 - k0,
@@ -380,15 +380,15 @@ class MlweOwner(RingOwner):
             begin, end = (
                 ERROR_BYTES * tokens * min(inputs, g * WIDE) for g in (first, last)
             )  # fmt: skip
-            noise = self._scratch(ERROR_BYTES * tokens * inputs)
+            noise = self._scratch(end - begin)
             try:
-                errors.add(noise[begin:end], begin)
+                errors.add(noise, begin)
                 self._encrypt(
                     public, sealing, x, matrix.in_scale, factor, noise, planes, form.unused_bits,
                     *inverse_tables(), first, last,
                 )  # fmt: skip
             finally:
-                noise[begin:end] = 0
+                noise[...] = 0
             if expected is not None:
                 columns = first * WIDE, min(inputs, last * WIDE)
                 expected.add_inputs(x, matrix.in_scale, factor, *columns)

@@ -63,11 +63,22 @@ class Skeleton:
         """
         return [name for name in self.shapes if name != self.head]
 
+    @property
+    def _head_place(self) -> int | None:
+        """Of a remote head among the groups."""
+        return next((i for i, group in enumerate(self.groups) if self.head in group.members), None)
+
+    @property
+    def unasked(self) -> frozenset[int]:
+        """Matrices that workers are never asked for: the backward one of a remote head."""
+        place = self._head_place
+        return frozenset() if place is None else frozenset((2 * place + 1,))
+
     def local_head(self, prepared: PreparedModel) -> LocalHead | None:
         """What makes a remote head's backward product; None for a local head."""
-        if self.head is None:
+        place = self._head_place
+        if place is None:
             return None
-        place = next(i for i, group in enumerate(self.groups) if self.head in group.members)
         backward = prepared.owner_matrices()[2 * place + 1]
         return LocalHead.of(place, prepared.worker_weights()[place], backward)
 

@@ -42,6 +42,7 @@ from sim.workload import trace_step
 PARTS = ("traffic", "quickstart", "gemma", "head", "outliers", "owner")
 MODEL = "llama-3.2-1b"
 GEMMA_STEPS = 60
+OWNER_TOKENS = 256  # of a micro-batch, as `scenarios.llama1b` has them
 _FIGURES_MAX = 1 << 24
 
 
@@ -53,9 +54,9 @@ def traffic(name: str) -> dict[str, Any]:
 
 
 def owner(args: argparse.Namespace) -> dict[str, Any]:
-    """A step of the 1B's shape, the worker in a process of its own."""
+    """Steps of the 1B's shape, the worker in a process of its own; in clear as many tokens each."""
     size = two_processes.Size(
-        tokens=512 // args.lanes, lanes=args.lanes, rounds=1, head="remote", preset=args.preset,
+        tokens=OWNER_TOKENS, lanes=args.lanes, rounds=2, head="remote", preset=args.preset,
         cache=args.cache, kinds=("two", "clear"),
     )  # fmt: skip
     found = two_processes.measure(size)
@@ -150,7 +151,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gemma", type=place, metavar="DIR", help="a checkpoint's directory, for real text")
     add("--gemma-steps", type=STEPS, default=GEMMA_STEPS, help=f"of its run ({GEMMA_STEPS})")
     add("--lanes", type=Whole(1, 4), default=1, choices=(1, 2, 4),
-        help="micro-batches that the owner's 512 tokens a step are divided into (1)")  # fmt: skip
+        help="the owner's micro-batches of 256 tokens in a step, all in flight (1)")  # fmt: skip
     add_cache_option(parser)
     record.add_json_option(parser)
     args = parser.parse(arguments)

@@ -41,10 +41,10 @@ class Made:
 
 def encrypt(owner: MlweOwner, x: NDArray[np.float32], matrix: OwnerMatrix) -> Made:
     """A request, and what it was made with."""
-    kernel, noises = owner._encrypt, []
+    kernel, noises = owner._encrypt, {}
 
     def watched(*arguments: Any) -> None:
-        noises.append(arguments[5].copy())  # each thread's: zero but for what it expanded
+        noises[arguments[-2]] = arguments[5].copy()  # each thread's, of columns from here on
         kernel(*arguments)
 
     owner._encrypt = watched
@@ -53,7 +53,7 @@ def encrypt(owner: MlweOwner, x: NDArray[np.float32], matrix: OwnerMatrix) -> Ma
     finally:
         owner._encrypt = kernel
     secrets = np.stack([secret._ntt for secret in made.sealed.secrets])
-    return Made(made.payload, secrets, np.bitwise_or.reduce(noises))
+    return Made(made.payload, secrets, np.concatenate([noises[first] for first in sorted(noises)]))
 
 
 class Snapshot:

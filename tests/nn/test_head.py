@@ -170,6 +170,7 @@ def test_training_through_a_remote_head(tmp_path: Path, monkeypatch: pytest.Monk
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert skeleton.unasked == {2 * share.group + 1}
     assert 2 * share.group in asked
     assert 2 * share.group + 1 not in asked, "its backward product is the owner's"
 

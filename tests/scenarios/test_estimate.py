@@ -45,6 +45,8 @@ SHAPES = [
 def test_the_matrices_that_tell_most() -> None:
     """The least arithmetic a byte, the most input, the most output."""
     assert [SHAPES[i].name for i in telling(SHAPES)] == ["o", "up back", "up"]
+    back = next(i for i, shape in enumerate(SHAPES) if shape.name == "up back")
+    assert back not in telling(SHAPES, {back}), "nothing is ready for what no run asks for"
 
 
 def test_rates_are_told_apart() -> None:
