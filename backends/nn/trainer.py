@@ -29,6 +29,7 @@ from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
 from backends.nn.checkpoint import Progress
 from backends.nn.corpus import Sequences, batch_indices
+from backends.nn.lean import lean
 from backends.nn.losses import token_losses
 
 log = logging.getLogger(__name__)
@@ -309,7 +310,8 @@ class Trainer:
     def _pass(self, part: torch.Tensor, batch: int) -> tuple[float, tuple[torch.Tensor, ...]]:
         """One lane: loss and gradients of a micro-batch, as its share of the step's mean."""
         try:
-            loss = token_losses(self._model, part) / (batch * (part.shape[1] - 1))
+            with lean():
+                loss = token_losses(self._model, part) / (batch * (part.shape[1] - 1))
             # On this lane's own thread: autograd has one thread a GPU, on which the lanes would
             # wait for each other's remote linears.
             with torch.autograd.set_multithreading_enabled(False):
