@@ -22,7 +22,10 @@ _MAPPED = 32 << 20
 
 
 def keep_one_heap() -> None:
-    """Let all threads allocate from one heap, whose end is kept. Before there are other threads."""
+    """Let all threads allocate from one heap, whose end is kept.
+
+    Before other threads have allocated anything: glibc decides once how many heaps there may be.
+    """
     if _trim is not None:
         for option, value in (
             (_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _MAPPED), (_M_TRIM_THRESHOLD, (1 << 31) - 1),

@@ -33,6 +33,8 @@ from backends.net.worker import WorkerServer
 from backends.nn.kept import Kept, kept_activations
 from backends.nn.skeleton import Skeleton
 
+keep_one_heap()  # when this is imported: once a thread has a heap of its own, it is too late
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -183,7 +185,6 @@ def opened(
 
     Raises what `backends.net.remote.connected` does, and CannotKeepError.
     """
-    keep_one_heap()
     owner, here = make_ciphers(prepared, hardware, hint_bytes, workers)
     prepared.guard(owner)
     assert prepared.parameters is not None
