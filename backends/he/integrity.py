@@ -200,9 +200,11 @@ def _dropped_variance(
 
     Bit b of a value is worth 2^b, or nothing, each time as likely: variance 4^b/4, and bits are
     independent. Two values have bit b in common when their rows of M are equal mod 2^(b+1), and the
-    opposite one, mostly, when the sum of their rows is zero: then they add up before they are
-    squared. Values of a row that 2^(b+1) divides have no bit b. Rows that are odd multiples of each
-    other otherwise (one three times the other) are taken to be fully alike, of the worst sign.
+    opposite one, mostly, when the sum of their rows is zero mod 2^(b+1): then they add up before
+    they are squared. Values of a row that 2^(b+1) divides have no bit b. Rows that are multiples of
+    each other otherwise (one three times the other, or its opposite) are taken to be fully alike, of
+    the worst sign: what cancels mostly does not when all dropped bits are zero, and then it is far
+    beyond its deviation.
     """
     whole, squares = marks.astype(np.int64), pool**2
     total = np.zeros(len(pool))
@@ -254,10 +256,9 @@ def _families(
 
 
 def _oddly_parallel(marks: Float64Array) -> bool:
-    """Whether a row is a multiple of another one, and neither it nor its opposite."""
-    order, parallel, _ = _families(marks)
-    sizes = np.abs(marks[order, 0])
-    return bool(np.any(~parallel & (np.diff(sizes, prepend=0) != 0)))
+    """Whether a row is a multiple of another one, and not equal to it."""
+    _, parallel, other = _families(marks)
+    return bool(np.any(other & ~parallel))
 
 
 def _parallel_squares(pool: Float64Array, marks: Float64Array) -> Float64Array:

@@ -334,6 +334,27 @@ def test_rows_that_are_alike_get_nobody_accused(entries: tuple[int, int], inputs
             owner.decrypt(sent.sealed, worker.multiply(sent.payload, 256, loaded), case.matrix)
 
 
+@pytest.mark.parametrize("name", ["exact", "thin"])
+@pytest.mark.parametrize("factors", [(-1, 1), (-1, 0, 1), (-2, -1, 1, 2), (-3, 1)])
+def test_matrices_of_rank_one_get_nobody_accused(name: str, factors: tuple[int, ...]) -> None:
+    """Their outputs cancel, but when all dropped bits are zero: one sum in 256 is far off then."""
+    parameters, rng = preset(name), np.random.default_rng(0)
+    for outputs in (30, 256):
+        row = rng.integers(-40, 41, 40)
+        weight = np.outer(rng.choice(factors, outputs), row).astype(np.int8)
+        form = EXACT if name == "exact" else Format(16, 8)
+        case = make_case(40, outputs, parameters=parameters, weight=weight, form=form)
+        worker = MlweWorker()
+        loaded = case.load(worker)
+        for _ in range(3):
+            owner = MlweOwner(case.parameters, case.public)
+            owner.guard(case.matrix, weight, True)
+            for _ in range(4):
+                x = rng.standard_normal((300, 40)).astype(np.float32)
+                sent = owner.encrypt(x, case.matrix)
+                owner.decrypt(sent.sealed, worker.multiply(sent.payload, 300, loaded), case.matrix)
+
+
 def test_a_matrix_of_zeros_has_exact_answers() -> None:
     """An honest one passes, and any other does not."""
     case = make_case(30, 40, weight=np.zeros((40, 30), np.int8))
