@@ -3,8 +3,8 @@
 By itself glibc gives back what is freed at the end of a thread's part of the heap, and maps large
 arrays anew each time. A pass of a 1B's shape then meets half a million page faults, a sixth of all
 that its owner computes. So here all threads share one heap, which is kept. But between arrays that
-come and go at different times there are holes, a third of the memory that a pass needs: they are
-given back before the largest products, which is when the most memory is in use.
+come and go at different times there are holes, as large as half of what is in use. The next arrays
+mostly fit into them; when they do not, and the heap grows, the holes are given back.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import threading
 
 _libc = ctypes.CDLL(None)
 _trim = getattr(_libc, "malloc_trim", None)  # glibc's alone
+_mallinfo = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
 _CALLS = 16
 """Products between two times that holes are given back, at least: filling them costs faults."""
+_SHARE = 0.2
+"""Of the heap: holes that are worth it."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 _MAPPED = 32 << 20
 """Arrays from this size on are mapped on their own, and gone when they are freed."""
@@ -39,20 +42,42 @@ def give_back() -> None:
         _trim(0)
 
 
+class _Heap(ctypes.Structure):
+    """struct mallinfo2 of malloc.h."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+if _mallinfo is not None:
+    _mallinfo.restype = _Heap
+
+
+def _heap() -> tuple[int, int]:
+    """(bytes of the heap, of those free); zeros where the C library does not tell."""
+    if _mallinfo is None:
+        return 0, 0
+    found = _mallinfo()
+    return found.arena, found.fordblks
+
+
 class Holes:
-    """Gives holes back before the largest products. For several threads."""
+    """Gives holes back when the heap grows although much of it is free. For several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._largest = self._since = 0
+        self._most = self._since = 0
 
-    def before(self, values: int) -> None:
-        """A product with so many results is about to be asked for."""
+    def look(self) -> None:
+        """Before a product, when not much is going on."""
         with self._lock:
             self._since += 1
-            self._largest = max(self._largest, values)
-            due = values == self._largest and self._since >= _CALLS
-            if due:
-                self._since = 0
-        if due:
-            give_back()
+            if self._since < _CALLS:
+                return
+            size, free = _heap()
+            if size <= self._most or free < _SHARE * size:
+                return
+            self._most, self._since = size, 0
+        give_back()

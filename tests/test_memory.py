@@ -32,27 +32,42 @@ def test_holes_go_back() -> None:
     assert len(kept) == 16
 
 
-def test_they_go_back_before_the_largest_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three layers and a head, three times: once a pass; without the head, seldom enough."""
-    times = 0
+def test_they_go_back_when_the_heap_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where much of it is free: not while it stays as it is, nor when it is full, nor too often."""
+    times, heap = 0, (100, 50)
 
     def count() -> None:
         nonlocal times
         times += 1
 
     monkeypatch.setattr(memory, "give_back", count)
-    layer = [3, 2, 8, 2] * 8
-    with_head, without = Holes(), Holes()
-    for turn in range(3):
-        for values in [*layer, 100, *layer]:
-            with_head.before(values)
-        assert times <= turn + 2
-    assert times >= 3
-    times = 0
-    for _ in range(3):
-        for values in layer * 2:
-            without.before(values)
-    assert 3 <= times <= 3 * len(layer) * 2 / 16
+    monkeypatch.setattr(memory, "_heap", lambda: heap)
+    holes = Holes()
+
+    def looked(size: int, free: int, calls: int = 16) -> int:
+        nonlocal times, heap
+        times, heap = 0, (size, free)
+        for _ in range(calls):
+            holes.look()
+        return times
+
+    assert looked(100, 50, 15) == 0
+    assert looked(100, 50, 100) == 1
+    assert looked(100, 90, 100) == 0
+    assert looked(120, 10, 100) == 0
+    assert looked(120, 60, 5) == 1
+    assert looked(140, 60, 5) == 0
+
+
+def test_the_heap_is_looked_at() -> None:
+    """What is allocated and freed shows, where the C library is glibc."""
+    pieces = [np.ones(8192) for _ in range(1024)]
+    size, free = memory._heap()
+    del pieces[::2]
+    after, more = memory._heap()
+    assert after == size
+    assert more - free > 16 << 20
+    assert len(pieces) == 512
 
 
 def test_one_heap_is_kept() -> None:

@@ -202,9 +202,9 @@ def _dropped_variance(
     independent. Two values have bit b in common when their rows of M are equal mod 2^(b+1), and the
     opposite one, mostly, when the sum of their rows is zero mod 2^(b+1): then they add up before
     they are squared. Values of a row that 2^(b+1) divides have no bit b. Rows that are multiples of
-    each other otherwise (one three times the other, or its opposite) are taken to be fully alike, of
-    the worst sign: what cancels mostly does not when all dropped bits are zero, and then it is far
-    beyond its deviation.
+    each other otherwise (one three times the other, or its opposite) are taken to be fully alike,
+    of the worst sign: what cancels mostly does not when all dropped bits are zero, and then it is
+    far beyond its deviation.
     """
     whole, squares = marks.astype(np.int64), pool**2
     total = np.zeros(len(pool))

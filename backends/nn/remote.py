@@ -87,9 +87,7 @@ class Remote:
 
     def product(self, group: RemoteGroup, x: torch.Tensor) -> torch.Tensor:
         """x[..., K] -> [..., N], in x's dtype, through the worker."""
-        rows = _rows(x)
-        self._holes.before(len(rows) * group.spec.total_out)
-        y = self.compute(group.forward_matrix, rows)
+        y = self.compute(group.forward_matrix, _rows(x))
         return _like(y, x)
 
     def input_gradient(self, group: RemoteGroup, dy: torch.Tensor) -> torch.Tensor:
@@ -98,7 +96,6 @@ class Remote:
         if self.head is not None and self.head.group == group.index:
             dx = self.head.input_gradient(rows)
         else:
-            self._holes.before(len(rows) * group.spec.in_features)
             dx = self.compute(group.backward_matrix, rows)
         return _like(dx, dy)
 
@@ -106,6 +103,7 @@ class Remote:
         """float32[T, K] -> float32[T, N]; the one step a trace without numbers replaces."""
         if self._linear is None:
             raise NotConnectedError("remote linear called outside `with remote.connected(...)`")
+        self._holes.look()
         operand = rows.numpy() if rows.device.type == "cpu" else rows
         return torch.as_tensor(self._linear(matrix, operand))
 
