@@ -4,21 +4,25 @@ By itself glibc gives back what is freed at the end of a thread's part of the he
 arrays anew each time. A pass of a 1B's shape then meets half a million page faults, a sixth of all
 that its owner computes. So here all threads share one heap, which is kept. But between arrays that
 come and go at different times there are holes, as large as half of what is in use. The next arrays
-mostly fit into them; when they do not, and the heap grows, the holes are given back.
+mostly fit into them; when they do not, and more and more is held, holes are given back.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+from pathlib import Path
 
 _libc = ctypes.CDLL(None)
 _trim = getattr(_libc, "malloc_trim", None)  # glibc's alone
 _mallinfo = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
 _CALLS = 16
 """Products between two times that holes are given back, at least: filling them costs faults."""
-_SHARE = 0.2
-"""Of the heap: holes that are worth it."""
+_SPARE = 1.4
+"""What may be held, in terms of the most that has been in use."""
+_STATM = Path("/proc/self/statm")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 _MAPPED = 32 << 20
 """Arrays from this size on are mapped on their own, and gone when they are freed."""
@@ -55,29 +59,32 @@ if _mallinfo is not None:
     _mallinfo.restype = _Heap
 
 
-def _heap() -> tuple[int, int]:
-    """(bytes of the heap, of those free); zeros where the C library does not tell."""
+def _memory() -> tuple[int, int]:
+    """(bytes of its own that the process holds, bytes in use); zeros where nobody tells."""
     if _mallinfo is None:
         return 0, 0
+    try:
+        pages = [int(word) for word in _STATM.read_text().split()]
+    except OSError:
+        return 0, 0
     found = _mallinfo()
-    return found.arena, found.fordblks
+    return (pages[1] - pages[2]) * _PAGE, found.uordblks + found.hblkhd
 
 
 class Holes:
-    """Gives holes back when the heap grows although much of it is free. For several threads."""
+    """Gives holes back when they make much more memory than was ever used. For several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._most = self._since = 0
 
     def look(self) -> None:
-        """Before a product, when not much is going on."""
+        """Before a product."""
         with self._lock:
+            held, used = _memory()
+            self._most = max(self._most, used)
             self._since += 1
-            if self._since < _CALLS:
+            if self._since < _CALLS or held <= _SPARE * self._most:
                 return
-            size, free = _heap()
-            if size <= self._most or free < _SHARE * size:
-                return
-            self._most, self._since = size, 0
+            self._since = 0
         give_back()

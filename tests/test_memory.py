@@ -32,41 +32,43 @@ def test_holes_go_back() -> None:
     assert len(kept) == 16
 
 
-def test_they_go_back_when_the_heap_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where much of it is free: not while it stays as it is, nor when it is full, nor too often."""
-    times, heap = 0, (100, 50)
+def test_they_go_back_when_too_much_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the most that was ever in use, and not too often."""
+    times, memory_now = 0, (0, 0)
 
     def count() -> None:
         nonlocal times
         times += 1
 
     monkeypatch.setattr(memory, "give_back", count)
-    monkeypatch.setattr(memory, "_heap", lambda: heap)
+    monkeypatch.setattr(memory, "_memory", lambda: memory_now)
     holes = Holes()
 
-    def looked(size: int, free: int, calls: int = 16) -> int:
-        nonlocal times, heap
-        times, heap = 0, (size, free)
+    def looked(held: int, used: int, calls: int) -> int:
+        nonlocal times, memory_now
+        times, memory_now = 0, (held, used)
         for _ in range(calls):
             holes.look()
         return times
 
-    assert looked(100, 50, 15) == 0
-    assert looked(100, 50, 100) == 1
-    assert looked(100, 90, 100) == 0
-    assert looked(120, 10, 100) == 0
-    assert looked(120, 60, 5) == 1
-    assert looked(140, 60, 5) == 0
+    assert looked(139, 100, 100) == 0
+    assert looked(139, 20, 100) == 0
+    assert looked(141, 20, 1) == 1
+    assert looked(141, 20, 15) == 0
+    assert looked(141, 20, 1) == 1
+    assert looked(180, 130, 100) == 0
 
 
-def test_the_heap_is_looked_at() -> None:
-    """What is allocated and freed shows, where the C library is glibc."""
+def test_what_is_held_and_used_is_seen() -> None:
+    """Freed between what stays, it is held and no longer used, where the C library is glibc."""
     pieces = [np.ones(8192) for _ in range(1024)]
-    size, free = memory._heap()
+    held, used = memory._memory()
     del pieces[::2]
-    after, more = memory._heap()
-    assert after == size
-    assert more - free > 16 << 20
+    after, less = memory._memory()
+    assert used - less > 16 << 20
+    assert held - after < 8 << 20
+    give_back()
+    assert after - memory._memory()[0] > 16 << 20
     assert len(pieces) == 512
 
 
