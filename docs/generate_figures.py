@@ -708,11 +708,6 @@ def studies() -> str:
 
 def worth() -> str:
     """Private against clear on the owner's own machine."""
-    if not (RESULTS / "whatif-worth-it.json").exists():
-        return """### Is private worth it?
-
-Not simulated yet: `python -m scenarios.whatif --study worth-it`.
-"""
     s = load("whatif-worth-it")
     rows = []
     for case in s["worth"]:
@@ -741,6 +736,8 @@ Private fine-tuning against the same in clear on the owner's own machine. Assume
 private is faster |
 | --- | --- | --- | --- | --- | --- |
 {table}
+
+![Private over clear, by model and line](pictures/worth-it.png)
 
 {origin(s)}"""
 
