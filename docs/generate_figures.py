@@ -134,7 +134,7 @@ of each kind, the first step of the private ones left out.
 
 def thin() -> str:
     """What thin ciphertexts cost and save."""
-    f, gemma = load("thin-avx2"), load("thin-gemma")
+    f, gemma, owner = load("thin-avx2"), load("thin-gemma"), load("thin-owner")
     total = f["bytes_per_token_up"] + f["bytes_per_token_down"]
     lines = [
         f"Llama-3.2-1B, head local: **{total / 1e6:.2f} MB a token**, "
@@ -157,19 +157,14 @@ def thin() -> str:
         " ".join(
             [
                 "Every product of these runs was computed in clear beside, to count.",
-                *(
-                    words(f[part])
-                    for part, words in (
-                        ("outliers", _outliers),
-                        ("head", _head),
-                        ("owner", _thin_owner),
-                    )
-                    if part in f
-                ),
+                _outliers(f["outliers"]),
+                _head(owner["head"]),
+                _thin_owner(owner["owner"]),
             ]
         ),
         "",
         origin(f),
+        f"Head and owner: {origin(owner)}",
         f"Gemma 3 270M (opened from a GGUF file, for checking only): {origin(gemma)}",
     ]
     return "\n".join(lines)
