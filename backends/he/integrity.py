@@ -196,69 +196,58 @@ def mlwe_honesty(
 def _dropped_variance(
     pool: Float64Array, marks: Float64Array, grid: NDArray[np.int64], dropped: int
 ) -> Float64Array:
-    """float64[POOL]: the variance of V times what `dropped` low bits of the answers' values are.
+    """float64[POOL]: the variance of V times what rounding drops of the answers' values.
 
-    Bit b of a value is worth 2^b, or nothing, each time as likely: variance 4^b/4, and bits are
-    independent. Two values have bit b in common when their rows of M are equal mod 2^(b+1), and the
-    opposite one, mostly, when the sum of their rows is zero mod 2^(b+1): then they add up before
-    they are squared. Values of a row that 2^(b+1) divides have no bit b. Rows that are multiples of
-    each other otherwise (one three times the other, or its opposite) are taken to be fully alike,
-    of the worst sign: what cancels mostly does not when all dropped bits are zero, and then it is
-    far beyond its deviation.
+    It adds half of 2^dropped and drops that many bits. A row of M is grid * r where an entry of r
+    is odd; its value is grid * (r*u), u uniform. Bit e of r*u is worth grid * 2^e, or nothing, each
+    time as likely: variance a quarter of its square. Two rows whose r are equal mod 2^(e+1) have it
+    in common: they add up before they are squared. Of rows whose r are odd multiples of each other
+    mod 2^(e+1) it is correlated, and they are taken to be fully alike, of the worst sign: what
+    cancels mostly does not when all dropped bits are zero, and then it is far beyond its deviation.
+    All other bits are uncorrelated, pair by pair: were r' = c*r + 2^m*s with s no multiple of r
+    mod 2, then s*u is uniform whatever r*u is.
     """
-    whole, squares = marks.astype(np.int64), pool**2
+    whole = marks.astype(np.int64) // np.maximum(grid, 1)[:, None]
+    first = np.argmax(whole & 1, axis=1)
+    odd = whole[np.arange(len(whole)), first].astype(np.uint64) | np.uint64(1)
+    inverse = odd.copy()  # mod 8; each step doubles the bits
+    for _ in range(5):
+        inverse *= np.uint64(2) - odd * inverse
+    directions = whole.astype(np.uint64) * inverse[:, None]
     total = np.zeros(len(pool))
     for bit in range(dropped):
-        live = np.flatnonzero((grid != 0) & (grid <= 1 << bit))
-        mask = (2 << bit) - 1
-        there, mirrored = whole[live] & mask, -whole[live] & mask
-        differ = there != mirrored
-        first = np.argmax(differ, axis=1)
-        at = np.arange(len(live))
-        flip = mirrored[at, first] < there[at, first]
-        key = np.where(flip[:, None], mirrored, there).astype(np.uint64)
-        _, family, size = np.unique(
-            (key * _MIX).sum(axis=1, dtype=np.uint64), return_inverse=True, return_counts=True
-        )
-        alone = size[family] == 1
-        found = squares[:, live[alone]].sum(axis=1)
-        if not alone.all():
-            together = np.argsort(family[~alone], kind="stable")
-            rows, opposite = live[~alone][together], flip[~alone][together]
-            begins = np.flatnonzero(np.diff(family[~alone][together], prepend=-1))
-            some = np.add.reduceat(pool[:, rows] * ~opposite, begins, axis=1)
-            others = np.add.reduceat(pool[:, rows] * opposite, begins, axis=1)
-            # -Y has the bits of Y up to the lowest one that is set, and the opposite ones above.
-            below = bit - np.log2(grid[rows[begins]])
-            alike = 2.0 ** (1 - below) - 1
-            found += np.sum(some**2 + others**2 + 2 * alike * some * others, axis=1)
-        total += 4.0**bit / 4 * found
-    worst = (4.0**dropped - 1) / 12 * _parallel_squares(pool, marks)
-    return np.maximum(total, worst) if _oddly_parallel(marks) else total
+        live = np.flatnonzero((grid != 0) & (grid << bit < 1 << dropped))
+        mask = np.uint64((2 << bit) - 1)
+        equal = _ids(whole[live].astype(np.uint64) & mask)
+        family = _ids(directions[live] & mask)
+        worth = grid[live] << bit
+        worth = np.where(worth == 1 << dropped - 1, -worth, worth)  # half of 2^dropped is added
+        weighted = pool[:, live] * worth
+        total += _worst_squares(weighted, family, equal) / 4
+    return total
 
 
-def _families(
-    marks: Float64Array,
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Rows that are not zero in an order where parallel ones are neighbours, and equal ones too.
+def _ids(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """uint64[n] of [n, 16]: equal for equal rows, and for others almost never."""
+    return np.asarray((keys * _MIX).sum(axis=1, dtype=np.uint64))
 
-    Returns int64[n] places, and bool[n] twice: whether a row begins others that are parallel, and
-    others that are equal.
+
+def _worst_squares(terms: Float64Array, family: NDArray[Any], equal: NDArray[Any]) -> Float64Array:
+    """float64[R]: of float64[R, n], what squares sum up to where families are of one value each.
+
+    Equal ones (of one family) are added up; others of a family as if all had the worst sign.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        # Marks are exact, so parallel rows have quotients that are equal to the last bit.
-        quotients = marks[:, 1] / marks[:, 0]
-    order = np.lexsort((marks[:, 0], quotients))
-    order = order[marks[order, 0] != 0]
-    parallel = np.diff(quotients[order], prepend=np.nan) != 0
-    other = parallel | (np.diff(marks[order, 0], prepend=0) != 0)
-    return order, parallel, other
-
-
-def _oddly_parallel(marks: Float64Array) -> bool:
-    """Whether a row is a multiple of another one, and not equal to it."""
-    _, parallel, other = _families(marks)
-    return bool(np.any(other & ~parallel))
+    if not terms.shape[1]:
+        return np.zeros(len(terms))
+    order = np.lexsort((equal, family))
+    begins = np.diff(family[order], prepend=family[order[:1]] + 1) != 0
+    others = begins | (np.diff(equal[order], prepend=equal[order[:1]]) != 0)
+    if begins.all():
+        return np.asarray((terms**2).sum(axis=1))
+    sums = np.abs(np.add.reduceat(terms[:, order], np.flatnonzero(others), axis=1))
+    return np.asarray(
+        (np.add.reduceat(sums, np.flatnonzero(begins[others]), axis=1) ** 2).sum(axis=1)
+    )
 
 
 def _parallel_squares(pool: Float64Array, marks: Float64Array) -> Float64Array:
@@ -267,12 +256,9 @@ def _parallel_squares(pool: Float64Array, marks: Float64Array) -> Float64Array:
     Equal rows of M have equal roundings: their coefficients add up. Other parallel rows are taken
     to have equal ones too, of the worst sign. A row of zeros has none.
     """
-    order, parallel, other = _families(marks)
-    if not len(order):
-        return np.zeros(len(pool))
-    equal = np.add.reduceat(pool[:, order], np.flatnonzero(other), axis=1)
-    firsts = np.flatnonzero(parallel[other])
-    return np.sum(np.add.reduceat(np.abs(equal), firsts, axis=1) ** 2, axis=1)
+    rows = np.flatnonzero(marks[:, 0])
+    # Marks are exact, so parallel rows have quotients that are equal to the last bit.
+    return _worst_squares(pool[:, rows], marks[rows, 1] / marks[rows, 0], marks[rows, 0])
 
 
 @dataclass

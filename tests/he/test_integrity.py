@@ -320,6 +320,36 @@ def test_parallel_rows_are_told_apart() -> None:
     assert found[0] == pytest.approx((0.25 + 0.5 + 0.25) ** 2 + 1.0)
 
 
+@given(
+    st.integers(1, 3).flatmap(
+        lambda inputs: st.lists(
+            st.lists(
+                st.sampled_from([*range(-9, 10), 32, 64, 96, 127, -128]),
+                min_size=inputs,
+                max_size=inputs,
+            ),
+            min_size=1,
+            max_size=12,
+        )
+    ),
+    st.integers(1, 4),
+)
+def test_what_is_dropped_varies_no_more_than_is_said(rows: list[list[int]], dropped: int) -> None:
+    """Of any few rows, related in whatever way, over every input there is."""
+    weight, inputs = np.array(rows, np.int8), len(rows[0])
+    pool = Pool(OsEntropy(), len(rows)).whole()
+    found = integrity.survey(torch.from_numpy(pool), weight, True, OsEntropy())
+    grid = found.bits & -found.bits.astype(np.int64)
+    said = integrity._dropped_variance(pool.astype(np.float64), found.marks, grid, dropped)
+    every = np.indices((1 << dropped,) * inputs).reshape(inputs, -1)
+    values = (weight.astype(np.int64) @ every + (1 << dropped - 1)) % (1 << dropped)
+    right = np.var(pool.astype(np.float64) @ values, axis=1)
+    assert np.all(right <= said * (1 + 1e-9) + 1e-9)
+    if (weight % 2).any(axis=1).all() and len({tuple(row % 2) for row in weight}) == len(weight):
+        # No row is even, no two are alike in any bit: nothing of one says anything of another.
+        assert said == pytest.approx(right)
+
+
 @pytest.mark.parametrize("inputs", [2, 3, 8])
 @pytest.mark.parametrize("entries", [(64, -64), (127, -1), (32, -32), (32, 96), (40, 120), (0, 64)])
 def test_rows_that_are_alike_get_nobody_accused(entries: tuple[int, int], inputs: int) -> None:
