@@ -44,7 +44,7 @@ from backends.he.params import (
     max_log2_modulus,
     preset,
 )
-from backends.he.plan import NOMINAL_GAIN, MatrixPlan, plan_matrix
+from backends.he.plan import MatrixPlan, nominal_gain, plan_matrix
 from backends.he.quantise import quantise
 from backends.he.wire import EXACT
 from backends.options import Parser, Whole
@@ -111,13 +111,13 @@ def exactness(parameters: Parameters, shape: Shape) -> dict[str, float]:
     except ValueError as error:
         raise ValueError(f"{error}; --in {_widest(parameters, shape, plan)} fits") from error
     return {
-        "predicted_error": plan.predicted_error(parameters, _gain(parameters)),
+        "predicted_error": plan.predicted_error(parameters, _gain(parameters, plan)),
         "margin": plan.margin(parameters) / (plan.format.modulus / 2),
     }
 
 
-def _gain(parameters: Parameters) -> float:
-    return NOMINAL_GAIN if parameters.thin else 1.0
+def _gain(parameters: Parameters, plan: MatrixPlan) -> float:
+    return nominal_gain(plan.in_features) if parameters.thin else 1.0
 
 
 def _widest(parameters: Parameters, shape: Shape, plan: MatrixPlan) -> int:

@@ -53,6 +53,7 @@ from backends.he.packing import pack_request, unpack_answer
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.repair import (
+    ENOUGH,
     FEW,
     Gains,
     Repairs,
@@ -277,6 +278,42 @@ class RingOwner(OwnerCipher):
         middle = float(np.median(list(errors.values())))
         return Exactness(middle, errors[where], where, self.repairs.wraps)
 
+    def _gain(self, x: Values, matrix: OwnerMatrix) -> float:
+        """That of a request made now. A matrix's first is told by some tokens' products in clear.
+
+        Without it a session's first gradients would be all noise, and later ones rest on them.
+        """
+        if not self._parameters.thin:
+            return 1.0
+        first = len(x) >= ENOUGH and not self._gains.known(matrix.name)
+        if first and matrix.name in self._guarded():
+            self._gains.learn(matrix.name, self._shares(x, matrix), 1.0)
+        return self._gains.of(matrix.name)
+
+    def _shares(self, x: Values, matrix: OwnerMatrix) -> NDArray[np.float64]:
+        """float64[n]: the largest |result| of ENOUGH tokens over p/2, were the gain 1.
+
+        Tokens of zeros, as a last one's gradient is, tell nothing; without enough others n is 0.
+        """
+        live = np.flatnonzero(torch.as_tensor(x).any(dim=1).cpu().numpy())
+        if len(live) < ENOUGH:
+            return np.zeros(0)
+        some = live[np.linspace(0, len(live) - 1, ENOUGH).astype(np.int64)]
+        values = torch.as_tensor(x[some]).cpu().numpy().astype(np.float64) * matrix.in_scale
+        norms = np.linalg.norm(values, axis=1, keepdims=True)
+        try:
+            with np.errstate(invalid="ignore"):
+                values /= norms  # what is not finite is refused when it is encrypted
+            largest = self._clear_peaks(values, matrix)
+            form = matrix.plan.format
+            return largest * (matrix.plan.amplitude(self._parameters) / (form.modulus / 2))
+        finally:
+            wipe(values, norms)
+
+    @abstractmethod
+    def _clear_peaks(self, values: NDArray[np.float64], matrix: OwnerMatrix) -> NDArray[np.float64]:
+        """float64[T], the largest |result| of each of float64[T, K], multiplied in clear."""
+
     def _learn(
         self, matrix: OwnerMatrix, gain: float, peaks: NDArray[np.float64], tokens: int, wraps: int
     ) -> None:
@@ -318,12 +355,19 @@ class MlweOwner(RingOwner):
             matrix, weight, forward, self._entropy, self._parameters
         )
 
+    def _clear_peaks(self, values: NDArray[np.float64], matrix: OwnerMatrix) -> NDArray[np.float64]:
+        small = values.astype(np.float32)
+        found = self._checks[matrix.name].products(small)
+        peaks = np.abs(found).max(axis=1).astype(np.float64)
+        wipe(small, found)
+        return peaks
+
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)
         tokens = len(x)
         norms, factor, inverse = (np.zeros(tokens) for _ in range(3))
         sums = np.zeros((tokens, 2), np.uint64)
-        gain = self._gains.of(matrix.name) if self._parameters.thin else 1.0
+        gain = self._gain(x, matrix)
         sealed = Sealed([], inverse, None, x, gain)
         try:  # from here on there is something to overwrite, whatever happens
             self._fill_norms_and_sums(x, matrix, norms, sums)

@@ -12,7 +12,8 @@ whoever adds something to answers, to see by the owner's pace which tokens it lo
 the first.
 
 A gain lives in the owner's memory and in its token scales; neither it nor a repair makes any
-difference to what is sent. It is learnt, and wraps are counted, from answers that were accepted.
+difference to what is sent. It is learnt from some tokens of a matrix's first request, multiplied in
+clear, and from answers that were accepted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from backends import jit
 from backends.he.integrity import LIMIT
 from backends.he.params import Parameters
-from backends.he.plan import MARGIN, MatrixPlan
+from backends.he.plan import LARGEST_GAIN, MARGIN, MatrixPlan
 from backends.threads import run_split
 
 Float64Array = NDArray[np.float64]
@@ -40,7 +41,7 @@ _OCTAVE = 8
 """Bins of a histogram for each factor of two."""
 _BINS = 12 * _OCTAVE
 _REMEMBERED = 1 << 14  # tokens, after which those before count half
-_ENOUGH = 64
+ENOUGH = 64
 """Tokens before which nothing is concluded: the one that a session begins with is made of ones."""
 _ROOM = 1.25
 """How far the results that a gain is made for are kept from p/2."""
@@ -49,7 +50,6 @@ RARE = 2.0**-12
 EDGE = 1 / _ROOM
 """Results beyond this share of p/2 are computed in clear, wrapped or not: what wraps mostly goes
 little beyond p/2, and comes back close to it."""
-LARGEST_GAIN = 16.0
 LEAST_PERIOD = 2.0**-140
 """Of what p stands for in a result: below it, float32 keeps no more of one than its sign."""
 _LEAST, _MOST = 2.0**-148, float(np.finfo(np.float32).max)
@@ -72,7 +72,7 @@ class _Histogram:
     def gain(self) -> float:
         """The largest one that leaves but a share of RARE with too little room."""
         total = self._counts.sum()
-        if total < _ENOUGH:
+        if total < ENOUGH:
             return 1.0
         beyond = np.cumsum(self._counts) > RARE * total
         share = 2.0 ** (-int(np.argmax(beyond)) / _OCTAVE)  # the upper end of the bin
@@ -80,7 +80,7 @@ class _Histogram:
 
 
 class Gains:
-    """The gain of every matrix: 1 for its first tokens, then what its results allow."""
+    """The gain of every matrix: 1 while too few results are known, then what they allow."""
 
     def __init__(self) -> None:
         self._histograms: dict[str, _Histogram] = {}
@@ -93,7 +93,7 @@ class Gains:
             return known.gain() if known else 1.0
 
     def known(self, matrix: str) -> bool:
-        """Whether an answer for it has been seen."""
+        """Whether a result of it has been seen."""
         with self._lock:
             return matrix in self._histograms
 

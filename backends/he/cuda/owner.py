@@ -161,6 +161,14 @@ class CudaOwner(RingOwner):
             self._parameters,
         )  # fmt: skip
 
+    def _clear_peaks(self, values: NDArray[np.float64], matrix: OwnerMatrix) -> NDArray[np.float64]:
+        there = torch.from_numpy(values).to(self._gpu.device)
+        found = self._checks[matrix.name].products(there)
+        peaks: NDArray[np.float64] = found.abs().amax(dim=1).cpu().numpy()
+        there.zero_()
+        found.zero_()
+        return peaks
+
     def encrypt(self, x: Values, matrix: OwnerMatrix) -> Encrypted:
         """Encrypt float32[T, K], an array or a tensor on the device.
 
@@ -179,7 +187,7 @@ class CudaOwner(RingOwner):
         )
         request = Request(tokens, inputs, form, device)
         secrets = RequestSecrets(blocks, self._parameters.rank, self._gpu)
-        gain = self._gains.of(matrix.name) if self._parameters.thin else 1.0
+        gain = self._gain(x, matrix)
         sealed = Sealed(secrets, inverse, None, x, gain)
         try:  # from here on there is something to overwrite, whatever happens
             with (
