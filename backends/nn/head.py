@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from backends.he.interface import OwnerMatrix
-from backends.he.rows import sampled, weighted_rows
+from backends.he.rows import chosen, weighted_rows
 from backends.nn.tables import tensor_over
 
 LARGEST = 256
@@ -53,29 +53,21 @@ class LocalHead:
 
     def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
         """float32[T, V] -> float32[T, K], on average dy times the weight."""
-        scale = self._in_scale.to(dy.device)
         dx = dy.new_empty(len(dy), self._codes.shape[1])
         for part in _parts(dy):
-            dx[part] = self._multiply(*self._chosen(dy[part] * scale))
+            dx[part] = self._multiply(*self._chosen(dy[part]))
         return dx.mul_(self._out_scale.to(dy.device))
 
-    def _chosen(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chosen(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(float32[T, n], int64[T, n]): factors of rows of the weight, and which rows."""
-        weights = scaled.abs()
-        top = weights.topk(min(LARGEST, scaled.shape[1]), sorted=False).indices
-        weights.scatter_(1, top, 0.0)
-        rest, step = self._sample(weights)
-        sign = scaled.gather(1, rest).sign_()
-        values = torch.cat([scaled.gather(1, top), sign.mul_(step[:, None])], dim=1)
-        return values, torch.cat([top, rest], dim=1)
-
-    def _sample(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(int64[T, SAMPLED], float32[T]): rows, and what each stands for."""
-        offset = self._random.random(len(weights))
-        if not _has_kernels(weights):
-            return sampled_by_torch(weights, torch.from_numpy(offset).to(weights))
-        index, step = sampled(weights.numpy(), offset, SAMPLED)
-        return torch.from_numpy(index), torch.from_numpy(step)
+        most = min(LARGEST, dy.shape[1])
+        offset = self._random.random(len(dy))
+        if _has_kernels(dy):
+            scale = self._in_scale.numpy()
+            factors, index = chosen(dy.numpy(), scale, most, offset, SAMPLED)
+            return torch.from_numpy(factors), torch.from_numpy(index)
+        scaled = dy * self._in_scale.to(dy.device)
+        return chosen_by_torch(scaled, most, torch.from_numpy(offset).to(dy))
 
     def _multiply(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """float32[T, K]: the sums of rows of the weight times their factors."""
@@ -88,15 +80,20 @@ class LocalHead:
         return torch.bmm(values[:, None], rows)[:, 0]
 
 
-def sampled_by_torch(
-    weights: torch.Tensor, offset: torch.Tensor
+def chosen_by_torch(
+    scaled: torch.Tensor, largest: int, offset: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `rows.sampled` draws, by operations of any device, but for roundings of its sums."""
+    """What `rows.chosen` chooses, by operations of any device, but for roundings of its sums."""
+    weights = scaled.abs()
+    top = weights.topk(largest, sorted=False).indices
+    weights.scatter_(1, top, 0.0)
     sums = weights.cumsum(1)
+    step = sums[:, -1:] / SAMPLED
     place = torch.arange(SAMPLED, device=weights.device)
-    at = (place + offset[:, None]) / SAMPLED * sums[:, -1:]
-    index = torch.searchsorted(sums, at, right=True)
-    return index.clamp_(max=weights.shape[1] - 1), sums[:, -1] / SAMPLED
+    rest = torch.searchsorted(sums, (place + offset[:, None]) * step, right=True)
+    rest.clamp_(max=weights.shape[1] - 1)
+    signs = torch.where(scaled.gather(1, rest) > 0, step, -step)
+    return torch.cat([scaled.gather(1, top), signs], dim=1), torch.cat([top, rest], dim=1)
 
 
 def _has_kernels(tensor: torch.Tensor) -> bool:

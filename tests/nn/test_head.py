@@ -16,7 +16,7 @@ from backends.he.interface import OwnerMatrix, Values
 from backends.he.plan import MatrixPlan
 from backends.he.preparation import prepare
 from backends.he.quantise import dequantise
-from backends.he.rows import sampled, weighted_rows
+from backends.he.rows import chosen, weighted_rows
 from backends.he.store import PreparedModel
 from backends.nn import head
 from backends.nn.adapters import add_lora, trainable
@@ -93,34 +93,49 @@ def test_as_many_rows_for_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found[0].any()
 
 
-def test_a_device_draws_by_the_same_rule() -> None:
+def test_a_device_chooses_by_the_same_rule() -> None:
     """Torch's operations, which devices use, against the kernel, for the same offsets."""
-    weights = softmax_gradient(5).abs()
-    offset = np.random.default_rng(0).random(5)
-    index, step = sampled(weights.numpy(), offset, head.SAMPLED)
+    dy, scale = softmax_gradient(5), torch.rand(WORDS) + 0.5
+    offset, largest = np.random.default_rng(0).random(5), 100
+    factors, index = chosen(dy.numpy(), scale.numpy(), largest, offset, head.SAMPLED)
+    theirs, places = head.chosen_by_torch(dy * scale, largest, torch.from_numpy(offset).float())
+    for a, b in zip(index[:, :largest], places[:, :largest].numpy(), strict=True):
+        assert len(set(a)) == largest
+        assert len(set(a) & set(b)) > 0.8 * largest, "but for some as large as the last"
+    sampled = factors[:, largest:], theirs[:, largest:].numpy()
+    assert np.allclose(*(np.abs(each) for each in sampled), rtol=0.05)
 
-    theirs, size = head.sampled_by_torch(weights, torch.from_numpy(offset).float())
-    assert np.allclose(size.numpy(), step, rtol=1e-4)
-    same = np.asarray(theirs) == index
-    assert same.mean() > 0.98, "but for roundings of a float32 sum"
 
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 30), st.floats(0, 0.999), st.integers(0, 99))
-def test_systematic_sampling_by_hand(words: int, count: int, offset: float, seed: int) -> None:
-    """Each place where a step of the running sum ends; how often a word is taken is its share."""
-    rng = np.random.default_rng(seed)
-    weights = (rng.random((1, words)) * (rng.random((1, words)) < 0.6)).astype(np.float32)
-    index, step = sampled(weights, np.array([offset]), count)
-    total = float(weights.astype(np.float64).sum())
-    assert step[0] == pytest.approx(total / count)
-    if total == 0:
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(0, 40), st.integers(1, 30), st.floats(0, 0.999),
+    st.integers(0, 99), st.sampled_from([1.0, 1e-30, 1e30]),
+)  # fmt: skip
+def test_what_is_chosen_by_hand(
+    words: int, largest: int, count: int, offset: float, seed: int, size: float
+) -> None:
+    """None that is left is larger by a bin than one that was taken; others are taken as often as
+    their share of a step says; every one has its sign."""
+    rng, largest = np.random.default_rng(seed), min(largest, words)
+    dy = rng.standard_normal((1, words)) * (rng.random((1, words)) < 0.6) * size
+    dy, scale = dy.astype(np.float32), rng.uniform(0.5, 2, words).astype(np.float32)
+    factors, index = chosen(dy, scale, largest, np.array([offset]), count)
+    values, top, drawn = dy[0] * scale, index[0, :largest], index[0, largest:]
+    assert len(set(top)) == largest
+    assert np.array_equal(factors[0, :largest], values[top])
+    rest = np.abs(values).astype(np.float64)
+    rest[top] = 0
+    if largest:
+        assert rest.max() <= np.abs(values[top]).min() * (1 + 2**-4)
+    step = rest.sum() / count
+    if step == 0:
+        assert not factors[0, largest:].any()
         return
-    share = weights[0] / step[0]
-    taken = np.bincount(index[0], minlength=words)
-    assert np.all(np.abs(taken - share) <= 1 + 1e-4)
-    assert not taken[weights[0] == 0].any()
-    assert np.all(np.diff(index[0]) >= 0)
+    assert np.allclose(factors[0, largest:], np.sign(values[drawn]) * step, rtol=1e-5)
+    taken = np.bincount(drawn, minlength=words)
+    assert np.all(np.abs(taken - rest / step) <= 1 + 1e-4)
+    assert not taken[rest == 0].any()
+    assert np.all(np.diff(drawn) >= 0)
 
 
 @settings(max_examples=20, deadline=None)
