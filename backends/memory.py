@@ -19,23 +19,21 @@ _trim = getattr(_libc, "malloc_trim", None)  # glibc's alone
 _mallinfo = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
 _CALLS = 16
 """Products between two times that holes are given back, at least: filling them costs faults."""
-_SPARE = 1.4
+_SPARE = 1.5
 """What may be held, in terms of the most that has been in use."""
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
-_MAPPED = 32 << 20
-"""Arrays from this size on are mapped on their own, and gone when they are freed."""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)
 
 
 def keep_one_heap() -> None:
-    """Let all threads allocate from one heap, whose end is kept.
+    """Let all threads allocate from one heap, whose end is kept; no array is mapped on its own.
 
     Before other threads have allocated anything: glibc decides once how many heaps there may be.
     """
     if _trim is not None:
         for option, value in (
-            (_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _MAPPED), (_M_TRIM_THRESHOLD, (1 << 31) - 1),
+            (_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, (1 << 31) - 1),
         ):  # fmt: skip
             _libc.mallopt(option, value)
 
