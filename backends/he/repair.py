@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from backends import jit
@@ -35,6 +36,7 @@ Float64Array = NDArray[np.float64]
 
 _GRAIN = 256  # outputs that are worth a thread
 _AT_ONCE = 64  # tokens
+_SLAB_VALUES = 1 << 20  # of a weight, as float32
 FEW = 16
 """Results of a token, on average, that are computed one by one rather than all of them."""
 _OCTAVE = 8
@@ -181,6 +183,26 @@ def clear_products(
     kernel = _times_rows if forward else _times_columns
     run_split(lambda a, b: kernel(values, weight, out, a, b), out.shape[1], grain=_GRAIN)
     return out
+
+
+def clear_peaks(
+    values: NDArray[np.float32], weight: NDArray[np.int8], forward: bool
+) -> NDArray[np.float32]:
+    """float32[T], the largest |result| of each token: as `clear_products`, for tens of tokens."""
+    wide, columns = torch.from_numpy(values), weight.shape[1]
+    peaks = torch.zeros(len(values))
+    sums = torch.zeros(len(values), 0 if forward else columns)
+    step = max(1, _SLAB_VALUES // columns)
+    for start in range(0, len(weight), step):
+        slab = torch.from_numpy(weight[start : start + step].astype(np.float32))
+        if forward:
+            torch.maximum(peaks, (wide @ slab.T).abs_().amax(1), out=peaks)
+        else:
+            sums.addmm_(wide[:, start : start + step], slab)
+    if not forward:
+        peaks = sums.abs_().amax(1)
+        sums.zero_()
+    return peaks.numpy()
 
 
 def unwrap(

@@ -129,6 +129,26 @@ def test_what_tells_the_first_gain_are_shares_of_the_bound() -> None:
     assert owner._gains.of(case.matrix.name) > 1
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(1, 50), st.integers(1, 9), st.booleans(), st.integers(0, 99),
+    st.sampled_from([1, 37, 1 << 20]),
+)  # fmt: skip
+def test_clear_peaks_by_hand(
+    rows: int, columns: int, tokens: int, forward: bool, seed: int, slab: int
+) -> None:
+    """Against numpy's product in float64, in slabs of any size."""
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
+    weight.setflags(write=False)
+    matrix = weight if forward else weight.T
+    values = rng.standard_normal((tokens, matrix.shape[1])).astype(np.float32)
+    right = np.abs(values.astype(np.float64) @ matrix.T.astype(np.float64)).max(axis=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repair, "_SLAB_VALUES", slab)
+        assert np.allclose(repair.clear_peaks(values, weight, forward), right, rtol=1e-4)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1 << 32), st.floats(0.003, 1.0), st.floats(0.01, 1.5))
 def test_the_gain_leaves_room_for_all_but_a_rare_token(
