@@ -25,7 +25,7 @@ _trim = getattr(_libc, "malloc_trim", None)  # glibc's alone
 _mallinfo = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
 _CALLS = 16
 """Products between two times that holes are given back, at least: filling them costs faults."""
-_SPARE = 2.0
+_SPARE = 1.9
 """What may be held, in terms of the most that has been in use."""
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -28,7 +28,7 @@ from backends.he.integrity import (
 )
 from backends.he.interface import OwnerMatrix
 from backends.he.params import Parameters
-from backends.he.repair import clear_peaks, clear_products
+from backends.he.repair import clear_products
 
 _COLUMNS = 128
 """Columns that all tokens are multiplied by in turn: of ROWS rows they stay in a core's cache."""
@@ -254,10 +254,6 @@ class IntegrityCheck:
     def products(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32[T, K] -> float32[T, N]: what the matrix makes of them, in clear."""
         return clear_products(values, self._weight, self._forward)
-
-    def peaks(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32[T, K] -> float32[T]: the largest |result| of each."""
-        return clear_peaks(values, self._weight, self._forward)
 
     def results(
         self, values: NDArray[np.float32], places: NDArray[np.int64]

@@ -357,9 +357,10 @@ class MlweOwner(RingOwner):
 
     def _clear_peaks(self, values: NDArray[np.float64], matrix: OwnerMatrix) -> NDArray[np.float64]:
         small = values.astype(np.float32)
-        peaks = self._checks[matrix.name].peaks(small)
-        wipe(small)
-        return peaks.astype(np.float64)
+        found = self._checks[matrix.name].products(small)
+        peaks = np.abs(found).max(axis=1).astype(np.float64)
+        wipe(small, found)
+        return peaks
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
         check_input(x, matrix)

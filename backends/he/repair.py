@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from backends import jit
@@ -36,14 +35,13 @@ Float64Array = NDArray[np.float64]
 
 _GRAIN = 256  # outputs that are worth a thread
 _AT_ONCE = 64  # tokens
-_SLAB_VALUES = 1 << 20  # of a weight, as float32
 FEW = 16
 """Results of a token, on average, that are computed one by one rather than all of them."""
 _OCTAVE = 8
 """Bins of a histogram for each factor of two."""
 _BINS = 12 * _OCTAVE
 _REMEMBERED = 1 << 14  # tokens, after which those before count half
-ENOUGH = 64
+ENOUGH = 32
 """Tokens before which nothing is concluded: the one that a session begins with is made of ones."""
 _ROOM = 1.25
 """How far the results that a gain is made for are kept from p/2."""
@@ -132,25 +130,27 @@ class Repairs:
 @jit.reassociating
 def _times_rows(values: Any, weight: Any, out: Any, first: int, last: int) -> None:
     """out float32[T, N] = values float32[T, K] @ weight.T, for rows first..last of it."""
+    row = np.empty(weight.shape[1], np.float32)
     for j in range(first, last):
-        row = weight[j]
+        row[:] = weight[j]
         for t in range(len(values)):
             total = np.float32(0)
             x = values[t]
             for k in range(len(row)):
-                total += x[k] * np.float32(row[k])
+                total += x[k] * row[k]
             out[t, j] = total
 
 
 @jit.reassociating
 def _times_columns(values: Any, weight: Any, out: Any, first: int, last: int) -> None:
     """out float32[T, K] += values float32[T, N] @ weight, for columns first..last of it."""
+    row = np.empty(last - first, np.float32)
     for j in range(len(weight)):
-        row = weight[j, first:last]
+        row[:] = weight[j, first:last]
         for t in range(len(values)):
             x, sums = values[t, j], out[t, first:last]
             for k in range(len(row)):
-                sums[k] += x * np.float32(row[k])
+                sums[k] += x * row[k]
 
 
 def in_parts(tokens: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -183,26 +183,6 @@ def clear_products(
     kernel = _times_rows if forward else _times_columns
     run_split(lambda a, b: kernel(values, weight, out, a, b), out.shape[1], grain=_GRAIN)
     return out
-
-
-def clear_peaks(
-    values: NDArray[np.float32], weight: NDArray[np.int8], forward: bool
-) -> NDArray[np.float32]:
-    """float32[T], the largest |result| of each token: as `clear_products`, for tens of tokens."""
-    wide, columns = torch.from_numpy(values), weight.shape[1]
-    peaks = torch.zeros(len(values))
-    sums = torch.zeros(len(values), 0 if forward else columns)
-    step = max(1, _SLAB_VALUES // columns)
-    for start in range(0, len(weight), step):
-        slab = torch.from_numpy(weight[start : start + step].astype(np.float32))
-        if forward:
-            torch.maximum(peaks, (wide @ slab.T).abs_().amax(1), out=peaks)
-        else:
-            sums.addmm_(wide[:, start : start + step], slab)
-    if not forward:
-        peaks = sums.abs_().amax(1)
-        sums.zero_()
-    return peaks.numpy()
 
 
 def unwrap(

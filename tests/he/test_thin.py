@@ -117,36 +117,16 @@ def test_what_tells_the_first_gain_are_shares_of_the_bound() -> None:
     """As large as the truth says; tokens of zeros are passed over, and without enough it is 1."""
     case = make_case(300, 70, parameters=THIN)
     owner, x = owner_of(case), np.random.default_rng(0).standard_t(3, (129, 300))
-    x[64:] = 0
+    x[repair.ENOUGH :] = 0
     assert len(owner._shares(x[1:].astype(np.float32), case.matrix)) == 0
     found = owner._shares(x.astype(np.float32), case.matrix)
-    x = x[:64]
+    x = x[: repair.ENOUGH]
     alpha = case.matrix.plan.amplitude(THIN) / np.linalg.norm(x * case.matrix.in_scale, axis=1)
     right = np.abs(case.exact(x) / case.matrix.out_scale).max(axis=1) * alpha
     right /= case.matrix.plan.format.modulus / 2
     assert np.allclose(found, right, rtol=1e-4)
     owner.discard(owner.encrypt(x.astype(np.float32), case.matrix).sealed)
     assert owner._gains.of(case.matrix.name) > 1
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.integers(1, 70), st.integers(1, 50), st.integers(1, 9), st.booleans(), st.integers(0, 99),
-    st.sampled_from([1, 37, 1 << 20]),
-)  # fmt: skip
-def test_clear_peaks_by_hand(
-    rows: int, columns: int, tokens: int, forward: bool, seed: int, slab: int
-) -> None:
-    """Against numpy's product in float64, in slabs of any size."""
-    rng = np.random.default_rng(seed)
-    weight = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
-    weight.setflags(write=False)
-    matrix = weight if forward else weight.T
-    values = rng.standard_normal((tokens, matrix.shape[1])).astype(np.float32)
-    right = np.abs(values.astype(np.float64) @ matrix.T.astype(np.float64)).max(axis=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repair, "_SLAB_VALUES", slab)
-        assert np.allclose(repair.clear_peaks(values, weight, forward), right, rtol=1e-4)
 
 
 @settings(max_examples=50, deadline=None)
