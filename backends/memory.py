@@ -5,9 +5,8 @@ arrays anew each time. A pass of a 1B's shape then meets half a million page fau
 that its owner computes. So here all threads share one heap, which is kept, and numpy does not ask
 for huge pages, each of which is cleared whole for an array that may need a part of it. But between
 arrays that come and go at different times there are holes, as large as what is in use. The next
-arrays mostly fit into them; when they do not, and more and more is held, holes are given back.
-Of a 1B's owner, 256 tokens a step: holding 1.5 times what is used takes 0.42 million faults a step
-and 33 ms of a processor a token, twice takes a tenth of the faults and 29 ms.
+arrays mostly fit into them; when they do not, and more and more is held, holes are given back. To
+fill them again is a tenth of what an owner computes, to keep them all would be half of its memory.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _trim = getattr(_libc, "malloc_trim", None)  # glibc's alone
 _mallinfo = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
 _CALLS = 16
 """Products between two times that holes are given back, at least: filling them costs faults."""
-_SPARE = 1.9
+_SPARE = 1.5
 """What may be held, in terms of the most that has been in use."""
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
