@@ -6,7 +6,7 @@ that its owner computes. So here all threads share one heap, which is kept, and 
 for huge pages, each of which is cleared whole for an array that may need a part of it. But between
 arrays that come and go at different times there are holes, as large as what is in use. The next
 arrays mostly fit into them; when they do not, and more and more is held, holes are given back. To
-fill them again is a tenth of what an owner computes, to keep them all would be half of its memory.
+fill them again is a tenth of what an owner computes; to keep them all takes a third more memory.
 """
 
 from __future__ import annotations
