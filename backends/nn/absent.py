@@ -14,11 +14,11 @@ from torch import nn
 
 from backends.errors import UserError
 
-_MATHEMATICS = frozenset(
-    ("add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "mul", "__mul__")
-    + ("matmul", "__matmul__", "mm", "linear", "norm", "linalg_norm", "linalg_svd", "linalg_qr")
-    + ("svd", "svd_lowrank", "qr", "sum", "mean")
-)
+_MATHEMATICS = frozenset((
+    "add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "mul", "__mul__", "matmul",
+    "__matmul__", "mm", "linear", "norm", "linalg_norm", "linalg_svd", "linalg_qr", "svd",
+    "svd_lowrank", "qr", "sum", "mean",
+))  # fmt: skip
 
 
 class AbsentWeightError(UserError, RuntimeError):

@@ -26,7 +26,7 @@ def recompute_in_evaluation(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = _recomputed(layer, layer.forward)  # type: ignore[method-assign]
+            layer.forward = _recomputed(layer, layer.forward)
 
 
 def _recomputed(layer: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
