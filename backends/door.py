@@ -38,6 +38,7 @@ from backends.ledger import WorkerLedger
 from backends.nn.base import open_base
 from backends.nn.corpus import Sequences
 from backends.nn.kept import Kept
+from backends.nn.recompute import recompute_in_evaluation
 from backends.nn.remote import Remote, RemoteLinear
 from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
@@ -175,6 +176,7 @@ def remote(model: PreTrainedModel | str | Path, public: Public) -> PreTrainedMod
     if skeleton.groups != public.prepared.groups:
         raise DoorError(f"{public.directory} was prepared by another version; prepare again")
     skeleton.read = _gone
+    recompute_in_evaluation(skeleton.model)
     if isinstance(base, HeldBase):
         base.give_up()
     _KNOWN[skeleton.remote] = skeleton, public

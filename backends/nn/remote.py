@@ -23,6 +23,7 @@ from torch import nn
 from backends.he.interface import Values
 from backends.he.manifest import GroupSpec
 from backends.memory import Holes
+from backends.nn.absent import AbsentWeight
 from backends.nn.head import LocalHead
 
 LinearFunction: TypeAlias = Callable[[int, Values], Values]
@@ -176,7 +177,7 @@ class RemoteLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.weight = AbsentWeight(torch.empty(0, dtype=dtype), requires_grad=False)
         self.bias = None  # type: ignore[assignment]
         self.name = name
         self.is_head = False

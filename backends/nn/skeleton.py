@@ -154,10 +154,15 @@ def build_skeleton(
 
 def _linears(model: PreTrainedModel, remote_head: bool) -> list[str]:
     head = _head(model)
+    # What stands on a base without a language-model head is new, and trained: a classifier.
+    reached: nn.Module = model.base_model if head is None else model
+    within = set(reached.modules())
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and (remote_head or module is not head)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module in within
+        and (remote_head or module is not head)
     ]
 
 

@@ -1,0 +1,44 @@
+"""The weight of a remote linear, which is not here.
+
+`peft` asks it for type and device, and that works. What would compute with it (DoRA, adapters that
+are initialised from the weights, merging) is refused instead of failing on its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from backends.errors import UserError
+
+_MATHEMATICS = frozenset((
+    "add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "mul", "__mul__", "matmul",
+    "__matmul__", "mm", "linear", "norm", "linalg_norm", "linalg_svd", "linalg_qr", "svd",
+    "svd_lowrank", "qr", "sum", "mean",
+))  # fmt: skip
+
+
+class AbsentWeightError(UserError, RuntimeError):
+    """Something wants to compute with weights that workers have; the text says what to do."""
+
+
+class AbsentWeight(nn.Parameter):
+    """An empty parameter in place of a weight. Arithmetic raises AbsentWeightError."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        if getattr(func, "__name__", "") in _MATHEMATICS:
+            raise AbsentWeightError(
+                "the weights of remote linears are with the workers: DoRA needs their norm with "
+                "the adapter on at every step, PiSSA and OLoRA their decomposition, merging all "
+                "of them; use LoRA or rsLoRA with init_lora_weights=True, and merge the saved "
+                "adapter into the base model with plain peft"
+            )
+        whole: Any = torch.Tensor.__torch_function__
+        return whole.__func__(cls, func, types, args, kwargs or {})
