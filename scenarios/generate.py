@@ -112,7 +112,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     found = list(args.prompt)
     if args.prompts is not None:
         try:
-            lines = read_bounded(args.prompts, _FILE_BYTES_MAX).decode().splitlines()
+            lines = read_bounded(args.prompts, _FILE_BYTES_MAX).decode().split("\n")
         except OSError as error:
             raise PromptError(f"{args.prompts}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
@@ -120,9 +120,14 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
         records = args.prompts.suffix.lower() in (".jsonl", ".ndjson")
         for number, line in enumerate(lines, 1):
             if line.strip():
-                found.append(_recorded(args.prompts, number, line) if records else line)
+                found.append(
+                    _recorded(args.prompts, number, line) if records else line.rstrip("\r")
+                )
     if not found:
         raise PromptError("nothing to complete; give --prompt TEXT, or a line in --prompts FILE")
+    for number, text in enumerate(found, 1):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise PromptError(f"prompt {number} is not UTF-8; convert it, see iconv(1)")
     if len(found) > _PROMPTS_MAX:
         raise PromptError(f"{len(found):,} prompts; at most {_PROMPTS_MAX:,} in one run")
     return found
@@ -297,7 +302,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, "scenarios.generate", MODES)
     add = parser.add_argument
-    add("--weights", "--model", type=_base, default=str(BASE), metavar="DIR|FILE|ID",
+    add("--model", "--weights", dest="weights", type=_base, default=str(BASE),
+        metavar="DIR|FILE|ID",
         help="checkpoint: a directory, a GGUF file, or an id of the hub (the small Llama of this "
         "repository)")  # fmt: skip
     add("--adapter", type=place, metavar="DIR",
