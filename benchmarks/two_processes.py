@@ -116,7 +116,7 @@ def _clear(size: Size) -> dict[str, Any]:
 
 
 @contextmanager
-def _worker(model: Path, certs: Path) -> Iterator[str]:
+def worker_at(model: Path, certs: Path) -> Iterator[str]:
     """A worker in a process of its own; where it is."""
     command = [sys.executable, "-m", "scenarios.worker", "--model", str(model)]
     command += ["--listen", "localhost:0", "--tls", str(certs / "worker")]
@@ -154,7 +154,7 @@ def measure(size: Size) -> dict[str, Any]:
             if "one" in runs:
                 runs["one"].append(_private(size, place, []))
             if "two" in runs:
-                with _worker(model, place) as address:
+                with worker_at(model, place) as address:
                     more = ["--worker", address, "--tls", str(place / "owner")]
                     runs["two"].append(_private(size, place, more))
             if "clear" in runs:

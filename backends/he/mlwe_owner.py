@@ -65,7 +65,7 @@ from backends.he.repair import (
     unwrap,
     wipe,
 )
-from backends.he.ring import inverse_tables, mask_tile_kernel
+from backends.he.ring import first_coefficient_kernel, inverse_tables, mask_tile_kernel
 from backends.he.secret import BlockSecret
 from backends.he.vector import LANES
 from backends.threads import run_split
@@ -118,6 +118,7 @@ def _spread(buffer: Any, wide: Any, column: int, tokens: int) -> None:
 
 # What `specialised` puts into the loops below, for one module rank.
 _mask: Any = None
+_first: Any = None
 _wide_mask: Any = None
 
 
@@ -126,7 +127,10 @@ def _lay_masks(
     z: Any, zs: Any,
 ) -> None:  # fmt: skip
     for part in range(tiles):
-        _mask(matrix, tile + part, secret, buffer, z, zs)
+        if tokens == 1:
+            _first(matrix, tile + part, secret, buffer)
+        else:
+            _mask(matrix, tile + part, secret, buffer, z, zs)
         _spread(buffer, wide, part * LANES, tokens)
 
 
@@ -191,7 +195,9 @@ def _decrypt_groups(
 def _kernels(rank: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """(encrypt, decrypt) over a range of wide tiles, compiled for one module rank."""
     case = f"rank{rank}"
-    masks = jit.specialised(_lay_masks, case, _mask=mask_tile_kernel(rank))
+    masks = jit.specialised(
+        _lay_masks, case, _mask=mask_tile_kernel(rank), _first=first_coefficient_kernel(rank)
+    )
     return (
         jit.specialised(_encrypt_groups, case, _wide_mask=masks),
         jit.specialised(_decrypt_groups, case, _wide_mask=masks),

@@ -134,6 +134,28 @@ def mask_tile_kernel(rank: int) -> Callable[..., None]:
     )
 
 
+def _first_of_tile(matrix: Any, tile: int, secret: Any, out: Any) -> None:
+    for slot in range(_D):
+        _product(matrix, tile * _SIZE, secret, slot, out)
+    for lane in range(LANES):
+        total = np.uint64(0)  # 256 values below 2^28
+        for slot in range(_D):
+            total += np.uint64(out[slot * LANES + lane])
+        out[lane] = np.uint32(total % np.uint64(_Q))
+
+
+@cache
+def first_coefficient_kernel(rank: int) -> Callable[..., None]:
+    """The numba function `first(matrix, tile, secret, out)` for one rank.
+
+    As `mask_tile_kernel`, of coefficient 0 alone: out[row] for 16 rows. The inverse transform's
+    first value is the sum of all it is given, so a block of one token needs no butterfly.
+    """
+    return jit.specialised(
+        _first_of_tile, f"rank{rank}", _product=slot_product(rank), _SIZE=rank * _D * LANES
+    )
+
+
 @jit.kernel
 def _transform_secret(secret: Any, zeta: Any, zeta_shoup: Any, factor: int, out: Any) -> None:
     values = np.empty(_D, np.uint32)

@@ -3,6 +3,10 @@
 The loop interprets effects and nothing more. Frames leave through `transmit`, compute tasks run
 on threads of the pool, everything else (Deliver, FailCall, Abort, ...) goes to `report`. Both
 are called on the loop's thread and must not block.
+
+Handing a task to the pool and its result back costs two changes of thread, which for a request of
+one token is as much as the task. So a small one may run on the loop's own thread, when it is all
+that there is to do: nothing waits in the queue, and nothing in the pool.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,9 +92,12 @@ class Hooks:
 class MachineLoop:
     """Drives `machine` until `stop`. Events may be posted from any thread.
 
-    compute   runs one task on a pool thread and returns its result; a WrongAnswerError it raises
+    compute   runs one task, on a pool thread or the loop's, and returns its result; a
+              WrongAnswerError it raises
               becomes AnswerRejected, a ValueError TaskFailed with its text, anything else
               TaskFailed with its type named
+    threads   of the pool
+    small     whether a task may run on the loop's thread; not asked where the pool has several
     transmit  hands (peer, frame) to the transport
     report    receives every effect that is not about frames, tasks or timers
     on_crash  receives an exception the machine itself raised; the loop has then stopped
@@ -109,6 +116,7 @@ class MachineLoop:
         threads: int = 1,
         observe: Callable[[Event, Sequence[Effect]], None] = lambda event, effects: None,
         on_task: Callable[[int, Task, float, float], None] = lambda task, work, start, end: None,
+        small: Callable[[Task], bool] = lambda task: False,
     ) -> None:
         self.meter = Meter()
         self._machine = machine
@@ -121,6 +129,9 @@ class MachineLoop:
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._waiting: dict[int, Task] = {}  # for a thread of the pool
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"{name}-task")
+        self._small = small if threads == 1 else lambda task: False
+        self._pooled: Future[None] | None = None  # the last that was given to the pool
+        self._put_off: int | None = None  # a task that this thread does after all other effects
         self._timers: list[tuple[float, int, str]] = []
         self._armed: dict[str, int] = {}
         self._timer_count = 0
@@ -156,6 +167,9 @@ class MachineLoop:
                 self._observe(event, effects)
                 for effect in effects:
                     self._interpret(effect)
+                if self._put_off is not None:
+                    task, self._put_off = self._put_off, None
+                    self._perform(task)
         except BaseException as error:
             log.error("%s stopped: %s", self._thread.name, type(error).__name__)
             self._on_crash(error)
@@ -184,7 +198,10 @@ class MachineLoop:
                 self._transmit(peer, frame)
             case RunTask(task, work):
                 self._waiting[task] = work
-                self._pool.submit(self._perform, task)
+                if self._put_off is None and self._may_run_here(work):
+                    self._put_off = task
+                else:
+                    self._pooled = self._pool.submit(self._perform, task)
             case SetTimer(timer, delay_s):
                 self._timer_count += 1
                 self._armed[timer] = self._timer_count
@@ -194,6 +211,10 @@ class MachineLoop:
                 self._armed.pop(timer, None)
             case _:
                 self._report(effect)
+
+    def _may_run_here(self, work: Task) -> bool:
+        idle = self._events.empty() and (self._pooled is None or self._pooled.done())
+        return idle and self._small(work)
 
     def _perform(self, task: int) -> None:
         work = self._waiting.pop(task, None)

@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from backends.errors import UserError
 from backends.he.interface import AnyPayload, OwnerCipher, OwnerMatrix, Values, carried
 from backends.ledger import LedgerError, WorkerLedger
@@ -63,9 +65,13 @@ class UnsafeCipherError(ValueError):
 
 @dataclass(eq=False)
 class _Held:
-    """What opens the answer to one request, and the request where its answer is audited."""
+    """What opens the answer to one request, and the request where its answer is audited.
+
+    on_host  whether the cipher computes on this machine's processor
+    """
 
     sealed: Any = field(repr=False)
+    on_host: bool
     audited: AnyPayload | None = field(default=None, repr=False)
 
 
@@ -78,8 +84,8 @@ class OwnerClient:
     audit         what recomputes a request now and then; None never does
     ledger        who serves and who was caught: told of every answer, and those caught in earlier
                   sessions are not used; None keeps that for this session only
-    on_caught     is told the identity of a worker that was caught, on a thread of the pool, once it
-                  is in the ledger
+    on_caught     is told the identity of a worker that was caught, on the thread that opened its
+                  answer, once it is in the ledger
     """
 
     def __init__(
@@ -120,7 +126,7 @@ class OwnerClient:
         machine = Owner(session, catalogue, workers, config, retired=self._ledger.retired)
         self._loop = MachineLoop(
             "owner", machine, self._compute, transmit, self._report, self._crashed, threads,
-            self._hooks.observe, self._hooks.on_task,
+            self._hooks.observe, self._hooks.on_task, _is_small,
         )  # fmt: skip
         self._lock = threading.Lock()
         self._calls = itertools.count(1)
@@ -195,7 +201,7 @@ class OwnerClient:
     def _compute(self, task: Task) -> object:
         if isinstance(task, Encrypt):
             encrypted = self._cipher.encrypt(task.x, self._matrices[task.matrix])
-            held = self._hold(_Held(encrypted.sealed))
+            held = self._hold(_Held(encrypted.sealed, isinstance(task.x, np.ndarray)))
             payload = carried(encrypted.payload)
             held.audited = None if self._audit is None else self._audit.keep(payload)
             return payload, held
@@ -291,3 +297,12 @@ class OwnerClient:
         for future in failed.values():
             future.set_exception(RemoteLinearError(reason))
         self._closed.set()
+
+
+def _is_small(task: Task) -> bool:
+    """Of one token, and not of a GPU, whose kernels another thread had better wait for."""
+    if task.tokens != 1:
+        return False
+    if isinstance(task, Encrypt):
+        return isinstance(task.x, np.ndarray)
+    return isinstance(task, Decrypt) and isinstance(task.sealed, _Held) and task.sealed.on_host

@@ -95,6 +95,7 @@ class WorkerServer:
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config), self._compute, reply, self._report,
             self._crashed, threads, self._observe, self._hooks.on_task,
+            lambda task: task.tokens == 1,
         )  # fmt: skip
         self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
 

@@ -11,16 +11,30 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from backends.errors import UserError
-from backends.files import replacing_directory
+from backends.files import read_bounded, replacing_directory
 from backends.nn.remote import RemoteLinear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 """By these names `peft` finds an adapter in a directory."""
+
+_CONFIG_BYTES_MAX = 1 << 20
+_TAKEN = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "task_type",
+)  # fmt: skip
+"""What of an adapter's config says how it computes."""
+_IGNORED = frozenset(
+    {
+        "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+        "inference_mode", "lora_dropout", "init_lora_weights",
+    }
+)  # fmt: skip
+"""What says nothing about an adapter that is trained and computes."""
 
 _ADAPTER = "default"
 _ADAPTER_IN_NAME = re.compile(rf"\.{_ADAPTER}(?=(\.\w+)?$)")
@@ -122,3 +136,81 @@ def save_adapter(model: PeftModel, directory: Path, base_model: str) -> None:
             f"the adapter cannot be written to {directory} ({why}); what was trained is in the "
             "checkpoints: make room, and the same command writes it without training again"
         ) from error
+
+
+def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
+    """A model with the LoRA adapter of a directory, in evaluation mode, to compute with.
+
+    The files are those of `save_adapter`, or of `peft` for any plain LoRA. Nothing is unpickled,
+    and nothing that the config names is imported.
+
+    Raises AdapterError when they cannot be read, or are not for this model.
+    """
+    config = _read_config(directory)
+    try:
+        wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError, re.error) as error:
+        said = " ".join(str(error).split())[:300]
+        raise AdapterError(f"{directory}: not for this model: {said}") from error
+    own = {stored_name(n): p for n, p in wrapped.named_parameters() if "lora_" in n}
+    try:
+        if not (directory / WEIGHTS_FILE).is_file():  # a pipe would be waited for
+            raise OSError("no such file")
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            _require_shapes(directory, shapes, {n: tuple(p.shape) for n, p in own.items()})
+            for name, parameter in own.items():
+                parameter.data.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{directory / WEIGHTS_FILE} cannot be read: {why}") from error
+    broken = next((n for n, p in own.items() if not p.isfinite().all()), None)
+    if broken is not None:
+        raise AdapterError(f"{directory}: {broken} has numbers that are not finite; train it again")
+    assert isinstance(wrapped, PeftModel)
+    return wrapped.eval()
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    """Raises AdapterError when it is none of a plain LoRA."""
+    path = directory / CONFIG_FILE
+    try:
+        facts = json.loads(read_bounded(path, _CONFIG_BYTES_MAX))
+        if not isinstance(facts, dict) or facts.get("peft_type") != "LORA":
+            raise ValueError("it is no LoRA")
+        usual = LoraConfig().to_dict()
+        strange = sorted(
+            str(name)
+            for name in facts.keys() - _IGNORED - {*_TAKEN}
+            if facts[name] and facts[name] != usual.get(name)
+        )
+        if strange:
+            raise ValueError(f"it uses {', '.join(strange)[:200]}, which does not work here")
+        return LoraConfig(**{name: facts[name] for name in _TAKEN if name in facts})
+    except OSError as error:
+        raise AdapterError(
+            f"{path}: {error.strerror or error}; name the directory of an adapter, as a run's "
+            "`adapter`"
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(
+            f"{path} is not the config of a LoRA that works here: {error}"
+        ) from error
+
+
+def _require_shapes(
+    directory: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+) -> None:
+    """Raises AdapterError unless the names and sizes in a file are those of the model."""
+    for name in sorted(found.keys() | wanted.keys()):
+        there, here = found.get(name), wanted.get(name)
+        if there != here:
+            raise AdapterError(
+                f"{directory}: an adapter of another model: {name} is {_size(there)} there and "
+                f"{_size(here)} in this one; give the --weights that it was trained on"
+            )
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))

@@ -56,6 +56,9 @@ BASES: Mapping[str, Sequence[Sequence[str]]] = {
         ("--real-gpu", _GOOD), (*_REAL, "--compare-clear"),
         (*_REAL, "--worker=localhost:1", "--tls={pool}/tls/owner"),
     ),
+    "scenarios.generate": (
+        ("--prompt=x", "--cache={pool}/cache"), (_GOOD, "--prompt=x", "--cache={pool}/cache"),
+    ),
     "scenarios.prepare": ((_GOOD, "--cache={pool}/cache"), ()),
     "scenarios.params": ((),),
     "scenarios.certs": ((), ("--check={pool}/tls/owner",)),

@@ -86,6 +86,7 @@ ENTRIES = (
         "scenarios.llama1b:clear_times_ms",
         weight=12,
     ),
+    _entry("scenarios.generate", "scenarios.generate:opened", weight=3),
     _entry("scenarios.prepare", weight=5),
     _entry("scenarios.params", "scenarios.params:estimates"),
     _entry("scenarios.certs", weight=2),
@@ -119,6 +120,7 @@ ENTRIES = (
         "benchmarks.gpu", "benchmarks.gpu.__main__:find_device", module="benchmarks.gpu.__main__"
     ),
     _entry("benchmarks.gpu_fidelity", weight=2),
+    _entry("benchmarks.generation", "benchmarks.generation:measure"),
     _entry("benchmarks.gpu_host", "benchmarks.gpu_host:measure"),
     _entry("benchmarks.he_linear", "benchmarks.he_linear:Layer"),
     _entry("benchmarks.integrity", "benchmarks.integrity:attacks"),

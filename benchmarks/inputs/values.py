@@ -97,6 +97,7 @@ FOREIGN: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]
         ((), ("--worker",), ("--tls",)),
     ),
     "scenarios.quickstart": (((), ("--worker",), ("--tls",)),),
+    "scenarios.generate": (((), ("--worker",), ("--tls",)),),
     "scenarios.prepare": ((("--weights",), (), ("--seed",)),),
     "scenarios.certs": ((("--check",), (), ("--out", "--days")),),
     "scenarios.worker": ((("--backend=cuda",), (), ("--kernel",)),),

@@ -12,6 +12,7 @@ from numba import njit
 
 from backends.he.params import NTT_PRIME as Q
 from backends.he.params import RING_DEGREE
+from backends.he.ring import first_coefficient_kernel, inverse_tables, mask_tile_kernel
 from backends.he.vector import LANES, slot_product
 
 HALF = Q // 2
@@ -72,3 +73,18 @@ def test_any_residues_are_reduced(rank: int, data: st.DataObject) -> None:
     rows = np.resize(np.array(data.draw(few), np.int32), (rank, RING_DEGREE, LANES))
     secret = np.resize(np.array(data.draw(few), np.int32)[:5], (rank, RING_DEGREE))
     assert np.array_equal(products(rank, rows, secret), exact(rows, secret))
+
+
+@pytest.mark.parametrize("rank", [5, 8])
+def test_the_first_coefficient_alone_is_that_of_the_whole_mask(rank: int) -> None:
+    """Of every row of a tile that is not the first, and of residues near the edge too."""
+    draw = np.random.default_rng(rank).integers
+    rows = draw(-HALF, HALF + 1, (2, rank, RING_DEGREE, LANES)).astype(np.int32)
+    rows[1, :, :, : LANES // 2] = HALF
+    secret = draw(HALF - 1000, HALF + 1, (rank, RING_DEGREE)).astype(np.int32)
+    flat = rows.reshape(-1), 1, secret.reshape(-1)
+    whole, alone = (np.zeros(RING_DEGREE * LANES, np.uint32) for _ in range(2))
+    mask_tile_kernel(rank)(*flat, whole, *inverse_tables())
+    first_coefficient_kernel(rank)(*flat, alone)
+    assert np.array_equal(whole[:LANES], alone[:LANES])
+    assert len(np.unique(alone[:LANES])) > LANES // 2

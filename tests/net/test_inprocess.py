@@ -26,6 +26,7 @@ from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.audit import Audit
 from backends.net.inprocess import in_process
+from backends.net.loop import Hooks
 from backends.net.owner import (
     OwnerClient,
     RemoteLinearError,
@@ -413,3 +414,26 @@ def test_incarnations_differ(model: PreparedModel) -> None:
             wire.client.linear(0, np.ones((1, 24), np.float32))
         sessions |= {decode(frame).session for frame in wire.up}
     assert len(sessions) == 2
+
+
+@pytest.mark.parametrize(("lanes", "of_a_pool"), [(1, False), (2, True)])
+def test_one_token_is_handed_to_no_other_thread(
+    model: PreparedModel, lanes: int, of_a_pool: bool
+) -> None:
+    """Each side computes on its loop's thread, but an owner whose lanes may compute at once."""
+    threads: dict[str, list[str]] = {"owner": [], "worker0": []}
+
+    def hooks(side: str) -> Hooks:
+        return Hooks(on_task=lambda *_: threads[side].append(threading.current_thread().name))
+
+    cipher = MlweOwner(preset("exact"), model.public_matrix())
+    model.guard(cipher)
+    x = np.random.default_rng(0).standard_normal((3, 24)).astype(np.float32)
+    with in_process(model, cipher, [MlweWorker()], lanes=lanes, hooks=hooks) as (client, _):
+        found = [client.linear(0, row[None]) for row in x]
+        assert np.allclose(np.concatenate(found), expected(model, x), rtol=0.05, atol=0.05)
+        assert all(name == "worker-loop" for name in threads["worker0"])
+        assert len(threads["owner"]) == 6
+        assert all(("task" in name) == of_a_pool for name in threads["owner"])
+        client.linear(0, x)
+    assert "task" in threads["worker0"][3]

@@ -23,6 +23,9 @@ from transformers import (
 )
 
 import private_lora as pl
+from backends.nn.local import localise
+from backends.nn.skeleton import build_skeleton
+from backends.nn.sources import HeldBase
 from scenarios.certs import Authority
 from tests.nn.conftest import LLAMA, tokens
 
@@ -153,6 +156,31 @@ def test_what_does_not_change_is_sent_once(public: pl.Public) -> None:
     )
     with pl.connect(model) as session:
         assert session.kept is None
+
+
+@pytest.mark.parametrize("preset", ["thin", "exact"])
+def test_transformers_own_generate_completes_privately(preset: str, tmp_path: Path) -> None:
+    """Each token is one that the same int8 base would choose, or nearly."""
+    public = pl.prepare(theirs(), preset=preset, cache=tmp_path)
+    model = pl.remote(theirs(), public)
+    ids = tokens(2, 6)
+    with pl.connect(model) as session:
+        before = session.usage().blocks
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            min_new_tokens=8, max_new_tokens=8, pad_token_id=0,
+        )  # fmt: skip
+        passes = (session.usage().blocks - before) / len(public.prepared.groups)
+    assert passes == 8
+    assert torch.equal(found[:, :6], ids)
+    skeleton = build_skeleton(HeldBase(theirs()))
+    localise(skeleton, public.prepared)
+    with torch.no_grad():
+        logits = skeleton.model(input_ids=found).logits[:, 5:-1]
+    logits[..., 0] = -torch.inf  # the end, which min_new_tokens forbids
+    chosen = logits.gather(-1, found[:, 6:, None])[..., 0]
+    spread = logits[..., 1:].std()
+    assert (logits.amax(-1) - chosen).max() < (0.02 if preset == "exact" else 0.3) * spread
 
 
 def test_a_worker_process_over_tls(

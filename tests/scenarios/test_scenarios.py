@@ -26,6 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "scenarios.quickstart",
         "scenarios.llama1b",
+        "scenarios.generate",
         "scenarios.prepare",
         "scenarios.make_tiny_llama",
         "benchmarks.gpu_fidelity",
