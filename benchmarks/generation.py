@@ -180,11 +180,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All presets, one after the other."""
+def measure(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
+    """All presets, one after the other; what is found is written after each."""
     asked = prompts(AutoTokenizer.from_pretrained(BASE), args.prompts)
     figures: dict[str, Any] = {
         "prompts": len(asked), "prompt_tokens": PROMPT_TOKENS, "tokens": args.tokens,
+        "kernel": kernel,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="generation-") as directory:
         certs = Path(directory)
@@ -194,15 +195,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.preset:
             figures[name] = Measured(name, args.cache, asked, args.tokens).run(certs)
             print(line(name, figures[name]), flush=True)
+            record.write(args.json, figures)
     return figures
 
 
 def main() -> None:
     args = parse()
     with clean_exit():
-        kernel = use_kernel(None).name
-        figures = measure(args)
-    record.write(args.json, figures | {"kernel": kernel})
+        measure(args, use_kernel(None).name)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ from backends.threads import run_split
 _D = RING_DEGREE
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
+_TILES_EACH = 4
 _VALUES_AT_ONCE = 1 << 16
 """Inputs that are summed up and then hashed while they are still in a core's cache."""
 ERROR_BYTES = 5
@@ -447,7 +448,7 @@ class MlweOwner(RingOwner):
             for row, secret in zip(sealing, secrets, strict=True):
                 row[...] = secret.seal().reshape(-1)
             self._count(blocks=len(sealing))
-            run_split(part, -(-inputs // WIDE))
+            run_split(part, -(-inputs // WIDE), grain=_grain(len(sealing)))
         finally:
             errors.wipe()
             sealing[...] = 0
@@ -505,7 +506,7 @@ class MlweOwner(RingOwner):
             try:
                 for row, secret in zip(opening, secrets, strict=True):
                     row[...] = secret.reshape(-1)
-                run_split(part, -(-outputs // WIDE))
+                run_split(part, -(-outputs // WIDE), grain=_grain(len(opening)))
                 if expected is not None:
                     repaired = self._repair(sealed, expected, matrix, out)
                     expected.require(worker)
@@ -584,6 +585,11 @@ class MlweOwner(RingOwner):
 
     def discard(self, sealed: Sealed) -> None:
         sealed.wipe()
+
+
+def _grain(blocks: int) -> int:
+    """Wide tiles that are worth a thread: to wake one takes as long as one or two of one block."""
+    return max(1, _TILES_EACH // blocks)
 
 
 def check_input(x: Values, matrix: OwnerMatrix) -> None:
