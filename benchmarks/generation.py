@@ -180,12 +180,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All presets, one after the other; what is found is written after each."""
     asked = prompts(AutoTokenizer.from_pretrained(BASE), args.prompts)
     figures: dict[str, Any] = {
         "prompts": len(asked), "prompt_tokens": PROMPT_TOKENS, "tokens": args.tokens,
-        "kernel": kernel,
+        "kernel": use_kernel(None).name,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="generation-") as directory:
         certs = Path(directory)
@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
 def main() -> None:
     args = parse()
     with clean_exit():
-        measure(args, use_kernel(None).name)
+        measure(args)
 
 
 if __name__ == "__main__":
