@@ -51,11 +51,11 @@ def test_they_go_back_when_too_much_is_held(monkeypatch: pytest.MonkeyPatch) -> 
             holes.look()
         return times
 
-    assert looked(139, 100, 100) == 0
-    assert looked(139, 20, 100) == 0
-    assert looked(141, 20, 1) == 1
-    assert looked(141, 20, 15) == 0
-    assert looked(141, 20, 1) == 1
+    assert looked(149, 100, 100) == 0
+    assert looked(149, 20, 100) == 0
+    assert looked(151, 20, 1) == 1
+    assert looked(151, 20, 15) == 0
+    assert looked(151, 20, 1) == 1
     assert looked(180, 130, 100) == 0
 
 

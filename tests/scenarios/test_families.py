@@ -96,5 +96,5 @@ def test_sequences_are_classified(kind: type[PretrainedConfig], tmp_path: Path) 
     clear, private = both(
         AutoModelForSequenceClassification, config, labels, tmp_path, "SEQ_CLS"
     )  # fmt: skip
-    assert private[-1] == pytest.approx(clear[-1], rel=0.01)
+    assert private[-1] == pytest.approx(clear[-1], abs=0.01 * clear[0])  # it ends near 0
     assert clear[0] - clear[-1] > 0.1
