@@ -14,8 +14,8 @@ likely token.
 A worker can count. So each prompt takes --tokens passes, wherever its answer ends, and what comes
 after the end is thrown away; how many prompts there are, and how many tokens each has, it sees.
 
-`python -m benchmarks.generation` measures what a token takes, against clear. The first run of a model
-prepares the public set-up, once.
+`python -m benchmarks.generation` measures what a token takes, against clear. The first run of a
+model prepares the public set-up, once.
 """
 
 from __future__ import annotations

@@ -294,7 +294,9 @@ class RingOwner(OwnerCipher):
             return 1.0
         first = len(x) >= ENOUGH and not self._gains.known(matrix.name)
         if first and matrix.name in self._guarded():
-            self._gains.learn(matrix.name, self._shares(x, matrix), 1.0)
+            shares = self._shares(x, matrix)
+            if np.any(shares > 0):  # else the next request tells
+                self._gains.learn(matrix.name, shares, 1.0)
         return self._gains.of(matrix.name)
 
     def _shares(self, x: Values, matrix: OwnerMatrix) -> NDArray[np.float64]:

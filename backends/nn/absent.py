@@ -40,5 +40,5 @@ class AbsentWeight(nn.Parameter):
                 "of them; use LoRA or rsLoRA with init_lora_weights=True, and merge the saved "
                 "adapter into the base model with plain peft"
             )
-        whole: Any = torch.Tensor.__torch_function__
-        return whole.__func__(cls, func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # what comes out is a plain tensor
+            return func(*args, **(kwargs or {}))

@@ -31,7 +31,7 @@ _TAKEN = (
 _IGNORED = frozenset(
     {
         "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
-        "inference_mode", "lora_dropout", "init_lora_weights",
+        "inference_mode", "lora_dropout",
     }
 )  # fmt: skip
 """What says nothing about an adapter that is trained and computes."""
@@ -183,7 +183,10 @@ def _read_config(directory: Path) -> LoraConfig:
         strange = sorted(
             str(name)
             for name in facts.keys() - _IGNORED - {*_TAKEN}
-            if facts[name] and facts[name] != usual.get(name)
+            if facts[name]
+            and facts[name] != usual.get(name)
+            # Others (PiSSA, OLoRA, LoftQ) change the base's weights, too.
+            and not (name == "init_lora_weights" and facts[name] in ("gaussian", "orthogonal"))
         )
         if strange:
             raise ValueError(f"it uses {', '.join(strange)[:200]}, which does not work here")
