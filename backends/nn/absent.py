@@ -40,5 +40,10 @@ class AbsentWeight(nn.Parameter):
                 "of them; use LoRA or rsLoRA with init_lora_weights=True, and merge the saved "
                 "adapter into the base model with plain peft"
             )
-        with torch._C.DisableTorchFunctionSubclass():  # what comes out is a plain tensor
-            return func(*args, **(kwargs or {}))
+        whole: Any = torch.Tensor.__torch_function__
+        return whole.__func__(cls, func, types, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as the empty parameter that it is."""
+        plain: Any = nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
+        return plain.__reduce_ex__(protocol)
