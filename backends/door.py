@@ -231,7 +231,7 @@ class OpenSession:
 
     def require_untainted(self) -> None:
         """Raise TaintedError when a worker was caught whose answers were used before."""
-        tainting = sorted(self._ledger.served & self._ledger.retired.keys())
+        tainting = self._ledger.tainting()
         if tainting:
             raise TaintedError(
                 f"{', '.join(tainting)} gave wrong answers, and earlier ones that passed are in "

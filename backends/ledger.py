@@ -72,6 +72,10 @@ class WorkerLedger:
                     self._caught = {**self._caught, **_read(self._path)}
                     write_json(self._path, {"format": FORMAT, "workers": self._caught})
 
+    def tainting(self) -> list[str]:
+        """Workers that were caught after answers of theirs had been used."""
+        return sorted(self.served & self.retired.keys())
+
     def start_over(self) -> None:
         """What was computed so far has been given up: nobody has served what follows."""
         with self._lock:

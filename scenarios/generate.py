@@ -266,7 +266,7 @@ class Generation:
         return found
 
     def _require_untainted(self) -> None:
-        caught = sorted(self.ledger.served & self.ledger.retired.keys())
+        caught = self.ledger.tainting()
         if caught:
             raise TaintedError(
                 f"{', '.join(caught)} gave wrong answers, and earlier ones that passed may be in "

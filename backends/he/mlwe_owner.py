@@ -73,7 +73,8 @@ from backends.threads import run_split
 _D = RING_DEGREE
 WIDE = 128
 """Rows whose masks are computed before their epilogue: whole cache lines of every operand."""
-_TILES_EACH = 4
+_TILES_WORTH = 4
+"""Wide tiles of one block that are worth a thread."""
 _VALUES_AT_ONCE = 1 << 16
 """Inputs that are summed up and then hashed while they are still in a core's cache."""
 ERROR_BYTES = 5
@@ -591,7 +592,7 @@ class MlweOwner(RingOwner):
 
 def _grain(blocks: int) -> int:
     """Wide tiles that are worth a thread: to wake one takes as long as one or two of one block."""
-    return max(1, _TILES_EACH // blocks)
+    return max(1, _TILES_WORTH // blocks)
 
 
 def check_input(x: Values, matrix: OwnerMatrix) -> None:

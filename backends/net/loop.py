@@ -93,9 +93,8 @@ class MachineLoop:
     """Drives `machine` until `stop`. Events may be posted from any thread.
 
     compute   runs one task, on a pool thread or the loop's, and returns its result; a
-              WrongAnswerError it raises
-              becomes AnswerRejected, a ValueError TaskFailed with its text, anything else
-              TaskFailed with its type named
+              WrongAnswerError it raises becomes AnswerRejected, a ValueError TaskFailed with its
+              text, anything else TaskFailed with its type named
     threads   of the pool
     small     whether a task may run on the loop's thread; not asked where the pool has several
     transmit  hands (peer, frame) to the transport

@@ -120,6 +120,9 @@ def test_what_tells_the_first_gain_are_shares_of_the_bound() -> None:
     x[repair.ENOUGH :] = 0
     assert len(owner._shares(x[1:].astype(np.float32), case.matrix)) == 0
     found = owner._shares(x.astype(np.float32), case.matrix)
+    few = x[1:].astype(np.float32)  # nor is the matrix known by them: the next request tells
+    owner.discard(owner.encrypt(few, case.matrix).sealed)
+    assert not owner._gains.known(case.matrix.name)
     x = x[: repair.ENOUGH]
     alpha = case.matrix.plan.amplitude(THIN) / np.linalg.norm(x * case.matrix.in_scale, axis=1)
     right = np.abs(case.exact(x) / case.matrix.out_scale).max(axis=1) * alpha

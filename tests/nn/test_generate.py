@@ -55,6 +55,9 @@ def test_a_saved_adapter_completes_as_it_was(llama: Tiny, adapter: Path) -> None
     [
         ({"use_dora": True}, "uses use_dora"),
         ({"megatron_config": {"a": 1}}, "uses megatron_config"),
+        ({"init_lora_weights": "pissa"}, "uses init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "uses init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "uses init_lora_weights"),
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"peft_type": "IA3"}, "it is no LoRA"),
         ({"r": "x"}, "not for this model|not the config"),

@@ -247,6 +247,17 @@ def test_adapters_that_need_the_weights_are_refused(
         adapted(pl.remote(theirs(), public), **more)
 
 
+def test_a_remote_model_s_state_is_saved(public: pl.Public, tmp_path: Path) -> None:
+    """By torch, as a loop of one's own does; weights that are not here are saved as empty."""
+    state = adapted(pl.remote(theirs(), public)).state_dict()
+    torch.save(state, tmp_path / "state")
+    found = torch.load(tmp_path / "state", weights_only=True)
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert found[name].shape == value.shape
+        assert torch.equal(found[name], value)
+
+
 def test_merging_is_refused(public: pl.Public) -> None:
     """It wants all of the weights."""
     model = adapted(pl.remote(theirs(), public))
