@@ -324,4 +324,6 @@ def test_the_diff_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         model = AutoModelForCausalLM.from_pretrained(name)
         assert PeftModel.from_pretrained(model, "adapter").peft_config
     plain, private = (trainer.state.log_history[-1]["train_loss"] for trainer in found)
+    lengths = {len(example["input_ids"]) for trainer in found for example in trainer.train_dataset}
+    assert lengths == {512}, "a worker sees them"
     assert private == pytest.approx(plain, rel=NOISE)
