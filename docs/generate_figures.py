@@ -135,6 +135,7 @@ of each kind, the first step of the private ones left out.
 def thin() -> str:
     """What thin ciphertexts cost and save."""
     f, gemma, owner = load("thin-avx2"), load("thin-gemma"), load("thin-owner")
+    head = load("thin-head")
     total = f["bytes_per_token_up"] + f["bytes_per_token_down"]
     lines = [
         f"Llama-3.2-1B, head local: **{total / 1e6:.2f} MB a token**, "
@@ -158,13 +159,14 @@ def thin() -> str:
             [
                 "Every product of these runs was computed in clear beside, to count.",
                 _outliers(f["outliers"]),
-                _head(owner["head"]),
+                _head(head["head"]),
                 _thin_owner(owner["owner"]),
             ]
         ),
         "",
         origin(f),
-        f"Head and owner: {origin(owner)}",
+        f"Head: {origin(head)}",
+        f"Owner: {origin(owner)}",
         f"Gemma 3 270M (opened from a GGUF file, for checking only): {origin(gemma)}",
     ]
     return "\n".join(lines)
