@@ -39,7 +39,7 @@ __all__ = [
 _WHERE = {
     "Error": ("backends.errors", "UserError"),
     "WorkerPart": ("backends.he.store", "WorkerPart"),
-    "TaintedError": ("backends.nn.trainer", "TaintedError"),
+    "TaintedError": ("backends.ledger", "TaintedError"),
     "TrainConfig": ("backends.nn.trainer", "TrainConfig"),
     "serve": ("backends.serve", "serve"),
     "Usage": ("backends.session", "Usage"),

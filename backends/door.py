@@ -43,7 +43,7 @@ from backends.nn.remote import Remote, RemoteLinear
 from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 from backends.nn.sources import Base, HeldBase
-from backends.nn.trainer import TaintedError, TrainConfig, Trainer
+from backends.nn.trainer import TrainConfig, Trainer
 from backends.session import Session, Usage, Workers, opened
 
 
@@ -187,6 +187,9 @@ def _gone(module: str) -> torch.Tensor:
     raise DoorError(f"the weights of {module} are with the workers")
 
 
+_TAINTED = "what was computed: do not use it; start over without that worker"
+
+
 class OpenSession:
     """A model connected to workers.
 
@@ -231,12 +234,8 @@ class OpenSession:
 
     def require_untainted(self) -> None:
         """Raise TaintedError when a worker was caught whose answers were used before."""
-        tainting = self._ledger.tainting()
-        if tainting:
-            raise TaintedError(
-                f"{', '.join(tainting)} gave wrong answers, and earlier ones that passed are in "
-                "what was trained: do not use it; train again without that worker"
-            )
+        with self._ledger.untainted(_TAINTED):
+            pass
 
 
 @contextmanager
@@ -259,23 +258,24 @@ def connect(
              sequence: seen again, it is not sent again. Workers then see how many there are
 
     Raises DoorError for another model; CannotKeepError where nothing can be kept; what reaching
-    workers raises; and at the end TaintedError when what was trained rests on a worker that was
-    caught.
+    workers raises; and at the end, or in the place of RemoteLinearError when no worker is left,
+    TaintedError when what was computed rests on a worker that was caught.
     """
     skeleton, public = _of(model)
     _require_no_dropout(model)
     there = Workers.at(workers, None if tls is None else Path(tls))
     known = WorkerLedger(None if ledger is None else Path(ledger))
-    with opened(
-        skeleton, public.prepared, lanes, ledger=known,
-        workers=there, keep_bytes=keep_activations,
-    ) as session:  # fmt: skip
-        found = OpenSession(session, model, skeleton, lanes, known)
+    with (
+        known.untainted(_TAINTED),
+        opened(
+            skeleton, public.prepared, lanes, ledger=known,
+            workers=there, keep_bytes=keep_activations,
+        ) as session,
+    ):  # fmt: skip
         try:
-            yield found
+            yield OpenSession(session, model, skeleton, lanes, known)
         finally:
             skeleton.remote.forget_lane()
-    found.require_untainted()
 
 
 def _of(model: nn.Module) -> tuple[Skeleton, Public]:

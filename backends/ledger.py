@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,6 +26,10 @@ _TEXT_MAX = 2000
 
 class LedgerError(UserError, ValueError):
     """The file of caught workers cannot be used, or leaves none; the text says what to do."""
+
+
+class TaintedError(UserError, RuntimeError):
+    """A result rests on answers of a worker that was caught; the text says what to do."""
 
 
 class WorkerLedger:
@@ -75,6 +80,29 @@ class WorkerLedger:
     def tainting(self) -> list[str]:
         """Workers that were caught after answers of theirs had been used."""
         return sorted(self.served & self.retired.keys())
+
+    @contextmanager
+    def untainted(self, advice: str) -> Iterator[None]:
+        """Raise TaintedError at the end when what was computed within rests on one that was caught.
+
+        Also in the place of the error that ends it: the last worker may be the one that was caught.
+
+        advice  what was computed, and what to do
+        """
+        try:
+            yield
+        except Exception as error:
+            self._require_untainted(advice, error)
+            raise
+        self._require_untainted(advice, None)
+
+    def _require_untainted(self, advice: str, cause: Exception | None) -> None:
+        caught = self.tainting()
+        if caught:
+            raise TaintedError(
+                f"{', '.join(caught)} gave wrong answers, and earlier ones that passed may be in "
+                f"{advice}"
+            ) from cause
 
     def start_over(self) -> None:
         """What was computed so far has been given up: nobody has served what follows."""

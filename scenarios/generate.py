@@ -46,7 +46,6 @@ from backends.nn.generate import complete
 from backends.nn.sane import positions
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton
 from backends.nn.tokenizer import HubTokenizer
-from backends.nn.trainer import TaintedError
 from backends.options import ALL, TOKENS, Modes, Number, Parser, place
 from backends.places import output_directory
 from backends.session import Session, Workers, opened
@@ -221,13 +220,14 @@ class Generation:
         prepared, prepare_s = prepared_for(
             self.skeleton, preset(args.preset), args.cache, owner_tag=args.owner_tag
         )
-        with opened(
-            self.skeleton, prepared, ledger=self.ledger, workers=self.workers
-        ) as session:  # fmt: skip
+        advice = "what is printed above: do not rely on it; run it again without that worker"
+        with (
+            self.ledger.untainted(advice),
+            opened(self.skeleton, prepared, ledger=self.ledger, workers=self.workers) as session,
+        ):
             before = session.usage()
             answers = self._answers()
             used, products = session.usage().since(before), _products(session)
-        self._require_untainted()
         tokens = args.tokens * len(answers)
         later = [seconds for answer in answers for seconds in answer.token_s]
         return {
@@ -264,14 +264,6 @@ class Generation:
                 )  # fmt: skip
                 bar.write(_shown(f"\n{prompt}|{found[-1].text}"))
         return found
-
-    def _require_untainted(self) -> None:
-        caught = self.ledger.tainting()
-        if caught:
-            raise TaintedError(
-                f"{', '.join(caught)} gave wrong answers, and earlier ones that passed may be in "
-                "what is printed above: do not rely on it; run it again without that worker"
-            )
 
 
 def _products(session: Session) -> dict[str, Any]:

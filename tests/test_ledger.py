@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.ledger import LedgerError, WorkerLedger
+from backends.ledger import LedgerError, TaintedError, WorkerLedger
 
 
 def ledger_in(directory: Path) -> WorkerLedger:
@@ -40,6 +41,21 @@ def test_who_served_is_known_until_what_they_computed_is_given_up(tmp_path: Path
     ledger.start_over()
     assert ledger.served == frozenset()
     assert ledger_in(tmp_path).served == frozenset()
+
+
+@pytest.mark.parametrize("caught", ["w1", "w2"])
+@pytest.mark.parametrize("ended", [None, ValueError("no worker left")])
+def test_what_rests_on_one_that_was_caught_is_tainted(
+    tmp_path: Path, caught: str, ended: Exception | None
+) -> None:
+    """Also when nothing can go on without it; a worker of whom nothing was used taints nothing."""
+    ledger = ledger_in(tmp_path)
+    expected = TaintedError if caught == "w1" else ended and type(ended)
+    with pytest.raises(expected) if expected else nullcontext(), ledger.untainted("this: redo it"):
+        ledger.accepted("w1")
+        ledger.retire(caught, "a lie")
+        if ended:
+            raise ended
 
 
 def test_nobody_left_is_said_before_anything_starts(tmp_path: Path) -> None:

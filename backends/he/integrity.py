@@ -66,7 +66,8 @@ SUSPICION = 37.33
 """Of the sum of ROWS squares of standard normal numbers: exceeded with probability 1e-5."""
 CLASSES = 16
 """Sums are kept for places in a request that are equal mod this: a bias may be for some tokens."""
-_MARKS = 16
+_MARKS = 32
+"""By them rows are told apart mod 2 too, where each is one bit: of 8,192, no pair by chance."""
 _MIX = np.random.default_rng(0).integers(0, 1 << 63, _MARKS, np.uint64) * 2 + 1
 """Odd factors that make one number of a row's marks; which ones does not matter."""
 _LEAST_DEVIATION = 2.0**-20
@@ -113,7 +114,7 @@ class Survey:
     """What one pass over a matrix M (N x K) yields for its check.
 
     projected  float64[POOL, K], V*M
-    marks      float64[N, 16], M times random integers below 2^16: exact, tells which rows are alike
+    marks      float64[N, 32], M times random integers below 2^16: exact, tells which rows are alike
     bits       uint8[N], all entries of a row, or-ed: its lowest bit is what divides the row
     """
 
@@ -228,7 +229,7 @@ def _dropped_variance(
 
 
 def _ids(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """uint64[n] of [n, 16]: equal for equal rows, and for others almost never."""
+    """uint64[n] of [n, 32]: equal for equal rows, and for others almost never."""
     return np.asarray((keys * _MIX).sum(axis=1, dtype=np.uint64))
 
 

@@ -197,10 +197,14 @@ class MachineLoop:
                 self._transmit(peer, frame)
             case RunTask(task, work):
                 self._waiting[task] = work
-                if self._put_off is None and self._may_run_here(work):
+                if self._put_off is not None:  # it is not all that there is to do
+                    self._give_to_pool(self._put_off)
+                    self._put_off = None
+                    self._give_to_pool(task)
+                elif self._may_run_here(work):
                     self._put_off = task
                 else:
-                    self._pooled = self._pool.submit(self._perform, task)
+                    self._give_to_pool(task)
             case SetTimer(timer, delay_s):
                 self._timer_count += 1
                 self._armed[timer] = self._timer_count
@@ -210,6 +214,9 @@ class MachineLoop:
                 self._armed.pop(timer, None)
             case _:
                 self._report(effect)
+
+    def _give_to_pool(self, task: int) -> None:
+        self._pooled = self._pool.submit(self._perform, task)
 
     def _may_run_here(self, work: Task) -> bool:
         idle = self._events.empty() and (self._pooled is None or self._pooled.done())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,11 +24,47 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 """By these names `peft` finds an adapter in a directory."""
 
 _CONFIG_BYTES_MAX = 1 << 20
-_TAKEN = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "task_type",
-)  # fmt: skip
-"""What of an adapter's config says how it computes."""
+_RANK_MAX = 4096
+
+
+def _rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _RANK_MAX
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast(float, value))
+
+
+def _texts(value: object) -> bool:
+    several = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return value is None or isinstance(value, str) or several
+
+
+def _layers(value: object) -> bool:
+    several = isinstance(value, list) and all(type(v) is int for v in value)
+    return value is None or type(value) is int or several
+
+
+_TAKEN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_rank, f"no whole number from 1 to {_RANK_MAX}"),
+    "lora_alpha": (_number, "no finite number"),
+    "target_modules": (_texts, "neither a name nor a list of names"),
+    "exclude_modules": (_texts, "neither a name nor a list of names"),
+    "layers_to_transform": (_layers, "neither a whole number nor a list of them"),
+    "layers_pattern": (_texts, "neither a name nor a list of names"),
+    "rank_pattern": (
+        lambda value: isinstance(value, dict) and all(map(_rank, value.values())),
+        f"no object of whole numbers from 1 to {_RANK_MAX}",
+    ),
+    "alpha_pattern": (
+        lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+        "no object of finite numbers",
+    ),
+    "use_rslora": (lambda value: isinstance(value, bool), "neither true nor false"),
+    "fan_in_fan_out": (lambda value: isinstance(value, bool), "neither true nor false"),
+    "task_type": (lambda value: value is None or isinstance(value, str), "no name"),
+}
+"""What of an adapter's config says how it computes; when it is right, and what it is if not."""
 _IGNORED = frozenset(
     {
         "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
@@ -148,18 +185,13 @@ def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
     """
     config = _read_config(directory)
     try:
-        wrapped = get_peft_model(model, config)
-    except (ValueError, TypeError, re.error) as error:
-        said = " ".join(str(error).split())[:300]
-        raise AdapterError(f"{directory}: not for this model: {said}") from error
-    own = {stored_name(n): p for n, p in wrapped.named_parameters() if "lora_" in n}
-    try:
         if not (directory / WEIGHTS_FILE).is_file():  # a pipe would be waited for
             raise OSError("no such file")
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            _require_shapes(directory, shapes, {n: tuple(p.shape) for n, p in own.items()})
+            wrapped = _wrapped(model, config, directory, shapes)
+            own = {stored_name(n): p for n, p in wrapped.named_parameters() if "lora_" in n}
             for name, parameter in own.items():
                 parameter.data.copy_(file.get_tensor(name))
     except (OSError, SafetensorError) as error:
@@ -168,8 +200,29 @@ def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
     broken = next((n for n, p in own.items() if not p.isfinite().all()), None)
     if broken is not None:
         raise AdapterError(f"{directory}: {broken} has numbers that are not finite; train it again")
-    assert isinstance(wrapped, PeftModel)
     return wrapped.eval()
+
+
+def _wrapped(
+    model: nn.Module, config: LoraConfig, directory: Path, shapes: dict[str, tuple[int, ...]]
+) -> PeftModel:
+    """The model with an adapter whose numbers have these shapes in its file."""
+    ranks = {config.r, *config.rank_pattern.values()}
+    there = {shape[0] for name, shape in shapes.items() if "lora_A" in name and shape}
+    if shapes and not there & ranks:  # before anything of a wrong rank takes memory
+        raise AdapterError(
+            f"{directory}: an adapter of another model: of rank {sorted(ranks)} by its config, "
+            f"and {sorted(there)[:8]} by its numbers"
+        )
+    try:
+        wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError, re.error) as error:
+        said = " ".join(str(error).split())[:300]
+        raise AdapterError(f"{directory}: not for this model: {said}") from error
+    assert isinstance(wrapped, PeftModel)
+    wanted = {stored_name(n): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n}
+    _require_shapes(directory, shapes, wanted)
+    return wrapped
 
 
 def _read_config(directory: Path) -> LoraConfig:
@@ -190,6 +243,9 @@ def _read_config(directory: Path) -> LoraConfig:
         )
         if strange:
             raise ValueError(f"it uses {', '.join(strange)[:200]}, which does not work here")
+        for name, (right, otherwise) in _TAKEN.items():
+            if name in facts and not right(facts[name]):
+                raise ValueError(f"{name} is {otherwise}")
         return LoraConfig(**{name: facts[name] for name in _TAKEN if name in facts})
     except OSError as error:
         raise AdapterError(

@@ -172,7 +172,12 @@ def _head(model: PreTrainedModel) -> nn.Module | None:
     if head is not None:
         return head
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    wide = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == vocabulary]
+    base = model.base_model
+    within = set() if base is model else set(base.modules())  # of these some are as wide by chance
+    wide = [
+        m for m in model.modules()
+        if isinstance(m, nn.Linear) and m.out_features == vocabulary and m not in within
+    ]  # fmt: skip
     return wide[-1] if wide else None
 
 

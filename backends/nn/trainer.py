@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from backends.errors import Interrupted, UserError
-from backends.ledger import WorkerLedger
+from backends.errors import Interrupted
+from backends.ledger import TaintedError, WorkerLedger
 from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
 from backends.nn.checkpoint import Progress
@@ -69,10 +69,6 @@ class TrainConfig:
         span = max(1, self.steps - self.warmup_steps)
         phase = min(1.0, (step - self.warmup_steps) / span)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * phase))
-
-
-class TaintedError(UserError, RuntimeError):
-    """Training rests on answers of a worker that was caught; the text says what to do."""
 
 
 class TrainingInterrupted(Interrupted):

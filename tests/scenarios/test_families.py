@@ -91,7 +91,8 @@ def test_a_family_learns_what_it_learns_in_clear(family: str, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", [BertConfig, LlamaConfig])
 def test_sequences_are_classified(kind: type[PretrainedConfig], tmp_path: Path) -> None:
     """An encoder, and a decoder; the classifier stays here and is trained beside the adapters."""
-    config = kind(**SIZES, intermediate_size=80, num_labels=3)
+    # As wide as the vocabulary: a linear of the base is not taken for the head.
+    config = kind(**SIZES, intermediate_size=SIZES["vocab_size"], num_labels=3)
     labels = torch.tensor([0, 1, 2, 1])
     clear, private = both(
         AutoModelForSequenceClassification, config, labels, tmp_path, "SEQ_CLS"
