@@ -23,6 +23,8 @@ from backends.net.tls import Tls, require_loopback
 
 DRAIN_S = 20.0
 
+_LOOK_S = 0.5
+
 
 def worker_cipher(
     parameters: Parameters, backend: str = "cpu", kernel: Kernel | None = None
@@ -82,7 +84,8 @@ def serve(
     with serving(part, cipher, host, port, certificates, on_crash=stop.set) as service:
         on_ready(service)
         with suppress(KeyboardInterrupt):
-            stop.wait()
+            while not stop.wait(_LOOK_S):
+                pass  # a signal that another thread has received wakes nobody up
         if service.server.failure:
             raise RuntimeError(f"the worker cannot go on: {service.server.failure}")
         service.drain(DRAIN_S)

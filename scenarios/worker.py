@@ -29,10 +29,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import queue
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -55,6 +55,7 @@ from scenarios.cli import add_kernel_option, choose_kernel, clean_exit
 from scenarios.worker_log import FORMATS, EventLog, capture_logging
 
 _SOON_DAYS = 14
+_LOOK_S = 0.5
 LINKS = Whole(1, 10_000)
 """Each takes two connections, and their threads."""
 
@@ -104,7 +105,9 @@ class State:
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self._asked = False
-        self.end = threading.Event()
+        self._ended = False
+        # Unlike an event's, its lock may be taken anew by a signal's handler.
+        self._why_end: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.serving = False
         self.service: Service | None = None
 
@@ -119,7 +122,23 @@ class State:
             os._exit(1)
         self._asked = True
         self.serving = False
-        self.end.set()
+        self.end()
+
+    def end(self) -> None:
+        """It is to end. From any thread, and from a signal's handler."""
+        self._ended = True
+        self._why_end.put(None)
+
+    def ending(self) -> bool:
+        """Whether it is to end."""
+        return self._ended
+
+    def wait_for_end(self) -> None:
+        """Until it is to end."""
+        while not self._ended:
+            with suppress(queue.Empty):
+                # A signal that another thread has received wakes nobody up.
+                self._why_end.get(timeout=_LOOK_S)
 
     def ready(self) -> bool:
         """Whether new requests are taken."""
@@ -176,19 +195,19 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
             service = stack.enter_context(
                 serving(
                     part, cipher, host, port, tls, WorkerConfig(max_tokens=args.max_tokens),
-                    limits, counts=counts, tell=log.on_line, on_crash=state.end.set,
+                    limits, counts=counts, tell=log.on_line, on_crash=state.end,
                 )
             )  # fmt: skip
         except OSError as error:
             raise _cannot_listen("--listen", args.listen, error) from error
-        state.service, state.serving = service, not state.end.is_set()
+        state.service, state.serving = service, not state.ending()
         log.event(
             "listening", address=f"{host}:{service.port}",
             tls="mutual-1.3" if tls else "none, this machine only",
             model=part.catalogue.model_digest.hex(), multiplies=multiplies,
             groups=len(part.groups), weight_bytes=sum(w.nbytes for w in part.weights),
         )  # fmt: skip
-        state.end.wait()
+        state.wait_for_end()
         drain(service, args.drain_s, log)
     log.event("stopped", how="drained", unanswered=0)
 

@@ -16,12 +16,13 @@ from backends.errors import UserError
 
 _MATHEMATICS = frozenset((
     "__add__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__matmul__", "__mul__",
-    "__neg__", "__pow__", "__radd__", "__rdiv__", "__rmatmul__", "__rmul__", "__rpow__", "__rsub__",
-    "__rtruediv__", "__sub__", "__truediv__", "abs", "add", "add_", "addmm", "amax", "amin", "baddbmm",
-    "bmm", "copy_", "cosine_similarity", "div", "div_", "einsum", "linalg_norm", "linalg_qr",
-    "linalg_svd", "linalg_vector_norm", "linear", "matmul", "max", "mean", "min", "mm", "mul", "mul_",
-    "mv", "neg", "norm", "normalize", "pow", "prod", "qr", "rsub", "sqrt", "square", "std", "sub",
-    "sub_", "sum", "svd", "svd_lowrank", "tensordot", "true_divide", "var",
+    "__neg__", "__pow__", "__radd__", "__rdiv__", "__rmatmul__", "__rmul__", "__rpow__",
+    "__rsub__", "__rtruediv__", "__sub__", "__truediv__", "abs", "add", "add_", "addmm",
+    "amax", "amin", "baddbmm", "bmm", "copy_", "cosine_similarity", "div", "div_", "einsum",
+    "linalg_norm", "linalg_qr", "linalg_svd", "linalg_vector_norm", "linear", "matmul", "max",
+    "mean", "min", "mm", "mul", "mul_", "mv", "neg", "norm", "normalize", "pow", "prod", "qr",
+    "rsub", "sqrt", "square", "std", "sub", "sub_", "sum", "svd", "svd_lowrank", "tensordot",
+    "true_divide", "var",
 ))  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from backends.net.remote import connected
 from backends.net.tls import Tls
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
+from scenarios.worker import State
 from scenarios.worker_log import EventLog
 from tests.net.test_inprocess import make
 from tests.net.test_remote_workers import copy_worker_part, right
@@ -245,3 +246,21 @@ def test_what_cannot_be_served_is_said_in_a_line(options: list[str], said: str) 
     text = run("scenarios.worker", *options, code=1)
     assert said in text
     assert "Traceback" not in text
+
+
+def test_a_signal_that_another_thread_receives_is_heard() -> None:
+    """By the thread that waits for the end, which it does not wake up."""
+    state = State(EventLog("json"))
+    before = signal.signal(signal.SIGTERM, state._signalled)
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        send = threading.Timer(0.2, signal.pthread_kill, (other.ident, signal.SIGTERM))
+        send.start()
+        state.wait_for_end()
+        send.join()
+    finally:
+        over.set()
+        signal.signal(signal.SIGTERM, before)
+    assert not state.serving
