@@ -87,16 +87,23 @@ class Checks:
 
 @dataclass(frozen=True)
 class Content:
-    """A run. Losses are held out, in nats per token; `spans` those of a `RealTrace`."""
+    """A run. Losses are held out, in nats per token.
+
+    steps_here          of the steps those that this process took, which times and counts are of
+    private_s, clear_s  that the steps took, of this process and in clear
+    spans               those of a `RealTrace`
+    """
 
     title: str
     steps: int = 0
+    steps_here: int | None = None
     base_loss: float | None = None
     private_loss: float | None = None
     clear_loss: float | None = None
     samples: Sequence[Sample] = ()
     curves: Sequence[Curve] = ()
     parts: Sequence[Part] = ()
+    private_s: float | None = None
     clear_s: float | None = None
     spans: Sequence[Span] = ()
     traffic: Traffic | None = None

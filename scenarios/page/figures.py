@@ -38,12 +38,14 @@ def content_of(
     return Content(
         title=title,
         steps=len(f.get("losses", ())),
+        steps_here=f.get("steps_this_run"),
         base_loss=f.get("base_loss"),
         private_loss=f.get("private_loss"),
         clear_loss=f.get("clear_loss"),
         samples=samples,
         curves=_curves(f),
         parts=[Part(kind, name, f[key]) for kind, name, key in parts if f.get(key) is not None],
+        private_s=f.get("private_s"),
         clear_s=f.get("clear_s"),
         spans=watch.spans() if watch else (),
         traffic=_traffic(f),
@@ -83,9 +85,9 @@ def _traffic(f: Mapping[str, Any]) -> Traffic | None:
 def _checks(f: Mapping[str, Any]) -> Checks:
     products = f.get("products") or {}
     return Checks(
-        answers=f.get("answers_checked"),
+        answers=f.get("answers_checked") or None,
         caught=f.get("workers_caught"),
-        blocks=f.get("blocks_encrypted"),
+        blocks=f.get("blocks_encrypted") or None,
         median=products.get("median"),
         largest=products.get("largest"),
         where=products.get("where", ""),

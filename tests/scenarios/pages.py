@@ -52,6 +52,7 @@ def whole() -> Content:
         ],
         parts=[Part("model", HOSTILE[1], 3.0), Part("cipher", "cipher", 2.0),
                Part("wire", "wire", 0.5), Part("worker", "worker", 4.5)],
+        private_s=8.0,
         clear_s=9.0,
         spans=spans(3, 40),
         traffic=Traffic(4e8, 2e8, 10_000),

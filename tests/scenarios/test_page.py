@@ -107,7 +107,7 @@ def test_text_of_a_model_stays_text(outline: Outline) -> None:
         ("samples", "Base and tuned"), ("curves", "Loss"), ("spans", "Owner, wire and worker"),
         ("request", "What the worker saw"), ("parameters", "Parameters"), ("checks", "Checks"),
         ("environment", "Environment"), ("base_loss", ""), ("private_loss", ""), ("clear_loss", ""),
-        ("clear_s", ""), ("parts", ""), ("traffic", ""),
+        ("clear_s", ""), ("private_s", ""), ("parts", ""), ("traffic", ""),
     ],
 )  # fmt: skip
 def test_a_page_does_without_any_part(name: str, heading: str) -> None:
@@ -228,6 +228,15 @@ def test_figures_that_are_missing_are_left_out() -> None:
     assert [(c.name, len(c.held_out)) for c in content.curves] == [("private", 2)]
     assert content.traffic is None
     assert "Time and traffic" not in Outline(page(content)).texts["h2"]
+
+
+def test_a_resumed_run_says_what_its_counts_are_of() -> None:
+    """Some steps, or none, are of an earlier process."""
+    figures = {"losses": [3.0] * 90, "steps_this_run": 40, "answers_checked": 0}
+    text = page(content_of("", figures, preset("thin")))
+    assert "counts are of its last 40 steps of 90" in text
+    assert "answers in training" not in text
+    assert "was interrupted" not in page(replace(whole(), steps_here=60))
 
 
 def test_the_environment_names_nobody() -> None:

@@ -143,6 +143,5 @@ if (canvas) {
     said.textContent = `${label}: ${names[name]}  ·  ${time(length)}, from ${time(start)} on`;
   });
   new ResizeObserver(draw).observe(canvas);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  addEventListener("beforeprint", draw);
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", draw);
 }
