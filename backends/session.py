@@ -70,6 +70,7 @@ class Usage:
     owner_s, worker_s  computing: of this machine's threads, or on the GPU, of its device time
     copied_s           between host and GPU, in device time
     waited_s           lanes blocked in remote linears, summed over lanes
+    answers            decrypted and found to be the product that was asked for
     """
 
     owner_s: float
@@ -79,6 +80,7 @@ class Usage:
     bytes_up: int
     bytes_down: int
     blocks: int
+    answers: int
 
     def since(self, before: Usage) -> Usage:
         """What was used after `before`."""
@@ -90,6 +92,7 @@ class Usage:
             self.bytes_up - before.bytes_up,
             self.bytes_down - before.bytes_down,
             self.blocks - before.blocks,
+            self.answers - before.answers,
         )
 
 
@@ -129,6 +132,7 @@ class Session:
             self._client.meter.bytes_sent,
             self._client.meter.bytes_received,
             self._cipher.blocks,
+            self._client.meter.tasks.get("Decrypt", 0),
         )
 
     def exactness(self) -> Exactness | None:

@@ -8,7 +8,7 @@ Llama that comes with this repository and sees only ciphertexts. The same fine-t
 in clear beside it, from the same seed, on the same int8 base weights.
 
 Expected result, in under four minutes on two cores: the held-out loss falls by more than 20 %,
-private and clear agree within 0.5 %, and a report with loss curves is in runs/quickstart/.
+private and clear agree within 0.5 %, and runs/quickstart/report.html shows it all.
 Interrupt it whenever you like: the same command goes on with the step after the last one saved.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.estimate import Shape
+from scenarios.page import Content, Watch, content_of, write_page
+from scenarios.page.watch import STEPS as WATCHED_STEPS
 from scenarios.preparation import add_preparation_options, prepared_for
-from scenarios.real_trace import RealTrace
 from scenarios.session import (
     Live,
     add_worker_options,
@@ -176,12 +178,13 @@ class Quickstart:
             model, "private", lanes=self.args.lanes, forget_lane=skeleton.remote.forget_lane,
             ledger=self.ledger,
         )  # fmt: skip
-        trace = RealTrace([g.name for g in self.prepared.groups]) if self.args.trace else None
+        most_steps = math.inf if self.args.trace else WATCHED_STEPS
+        self.watch = Watch([g.name for g in self.prepared.groups], most_steps)
         session_of = private_session(
             skeleton,
             self.prepared,
             self.args.lanes,
-            trace,
+            self.watch,
             ledger=self.ledger,
             workers=self.workers,
         )
@@ -193,7 +196,7 @@ class Quickstart:
             )  # fmt: skip
             self.figures |= session.say_estimate(shape, self.training.steps - done_before)
             live = Live(session, self.training.batch * SEQUENCE, self.args.lanes)
-            losses = train_with_bar(trainer, "private (encrypted)", trace=trace, live=live)
+            losses = train_with_bar(trainer, "private (encrypted)", trace=self.watch, live=live)
             self.figures["gradient_norms"] = trainer.progress.gradient_norms
             self.figures |= exactness_figures(session)
             used, steps = session.usage().since(before), len(losses) - done_before
@@ -201,11 +204,12 @@ class Quickstart:
             self.figures["private_loss"] = self._evaluate(model)
             self.figures["completion_after"] = completion(model, self.tokenizer)
         trainer.require_untainted()
+        self.figures["workers_caught"] = len(self.ledger.retired)
         adapter = self.out / "adapter"
         save_adapter(model, adapter, base_name(str(BASE)))
         self.figures["adapter_dir"] = str(adapter)
-        if trace is not None:
-            trace.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
+        if self.args.trace:
+            self.watch.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
         return losses
 
     def _count(self, trainer: Trainer, used: Any, steps: int) -> None:
@@ -221,7 +225,9 @@ class Quickstart:
             "owner_model_s": max(0.0, seconds - used.waited_s / self.args.lanes),
             "bytes_per_token_up": used.bytes_up / max(1, tokens),
             "bytes_per_token_down": used.bytes_down / max(1, tokens),
+            "tokens_this_run": tokens,
             "blocks_encrypted": used.blocks,
+            "answers_checked": used.answers,
         }
 
     def clear(self) -> list[float]:
@@ -255,13 +261,24 @@ class Quickstart:
         self.figures["losses"], self.figures["clear_losses"] = private, clear
         self.figures["total_s"] = time.perf_counter() - start
         self.figures["plot"] = str(self.out / "losses.png")
+        self.figures["page"] = str(self.out / "report.html")
         text = summary(self.figures)
         print(text)  # before what a full disk may refuse
         report.write_text(self.out / "report.md", text)
+        write_page(self.out / "report.html", self._page())
         report.plot_losses(Path(self.figures["plot"]), private, clear, self.figures)
         # The run is complete: the next one is a new run, not a resumed one.
         self._drop_checkpoints()
         return self.figures
+
+    def _page(self) -> Content:
+        f = self.figures
+        after, before = f["completion_after"], f["completion_before"]
+        samples = [{"prompt": PROMPT, "base": before, "tuned": after}]
+        return content_of(
+            f"Private fine-tuning of {BASE.name} on {PRIVATE_PACKAGE}",
+            f | {"samples": samples}, preset(self.args.preset), self.watch,
+        )  # fmt: skip
 
     def _drop_checkpoints(self) -> None:
         for name in ("private", "clear"):
@@ -311,6 +328,7 @@ after:  {f["completion_after"]!r}
 
 Adapter: {f["adapter_dir"]} (load it with `peft.PeftModel.from_pretrained`)
 Loss curves: {f["plot"]}
+All of it as one page: {f["page"]} (open it in a browser; it holds private text)
 """
 
 

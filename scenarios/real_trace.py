@@ -2,7 +2,8 @@
 
 Tracks are named as in `sim.hosts`: "owner0/lane 1" (a lane's own layers), "owner0/cipher",
 "owner0->worker0" and back, "worker0/gpu" (whatever the worker computes on), "owner0/steps". In one
-process a frame's way is the hand-over between two threads.
+process a frame's way is the hand-over between two threads. Of a worker elsewhere only the time from
+a request to its answer is known, "owner0<->worker0", and it is not said what of it is the line's.
 
 Of what the hooks see only times, numbers and names of layers are kept.
 """
@@ -47,10 +48,12 @@ class _Lane:
 class RealTrace:
     """Collects what the hooks of a real run tell, once started. Safe to be told from any thread.
 
-    layers  names of the groups, in the catalogue's order
+    layers      names of the groups, in the catalogue's order
+    most_steps  after which nothing more is collected
     """
 
     layers: Sequence[str]
+    most_steps: float = math.inf
     _recorder: Recorder = field(default_factory=Recorder)
     _lanes: dict[int, _Lane] = field(default_factory=dict)
     _lane_of_call: dict[int, str] = field(default_factory=dict)
@@ -78,7 +81,12 @@ class RealTrace:
 
     def stop(self) -> None:
         """What comes later is left out too, an evaluation for instance."""
-        self._until_s = time.perf_counter()
+        self._until_s = min(self._until_s, time.perf_counter())
+
+    @property
+    def recording(self) -> bool:
+        """Whether it has been started, and not ended."""
+        return self._zero_s <= time.perf_counter() < self._until_s
 
     def step_ended(self, seconds: float) -> None:
         """A step that took so long has just ended."""
@@ -94,6 +102,8 @@ class RealTrace:
                 lane.first = None
             self._add(f"{OWNER}/steps", f"step {self._steps}", begin, end, kind="step")
             self._steps += 1
+            if self._steps >= self.most_steps:
+                self._until_s = min(self._until_s, end)
 
     def spans(self) -> list[Span]:
         """All spans so far, each with the lane it was for."""
@@ -112,6 +122,8 @@ class RealTrace:
 
     def _owner_handled(self, event: Event, effects: Sequence[Effect]) -> None:
         now = time.perf_counter()
+        if now > self._until_s:
+            return
         with self._lock:
             if isinstance(event, FrameArrived):
                 self._product_arrived(event, now)
@@ -128,6 +140,11 @@ class RealTrace:
         message = decode(event.frame)
         if isinstance(message, Product):
             call = message.request
+            asked = self._requested.pop(("up", call), None)
+            if asked is not None:  # nobody here has seen it arrive: the worker is elsewhere
+                track = f"{OWNER}<->{event.peer}"
+                self._add(track, "line and worker", asked, now, call=call, kind="")
+                return
             sent = self._requested.pop(("down", call), now)
             self._add(f"{event.peer}->{OWNER}", "answer", sent, now, call=call, kind="down")
 
@@ -141,7 +158,7 @@ class RealTrace:
     def _answered(self, call: int, asked: float, answered: float) -> None:
         """On the lane's own thread: what came before was its own layers."""
         with self._lock:
-            if asked < self._zero_s:
+            if asked < self._zero_s or answered > self._until_s:
                 return
             lane = self._lanes.setdefault(
                 threading.get_ident(), _Lane(f"{OWNER}/lane {len(self._lanes)}")
@@ -158,6 +175,8 @@ class RealTrace:
 
     def _worker_handled(self, worker: str, event: Event, effects: Sequence[Effect]) -> None:
         now = time.perf_counter()
+        if now > self._until_s:
+            return
         with self._lock:
             message = decode(event.frame) if isinstance(event, FrameArrived) else None
             for effect in effects:

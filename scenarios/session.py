@@ -68,8 +68,8 @@ def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> Worker
 
 
 _MADE = (
-    "adapter", "adapter-comparison", "report.md", "losses.png", "retired-workers.json",
-    "checkpoints", "checkpoints-private", "checkpoints-clear", "corpus",
+    "adapter", "adapter-comparison", "report.md", "report.html", "losses.png",
+    "retired-workers.json", "checkpoints", "checkpoints-private", "checkpoints-clear", "corpus",
 )  # fmt: skip
 """What a run puts into its directory."""
 _STEP = r"data\.key|((damaged|distrusted)-)?step-\d{6,}(-again)*|\..*"

@@ -82,7 +82,7 @@ def write_perfetto(path: Path, spans: Iterable[Span], title: str) -> None:
     rounded to 1/8 us. The order of the spans is kept.
     """
     spans = list(spans)
-    rows = _rows(spans)
+    rows = rows_of(spans)
     threads = sorted({(span.track, row) for span, row in zip(spans, rows, strict=True)}, key=_order)
     processes: dict[str, int] = {}
     for track, _ in threads:
@@ -157,7 +157,7 @@ def _ticks(span: Span) -> tuple[int, int]:
     return round(span.start_s * TICKS_PER_S), round(span.end_s * TICKS_PER_S)
 
 
-def _rows(spans: Sequence[Span]) -> list[int]:
+def rows_of(spans: Sequence[Span]) -> list[int]:
     """For each span the first row of its track that is free by then."""
     rows = [0] * len(spans)
     free_from: dict[str, list[int]] = {}

@@ -204,7 +204,8 @@ def test_what_a_dead_run_left_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / f".adapter.{'1' * 16}.old").mkdir()
     for name in ("adapter", "checkpoints", "corpus"):
         (tmp_path / f".{name}.{'2' * 16}.tmp").mkdir()
-    (tmp_path / f".report.md.{'3' * 16}.tmp").write_text("half")
+    for name in ("report.md", "report.html"):
+        (tmp_path / f".{name}.{'3' * 16}.tmp").write_text("half")
     (tmp_path / f".notes.{'4' * 16}.tmp").write_text("somebody else's")
     with replacing_directory(tmp_path / "losses.png") as living, one_run(tmp_path):
         left = {path.name for path in tmp_path.iterdir()}

@@ -102,6 +102,12 @@ def test_quickstart_reports_and_agrees_with_clear(tmp_path: Path, cache: Path) -
     assert found["private_loss"] == pytest.approx(found["clear_loss"], rel=5e-3)
     assert found["private_loss"] < found["base_loss"]
     assert Path(found["plot"]).read_bytes()[:4] == b"\x89PNG"
+    page = (out / "report.html").read_text()
+    assert f"of {found['answers_checked']:,} products checked" in page
+    assert found["answers_checked"] > 6 * 30
+    assert "Steps 2 to 3 of this session" in page
+    assert "Its first 512 bytes" in page
+    assert str(out) not in page
     adapter = Path(found["adapter_dir"]) / "adapter_model.safetensors"
     with safe_open(adapter, framework="pt") as file:
         assert len(file.keys()) == 2 * 7 * 5
