@@ -9,7 +9,7 @@ import pytest
 
 from backends.nn.base import open_base
 from scenarios import llama1b
-from scenarios.texts import load_sequences
+from scenarios.texts import load_texts
 
 TINY = Path(__file__).parents[2] / "scenarios" / "assets" / "tiny-llama"
 
@@ -70,7 +70,8 @@ def test_sequences_are_kept_in_out(tmp_path: Path, capsys: pytest.CaptureFixture
         ["--real-cpu", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
          "--sequence", "32"]
     )  # fmt: skip
-    sequences = load_sequences(args, open_base(TINY))
-    assert sequences.shape[1] == 32
+    data = load_texts(args, open_base(TINY), apart=True, held_out=0.0)
+    assert data.train.shape[1] == 32
+    assert data.held_out is None
     assert (tmp_path / "out" / "corpus" / "tokens.int32").exists()
     assert "warning" not in capsys.readouterr().out
