@@ -65,7 +65,7 @@ def _by_prefixes(
             continue
         before = write(index, True)
         start = len(before)
-        turn = _turn(write(index + 1, False), before, text, message["content"].strip())
+        turn = _turn(write(index + 1, False), before, text, message["content"])
         if turn is None or (spans and start < spans[-1][1]):
             raise AnswersError(
                 "the tokenizer's chat template writes a turn otherwise when others follow it, so "
@@ -79,12 +79,24 @@ def _turn(upto: str, before: str, text: str, said: str) -> str | None:
     """What the assistant says in one turn, with what ends it; None when it is not in the text."""
     if not text.startswith(before):
         return None
-    turn = upto[len(before) :]
+    found: str | None = upto[len(before) :]
     if not (upto.startswith(before) and text.startswith(upto)):
-        # As of Qwen 3, which leaves out what earlier turns thought.
-        place = upto.rfind(said)
-        turn = upto[place:]
-        if place < 0 or not text.startswith(turn, len(before)):
-            return None
-    ended = turn.rstrip()
-    return turn if said and ended.endswith(said) else ended
+        rest = text[len(before) :]
+        found = _later(upto, rest, said) or _later(upto, rest, said.strip())
+    if found is None:
+        return None
+    ended = found.rstrip()
+    return found if said.strip() and ended.endswith(said.strip()) else ended
+
+
+def _later(upto: str, rest: str, said: str) -> str | None:
+    """The end of `upto` from what is said on, where the rest of the text begins with that.
+
+    As of Qwen 3, which leaves out of earlier turns what comes before what is said.
+    """
+    place = upto.find(said) if said else -1
+    while place >= 0:
+        if rest.startswith(upto[place:]):
+            return upto[place:]
+        place = upto.find(said, place + 1)
+    return None
