@@ -49,7 +49,8 @@ def answer_spans(
         except Exception as error:  # a template is a program: it may raise anything
             raise AnswersError(
                 "the tokenizer's chat template does not write conversations in part, so that the "
-                f"assistant's turns cannot be told ({type(error).__name__}); --loss-on all counts all"
+                f"assistant's turns cannot be told ({type(error).__name__}); --loss-on all counts "
+                "all"
             ) from error
 
     return _by_prefixes(messages, text, write)
