@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BloomConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from backends.he.interface import Values
 from backends.nn.adapters import add_lora, trainable
@@ -26,10 +26,9 @@ from backends.nn.gates import require_counted, require_learnable, require_little
 from backends.nn.losses import token_losses
 from backends.nn.marks import APART, ID_MOST, UNCOUNTED, counted, read_rows
 from backends.nn.packing import Facts, Plan, blocks
-from backends.nn.remote import LinearFunction
+from backends.nn.remote import LinearFunction, Remote
 from backends.nn.selfcheck import keeps_apart, low_rank
 from backends.nn.skeleton import build_skeleton
-from backends.nn.sources import RandomBase
 from backends.nn.texts import DataError, find_texts
 from backends.nn.tokenizer import ByteTokenizer, Placed
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
@@ -171,25 +170,44 @@ def test_a_packed_document_is_what_it_is_alone(name: str, attention: str) -> Non
     assert abs(together - loss) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def family(name: str) -> PreTrainedModel:
+    """A tiny model of that type, with its linears here."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        name, vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=0,
+        eos_token_id=0, **MORE.get(name, {"num_key_value_heads": 2}),
+    )  # fmt: skip
+    found: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return found.eval()
+
+
+MORE: dict[str, dict[str, object]] = {
+    "gemma3_text": {
+        "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+    "opt": {"ffn_dim": 80, "word_embed_proj_dim": 48},
+    "falcon": {}, "gpt_neox": {}, "bloom": {}, "gpt2": {},
+}  # fmt: skip
+CAN = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "olmo",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*CAN, "opt", "falcon", "bloom"])
 def test_which_models_keep_documents_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Llama and a GPT-2 do; not when they do not hear of positions."""
-    skeleton = build_skeleton(BASES[name])
-    assert keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
-    deaf = type(skeleton.model).forward
+    """As the documentation has it; and none does that does not hear of positions."""
+    model = family(name)
+    assert keeps_apart(model, Remote(), []) == (name in CAN)
+    hearing = type(model).forward
 
     def forward(*args: object, position_ids: object = None, **more: object) -> object:
-        return deaf(*args, **more)
+        return hearing(*args, **more)
 
-    monkeypatch.setattr(type(skeleton.model), "forward", forward)
-    assert not keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
-
-
-def test_a_model_without_positions_does_not() -> None:
-    """As Bloom, which has none."""
-    config = BloomConfig(vocab_size=96, hidden_size=48, n_layer=2, n_head=4)
-    skeleton = build_skeleton(RandomBase(config, 0, deviation=0.1))
-    assert not keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert not keeps_apart(model, Remote(), [])
 
 
 def marked_data() -> torch.Tensor:
