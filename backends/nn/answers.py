@@ -78,26 +78,26 @@ def _by_prefixes(
 
 def _turn(upto: str, before: str, text: str, said: str) -> str | None:
     """What the assistant says in one turn, with what ends it; None when it is not in the text."""
-    if not text.startswith(before):
+    if not (text.startswith(before) and upto.startswith(before)):
         return None
     found: str | None = upto[len(before) :]
-    if not (upto.startswith(before) and text.startswith(upto)):
-        rest = text[len(before) :]
-        found = _later(upto, rest, said) or _later(upto, rest, said.strip())
+    if not text.startswith(upto):
+        rest, turn = text[len(before) :], upto[len(before) :]
+        found = _later(turn, rest, said) or _later(turn, rest, said.strip())
     if found is None:
         return None
     ended = found.rstrip()
     return found if said.strip() and ended.endswith(said.strip()) else ended
 
 
-def _later(upto: str, rest: str, said: str) -> str | None:
-    """The end of `upto` from what is said on, where the rest of the text begins with that.
+def _later(turn: str, rest: str, said: str) -> str | None:
+    """The end of a turn from what is said on, where the rest of the text begins with that.
 
     As of Qwen 3, which leaves out of earlier turns what comes before what is said.
     """
-    place = upto.find(said) if said else -1
+    place = turn.find(said) if said else -1
     while place >= 0:
-        if rest.startswith(upto[place:]):
-            return upto[place:]
-        place = upto.find(said, place + 1)
+        if rest.startswith(turn[place:]):
+            return turn[place:]
+        place = turn.find(said, place + 1)
     return None

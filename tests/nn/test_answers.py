@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -92,6 +92,7 @@ FORMS: dict[str, tuple[str, Callable[[list[Message]], Parts]]] = {
     "chatml": (CHATML, chatml), "llama3": (LLAMA3, llama3), "gemma": (GEMMA, gemma),
     "qwen3": (QWEN3, qwen3), "generation": (GENERATION, chatml),
 }  # fmt: skip
+OFTEN = [{"role": role, "content": ":"} for role in ("user", "assistant")] * 3
 SAYINGS = st.text(st.sampled_from("ab é日\n. :\U0001f600"), min_size=1, max_size=9).filter(
     str.strip
 )
@@ -125,6 +126,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> int:
 
 @pytest.mark.parametrize("form", list(FORMS))
 @settings(max_examples=25)
+@example(messages=OFTEN)
 @given(messages=conversations())
 def test_the_mask_is_what_the_assistant_says(form: str, messages: list[Message]) -> None:
     """Byte by byte, in a text written by hand; and the ids are those of the whole text."""
