@@ -292,7 +292,7 @@ def parts(path: Path, length: int = 32, plan: Plan | None = None) -> tuple[Corpu
 
 
 def test_held_out_documents_are_others_and_always_the_same(tmp_path: Path) -> None:
-    """About one in twenty (22 of these 400), copies on one side, found again on disk and with other lengths."""
+    """About one in twenty, copies on one side, found again on disk and with other lengths."""
     records = [{"prompt": f"q{i % 400:03}", "completion": f"a{i % 400:03}"} for i in range(800)]
     corpus, train, held = parts(dataset(tmp_path, records))
     those = {i for i in range(400) if f"a{i:03}" in held}
