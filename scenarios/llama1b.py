@@ -52,7 +52,7 @@ from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.corpus import Sequences
 from backends.nn.local import localise
 from backends.nn.sane import require_positions, require_rank
-from backends.nn.selfcheck import require_trainable
+from backends.nn.selfcheck import keeps_apart, require_trainable
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import Base
 from backends.nn.texts import DataError
@@ -100,7 +100,7 @@ from scenarios.session import (
     stopped_untainted,
     train_with_bar,
 )
-from scenarios.texts import load_sequences, preview
+from scenarios.texts import add_loss_option, load_texts, preview
 
 
 def _active(args: argparse.Namespace) -> set[str]:
@@ -135,7 +135,7 @@ MODES = Modes(
         ),
         **dict.fromkeys(
             (
-                "--weights", "--preset", "--owner-tag", "--cache", "--data", "--rank",
+                "--weights", "--preset", "--owner-tag", "--cache", "--data", "--loss-on", "--rank",
                 "--learning-rate", "--least-remote", "--compare-clear", "--trace",
                 "--clear-peer", "--worker",
             ),
@@ -176,7 +176,8 @@ def set_up(args: argparse.Namespace) -> Setup:
     warning = require_positions(skeleton.model, args.sequence)
     if warning is not None:
         print(warning)
-    sequences = load_sequences(args, base)
+    apart = keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
+    sequences = load_texts(args, base, apart, held_out=0.0).train
     micro_batch = args.tokens // args.sequence
     training = TrainConfig(
         steps=args.steps,
@@ -454,7 +455,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data", type=place, metavar="FILE|DIR",
         help="private text: a file, or a folder and all below (docs/texts.md)")  # fmt: skip
     add("--preview", action="store_true",
-        help="only show what would be read, and the first tokens")  # fmt: skip
+        help="only show what would be read, and three samples")  # fmt: skip
+    add_loss_option(parser)
     add("--steps", type=STEPS, help="optimiser steps (10; simulated: 2)")
     add("--tokens", type=TOKENS, default=256, help="tokens of one lane's micro-batch (256)")
     add("--sequence", type=SEQUENCE, default=256, help="tokens of a sequence (256)")

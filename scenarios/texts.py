@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from backends.nn.base import Checkpoint
-from backends.nn.corpus import Corpus, corpus_of, first_tokens
-from backends.nn.documents import pieces, sample
+from backends.nn.corpus import Corpus, Sequences, corpus_of
+from backends.nn.documents import Piece, pieces, sample
+from backends.nn.gates import require_counted, require_little_cut
+from backends.nn.marks import ID_MOST, UNCOUNTED
+from backends.nn.packing import Facts, Plan, first_tokens
+from backends.nn.records import Answers, AnswersError, Message, Span
 from backends.nn.sources import Base
-from backends.nn.texts import Texts, find_texts
+from backends.nn.texts import DataError, Texts, find_texts
 from backends.nn.tokenizer import (
     UNKNOWN_SAID,
     ByteTokenizer,
@@ -22,17 +29,44 @@ from backends.nn.tokenizer import (
 )
 
 DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
-PREVIEW_TOKENS = 200
+PREVIEW_TOKENS = 200  # of each sample
+SAMPLES = 3
+HELD_OUT = 0.05
+"""Share of the documents that are not trained on."""
+_FILES_TRIED, _RECORDS_TRIED = 16, 64
 _BAR_AFTER_S = 2.0
 _TOKENS_OF_A_SIGN = 8
 
 
-def load_sequences(args: argparse.Namespace, base: Base) -> Corpus:
-    """The private text as int64[n, sequence], kept in `--out` for the next run.
+@dataclass(frozen=True)
+class Data:
+    """The private text, as a run takes it.
 
-    Raises DataError or TokenizerError when it cannot be had.
+    train     sequences to train on
+    held_out  sequences of other documents; None when none were asked for, or there is too little
+    said      the lines that were printed: what is counted, what was cut off, what is held out
+    """
+
+    train: Sequences
+    held_out: Sequences | None = None
+    facts: Facts = field(default_factory=Facts)
+    said: tuple[str, ...] = ()
+
+
+def load_texts(
+    args: argparse.Namespace, base: Base, apart: bool, held_out: float = HELD_OUT
+) -> Data:
+    """The private text as sequences int64[n, args.sequence], marked, kept in `args.out`.
+
+    apart     whether the model can keep documents apart (`selfcheck.keeps_apart`)
+    held_out  share of the documents that are not trained on; 0 for none
+
+    Raises DataError or TokenizerError when it cannot be had, when no token of it is counted, or
+    when too much of it would be cut off.
     """
     texts, tokenizer = _read(args, base)
+    completions, why = _counts_completions(texts, tokenizer, args.loss_on)
+    plan = Plan(completions, apart, held_out)
     vocabulary = base.config.get_text_config(decoder=True).vocab_size
     with tqdm(
         total=texts.size_bytes, unit="B", unit_scale=True, dynamic_ncols=True, desc="tokenise",
@@ -40,19 +74,118 @@ def load_sequences(args: argparse.Namespace, base: Base) -> Corpus:
     ) as bar:  # fmt: skip
         corpus = corpus_of(
             texts, tokenizer, args.sequence, vocabulary, args.out / "corpus",
-            lambda done_bytes: bar.update(done_bytes - bar.n),
+            lambda done_bytes: bar.update(done_bytes - bar.n), plan,
         )  # fmt: skip
-    if corpus.unknown > UNKNOWN_SAID:
-        print(f"warning: {corpus.unknown:.1%} of the tokens are unknown to the tokenizer")
-    return corpus
+    facts = corpus.facts
+    if args.loss_on == "completions" and not facts.talks:
+        raise DataError("--loss-on completions: this text holds no conversations and no answers")
+    require_counted(facts)
+    require_little_cut(facts)
+    said = (_loss_said(facts, why), *_packing_said(facts, apart), *_held_out_said(corpus, held_out))
+    print("\n".join(said))
+    if facts.unknown > UNKNOWN_SAID * facts.tokens:
+        share = facts.unknown / facts.tokens
+        print(f"warning: {share:.1%} of the tokens are unknown to the tokenizer")
+    train, held = corpus.parts()
+    return Data(train, held if len(held) else None, facts, said)
 
 
 def preview(args: argparse.Namespace, base: Base) -> None:
-    """Show what would be trained on: what was read, what was not, and the first tokens."""
+    """Show what would be trained on: what was read, what was not, and three samples."""
     texts, tokenizer = _read(args, base)
-    tokens = first_tokens(pieces(texts, tokenizer.chat), tokenizer, PREVIEW_TOKENS)
-    print(f"the first {len(tokens)} tokens, with | between them:")
-    _print_any("|".join(_shown(text) for text in _decoded(tokens, tokenizer)))
+    completions, why = _counts_completions(texts, tokenizer, args.loss_on)
+    answers = tokenizer.answers if completions else None
+    samples = _samples(texts, tokenizer, answers)
+    print(_loss_said(Facts(talks=int(completions)), why))
+    colour = sys.stdout.isatty()
+    print(f"what is counted is {'green' if colour else 'in [[ ]]'}; | stands between tokens")
+    for number, piece in enumerate(samples, 1):
+        tokens = first_tokens([piece], tokenizer, PREVIEW_TOKENS, Plan(completions))
+        print(f"\nthe first {len(tokens)} tokens of sample {number} of {len(samples)}:")
+        _print_any(_coloured(_decoded(tokens, tokenizer), colour))
+
+
+def _counts_completions(
+    texts: Texts, tokenizer: Tokenizer, asked: str | None
+) -> tuple[bool, str | None]:
+    """Whether only what assistants say is counted, and why not, where one might expect it.
+
+    Raises DataError when that was asked for and cannot be.
+    """
+    datasets = [file for file in texts.files if file.form != "text"]
+    if asked == "completions" and not datasets:
+        raise DataError("--loss-on completions: this text holds no conversations and no answers")
+    if asked == "all" or not datasets:
+        return False, "as --loss-on all says" if asked == "all" else None
+    why = None if tokenizer.places else "the tokenizer does not say which characters a token is of"
+    refused: list[AnswersError] = []
+
+    def tried(messages: Sequence[Message], text: str) -> tuple[Span, ...]:
+        try:
+            return tokenizer.answers(messages, text)
+        except AnswersError as error:
+            refused.append(error)
+            return ()
+
+    for file in [] if why else datasets[:: -(-len(datasets) // _FILES_TRIED)]:
+        for _ in islice(pieces(Texts([file]), tokenizer.chat, answers=tried), _RECORDS_TRIED):
+            if refused:
+                why = str(refused[0])
+                break
+    if why and asked == "completions":
+        raise DataError(f"--loss-on completions: {why}")
+    return why is None, why
+
+
+def _loss_said(facts: Facts, why: str | None) -> str:
+    if why:
+        return f"loss: on all tokens ({why})"
+    if not facts.talks:
+        return "loss: on all tokens (the text holds no conversations and no answers)"
+    return "loss: on what the assistant says; on all of plain texts"
+
+
+def _packing_said(facts: Facts, apart: bool) -> list[str]:
+    said = [
+        f"{facts.documents:,} document{'s' * (facts.documents != 1)}, {facts.tokens:,} tokens; "
+        f"{facts.counted:,} are counted in the loss"
+    ]
+    if facts.talks:
+        said.append(
+            f"conversations: {facts.cut / max(1, facts.tokens):.1%} of all tokens are cut off, "
+            f"{facts.empty:,} conversations have nothing to predict and are left out, "
+            f"{facts.padding:,} tokens fill sequences up"
+        )
+    if not apart:
+        said.append(
+            "this model cannot keep documents apart: those in one sequence see what comes before"
+        )
+    return said
+
+
+def _held_out_said(corpus: Corpus, asked: float) -> list[str]:
+    if not asked:
+        return []
+    if not corpus.held_out:
+        return ["held out: nothing, the text is too short; there will be no held-out loss"]
+    what = f"the last {corpus.held_out:,} of {len(corpus):,} sequences"
+    if corpus.facts.held:
+        what = (
+            f"{corpus.facts.held:,} of {corpus.facts.documents:,} documents, chosen by a hash of "
+            f"their text: {corpus.held_out:,} of {len(corpus):,} sequences"
+        )
+    return [f"held out: {what}"]
+
+
+def _samples(texts: Texts, tokenizer: Tokenizer, answers: Answers | None) -> list[Piece]:
+    """The beginnings of a few documents, of files all over the texts."""
+    files = texts.files[:: max(1, -(-len(texts.files) // SAMPLES))]
+    each = -(-SAMPLES // max(1, len(files)))
+    found: list[Piece] = []
+    for file in files:
+        all_pieces = pieces(Texts([file]), tokenizer.chat, answers=answers)
+        found += islice((piece for piece in all_pieces if piece.begins), each)
+    return found[:SAMPLES]
 
 
 def _read(args: argparse.Namespace, base: Base) -> tuple[Texts, Tokenizer]:
@@ -80,6 +213,15 @@ def _read(args: argparse.Namespace, base: Base) -> tuple[Texts, Tokenizer]:
     return texts, tokenizer
 
 
+def add_loss_option(parser: argparse.ArgumentParser) -> None:
+    """--loss-on."""
+    parser.add_argument(
+        "--loss-on", choices=("all", "completions"),
+        help="what is counted: all tokens, or of conversations and pairs what the assistant says "
+        "(completions, if the chat template tells; docs/texts.md)",
+    )  # fmt: skip
+
+
 def _own(args: argparse.Namespace, directory: Path | None) -> dict[str, Path]:
     """What this run reads and writes itself, by option."""
     places = {
@@ -89,17 +231,29 @@ def _own(args: argparse.Namespace, directory: Path | None) -> dict[str, Path]:
     return {option: place for option, place in places.items() if place is not None}
 
 
-def _decoded(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
-    """The text of each token; of several together where only they make a sign."""
-    found: list[str] = []
+def _decoded(tokens: list[int], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of each token, of several together where only they make a sign, and if it counts."""
+    found: list[tuple[str, bool]] = []
     held: list[int] = []
+    counts = False
     for token in tokens:
-        held.append(token)
+        held.append(token & (ID_MOST - 1))
+        counts |= not token & UNCOUNTED
         text = tokenizer.decode(held)
         if "\ufffd" not in text or len(held) == _TOKENS_OF_A_SIGN:
-            found.append(text)
-            held = []
-    return found + [tokenizer.decode(held)] * bool(held)
+            found.append((text, counts))
+            held, counts = [], False
+    return found + [(tokenizer.decode(held), counts)] * bool(held)
+
+
+def _coloured(tokens: list[tuple[str, bool]], colour: bool) -> str:
+    """With those that count in green, or in brackets."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    runs = []
+    for counts, run in groupby(tokens, lambda token: token[1]):
+        shown = "|".join(_shown(text) for text, _ in run)
+        runs.append(f"{begin}{shown}{end}" if counts else shown)
+    return "|".join(runs)
 
 
 def _shown(text: str) -> str:

@@ -1,10 +1,10 @@
-"""From documents to token sequences of one length, and the order training takes them in.
+"""Sequences of one length that `packing` made of documents, and the order training takes them in.
 
-All documents follow each other, each with the tokenizer's marks around it, cut into sequences; the
-rest is dropped. A large corpus is a file, mapped into memory:
+They are kept in a file, mapped into memory:
 
-    DIR/tokens.int32   the sequences, one after the other, little-endian
-    DIR/corpus.json    how many there are, and tags of what they were made of and of themselves
+    DIR/tokens.int32   the sequences, one after the other, little-endian; those held out come last
+    DIR/corpus.json    how many there are, what became of the documents, and tags of what they were
+                       made of and of themselves
     DIR/data.key       32 random bytes, without which nobody can try texts against the tags
 
 It holds the private text. The directory and its files are for their owner alone.
@@ -12,20 +12,20 @@ It holds the private text. The directory and its files are for their owner alone
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import hmac
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, astuple
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from backends.files import (
     end_replacing,
@@ -36,23 +36,26 @@ from backends.files import (
     write_json,
 )
 from backends.nn.documents import Piece, pieces
+from backends.nn.packing import Advance, Block, Facts, Plan, blocks
 from backends.nn.texts import DataError, Texts
 from backends.nn.tokenizer import Tokenizer
 
-Advance = Callable[[int], None]
-
-_FORMAT = 1
+_FORMAT = 2
+_TOKENS = "tokens.int32"
 _TOKEN = np.dtype("<i4")
 _KEY_BYTES = 32
 _FACTS_BYTES_MAX = 1 << 16
-_BATCH_CHARACTERS = 1 << 21
-_BATCH_PIECES = 1024
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_FILES_MANY = 20
+"""A hash splits so many texts well enough."""
+_HELD_MOST = 4
+"""Times the share that was wanted: more than that is a bad split."""
 _BLOCK_TOKENS = 1 << 20
 _CHUNK_BYTES = 1 << 20
 
 
 class Sequences(Protocol):
-    """int64[n, S] token ids, as a tensor or from a file."""
+    """int64[n, S] token ids, marked or not (`marks`), as a tensor or from a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,10 +70,13 @@ class Sequences(Protocol):
 class Corpus:
     """int64[n, S] from a mapped file: what is asked for is copied, by index, slice or list.
 
-    unknown  share of all tokens that the tokenizer did not know
+    held_out  how many of them, the last, are not to be trained on
+    facts     what became of the documents
     """
 
-    def __init__(self, path: Path, count: int, length: int, unknown: float = 0.0) -> None:
+    def __init__(
+        self, path: Path, count: int, length: int, held_out: int = 0, facts: Facts | None = None
+    ) -> None:
         """Raises OSError when it cannot be mapped, ValueError when it has another size."""
         wanted_bytes = count * length * _TOKEN.itemsize
         with opened(path) as file:
@@ -78,7 +84,16 @@ class Corpus:
                 raise ValueError(f"{path} is not {wanted_bytes} bytes long")
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._rows = np.frombuffer(self._map, _TOKEN).reshape(count, length)
-        self.unknown = unknown
+        self.held_out = held_out
+        self.facts = Facts() if facts is None else facts
+
+    def parts(self) -> tuple[Corpus, Corpus]:
+        """The sequences to train on, and those that are held out, maybe none."""
+        train, held = copy.copy(self), copy.copy(self)
+        kept = len(self) - self.held_out
+        train._rows, held._rows = self._rows[:kept], self._rows[kept:]
+        train.held_out, held.held_out = 0, 0
+        return train, held
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,65 +123,50 @@ class Corpus:
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
-@dataclass
-class _Tally:
-    """Tokens so far, and how many of them were unknown."""
-
-    tokens: int = 0
-    unknown: int = 0
-
-
 def pack(
     documents: Iterable[Piece], tokenizer: Tokenizer, length: int, vocabulary: int | None = None
 ) -> torch.Tensor:
-    """int64[n, length]: all documents one after the other, in memory.
+    """int64[n, length]: all documents one after the other, as one text, in memory.
 
     vocabulary  how many ids the model has
 
     Raises DataError when the text is too short for one sequence, or an id is beyond the vocabulary.
     """
-    tally = _Tally()
-    blocks = list(_blocks(documents, tokenizer, length, vocabulary, tally, lambda done: None))
-    if not blocks:
-        raise _too_short(tally, length)
-    return torch.from_numpy(np.concatenate(blocks).astype(np.int64))
-
-
-def first_tokens(documents: Iterable[Piece], tokenizer: Tokenizer, count: int) -> list[int]:
-    """The first so many tokens, or all there are."""
-    found: list[int] = []
-    for batch in _batches(documents, characters=1):
-        for ids, _ in _encoded(batch, tokenizer):
-            found += ids.tolist()
-        if len(found) >= count:
-            break
-    return found[:count]
+    facts = Facts()
+    found = [block.rows for block in blocks(documents, tokenizer, length, vocabulary, facts)]
+    if not found:
+        raise _too_short(facts, length)
+    return torch.from_numpy(np.concatenate(found).astype(np.int64))
 
 
 def corpus_of(
-    texts: Texts,
-    tokenizer: Tokenizer,
-    length: int,
-    vocabulary: int,
-    directory: Path,
-    advance: Advance = lambda done_bytes: None,
-) -> Corpus:
+    texts: Texts, tokenizer: Tokenizer, length: int, vocabulary: int, directory: Path,
+    advance: Advance = lambda done_bytes: None, plan: Plan | None = None,
+) -> Corpus:  # fmt: skip
     """The texts as sequences in `directory`, which takes the place of what is there.
 
     What is there is used when it was made of the same texts, by the same tokenizer, for the same
-    length and vocabulary, and is whole: all of it is read to know that.
+    length, vocabulary and plan, and is whole: all of it is read to know that.
 
     vocabulary  how many ids the model has
     advance     is told how many bytes of the texts are done
+    plan        None: all documents as one text, all of it counted
 
     Raises DataError when the text is too short for one sequence, an id is beyond the vocabulary,
     or the directory cannot be written.
     """
-    made_of = [_FORMAT, tokenizer.identity(), length, vocabulary]
+    made_of = [_FORMAT, tokenizer.identity(), length, vocabulary, plan]
     found = _found(directory, made_of, texts, length)
     if found is not None:
         return found
-    tally = _Tally()
+
+    def make(path: Path, plan: Plan | None) -> tuple[Facts, int, int]:
+        answers = tokenizer.answers if plan is not None and plan.completions else None
+        documents = pieces(texts, tokenizer.chat, answers=answers)
+        facts = Facts()
+        found = blocks(documents, tokenizer, length, vocabulary, facts, plan, advance)
+        return facts, *_write_rows(path, found, length)
+
     try:
         if directory.parent.is_dir():
             end_replacing(
@@ -175,22 +175,17 @@ def corpus_of(
         with replacing_directory(directory) as aside:
             key = os.urandom(_KEY_BYTES)
             _private_file(aside / "data.key", [key])
-            tokens = hmac.new(key, digestmod=hashlib.sha256)
-            blocks = _blocks(
-                pieces(texts, tokenizer.chat), tokenizer, length, vocabulary, tally, advance
-            )
-            size = _private_file(aside / "tokens.int32", _updating(tokens, blocks))
-            count = size // _TOKEN.itemsize // length
+            facts, count, held = _split(texts, plan, lambda plan: make(aside / _TOKENS, plan))
             if not count:
-                raise _too_short(tally, length)
-            unknown = tally.unknown / tally.tokens
-            facts = {
-                "made_of": _made_of_tag(key, made_of, texts), "tokens": tokens.hexdigest(),
-                "count": count, "unknown": unknown,
+                raise _too_short(facts, length)
+            described = {
+                "made_of": _made_of_tag(key, made_of, texts),
+                "tokens": Corpus(aside / _TOKENS, count, length).tag(key),
+                "count": count, "held": held, "facts": asdict(facts),
             }  # fmt: skip
-            write_json(aside / "corpus.json", facts)
+            write_json(aside / "corpus.json", described)
             (aside / "corpus.json").chmod(0o600)
-        return Corpus(directory / "tokens.int32", count, length, unknown)
+        return Corpus(directory / _TOKENS, count, length, held, facts)
     except OSError as error:
         raise DataError(
             f"{directory}: the tokens of the text cannot be kept there "
@@ -198,20 +193,66 @@ def corpus_of(
         ) from error
 
 
+def _split(
+    texts: Texts, plan: Plan | None, make: Callable[[Plan | None], tuple[Facts, int, int]]
+) -> tuple[Facts, int, int]:
+    """What `make` makes: facts, how many sequences, and how many of them, the last, are held out.
+
+    Of few documents, or of such as a hash splits badly, the last sequences are held out.
+    """
+    if plan is None or not plan.held_out:
+        return make(plan)
+    if len(texts.files) >= _FILES_MANY or any(file.form != "text" for file in texts.files):
+        facts, count, held = make(plan)
+        if 0 < held < count and held <= max(1, _HELD_MOST * plan.held_out * count):
+            return facts, count, held
+    facts, count, _ = make(plan._replace(held_out=0.0))
+    return facts, count, min(max(0, count - 1), max(1, round(plan.held_out * count)))
+
+
+def _write_rows(path: Path, found: Iterable[Block], length: int) -> tuple[int, int]:
+    """Write sequences, those held out last; how many, and how many of those."""
+    apart = path.with_name("held")
+    for left in (path, apart):
+        left.unlink(missing_ok=True)
+    held_bytes = 0
+
+    def trained() -> Iterator[bytes]:
+        nonlocal held_bytes
+        with os.fdopen(os.open(apart, _NEW_FILE, 0o600), "w+b") as held:
+            for block in found:
+                raw = block.rows.astype(_TOKEN, copy=False).tobytes()
+                if block.held:
+                    held_bytes += held.write(raw)
+                else:
+                    yield raw
+            held.seek(0)
+            while chunk := held.read(_CHUNK_BYTES):
+                yield chunk
+
+    size = _private_file(path, trained())
+    apart.unlink()
+    row_bytes = _TOKEN.itemsize * length
+    return size // row_bytes, held_bytes // row_bytes
+
+
 def _found(directory: Path, made_of: list[Any], texts: Texts, length: int) -> Corpus | None:
     """The corpus that is there, if it is of these texts and whole."""
-    paths = [directory / name for name in ("data.key", "corpus.json", "tokens.int32")]
+    paths = [directory / name for name in ("data.key", "corpus.json", _TOKENS)]
     try:
         require_own(directory, *paths)
         key = read_bounded(paths[0], _KEY_BYTES)
-        facts = json.loads(read_bounded(paths[1], _FACTS_BYTES_MAX))
-        count, unknown = int(facts["count"]), float(facts["unknown"])
-        if len(key) != _KEY_BYTES or not 0 <= unknown <= 1:
+        described = json.loads(read_bounded(paths[1], _FACTS_BYTES_MAX))
+        count, held = int(described["count"]), int(described["held"])
+        facts = Facts(**{name: int(value) for name, value in described["facts"].items()})
+        if len(key) != _KEY_BYTES or not 0 <= held < max(1, count) or min(astuple(facts)) < 0:
             return None
-        corpus = Corpus(paths[2], count, length, unknown)
-        same = hmac.compare_digest(facts["made_of"], _made_of_tag(key, made_of, texts))
-        return corpus if same and hmac.compare_digest(facts["tokens"], corpus.tag(key)) else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        corpus = Corpus(paths[2], count, length, held, facts)
+        same = hmac.compare_digest(described["made_of"], _made_of_tag(key, made_of, texts))
+        whole = same and hmac.compare_digest(described["tokens"], corpus.tag(key))
+        return corpus if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+            RecursionError):  # fmt: skip
         return None  # it is made anew
 
 
@@ -233,88 +274,21 @@ def _made_of_tag(key: bytes, made_of: list[Any], texts: Texts) -> str:
 
 def _private_file(path: Path, parts: Iterable[bytes]) -> int:
     """Write a new file that only its owner can read; returns its size."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
+    with os.fdopen(os.open(path, _NEW_FILE, 0o600), "wb") as file:
         for part in parts:
             file.write(part)
         return file.tell()
 
 
-def _updating(tag: hmac.HMAC, blocks: Iterable[NDArray[np.int32]]) -> Iterator[bytes]:
-    for block in blocks:
-        raw = block.astype(_TOKEN, copy=False).tobytes()
-        tag.update(raw)
-        yield raw
-
-
-def _blocks(
-    documents: Iterable[Piece],
-    tokenizer: Tokenizer,
-    length: int,
-    vocabulary: int | None,
-    tally: _Tally,
-    advance: Advance,
-) -> Iterator[NDArray[np.int32]]:
-    """int32[k, length], several times."""
-    held: list[NDArray[np.int32]] = []
-    waiting = 0
-    for batch in _batches(documents):
-        for ids, done_bytes in _encoded(batch, tokenizer):
-            if vocabulary is not None and ids.size and int(ids.max()) >= vocabulary:
-                raise DataError(
-                    f"the tokenizer gives ids beyond the {vocabulary:,} of the model's "
-                    "vocabulary; they are not of one checkpoint"
-                )
-            tally.tokens += ids.size
-            if tokenizer.unknown is not None and tokenizer.unknown not in tokenizer.end:
-                tally.unknown += int(np.count_nonzero(ids == tokenizer.unknown))
-            held.append(ids)
-            waiting += ids.size
-            advance(done_bytes)
-        if waiting >= max(length, _BLOCK_TOKENS):
-            stream = np.concatenate(held)
-            whole = waiting - waiting % length
-            yield stream[:whole].reshape(-1, length)
-            held, waiting = [stream[whole:]], waiting - whole
-    if waiting >= length:
-        stream = np.concatenate(held)
-        yield stream[: waiting - waiting % length].reshape(-1, length)
-
-
-def _batches(
-    documents: Iterable[Piece], characters: int = _BATCH_CHARACTERS
-) -> Iterator[list[Piece]]:
-    """Pieces to encode together: a fast tokenizer takes one a core."""
-    batch: list[Piece] = []
-    size = 0
-    for piece in documents:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= characters or len(batch) == _BATCH_PIECES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(
-    batch: Sequence[Piece], tokenizer: Tokenizer
-) -> Iterator[tuple[NDArray[np.int32], int]]:
-    """Ids of each piece with the marks around its document, and bytes done."""
-    found = tokenizer.encode([piece.text for piece in batch])
-    for piece, ids in zip(batch, found, strict=True):
-        start = tokenizer.start if piece.begins and not piece.marked else ()
-        end = tokenizer.end if piece.ends else ()
-        if piece.marked:
-            # Its template has written its own; only the end of text may be missing.
-            end = () if set(end[-1:]) & set(ids[-2:].tolist()) else end[-1:]
-        parts = [np.asarray(start, np.int32), ids, np.asarray(end, np.int32)]
-        yield np.concatenate(parts), piece.done_bytes
-
-
-def _too_short(tally: _Tally, length: int) -> DataError:
+def _too_short(facts: Facts, length: int) -> DataError:
+    if facts.empty:
+        return DataError(
+            f"no conversation has a token to predict within one sequence of {length}: the "
+            "assistant says nothing, or not before that; look at --preview, or give a longer "
+            "--sequence"
+        )
     return DataError(
-        f"the text has {tally.tokens} tokens, fewer than one sequence of {length}; give more "
+        f"the text has {facts.tokens} tokens, fewer than one sequence of {length}; give more "
         "text or shorter sequences"
     )
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 from backends.files import opened
-from backends.nn.records import Chat, RecordError, rendered
+from backends.nn.records import Answers, Chat, RecordError, Span, rendered
 from backends.nn.texts import DataError, TextFile, Texts
 
 PIECE = 1 << 18
@@ -35,6 +35,8 @@ class Piece(NamedTuple):
     begins, ends  a document begins or ends with it
     marked        written by a chat template, special tokens included
     done_bytes    of all files, read up to here
+    talk          of a conversation, or of a question and its answer
+    answers       the characters that are counted in the loss; None for all
     """
 
     text: str
@@ -42,13 +44,18 @@ class Piece(NamedTuple):
     ends: bool = True
     marked: bool = False
     done_bytes: int = 0
+    talk: bool = False
+    answers: tuple[Span, ...] | None = None
 
 
-def pieces(texts: Texts, chat: Chat, size: int = PIECE) -> Iterator[Piece]:
+def pieces(
+    texts: Texts, chat: Chat, size: int = PIECE, answers: Answers | None = None
+) -> Iterator[Piece]:
     """All documents of all files, in order; those of white space alone are left out.
 
-    chat  writes conversations
-    size  characters of a piece, at most
+    chat     writes conversations
+    size     characters of a piece, at most
+    answers  finds what of a conversation is counted; None counts all
 
     Raises DataError for a record of no known form, and for a file that has changed since it was
     looked through; the text of neither is quoted.
@@ -57,7 +64,7 @@ def pieces(texts: Texts, chat: Chat, size: int = PIECE) -> Iterator[Piece]:
     for file in texts.files:
         with _reading(file) as (binary, text):
             whole = file.form == "text"
-            found = _cut(text, size) if whole else _records(file, text, chat, size)
+            found = _cut(text, size) if whole else _records(file, text, chat, size, answers)
             for piece in found:
                 yield piece._replace(done_bytes=before + min(binary.tell(), file.size_bytes))
         before += file.size_bytes
@@ -111,26 +118,36 @@ def _place_to_cut(text: str, size: int) -> int:
     return size
 
 
-def _records(file: TextFile, text: io.TextIOWrapper, chat: Chat, size: int) -> Iterator[Piece]:
+def _records(
+    file: TextFile, text: io.TextIOWrapper, chat: Chat, size: int, answers: Answers | None
+) -> Iterator[Piece]:
     """The documents of a dataset."""
     for number, record in _json_lines(file, text) if file.form == "jsonl" else _json(file, text):
         try:
-            found = rendered(record, chat)
+            found = rendered(record, chat, answers)
         except RecordError as error:
             unit = "line" if file.form == "jsonl" else "record"
             raise DataError(f"{file.path}, {unit} {number}: {error}") from error
         if found.text.strip():
-            for piece in _cut_text(found.text, size):
-                yield piece._replace(marked=found.marked)
+            for piece in _cut_text(found.text, size, found.answers):
+                yield piece._replace(marked=found.marked, talk=found.talk)
 
 
-def _cut_text(text: str, size: int) -> Iterator[Piece]:
+def _cut_text(text: str, size: int, answers: tuple[Span, ...] | None) -> Iterator[Piece]:
     start = 0
-    while len(text) - start > size:
-        end = start + _place_to_cut(text[start : start + size + 1], size)
-        yield Piece(text[start:end], begins=start == 0, ends=False)
+    while start < len(text):
+        end = len(text)
+        if end - start > size:
+            end = start + _place_to_cut(text[start : start + size + 1], size)
+        within = None if answers is None else _within(answers, start, end)
+        yield Piece(text[start:end], start == 0, end == len(text), answers=within)
         start = end
-    yield Piece(text[start:], begins=start == 0)
+
+
+def _within(spans: tuple[Span, ...], start: int, end: int) -> tuple[Span, ...]:
+    """What of them is in a piece, by its own characters."""
+    cut = ((max(first, start) - start, min(last, end) - start) for first, last in spans)
+    return tuple((first, last) for first, last in cut if first < last)
 
 
 def _json_lines(file: TextFile, text: io.TextIOWrapper) -> Iterator[tuple[int, object]]:

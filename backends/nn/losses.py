@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from backends.nn.marks import read_rows
 
 _CHUNK_VALUES = {"cuda": 1 << 25}
 _SMALL_CHUNK_VALUES = 1 << 21  # a processor computes as fast in small pieces, and keeps less
@@ -20,16 +21,18 @@ _SMALL_CHUNK_VALUES = 1 << 21  # a processor computes as fast in small pieces, a
 def token_losses(
     model: nn.Module, tokens: torch.Tensor, counted: int | None = None
 ) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the B*(S-1) predicted tokens of int64[B, S].
+    """Cross-entropy in nats, summed over the predicted tokens of int64[B, S] that are counted.
 
     Its gradient takes the place of the model's logits.
 
+    tokens   marked (`marks`): of plain ids B*(S-1) are counted
     counted  only the first so many sequences; the others are computed, for a worker to see
     """
-    tokens = tokens.to(next(model.parameters()).device)
-    logits = model(input_ids=tokens, use_cache=False).logits
-    targets = functional.pad(tokens[:counted, 1:], (0, 1), value=-1)
-    return cross_entropy(logits[:counted], targets, spend=not _needed(logits))
+    rows = read_rows(tokens.to(next(model.parameters()).device))
+    # transformers keeps documents apart where positions start again, if it is given no mask.
+    more = {} if rows.positions is None else {"position_ids": rows.positions}
+    logits = model(input_ids=rows.ids, use_cache=False, **more).logits
+    return cross_entropy(logits[:counted], rows.targets[:counted], spend=not _needed(logits))
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, spend: bool = False) -> torch.Tensor:

@@ -23,6 +23,14 @@ Chat = Callable[[Sequence[Message]], "str | None"]
 
 Raises RecordError when the template cannot write it.
 """
+Span = tuple[int, int]
+"""Characters of a text, from the first to before the last."""
+Answers = Callable[[Sequence[Message], str], tuple[Span, ...]]
+"""Where in a conversation's text, as `Chat` wrote it, the assistant's turns are, in order.
+
+Raises AnswersError when nobody can tell.
+"""
+ASSISTANT = "assistant"
 
 _TEXTS = ("text", "content")
 _CHATS = ("messages", "conversations")
@@ -39,24 +47,38 @@ _SYSTEM = ("system", "system_prompt")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.-]{1,24}")
 _KEYS_SHOWN = 8
+_BETWEEN = "\n\n"
 
 
 class RecordError(ValueError):
     """A record of no known form. The text says why, and quotes nothing but keys."""
 
 
+class AnswersError(RecordError):
+    """The assistant's turns of a conversation cannot be told from the rest."""
+
+
 class Rendered(NamedTuple):
     """A record's text.
 
-    marked  a chat template wrote it, special tokens included
+    marked   a chat template wrote it, special tokens included
+    talk     it is a conversation, or a question and its answer
+    answers  what of it the assistant says; None when that was not asked, and of plain texts
     """
 
     text: str
     marked: bool
+    talk: bool = False
+    answers: tuple[Span, ...] | None = None
 
 
-def rendered(record: object, chat: Chat) -> Rendered:
-    """The text of one record. Raises RecordError when it has no known form."""
+def rendered(record: object, chat: Chat, answers: Answers | None = None) -> Rendered:
+    """The text of one record.
+
+    answers  finds the assistant's turns; None when nobody asks
+
+    Raises RecordError when it has no known form.
+    """
     if not isinstance(record, dict):
         raise RecordError("it is no JSON object")
     for key in _TEXTS:
@@ -70,11 +92,12 @@ def rendered(record: object, chat: Chat) -> Rendered:
             "rename the keys (docs/texts.md), or the file to .txt to train on it as it is"
         )
     messages, plain = conversation
-    _unicode(plain)
+    _unicode(plain.text)
     written = chat(messages)
     if written is None:
-        return Rendered(plain, marked=False)
-    return Rendered(_unicode(written), marked=True)
+        return Rendered(plain.text, False, True, None if answers is None else plain.answers)
+    found = None if answers is None else answers(messages, _unicode(written))
+    return Rendered(_unicode(written), marked=True, talk=True, answers=found)
 
 
 def is_record(value: object) -> bool:
@@ -94,7 +117,14 @@ def is_json_lines(first_line: str) -> bool:
         return False
 
 
-def _conversation(record: Mapping[str, Any]) -> tuple[list[Message], str] | None:
+class _Plain(NamedTuple):
+    """A conversation without a template, and what of it the assistant says."""
+
+    text: str
+    answers: tuple[Span, ...]
+
+
+def _conversation(record: Mapping[str, Any]) -> tuple[list[Message], _Plain] | None:
     """Its messages, and its plain form; None when there are none."""
     if record.get("tools") or record.get("functions"):
         raise RecordError("it offers tools, which cannot be trained on; leave such records out")
@@ -117,7 +147,9 @@ def _conversation(record: Mapping[str, Any]) -> tuple[list[Message], str] | None
         turns = [{"role": "user", "content": whole}, {"role": "assistant", "content": answer}]
         messages = _led(record, turns)
         as_it_is = (asked, answered) == ("prompt", "completion") and len(messages) == 2
-        return messages, whole + answer if as_it_is else _plain(messages)
+        if not as_it_is:
+            return messages, _plain(messages)
+        return messages, _Plain(whole + answer, ((len(whole), len(whole + answer)),))
     return None
 
 
@@ -166,8 +198,14 @@ def _optional(record: Mapping[str, Any], keys: Sequence[str]) -> str:
     return ""
 
 
-def _plain(messages: Sequence[Message]) -> str:
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+def _plain(messages: Sequence[Message]) -> _Plain:
+    text, answers = "", []
+    for message in messages:
+        text += f"{_BETWEEN if text else ''}{message['role']}: "
+        if message["role"] == ASSISTANT:
+            answers.append((len(text), len(text) + len(message["content"])))
+        text += message["content"]
+    return _Plain(text, tuple(answers))
 
 
 def _unicode(text: str) -> str:

@@ -2,6 +2,7 @@
 
 require_causal    it predicts from what comes before, and nothing else
 require_faithful  with its linears elsewhere it says what transformers' own model says
+keeps_apart       documents in one sequence do not see each other, if it is told where they begin
 """
 
 from __future__ import annotations
@@ -59,6 +60,32 @@ def require_causal(model: PreTrainedModel, remote: Remote, groups: list[GroupSpe
             "would learn to copy; give a causal language model (some have a config entry "
             "is_decoder for it)"
         )
+
+
+def keeps_apart(model: PreTrainedModel, remote: Remote, groups: list[GroupSpec]) -> bool:
+    """Whether documents packed in one sequence are to the model what each is alone.
+
+    Tried like `require_causal`, with two documents whose positions start again: another first one
+    changes nothing of what is said of the second, and that is what is said of it alone. A model
+    with a memory that runs on, or that is not told positions, fails.
+    """
+    first = probe_tokens(model.config)[0]
+    half = len(first) // 2
+    packed = torch.stack((first, torch.cat((first[:half].flip(0), first[half:]))))
+    positions = torch.arange(half).repeat(4).view(2, -1)
+    for scale in _SCALES:
+        try:
+            with remote.connected(low_rank(groups, scale)), torch.no_grad():
+                both = _logits(model, packed, positions)[:, half:]
+                alone = _logits(model, packed[:1, half:])[0]
+        except Exception:  # of any model's own code: it does not take positions, for one
+            return False
+        if both.dim() == 3 and both.isfinite().all() and alone.isfinite().all():
+            tolerance = _TOLERANCE.get(model.dtype, 5e-2)
+            return _distance(both[1], both[0]) <= _ROUNDING.get(model.dtype, 2e-2) and (
+                _distance(both[0], alone) <= tolerance
+            )
+    return False
 
 
 def require_faithful(skeleton: Skeleton) -> None:
@@ -123,9 +150,12 @@ def _like(x: Values, y: torch.Tensor) -> Values:
     return y.to(x.device) if isinstance(x, torch.Tensor) else y.numpy()
 
 
-def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+def _logits(
+    model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     device = next(model.parameters()).device
-    logits: torch.Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+    more = {} if positions is None else {"position_ids": positions.to(device)}
+    logits: torch.Tensor = model(input_ids=tokens.to(device), use_cache=False, **more).logits
     return logits.float().cpu()
 
 

@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import tokenizers
 import transformers
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from backends.errors import UserError
-from backends.nn.records import Message, RecordError
+from backends.nn.answers import answer_spans
+from backends.nn.records import AnswersError, Message, RecordError, Span
 
 UNKNOWN_SAID = 0.01
 """Share of unknown tokens from which on it is said."""
@@ -37,19 +39,35 @@ class TokenizerError(UserError, ValueError):
     """A tokenizer is missing, incomplete, or not one for this text."""
 
 
+class Placed(NamedTuple):
+    """Ids int32[n], and the characters int64[n, 2] that each is made of, from first to past last.
+
+    A token that is no character's has an empty place.
+    """
+
+    ids: NDArray[np.int32]
+    characters: NDArray[np.int64]
+
+
 class Tokenizer(Protocol):
     """What is needed of a tokenizer.
 
     start, end  ids around a document
     unknown     the id of what the vocabulary has not, if there is one
+    places      whether it can say which characters a token is made of
     """
 
     start: tuple[int, ...]
     end: tuple[int, ...]
     unknown: int | None
+    places: bool
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """The ids of each text, without those around a document."""
+        ...
+
+    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+        """The same ids, and the characters of each; only with `places`."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -60,6 +78,13 @@ class Tokenizer(Protocol):
         """A conversation as its template writes it; None without a template.
 
         Raises RecordError when the template cannot write it.
+        """
+        ...
+
+    def answers(self, messages: Sequence[Message], text: str) -> tuple[Span, ...]:
+        """What of `text`, which `chat` wrote, the assistant says.
+
+        Raises AnswersError when that cannot be told.
         """
         ...
 
@@ -78,10 +103,20 @@ class ByteTokenizer:
         self.start: tuple[int, ...] = ()
         self.end = end
         self.unknown: int | None = None
+        self.places = True
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """UTF-8 bytes as token ids."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+        """The same, and the character that each byte is of."""
+        found = []
+        for ids in self.encode(texts):
+            begins = (ids & 0xC0) != 0x80  # the others go on with a character
+            place = np.cumsum(begins) - 1
+            found.append(Placed(ids, np.stack((place, place + 1), axis=1).astype(np.int64)))
+        return found
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of such ids; ids above 255 are left out."""
@@ -90,6 +125,10 @@ class ByteTokenizer:
     def chat(self, messages: Sequence[Message]) -> str | None:
         """It has no template."""
         return None
+
+    def answers(self, messages: Sequence[Message], text: str) -> tuple[Span, ...]:
+        """It has no template."""
+        raise AnswersError("there is no chat template")
 
     def identity(self) -> str:
         """The same for all with this end."""
@@ -110,21 +149,35 @@ class HubTokenizer:
         if stop is not None and self.end[-1:] != (stop,):
             self.end += (stop,)
         self.unknown: int | None = tokenizer.unk_token_id
-        self._plain = _is_plain(tokenizer)
+        self._plain = self.places = _is_plain(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """The ids of each text, without those around a document."""
         if self._plain:
-            backend = self._tokenizer.backend_tokenizer
-            backend.no_truncation()
-            backend.no_padding()
-            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         found = self._tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False,
             return_token_type_ids=False, verbose=False,
         )  # fmt: skip
         return [np.asarray(ids, np.int32) for ids in found["input_ids"]]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+        """The same ids, and the characters of each, by the tokenizer's own account."""
+        encodings = self._backend().encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Placed(
+                np.asarray(encoding.ids, np.int32),
+                np.asarray(encoding.offsets, np.int64).reshape(-1, 2),
+            )
+            for encoding in encodings
+        ]
+
+    def _backend(self) -> tokenizers.Tokenizer:
+        backend: tokenizers.Tokenizer = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of such ids, special ones by name."""
@@ -144,6 +197,13 @@ class HubTokenizer:
                 f"the tokenizer's chat template cannot write it ({type(error).__name__}): "
                 "the order of roles, or a role it does not know"
             ) from error
+
+    def answers(self, messages: Sequence[Message], text: str) -> tuple[Span, ...]:
+        """What of `text`, which `chat` wrote, the assistant says.
+
+        Raises AnswersError when that cannot be told.
+        """
+        return answer_spans(self._tokenizer, messages, text)
 
     def identity(self) -> str:
         """A digest of its vocabulary, its rules, its template and of the library's version."""

@@ -31,6 +31,7 @@ from backends.nn.checkpoint import Progress
 from backends.nn.corpus import Sequences, batch_indices
 from backends.nn.lean import lean
 from backends.nn.losses import token_losses
+from backends.nn.marks import counted
 
 log = logging.getLogger(__name__)
 
@@ -78,25 +79,28 @@ class TrainingInterrupted(Interrupted):
 def evaluate(
     model: nn.Module, sequences: Sequences, micro_batch: int, asked: int | None = None
 ) -> float:
-    """Mean loss in nats per predicted token over int64[n, S].
+    """Mean loss in nats per predicted token that is counted, over int64[n, S].
 
     A worker learns how many micro-batches there were. So that this tells nothing of how much text
     there is, as many are computed as `asked` sequences take: others are repeated and not counted.
 
     asked  at least n; None takes n itself, and tells it
+
+    NaN when no token is counted.
     """
     there = len(sequences)
     asked = there if asked is None else asked
     if not 0 < there <= asked:
         raise ValueError(f"{there} sequences to evaluate on, where 1 to {asked} are asked for")
     model.eval()
-    total = 0.0
+    total, predicted = 0.0, 0
     with torch.no_grad():
         for start in range(0, asked, micro_batch):
-            places = torch.arange(start, start + micro_batch)
-            counted = min(max(0, there - start), micro_batch)
-            total += token_losses(model, sequences[places % there], counted).item()
-    return total / (there * (sequences.shape[1] - 1))
+            rows = sequences[torch.arange(start, start + micro_batch) % there]
+            first = min(max(0, there - start), micro_batch)
+            total += token_losses(model, rows, first).item()
+            predicted += counted(rows[:first])
+    return total / predicted if predicted else math.nan
 
 
 def lane_threads(lanes: int) -> Executor:
@@ -105,7 +109,9 @@ def lane_threads(lanes: int) -> Executor:
 
 
 class Trainer:
-    """Fine-tunes a model's trainable parameters on packed sequences int64[n, S].
+    """Fine-tunes a model's trainable parameters on packed sequences int64[n, S], ids or marked.
+
+    A step's loss is the mean over the tokens of its batch that are counted.
 
     forget_lane     called when a lane's pass was cut short (see `Remote.forget_lane`)
     checkpoints     directory to save to and resume from; None keeps nothing
@@ -272,7 +278,8 @@ class Trainer:
         chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
         batch = self._sequences[chosen]
         parts = torch.split(batch, config.micro_batch)
-        passes = [pool.submit(self._pass, part, batch.shape[0]) for part in parts]
+        predicted = max(1, counted(batch))
+        passes = [pool.submit(self._pass, part, predicted) for part in parts]
         total = 0.0
         sums: list[torch.Tensor] | None = None
         try:
@@ -303,11 +310,11 @@ class Trainer:
         self._optimizer.step()
         return total, norm.item()
 
-    def _pass(self, part: torch.Tensor, batch: int) -> tuple[float, tuple[torch.Tensor, ...]]:
+    def _pass(self, part: torch.Tensor, predicted: int) -> tuple[float, tuple[torch.Tensor, ...]]:
         """One lane: loss and gradients of a micro-batch, as its share of the step's mean."""
         try:
             with lean():
-                loss = token_losses(self._model, part) / (batch * (part.shape[1] - 1))
+                loss = token_losses(self._model, part) / predicted
             # On this lane's own thread: autograd has one thread a GPU, on which the lanes would
             # wait for each other's remote linears.
             with torch.autograd.set_multithreading_enabled(False):

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 from backends.hardware import Hardware
 from backends.he.cuda.device import Gpu
 from scenarios import llama1b
+from scenarios.texts import Data
 from tests.nn.conftest import LLAMA
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -38,9 +39,8 @@ def test_a_run_trains_reports_and_leaves_an_adapter(
     """bf16, two lanes: figures with the split of device time, and what `peft` loads."""
     place = Hardware(gpu.device, torch.bfloat16, gpu, host_frames)
     monkeypatch.setattr(llama1b, "chosen", lambda *_: place)
-    monkeypatch.setattr(
-        llama1b, "load_sequences", lambda *_: torch.arange(64).remainder(90).view(4, 16)
-    )
+    data = Data(torch.arange(64).remainder(90).view(4, 16))
+    monkeypatch.setattr(llama1b, "load_texts", lambda *_, **__: data)
     monkeypatch.setattr(
         sys, "argv",
         ["llama1b", "--real-gpu", "--weights", str(checkpoint), "--steps", "2", "--tokens", "16",

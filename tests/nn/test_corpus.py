@@ -14,9 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from backends.nn import checkpoint, corpus
-from backends.nn.corpus import Corpus, batch_indices, corpus_of, first_tokens, pack
+from backends.nn import checkpoint, corpus, packing
+from backends.nn.corpus import Corpus, batch_indices, corpus_of, pack
 from backends.nn.documents import Piece, pieces
+from backends.nn.packing import first_tokens
 from backends.nn.texts import DataError, find_texts
 from backends.nn.tokenizer import ByteTokenizer
 
@@ -66,8 +67,8 @@ def test_text_is_packed_without_loss(tmp_path: Path) -> None:
 def test_sequences_do_not_depend_on_how_text_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces or whole, in one batch or many, in one block or many."""
     whole = pack([Piece(TEXT), Piece("b" * 50)], ByteTokenizer((0,)), 16)
-    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(corpus, "_BLOCK_TOKENS", 70)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(packing, "_BLOCK_TOKENS", 70)
     cut = [Piece(TEXT[i : i + 7], i == 0, i + 7 >= len(TEXT)) for i in range(0, len(TEXT), 7)]
     assert torch.equal(pack([*cut, Piece("b" * 50)], ByteTokenizer((0,)), 16), whole)
     assert first_tokens(cut, ByteTokenizer((0,)), 40) == whole.flatten()[:40].tolist()

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from backends.nn.corpus import first_tokens
 from backends.nn.documents import Piece, pieces
+from backends.nn.packing import first_tokens
 from backends.nn.records import RecordError
 from backends.nn.texts import find_texts
 from backends.nn.tokenizer import (

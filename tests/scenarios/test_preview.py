@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from backends.nn.base import open_base
+from backends.nn.texts import DataError
 from scenarios import llama1b
-from scenarios.texts import load_sequences
+from scenarios.texts import load_texts
 
 TINY = Path(__file__).parents[2] / "scenarios" / "assets" / "tiny-llama"
 
@@ -70,7 +73,101 @@ def test_sequences_are_kept_in_out(tmp_path: Path, capsys: pytest.CaptureFixture
         ["--real-cpu", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
          "--sequence", "32"]
     )  # fmt: skip
-    sequences = load_sequences(args, open_base(TINY))
-    assert sequences.shape[1] == 32
+    data = load_texts(args, open_base(TINY), apart=True, held_out=0.0)
+    assert data.train.shape[1] == 32
+    assert data.held_out is None
     assert (tmp_path / "out" / "corpus" / "tokens.int32").exists()
     assert "warning" not in capsys.readouterr().out
+
+
+CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+ASKS = "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+def chat_model(place: Path, template: str) -> Path:
+    """The tiny Llama with a chat template."""
+    place.mkdir()
+    for path in TINY.iterdir():
+        shutil.copy(path, place)
+    (place / "chat_template.jinja").write_text(template)
+    return place
+
+
+def chats(tmp_path: Path) -> Path:
+    """Some records of one question and its answer."""
+    path = tmp_path / "chats.jsonl"
+    record = {
+        "messages": [
+            {"role": "user", "content": "What is it?"},
+            {"role": "assistant", "content": "a \x1b[31mword"},
+        ]
+    }
+    path.write_text("\n".join([json.dumps(record)] * 5))
+    return path
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_three_samples_show_what_is_counted(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In brackets, or in green on a terminal, which obeys nothing of the text itself."""
+    model = chat_model(tmp_path / "model", CHAT + ASKS)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: terminal, raising=False)
+    preview(monkeypatch, "--weights", str(model), "--data", str(chats(tmp_path)))
+    said = capsys.readouterr().out
+    assert "loss: on what the assistant says" in said
+    begin, end = ("\x1b[32m", "\x1b[0m") if terminal else ("[[", "]]")
+    shown = said.partition("stands between tokens")[2].replace("|", "")
+    assert shown.count(f"{begin} a \\x1b[31mword") == 3
+    assert shown.count(end) == 3
+    assert "What is it?" in shown.partition(begin)[0]
+    assert said.count("\x1b") == (6 if terminal else 0)
+
+
+def test_loss_on_all_or_where_answers_cannot_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said, and refused where completions were asked for."""
+    model = chat_model(tmp_path / "model", CHAT + ASKS)
+    arguments = ["--weights", str(model), "--data", str(chats(tmp_path))]
+    preview(monkeypatch, *arguments, "--loss-on", "all")
+    assert "loss: on all tokens (as --loss-on all says)" in capsys.readouterr().out
+    (model / "chat_template.jinja").write_text("{{ messages | length }}" + CHAT + ASKS)
+    preview(monkeypatch, *arguments)
+    said = capsys.readouterr().out
+    assert "loss: on all tokens (the tokenizer's chat template writes a turn otherwise" in said
+    with pytest.raises(SystemExit, match="--loss-on completions: the tokenizer's chat template"):
+        preview(monkeypatch, *arguments, "--loss-on", "completions")
+    (tmp_path / "a.txt").write_text("plain " * 99)
+    arguments[-1] = str(tmp_path / "a.txt")
+    with pytest.raises(SystemExit, match="this text holds no conversations"):
+        preview(monkeypatch, *arguments, "--loss-on", "completions")
+
+
+def test_data_are_counted_packed_and_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each said in a line; what is longer than a sequence by much is refused."""
+    model = chat_model(tmp_path / "model", CHAT + ASKS)
+    path = chats(tmp_path)
+    path.write_text(path.read_text() + "\n" + path.read_text().replace("it?", "that?"))
+    args = llama1b.parse(
+        ["--real-cpu", "--data", str(path), "--out", str(tmp_path / "out"), "--sequence", "64"]
+    )
+    data = load_texts(args, open_base(model), apart=False)
+    assert data.held_out is not None
+    assert len(data.held_out) >= 1
+    assert data.facts.documents == 10
+    said = capsys.readouterr().out
+    assert all(line in said for line in data.said)
+    told = "\n".join(data.said)
+    assert "loss: on what the assistant says" in told
+    assert "10 documents" in told
+    assert "0.0% of all tokens are cut off" in told
+    assert "cannot keep documents apart" in told
+    assert "held out: " in told
+    assert len(load_texts(args, open_base(model), True, 0.0).train) > len(data.train)
+    args.sequence = 8
+    with pytest.raises(DataError, match=r"cut off|no conversation has a token"):
+        load_texts(args, open_base(model), apart=True)

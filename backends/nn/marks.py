@@ -1,0 +1,46 @@
+"""What a sequence says of its tokens beside their ids, in two bits of each.
+
+A token is an integer below ID_MOST. APART on it: a document begins here, and sees nothing before
+it. UNCOUNTED: predicting it is no part of the loss. So plain ids are one document a row, counted.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+ID_MOST = 1 << 29
+APART = 1 << 29
+UNCOUNTED = 1 << 30
+
+
+class Rows(NamedTuple):
+    """Sequences as a model takes them.
+
+    ids        int64[B, S]
+    targets    int64[B, S]: the next token where it is counted, else -1
+    positions  int64[B, S], from 0 in every document; None where no row has a second document
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor | None
+
+
+def read_rows(marked: torch.Tensor) -> Rows:
+    """Take int64[B, S] of marked tokens apart."""
+    ids = marked & (ID_MOST - 1)
+    wanted = ids.masked_fill((marked & UNCOUNTED) != 0, -1)
+    begins = (marked & APART) != 0
+    positions = None
+    if begins[:, 1:].any():
+        places = torch.arange(marked.shape[1], device=marked.device)
+        positions = places - (places * begins).cummax(dim=1).values
+    return Rows(ids, functional.pad(wanted[:, 1:], (0, 1), value=-1), positions)
+
+
+def counted(marked: torch.Tensor) -> int:
+    """How many predictions of int64[B, S] are part of the loss."""
+    return int(((marked[:, 1:] & UNCOUNTED) == 0).sum())
