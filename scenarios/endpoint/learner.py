@@ -8,6 +8,7 @@ forward_backward goes backward, whatever its weights.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -78,8 +79,7 @@ class Learner:
         """A new adapter, which changes nothing until it is trained."""
         with torch.random.fork_rng(devices=[]):
             torch.seed() if seed is None else torch.manual_seed(seed)
-            self.model.add_adapter(name, self.config(lora))
-        self._lora[name] = lora
+            self._add(name, lora)
         self._optimizers[name] = torch.optim.AdamW(self._parameters(name).values(), lr=0.0)
 
     def drop(self, name: str) -> None:
@@ -236,8 +236,13 @@ class Learner:
         if self._lora[_SAMPLER] != lora:
             self._sampled = None
             self.model.delete_adapter(_SAMPLER)
-            self.model.add_adapter(_SAMPLER, self.config(lora))
-            self._lora[_SAMPLER] = lora
+            self._add(_SAMPLER, lora)
+
+    def _add(self, name: str, lora: Lora) -> None:
+        with warnings.catch_warnings():  # of a tied head, which docs/endpoint.md has
+            warnings.simplefilter("ignore")
+            self.model.add_adapter(name, self.config(lora))
+        self._lora[name] = lora
 
     def _parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Of an adapter, by the names that `peft` stores them under, in a fixed order."""

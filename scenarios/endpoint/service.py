@@ -149,6 +149,7 @@ class Service:
 
     def create_session(self, body: bytes) -> Reply:
         """A session; the longest unheard one goes when there are too many."""
+        Fields.of(body, "create_session")
         with self._lock:
             if len(self._sessions) >= _SESSIONS_MAX:
                 self._finish(min(self._sessions, key=lambda s: self._sessions[s].heard))
