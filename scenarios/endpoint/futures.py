@@ -19,7 +19,7 @@ Answer = bytes | dict[str, Any]
 
 _WAITING_MAX = 512
 _WAITING_BYTES_MAX = 256 << 20
-_DONE_MAX = 1024
+_DONE_MAX, _DONE_BYTES_MAX = 1024, 256 << 20
 
 
 @dataclass
@@ -100,9 +100,14 @@ class Queue:
             self._changed.notify_all()
 
     def _forget(self) -> None:
-        finished = [name for name, job in self._jobs.items() if job.done.is_set()]
-        for name in finished[: max(0, len(finished) - _DONE_MAX)]:
-            del self._jobs[name]
+        """The oldest results, when there are too many, or too much."""
+        count = size = 0
+        for name, job in reversed(list(self._jobs.items())):
+            if job.done.is_set():
+                count += 1
+                size += len(job.answer)
+                if count > _DONE_MAX or (size > _DONE_BYTES_MAX and count > 1):
+                    del self._jobs[name]
 
     def _answer(self, job: Job) -> Answer:
         try:

@@ -27,7 +27,6 @@ from scenarios.endpoint.requests import Datum, Lora, Pass, Step
 
 ALPHA = 32
 """Of every adapter, as the service that the client is made for has it."""
-_SAMPLER = "sampler"
 _ATTENTION = ("attn", "attention")
 
 Weights = dict[str, torch.Tensor]
@@ -56,9 +55,10 @@ class Learner:
         self._mlp = [n for n in remote if n not in self._attention]
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         self._spoilt: set[str] = set()
-        self._lora = {_SAMPLER: Lora(1, bool(self._attention), not self._attention, False)}
-        config = self.config(self._lora[_SAMPLER])
-        self.model: PeftModel = get_peft_model(model, config, adapter_name=_SAMPLER)
+        self._samplers, self._sampler = 0, "sampler0"
+        self._lora = {self._sampler: Lora(1, bool(self._attention), not self._attention, False)}
+        config = self.config(self._lora[self._sampler])
+        self.model: PeftModel = get_peft_model(model, config, adapter_name=self._sampler)
         self._sampled: object = None
 
     def config(self, lora: Lora) -> LoraConfig:
@@ -85,7 +85,7 @@ class Learner:
     def drop(self, name: str) -> None:
         """Forget an adapter, if it is there."""
         if self._optimizers.pop(name, None) is not None:
-            self.model.set_adapter(_SAMPLER)
+            self.model.set_adapter(self._sampler)
             self.model.delete_adapter(name)
             del self._lora[name]
             self._spoilt.discard(name)
@@ -192,7 +192,7 @@ class Learner:
     def shapes(self, lora: Lora) -> dict[str, tuple[int, ...]]:
         """Of the tensors of such an adapter."""
         self._fit_sampler(lora)
-        return {n: tuple(p.shape) for n, p in self._parameters(_SAMPLER).items()}
+        return {n: tuple(p.shape) for n, p in self._parameters(self._sampler).items()}
 
     def restore(self, name: str, weights: Weights, moments: Weights) -> None:
         """Take saved tensors, of this adapter's shapes; without moments the optimiser begins."""
@@ -218,7 +218,7 @@ class Learner:
                         yield self.model
                     return
                 self._load_sampler(lora, weights)
-                self.model.set_adapter(_SAMPLER)
+                self.model.set_adapter(self._sampler)
                 yield self.model
         except BaseException:
             self._remote.forget_lane()
@@ -228,15 +228,19 @@ class Learner:
         if self._sampled is weights:
             return
         self._fit_sampler(lora)
-        for n, p in self._parameters(_SAMPLER).items():
+        for n, p in self._parameters(self._sampler).items():
             p.data.copy_(weights[n])
         self._sampled = weights
 
     def _fit_sampler(self, lora: Lora) -> None:
-        if self._lora[_SAMPLER] != lora:
-            self._sampled = None
-            self.model.delete_adapter(_SAMPLER)
-            self._add(_SAMPLER, lora)
+        if self._lora[self._sampler] != lora:
+            self._sampled, old = None, self._sampler
+            self._samplers += 1
+            self._sampler = f"sampler{self._samplers}"
+            self._add(self._sampler, lora)
+            self.model.set_adapter(self._sampler)
+            self.model.delete_adapter(old)  # after: one is always there
+            del self._lora[old]
 
     def _add(self, name: str, lora: Lora) -> None:
         with warnings.catch_warnings():  # of a tied head, which docs/endpoint.md has

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backends.nn.remote import Remote
+from backends.nn.trainer import TaintedError
 from scenarios.endpoint.__main__ import parse
+from scenarios.endpoint.futures import Queue
 from scenarios.endpoint.proto import ProtoError, read_pass
+from scenarios.endpoint.requests import Lora, state_path
 from scenarios.endpoint.server import EndpointError, api_key, listen_address
+from scenarios.endpoint.states import StateError, States
 from tests.scenarios.endpoint_here import (
     NAME,
     RATE,
@@ -442,6 +448,24 @@ def test_clients_are_so_many_and_those_that_ended_make_room(running: Here) -> No
     running.leave(session)
 
 
+def test_what_was_saved_is_sampled_from_without_a_training_client(running: Here) -> None:
+    """As after a restart; of ranks one after another."""
+    paths = []
+    for rank in (2, 3):
+        client = running.client(rank)
+        save = {"model_id": client, "seq_id": 1, "path": "kept"}
+        paths.append(running.post("save_weights_for_sampler", save)["path"])
+        running.leave(client)
+    session = running.post("create_session", {"tags": []})["session_id"]
+    for place, path in enumerate(paths * 2):
+        sampler = running.post("create_sampling_session", {
+            "session_id": session, "sampling_session_seq_id": place, "model_path": path
+        })["sampling_session_id"]  # fmt: skip
+        request = prompt_of([5], sampling_session_id=sampler, seq_id=0)
+        assert isinstance(running.post("asample", request), bytes)
+    running.leave(session)
+
+
 def test_what_is_saved_is_read_with_care(running: Here, client: str) -> None:
     """Names are not taken twice; files that were changed are refused; nothing is unpickled."""
     save = {"model_id": client, "seq_id": 1, "path": "kept"}
@@ -475,8 +499,75 @@ def test_what_is_saved_is_read_with_care(running: Here, client: str) -> None:
     for changed_text, status in (("{", 400), (told.replace('"rank": 4', '"rank": 10000'), 400)):
         about.write_text(changed_text)
         assert running.ask("POST", "load_weights", load | {"seq_id": turn})[0] == status
-    about.write_text(told.replace('"workers": []', '"workers": ["gone"]'))
+    about.write_text(told)
     assert "error" not in running.post("load_weights", load | {"seq_id": turn})
+
+
+@dataclass
+class Workers:
+    """What a session says of them."""
+
+    served: frozenset[str]
+    caught: dict[str, str]
+
+
+def test_what_rests_on_a_worker_that_was_caught_is_refused(running: Here, client: str) -> None:
+    """Every job from then on, and each state that the worker had a part in, after a restart too."""
+    running.post("forward_backward", addressed(client, 1, RECORDED))
+    path = running.post("save_weights", {"model_id": client, "seq_id": 2, "path": "x"})["path"]
+    here, base = running.out / "states", running.public.identity
+    (worker,) = running.service._states.served
+    honest = States(here, base, 4096, Workers(frozenset(), {"another": "why"}))
+    assert honest.about(state_path(path)) == (Lora(4, True, True, True), {worker})
+    with pytest.raises(StateError, match="which gave wrong answers"):
+        States(here, base, 4096, Workers(frozenset(), {worker: "why"})).about(state_path(path))
+    with pytest.raises(StateError, match="another base model"):
+        States(here, "other", 4096, Workers(frozenset(), {})).about(state_path(path))
+
+    caught: list[str] = []
+
+    def check() -> None:
+        if caught:
+            raise TaintedError("do not use it")
+
+    queue = Queue(check)
+    queue.add("before", lambda: {"found": 1})
+    queue.add("during", lambda: {"found": caught.append(worker)})
+    queue.add("after", lambda: {"found": 3})
+    thread = threading.Thread(target=queue.work)
+    thread.start()
+    answers = []
+    for name in ("before", "during", "after"):
+        job = queue.find(name)
+        assert job.done.wait(10)
+        answers.append(job.answer)
+    queue.close()
+    thread.join(10)
+    assert answers == [{"found": 1}, *[{"error": "do not use it", "category": "server"}] * 2]
+
+
+def test_a_defect_tells_where_and_not_what(capsys: pytest.CaptureFixture[str]) -> None:
+    """The text of an unknown error may quote what it was given; the next job goes on."""
+    queue = Queue(lambda: None)
+
+    words = " ".join(("private", "words"))
+
+    def broken() -> dict[str, object]:
+        raise KeyError(words)
+
+    queue.add("broken", broken)
+    queue.add("next", lambda: {"found": 1})
+    thread = threading.Thread(target=queue.work)
+    thread.start()
+    assert queue.find("next").done.wait(10)
+    queue.close()
+    thread.join(10)
+    told = queue.find("broken").answer
+    assert isinstance(told, dict)
+    printed = capsys.readouterr()
+    assert "KeyError" in told["error"]
+    assert "in broken" in printed.err
+    assert words not in f"{told}{printed}"
 
 
 def test_only_this_machine_is_listened_on() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,22 @@ def test_a_recipe_trains_saves_goes_on_and_samples(running: Here, service: Any) 
     assert torch.linalg.norm(found - wanted) < 0.05 * torch.linalg.norm(wanted)
 
 
+def test_the_pages_recipe_runs(service: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """As docs/endpoint.md shows it, but for the model, its tokens, and how often."""
+    page = (Path(__file__).parents[2] / "docs" / "endpoint.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    for shown, instead in (
+        ('"tiny-llama"', repr(NAME)), ("range(10)", "range(2)"),
+        ('client.get_tokenizer().encode("def shortest_path(G, source, target):")', "[5, 17, 42]"),
+    ):  # fmt: skip
+        assert shown in code
+        code = code.replace(shown, instead)
+    exec(code, {})
+    said = capsys.readouterr().out.splitlines()
+    assert "loss:sum" in said[0]
+    assert said[-1].endswith("/weights/ten")
+
+
 def test_a_loss_of_ones_own_and_reinforcement(service: Any) -> None:
     """forward_backward_custom computes its loss at the client; importance sampling is here."""
     client = service.create_lora_training_client(base_model=NAME, rank=2, seed=1).result()
@@ -146,7 +163,8 @@ def test_many_data_are_sent_in_chunks_and_make_one_step(
 ) -> None:
     """More than the client sends at once: one loss, and gradients of all."""
     texts = [([5 + n], [7], [1.0]) for n in range(5)]
-    monkeypatch.setattr(service.holder._client_config, "fwdbwd_max_chunk_len", 2)
+    small = service.holder._client_config.model_copy(update={"fwdbwd_max_chunk_len": 2})
+    monkeypatch.setattr(service.holder, "_client_config", small)
     client = service.create_lora_training_client(base_model=NAME, rank=4, seed=7).result()
     passed = client.forward_backward(data(texts), "cross_entropy")
     client.optim_step(types.AdamParams(learning_rate=RATE)).result()
