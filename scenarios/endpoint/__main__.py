@@ -152,9 +152,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_worker_options(parser)
     add_kernel_option(parser)
     args = parser.parse(arguments)
-    here = Path(args.weights)
-    args.name = args.name or (here.resolve().stem if here.exists() else args.weights)
-    args.tokenizer = str(here.resolve()) if here.exists() else args.weights
+    here = Path(args.weights).resolve()
+    named = here.name if here.is_dir() else here.stem if here.is_file() else args.weights
+    args.name = args.name or named
+    # The client loads it from a directory or the hub, and cannot from a GGUF file.
+    args.tokenizer = str(here) if here.is_dir() else args.name if here.is_file() else args.weights
     return args
 
 

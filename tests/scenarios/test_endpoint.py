@@ -453,7 +453,7 @@ def test_what_was_saved_is_sampled_from_without_a_training_client(running: Here)
     paths = []
     for rank in (2, 3):
         client = running.client(rank)
-        save = {"model_id": client, "seq_id": 1, "path": "kept"}
+        save = {"model_id": client, "seq_id": 1, "path": "sampled"}
         paths.append(running.post("save_weights_for_sampler", save)["path"])
         running.leave(client)
     session = running.post("create_session", {"tags": []})["session_id"]
@@ -590,6 +590,18 @@ def test_the_command_line_is_refused_in_a_line(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert "export TINKER_BASE_URL" in capsys.readouterr().out
+
+
+def test_recipes_name_the_model_as_people_do(tmp_path: Path) -> None:
+    """By the hub's id, or the whole name of its directory; or as they are told to."""
+    place = tmp_path / "Llama-3.2-1B"
+    place.mkdir()
+    found = parse(["--model", str(place), "--out", str(tmp_path)])
+    assert (found.name, found.tokenizer) == (place.name, str(place.resolve()))
+    found = parse(["--model", "org/model", "--out", str(tmp_path)])
+    assert (found.name, found.tokenizer) == ("org/model", "org/model")
+    found = parse(["--model", str(place), "--name", "org/model", "--out", str(tmp_path)])
+    assert (found.name, found.tokenizer) == ("org/model", str(place.resolve()))
 
 
 def test_a_key_in_a_file_is_its_owners_alone(tmp_path: Path) -> None:
