@@ -209,6 +209,11 @@ class OpenSession:
         return self._ledger.retired
 
     @property
+    def served(self) -> frozenset[str]:
+        """Workers of whom an answer was used."""
+        return self._ledger.served
+
+    @property
     def kept(self) -> Kept | None:
         """Counts of activations that are kept; None without `keep_activations`."""
         return self._session.kept

@@ -45,7 +45,7 @@ from backends.nn.base import Checkpoint, open_base
 from backends.nn.generate import complete
 from backends.nn.sane import positions
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton
-from backends.nn.tokenizer import HubTokenizer
+from backends.nn.tokenizer import HubTokenizer, Tokenizer
 from backends.options import ALL, TOKENS, Modes, Number, Parser, place
 from backends.places import output_directory
 from backends.session import Session, Workers, opened
@@ -171,7 +171,7 @@ def encoded(
     return found
 
 
-def stops_of(model: torch.nn.Module, tokenizer: HubTokenizer) -> frozenset[int]:
+def stops_of(model: torch.nn.Module, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end an answer: the model's own, and what the tokenizer puts after a text."""
     own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = own if isinstance(own, list) else [] if own is None else [own]
