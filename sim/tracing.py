@@ -21,6 +21,7 @@ from backends.he.manifest import GroupSpec
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.head import LocalHead
 from backends.nn.losses import token_losses
+from backends.nn.marks import plain_rows
 from backends.nn.remote import Remote
 from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import Base, Loaded
@@ -104,10 +105,10 @@ def trace_lane(
         remote.head = _outline_head(skeleton)
         model = add_lora(skeleton.model, lora_rank, 2 * lora_rank, seed=0)
         model.train()
-        tokens = torch.empty(sequences, sequence, dtype=torch.long)
+        rows = plain_rows(torch.empty(sequences, sequence, dtype=torch.long))
         tally.counting = True
         parameters = trainable(model)
-        loss = token_losses(model, tokens) / (sequences * (sequence - 1))
+        loss = token_losses(model, rows) / (sequences * (sequence - 1))
         torch.autograd.grad(loss, list(parameters.values()))
         remote.segments.append(Segment(tally.take(), None))
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}

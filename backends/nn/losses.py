@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from backends.nn.marks import read_rows
+from backends.nn.marks import Rows, read_rows
 
 _CHUNK_VALUES = {"cuda": 1 << 25}
 _SMALL_CHUNK_VALUES = 1 << 21  # a processor computes as fast in small pieces, and keeps less
 
 
 def token_losses(
-    model: nn.Module, tokens: torch.Tensor, counted: int | None = None
+    model: nn.Module, tokens: torch.Tensor | Rows, counted: int | None = None
 ) -> torch.Tensor:
     """Cross-entropy in nats, summed over the predicted tokens of int64[B, S] that are counted.
 
     Its gradient takes the place of the model's logits.
 
-    tokens   marked (`marks`): of plain ids B*(S-1) are counted
+    tokens   marked (`marks`): of plain ids B*(S-1) are counted; or what `marks` read of them
     counted  only the first so many sequences; the others are computed, for a worker to see
     """
-    rows = read_rows(tokens.to(next(model.parameters()).device))
+    device = next(model.parameters()).device
+    rows = tokens if isinstance(tokens, Rows) else read_rows(tokens.to(device))
     # transformers keeps documents apart where positions start again, if it is given no mask.
     more = {} if rows.positions is None else {"position_ids": rows.positions}
     logits = model(input_ids=rows.ids, use_cache=False, **more).logits

@@ -29,6 +29,11 @@ class Rows(NamedTuple):
     positions: torch.Tensor | None
 
 
+def plain_rows(ids: torch.Tensor) -> Rows:
+    """Of int64[B, S] plain ids, whose numbers are not looked at: a simulation has none."""
+    return Rows(ids, functional.pad(ids[:, 1:], (0, 1), value=-1), None)
+
+
 def read_rows(marked: torch.Tensor) -> Rows:
     """Take int64[B, S] of marked tokens apart."""
     ids = marked & (ID_MOST - 1)

@@ -22,6 +22,7 @@ from backends.nn import head as head_module
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.head import LocalHead
 from backends.nn.losses import token_losses
+from backends.nn.marks import read_rows
 from backends.nn.remote import Remote
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
@@ -125,10 +126,10 @@ def test_the_trace_is_the_cost_of_a_real_pass(
         remote.head = LocalHead(head, codes, torch.ones(96), torch.ones(48))
     model = add_lora(skeleton.model, 4, 8, seed=1)
     model.train()
-    tokens = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    rows = read_rows(torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0)))
     parameters = trainable(model)
     with tally:
-        loss = token_losses(model, tokens) / (2 * 11)
+        loss = token_losses(model, rows) / (2 * 11)
         torch.autograd.grad(loss, list(parameters.values()))
     real = [*remote.segments, Segment(tally.take(), None)]
     traced = lane(CONFIGS[name], remote_head)
