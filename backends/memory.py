@@ -23,7 +23,8 @@ _libc = ctypes.CDLL(None)
 _trim = getattr(_libc, "malloc_trim", None)  # glibc's alone
 _mallinfo = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
 _CALLS = 16
-"""Products between two times that holes are given back, at least: filling them costs faults."""
+"""Products between two looks: glibc counts what is in use by walking through all that is free,
+which takes milliseconds where that is in many pieces."""
 _SPARE = 1.5
 """What may be held, in terms of the most that has been in use."""
 _STATM = Path("/proc/self/statm")
@@ -82,15 +83,16 @@ class Holes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._most = self._since = 0
+        self._most = self._calls = 0
 
     def look(self) -> None:
         """Before a product."""
         with self._lock:
+            self._calls += 1
+            if self._calls % _CALLS:
+                return
             held, used = _memory()
             self._most = max(self._most, used)
-            self._since += 1
-            if self._since < _CALLS or held <= _SPARE * self._most:
+            if held <= _SPARE * self._most:
                 return
-            self._since = 0
         give_back()

@@ -311,7 +311,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--least-remote", type=Number(0, 1), default=LEAST_REMOTE, metavar="SHARE",
         help="refuse a model of whose frozen weights workers can compute less than this "
         f"({LEAST_REMOTE:g})")  # fmt: skip
-    add_preparation_options(parser)
+    add_preparation_options(parser, usual="exact")
     add("--out", type=output_directory, default="runs/generate",
         help="where workers that were caught are remembered (runs/generate)")  # fmt: skip
     add_worker_options(parser)

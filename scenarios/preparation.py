@@ -59,13 +59,17 @@ def _cache(text: str) -> Path:
     return place
 
 
-def add_preparation_options(parser: argparse.ArgumentParser) -> None:
-    """`--preset`, `--owner-tag` and `--cache`: which prepared model, and where."""
+def add_preparation_options(parser: argparse.ArgumentParser, usual: str = "thin") -> None:
+    """`--preset`, `--owner-tag` and `--cache`: which prepared model, and where.
+
+    usual  preset
+    """
     add = parser.add_argument
-    add("--preset", default="thin", choices=sorted(PRESETS),
+    add("--preset", default=usual, choices=sorted(PRESETS),
         help="cipher: `thin` has few bits and products a few per cent off, `thin-6bit` rounds "
         "weights to 6 bits too, `exact` has products to some tenths of a per cent and nothing "
-        "wraps; `conservative` and `paranoid` are exact with larger lattices (thin)")  # fmt: skip
+        "wraps; `conservative` and `paranoid` are exact with larger lattices "
+        f"({usual})")  # fmt: skip
     add("--owner-tag", type=_owner_tag, default=b"", metavar="TEXT",
         help="prepare a public matrix and hints of your own instead of those that all owners of "
         "the model share (docs/security.md); any text, not a secret")  # fmt: skip

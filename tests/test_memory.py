@@ -51,12 +51,29 @@ def test_they_go_back_when_too_much_is_held(monkeypatch: pytest.MonkeyPatch) -> 
             holes.look()
         return times
 
-    assert looked(149, 100, 100) == 0
-    assert looked(149, 20, 100) == 0
-    assert looked(151, 20, 1) == 1
+    assert looked(149, 100, 96) == 0
+    assert looked(149, 20, 96) == 0
     assert looked(151, 20, 15) == 0
     assert looked(151, 20, 1) == 1
-    assert looked(180, 130, 100) == 0
+    assert looked(151, 20, 15) == 0
+    assert looked(151, 20, 17) == 2
+    assert looked(180, 130, 95) == 0
+
+
+def test_a_look_at_memory_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes milliseconds where what is free is in many pieces."""
+    looks = 0
+
+    def look() -> tuple[int, int]:
+        nonlocal looks
+        looks += 1
+        return 0, 0
+
+    monkeypatch.setattr(memory, "_memory", look)
+    holes = Holes()
+    for _ in range(160):
+        holes.look()
+    assert looks == 10
 
 
 def test_what_is_held_and_used_is_seen() -> None:

@@ -18,7 +18,9 @@ import os
 import struct
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -47,16 +49,15 @@ class Keystream:
 
         Raises ValueError after `wipe`.
         """
+        self.add_several([(out, place)])
+
+    def add_several(self, parts: Iterable[tuple[NDArray[np.uint8], int]]) -> None:
+        """`add` to each of these (out, place), with OpenSSL's key expanded once."""
         if self._algorithm is None:
             raise ValueError("this keystream was wiped")
-        counter, skip = divmod(place, _BLOCK_BYTES)
-        encryptor = Cipher(self._algorithm, modes.CTR(counter.to_bytes(16, "big"))).encryptor()
-        if skip:
-            unused = bytearray(skip + _BLOCK_BYTES)  # a block more than is written, as it demands
-            encryptor.update_into(bytes(skip), unused)
-            unused[:] = bytes(len(unused))
-        view = out.data.cast("B")
-        encryptor.update_into(view, view)
+        encryptor = Cipher(self._algorithm, modes.CTR(bytes(_BLOCK_BYTES))).encryptor()
+        for out, place in parts:
+            _add(encryptor, out, place)
 
     def fill(self, out: NDArray[np.uint8], place: int) -> None:
         """Overwrite contiguous uint8[n] with bytes place .. place+n of the stream."""
@@ -74,6 +75,17 @@ class Keystream:
         """Overwrite the key; nothing more can be had of the stream."""
         self._algorithm = None
         self._key[:] = bytes(len(self._key))
+
+
+def _add(encryptor: Any, out: NDArray[np.uint8], place: int) -> None:
+    counter, skip = divmod(place, _BLOCK_BYTES)
+    encryptor.reset_nonce(counter.to_bytes(_BLOCK_BYTES, "big"))
+    if skip:
+        unused = bytearray(skip + _BLOCK_BYTES)  # a block more than is written, as it demands
+        encryptor.update_into(bytes(skip), unused)
+        unused[:] = bytes(len(unused))
+    view = out.data.cast("B")
+    encryptor.update_into(view, view)
 
 
 class Entropy(ABC):

@@ -96,11 +96,13 @@ class Pool:
 
     def rows(self, which: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """float32[n, N], rows of it. Whoever asks for them overwrites them."""
-        out = np.empty((len(which), self._outputs), np.float32)
-        words = np.empty(self._outputs, "<u4")
-        for row, place in zip(out, which, strict=True):
-            self._stream.fill(words.view(np.uint8), 4 * self._outputs * int(place))
-            _coefficients(words, row)
+        words = np.zeros((len(which), self._outputs), "<u4")
+        size = 4 * self._outputs
+        self._stream.add_several(
+            (row.view(np.uint8), size * int(place)) for row, place in zip(words, which, strict=True)
+        )
+        out = np.empty(words.shape, np.float32)
+        _coefficients(words.reshape(-1), out.reshape(-1))
         words[...] = 0
         return out
 
