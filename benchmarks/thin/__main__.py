@@ -7,6 +7,7 @@
     traffic     bytes a token of Llama-3.2-1B's shape, forward and backward, its head local
     quickstart  the quickstart's fine-tuning, private against clear: losses, gradients, wraps
     gemma       the same of a checkpoint on Python's documentation, 60 steps of 512 tokens
+    gemma-chat  of questions and answers made of it, 60 steps of 1,024 tokens
     head        a remote head of the 1B's shape: error of its input's gradient
     outliers    adapters' gradients where eight channels are 300 times the rest
     owner       the owner's processor time and own memory, head remote, against clear fp32
@@ -39,9 +40,11 @@ from scenarios.preparation import add_cache_option
 from sim.models import model_config
 from sim.workload import trace_step
 
-PARTS = ("traffic", "quickstart", "gemma", "head", "outliers", "owner")
+PARTS = ("traffic", "quickstart", "gemma", "gemma-chat", "head", "outliers", "owner")
+TRAINED = ("quickstart", "gemma", "gemma-chat")
 MODEL = "llama-3.2-1b"
 GEMMA_STEPS = 60
+_OF_GEMMA = frozenset(("gemma", "gemma-chat"))
 OWNER_TOKENS = 256  # of a micro-batch, as `scenarios.llama1b` has them
 _FIGURES_MAX = 1 << 24
 
@@ -70,7 +73,7 @@ def measure(figures: dict[str, Any], part: str, args: argparse.Namespace) -> Non
         figures |= traffic(args.preset)
         total = figures["bytes_per_token_up"] + figures["bytes_per_token_down"]
         print(f"traffic of {MODEL}, head local: {total / 1e6:.2f} MB a token")
-    elif part in ("quickstart", "gemma"):
+    elif part in TRAINED:
         train(figures, part, args)
     elif part == "head":
         made = head.peaked(head.VOCABULARY, head.HIDDEN, head.TOKENS)
@@ -109,11 +112,12 @@ def train(figures: dict[str, Any], part: str, args: argparse.Namespace) -> None:
     seeds_left = training.missing(figures["runs"], part, steps, seeds)
     if not seeds_left:
         return
-    task = (
-        training.quickstart_task(steps)
-        if part == "quickstart"
-        else training.gemma_task(args.gemma, steps)
-    )
+    if part == "quickstart":
+        task = training.quickstart_task(steps)
+    elif part == "gemma":
+        task = training.gemma_task(args.gemma, steps)
+    else:
+        task = training.chat_task(args.gemma, steps)
     for seed in seeds_left:
         figures["runs"].append(training.run(task, seed, preset(args.preset), args.cache))
         print(training.line(figures["runs"][-1]), flush=True)
@@ -156,9 +160,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     record.add_json_option(parser)
     args = parser.parse(arguments)
     if args.part is None:
-        args.part = [part for part in PARTS if part != "gemma" or args.gemma is not None]
-    if "gemma" in args.part and args.gemma is None:
-        parser.error("--part gemma needs --gemma DIR, a checkpoint's directory")
+        args.part = [part for part in PARTS if part not in _OF_GEMMA or args.gemma is not None]
+    if not _OF_GEMMA.isdisjoint(args.part) and args.gemma is None:
+        parser.error("--part gemma and gemma-chat need --gemma DIR, a checkpoint's directory")
     return args
 
 
@@ -169,7 +173,7 @@ def main() -> None:
         figures = kept(args.json, args.preset)
         figures["kernel"] = use_kernel(None).name
         for part in dict.fromkeys(args.part):
-            if part in figures["parts"] and part not in ("quickstart", "gemma"):
+            if part in figures["parts"] and part not in TRAINED:
                 print(f"{part}: kept, as this commit measured it")
                 continue
             measure(figures, part, args)

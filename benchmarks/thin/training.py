@@ -21,6 +21,7 @@ from backends.nn.sane import require_rank
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import Base
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
+from benchmarks.thin.chats import sequences
 from benchmarks.thin.wraps import counted
 from scenarios.preparation import prepared_for
 from scenarios.quickstart import BASE, private_text
@@ -30,6 +31,7 @@ RANK = 16
 _HELD_OUT = 32
 _GEMMA_SEQUENCE, _GEMMA_HELD_OUT = 512, 6
 _GEMMA_RATE = 5e-4
+_CHAT_SEQUENCE = 256
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ def gemma_task(directory: Path, steps: int) -> Task:
     text = documentation(AutoTokenizer.from_pretrained(directory), _GEMMA_SEQUENCE)
     held_out, train = text[:_GEMMA_HELD_OUT], text[_GEMMA_HELD_OUT:]
     return Task("gemma", open_base(str(directory)), train, held_out, steps, 1, _GEMMA_RATE)
+
+
+def chat_task(directory: Path, steps: int) -> Task:
+    """Steps of four sequences of 256 tokens; the loss is that of the answers."""
+    base = open_base(str(directory))
+    train, held_out = sequences(base, _CHAT_SEQUENCE)
+    return Task("gemma-chat", base, train, held_out[:_HELD_OUT], steps, 4, _GEMMA_RATE)
 
 
 def run(task: Task, seed: int, parameters: Parameters, cache: Path) -> dict[str, Any]:
