@@ -31,7 +31,7 @@ class LineWatch:
         """Note what was sent and what has arrived."""
         now = time.perf_counter()
         with self._lock:
-            if isinstance(event, FrameArrived) and isinstance(event.frame, bytes | bytearray):
+            if isinstance(event, FrameArrived) and not isinstance(event.frame, LocalFrame):
                 sent = self._sent.pop(_call(event.frame), None)
                 if sent is not None:
                     self.away_s += now - sent
@@ -42,7 +42,7 @@ class LineWatch:
                         self._sent.setdefault(call, now)
 
 
-def _call(frame: bytes | bytearray) -> int:
+def _call(frame: bytes | bytearray | memoryview) -> int:
     """As `call_of`; 0 for a frame that is too short to tell."""
     try:
         return call_of(bytes(frame[:64]))

@@ -7,7 +7,7 @@
     traffic     bytes a token of Llama-3.2-1B's shape, forward and backward, its head local
     quickstart  the quickstart's fine-tuning, private against clear: losses, gradients, wraps
     gemma       the same of a checkpoint on Python's documentation, 60 steps of 512 tokens
-    gemma-chat  of questions and answers made of it, 60 steps of 1,024 tokens
+    gemma-chat  of questions and answers made of it, 60 steps of 512 tokens
     head        a remote head of the 1B's shape: error of its input's gradient
     outliers    adapters' gradients where eight channels are 300 times the rest
     owner       the owner's processor time and own memory, head remote, against clear fp32

@@ -72,10 +72,10 @@ def gemma_task(directory: Path, steps: int) -> Task:
 
 
 def chat_task(directory: Path, steps: int) -> Task:
-    """Steps of four sequences of 256 tokens; the loss is that of the answers."""
+    """Steps of two sequences of 256 tokens; the loss is that of the answers."""
     base = open_base(str(directory))
     train, held_out = sequences(base, _CHAT_SEQUENCE)
-    return Task("gemma-chat", base, train, held_out[:_HELD_OUT], steps, 4, _GEMMA_RATE)
+    return Task("gemma-chat", base, train, held_out[:_HELD_OUT], steps, 2, _GEMMA_RATE)
 
 
 def run(task: Task, seed: int, parameters: Parameters, cache: Path) -> dict[str, Any]:

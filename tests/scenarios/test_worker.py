@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.net import remote
 from backends.net.dialling import WorkerUnreachableError
+from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.tls import Tls
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
+from scenarios.line import LineWatch, watched
 from scenarios.worker import State
 from scenarios.worker_log import EventLog
 from tests.net.test_inprocess import make
@@ -55,12 +58,14 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def owner(
-    model: PreparedModel, certs: Path, *workers: WorkerProcess, config: OwnerConfig = HASTY
-) -> Iterator[OwnerClient]:
+    model: PreparedModel, certs: Path, *workers: WorkerProcess, config: OwnerConfig = HASTY,
+    hooks: Hooks | None = None,
+) -> Iterator[OwnerClient]:  # fmt: skip
     cipher = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(cipher)
     addresses = [worker.address for worker in workers]
-    with connected(model, cipher, addresses, Tls(certs / "owner"), config, lanes=2) as client:
+    tls = Tls(certs / "owner")
+    with connected(model, cipher, addresses, tls, config, lanes=2, hooks=hooks) as client:
         yield client
 
 
@@ -126,6 +131,20 @@ def test_requests_in_hand_are_answered_before_the_end(
         assert worker.ended() == 0
     assert worker.log[-1]["how"] == "drained"
     assert worker.log[-1]["unanswered"] == 0
+
+
+def test_how_long_requests_were_under_way_is_seen(
+    model: PreparedModel, part: Path, certs: Path
+) -> None:
+    """Over a real link: what a run says of its line, and of the time it will take, rests on it."""
+    watch, slow_s = LineWatch(), 0.3
+    with (
+        running(part, tls=certs / "worker", slow_s=slow_s) as worker,
+        owner(model, certs, worker, hooks=watched(Hooks(), watch)) as client,
+    ):
+        start = time.perf_counter()
+        assert right(model, client)
+        assert slow_s < watch.away_s < time.perf_counter() - start
 
 
 @pytest.mark.parametrize("how", ["out of time", "at once"])
