@@ -142,13 +142,13 @@ def written(action: argparse.Action) -> str:
 def explained(action: argparse.Action, parser: Parser) -> str:
     """Its help, and which of the command's modes take it."""
     text = " ".join((action.help or "").split())
-    parts = [_cell(text % {"default": action.default, "prog": parser.prog})]
-    parts += ["**Needed.**"] if action.required and action.option_strings else []
+    parts = [text % {"default": action.default, "prog": parser.prog}] if text else []
+    parts += ["**needed**"] if action.required and action.option_strings else []
     if parser.modes is not None:
         modes = [mode for name in action.option_strings for mode in parser.modes.of.get(name, ())]
-        named = [_cell(parser.modes.named[mode]) for mode in dict.fromkeys(modes)]
-        parts += [f"*For {' or '.join(named)}.*"] if named else []
-    return " ".join(part for part in parts if part)
+        named = [parser.modes.named[mode] for mode in dict.fromkeys(modes)]
+        parts += [f"*for {' or '.join(named)}*"] if named else []
+    return _cell("; ".join(parts))
 
 
 def _cell(text: str) -> str:

@@ -14,6 +14,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = {"README.md": "overview.md", "tests/README.md": "tests.md", "CHANGELOG.md": "changes.md"}
 """Files of the repository and what their pages are called."""
+_TWO_INDICES = re.compile(r"\]\[(?=[^`\n]*(?:`[^`\n]*`[^`\n]*)*$)", re.MULTILINE)
 _WORDS_AFTER_LANGUAGE = re.compile(r"^(```\w+) .*$", re.MULTILINE)
 
 
@@ -26,8 +27,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page's links turned; a code block's language alone, as Python-Markdown wants it."""
-    return _WORDS_AFTER_LANGUAGE.sub(r"\1", linked(markdown, "../"))
+    """A page's links turned, and what Python-Markdown reads otherwise than a code host.
+
+    Of a code block's first line only the language counts; int8[T][K] is no link.
+    """
+    text = _WORDS_AFTER_LANGUAGE.sub(r"\1", linked(markdown, "../"))
+    return _TWO_INDICES.sub(r"]\\[", text)
 
 
 def linked(text: str, up: str) -> str:

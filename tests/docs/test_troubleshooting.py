@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 
 from tests.docs.markdown import DOCS, ROOT
 
@@ -11,6 +12,7 @@ VALUE = "..."
 """Stands where a message has one."""
 
 
+@cache
 def said_by_the_code() -> str:
     """Every text in the sources, of several pieces as one, a line each."""
     found = []
