@@ -33,8 +33,12 @@ class WrongError(Exception):
 
 
 def lines(block: str) -> Iterator[str]:
-    """A block's lines, those that go on joined; without what stands apart behind them."""
-    for line in block.replace("\\\n", " ").splitlines():
+    """A block's lines, those that go on joined; without what stands apart behind them.
+
+    What may be left out, [--in brackets], is in them.
+    """
+    block = re.sub(r"\[(--[^\]]*)\]", r"\1", block.replace("\\\n", " "))
+    for line in block.splitlines():
         yield re.split(r"(?<=\S) {2,}(?=[^-\s])|\s#", f"{line.strip()} ", maxsplit=1)[0]
 
 
