@@ -65,16 +65,14 @@ def words_of(line: str) -> list[list[str]]:
 def shown(page: Path) -> list[tuple[list[str], bool]]:
     """(words, whether that is all of it) of every command of a page."""
     text = _GENERATED.sub("", page.read_text(encoding="utf-8"))
-    found = [
-        (words, True)
-        for language, block in blocks(text)
-        if language in _LANGUAGES
-        for line in lines(block)
-        for words in words_of(line)
-    ]
-    parts = [words for code in in_line(text) for words in words_of(code)]
+    found, parts = [], in_line(text)
+    for language, block in blocks(text):
+        for line in lines(block) if language in _LANGUAGES else ():
+            parts += line.split("`")[1::2]  # a command's help names others in its text
+            found += [(words, True) for words in words_of(line) if "`" not in line]
     # In a message that is quoted, `make room` is none.
-    return found + [(words, False) for words in parts if words[0] != "make" or len(words) == 2]
+    named = [words for code in parts for words in words_of(code)]
+    return found + [(words, False) for words in named if words[0] != "make" or len(words) == 2]
 
 
 def lenient(kind: Any) -> Any:
