@@ -24,7 +24,7 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+	$(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
 	@echo "build/site/index.html; for its search: $(BIN)/python -m http.server --directory build/site"
 
 setup: $(READY)
