@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 from unittest.mock import patch
 
 from backends.options import Parser
@@ -63,7 +64,8 @@ def _named(path: Path) -> Iterator[str]:
 def begun(words: Sequence[str]) -> tuple[Parser, list[str]]:
     """The parser that `python -m WORDS...` reads its command line with, and what it reads.
 
-    The command is begun, and stopped when it comes to that.
+    The command is begun, and stopped when it comes to that, or when it refuses what it is given
+    before.
     """
     module = words[0]
     if (ROOT / module.replace(".", "/")).is_dir():
@@ -72,8 +74,14 @@ def begun(words: Sequence[str]) -> tuple[Parser, list[str]]:
     def stop(self: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
         raise _Reached(self, words)
 
+    def refuse(self: Parser, message: str) -> NoReturn:
+        raise _Reached(self, None)
+
     main = import_module(module).main
-    with patch.object(Parser, "parse", stop), patch.object(sys, "argv", list(words)), _signals():
+    with (
+        patch.object(Parser, "parse", stop), patch.object(Parser, "error", refuse),
+        patch.object(sys, "argv", list(words)), _signals(),
+    ):  # fmt: skip
         try:
             main()
         except _Reached as reached:
