@@ -1,14 +1,14 @@
 # Two promises on a fresh machine, each doing its own set-up:
 #   make quickstart   private fine-tuning of a small real model, with a report to look at
 #   make test         everything the project checks about itself in pytest
-# And `make check`: formatting, lint, types.
+# And `make check`: formatting, lint, types; `make docs`: the site of docs/, in build/site.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test check setup clean
+.PHONY: quickstart test check docs setup clean
 
 quickstart: $(READY)
 	$(BIN)/python -m scenarios.quickstart
@@ -22,6 +22,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+	@echo "build/site/index.html; for its search: $(BIN)/python -m http.server --directory build/site"
+
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -31,4 +36,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) runs build/site .mypy_cache .ruff_cache .pytest_cache .hypothesis

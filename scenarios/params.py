@@ -1,6 +1,6 @@
 """How secure are these parameters, how exact, and how many bytes? Seconds, and nothing is run.
 
-    python -m scenarios.params --preset standard --in 2048 --out 2048 --tokens 256
+    python -m scenarios.params --preset exact --in 2048 --out 2048 --tokens 256
     python -m scenarios.params --rank 6 --owners 1000 --blocks 2^24 --json params.json
 
 Costs the known lattice attacks on one encrypted block (primal uSVP; dual hybrid with guessing and
