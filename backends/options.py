@@ -159,6 +159,16 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self.modes = modes
 
+    def options(self) -> dict[str, argparse.Action]:
+        """Every option by each of its long names, but --help."""
+        named = {name: action for action in self._actions for name in action.option_strings}
+        return {n: a for n, a in named.items() if n.startswith("--") and n != "--help"}
+
+    def rivals(self, action: argparse.Action) -> set[argparse.Action]:
+        """The options of which only one may be given, where this is among them."""
+        groups = [set(group._group_actions) for group in self._mutually_exclusive_groups]
+        return set().union(*(group for group in groups if action in group))
+
     def parse(self, words: Sequence[str] | None = None) -> argparse.Namespace:
         """The options of a command line (this process's own). Ends the process, as argparse does,
         with what is wrong."""

@@ -35,6 +35,7 @@ class Shape:
 
     tokens     of a micro-batch, in sequences of `sequence`
     preset     of the cipher
+    passes     micro-batches of a step, where they are more than the lanes that take them
     """
 
     config: PretrainedConfig
@@ -44,6 +45,12 @@ class Shape:
     rank: int
     preset: str
     remote_head: bool = False
+    passes: int | None = None
+
+    @property
+    def turns(self) -> float:
+        """Times that all lanes take a micro-batch in a step."""
+        return 1.0 if self.passes is None else self.passes / self.lanes
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,22 @@ def estimate(
     parts = critical_path(result.trace.spans, step.start_s, step.end_s)
     assert set(parts) == set(PARTS)
     name = _bottleneck(parts, probe.rtt_s * len(workload.linears))
+    turns = shape.turns
     return Estimate(
-        steps, step.duration_s, steps * step.bytes_up, steps * step.bytes_down,
-        sum(result.worker_busy_s.values()), name, probe,
+        steps, turns * step.duration_s, turns * steps * step.bytes_up,
+        turns * steps * step.bytes_down, turns * sum(result.worker_busy_s.values()), name, probe,
     )  # fmt: skip
+
+
+def step_here_s(shape: Shape, workload: Workload, hardware: Hardware) -> float:
+    """Seconds of a step with its worker in this process. Raises ValueError or RuntimeError."""
+    from sim.world import WorldConfig, simulate
+
+    here = this_machine(hardware)
+    result = simulate(
+        WorldConfig(workload, here, here, lanes=shape.lanes, in_process=True, steps=1)
+    )
+    return shape.turns * result.steps[-1].duration_s
 
 
 def workload_of(shape: Shape, remote_head: bool, hardware: Hardware) -> Workload:

@@ -124,12 +124,17 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
                 )
     if not found:
         raise PromptError("nothing to complete; give --prompt TEXT, or a line in --prompts FILE")
-    for number, text in enumerate(found, 1):
-        if any("\ud800" <= sign <= "\udfff" for sign in text):
-            raise PromptError(f"prompt {number} is not UTF-8; convert it, see iconv(1)")
+    require_text(found)
     if len(found) > _PROMPTS_MAX:
         raise PromptError(f"{len(found):,} prompts; at most {_PROMPTS_MAX:,} in one run")
     return found
+
+
+def require_text(prompts: Sequence[str]) -> None:
+    """Raise PromptError for a prompt that is no text: bytes of a shell, say."""
+    for number, text in enumerate(prompts, 1):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise PromptError(f"prompt {number} is not UTF-8; convert it, see iconv(1)")
 
 
 def _recorded(file: Path, number: int, line: str) -> str:
@@ -146,11 +151,13 @@ def _recorded(file: Path, number: int, line: str) -> str:
 
 
 def encoded(
-    prompts: Sequence[str], tokenizer: HubTokenizer, model: torch.nn.Module, count: int
-) -> list[torch.Tensor]:
+    prompts: Sequence[str], tokenizer: HubTokenizer, model: torch.nn.Module, count: int,
+    option: str = "--tokens",
+) -> list[torch.Tensor]:  # fmt: skip
     """int64[1, S] of each prompt, with what the tokenizer puts before a text.
 
-    count  tokens that are to follow
+    count   tokens that are to follow
+    option  that says how many
 
     Raises PromptError for one without tokens, or with more than the model, or a request, takes.
     """
@@ -164,8 +171,8 @@ def encoded(
             raise PromptError(f"prompt {number} is empty; give it a word at least")
         if size > most:
             raise PromptError(
-                f"prompt {number} has {size} tokens, and with --tokens {count} this model takes "
-                f"{max(0, most)}; shorten it, or give fewer --tokens"
+                f"prompt {number} has {size} tokens, and with {option} {count} this model takes "
+                f"{max(0, most)}; shorten it, or give fewer {option}"
             )
         found.append(whole)
     return found

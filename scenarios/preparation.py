@@ -81,10 +81,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--weights",
-        type=_base,
+        type=weights_text,
         metavar="DIR|FILE|ID",
         help="checkpoint: a directory, a GGUF file, or an id of the hub; random weights without",
     )
+    add_head_options(parser)
+    add_preparation_options(parser)
+
+
+def add_head_options(parser: argparse.ArgumentParser) -> None:
+    """`--lm-head` and `--least-remote`: what of a model is the workers'."""
+    add = parser.add_argument
     add("--lm-head", choices=CHOICES, default="local",
         help="who multiplies by the head: remote saves the owner work and costs traffic (see "
         "docs/design.md); auto asks the simulator and says why")  # fmt: skip
@@ -96,11 +103,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="refuse a model of whose frozen weights workers can compute less than this "
         f"({LEAST_REMOTE:g})",
     )
-    add_preparation_options(parser)
 
 
-def _base(text: str) -> str:
-    """A directory or a hub id. What is left empty, as by a variable that is not set, is neither."""
+def weights_text(text: str) -> str:
+    """For an option's type: a directory or a hub id. What is left empty, as by a variable that is
+    not set, is neither.
+    """
     place(text)
     return text
 

@@ -64,6 +64,7 @@ from scenarios.session import (
     require_room_for_run,
     stopped_untainted,
     train_with_bar,
+    usage_figures,
 )
 
 BASE = Path(__file__).parent / "assets" / "tiny-llama"
@@ -215,19 +216,9 @@ class Quickstart:
     def _count(self, trainer: Trainer, used: Any, steps: int) -> None:
         tokens = steps * self.training.batch * SEQUENCE
         seconds = sum(trainer.step_seconds)
-        self.figures |= {
+        self.figures |= usage_figures(used, seconds, tokens, self.args.lanes) | {
             "tokens": self.training.steps * self.training.batch * SEQUENCE,
-            "private_s": seconds,
             "steps_this_run": steps,
-            "owner_cipher_s": used.owner_s,
-            "worker_s": used.worker_s,
-            "wire_s": max(0.0, used.waited_s - used.owner_s - used.worker_s),
-            "owner_model_s": max(0.0, seconds - used.waited_s / self.args.lanes),
-            "bytes_per_token_up": used.bytes_up / max(1, tokens),
-            "bytes_per_token_down": used.bytes_down / max(1, tokens),
-            "tokens_this_run": tokens,
-            "blocks_encrypted": used.blocks,
-            "answers_checked": used.answers,
         }
 
     def clear(self) -> list[float]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -82,6 +83,15 @@ class RealTrace:
     def stop(self) -> None:
         """What comes later is left out too, an evaluation for instance."""
         self._until_s = min(self._until_s, time.perf_counter())
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is computed between steps, an evaluation for instance, is left out."""
+        zero, self._zero_s = self._zero_s, math.inf
+        try:
+            yield
+        finally:
+            self._zero_s = zero
 
     @property
     def recording(self) -> bool:

@@ -27,7 +27,7 @@ from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.options import place
 from backends.places import PlaceError, output_directory, require_room, taken_bytes
-from backends.session import HERE, Session, Workers, opened
+from backends.session import HERE, Session, Usage, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.line import LineWatch, waits_for, watched
 from scenarios.probe import LineProbe, Prober
@@ -68,7 +68,7 @@ def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> Worker
 
 
 _MADE = (
-    "adapter", "adapter-comparison", "report.md", "report.html", "losses.png",
+    "adapter", "adapter-comparison", "report.md", "report.html", "losses.png", "held-out.json",
     "retired-workers.json", "checkpoints", "checkpoints-private", "checkpoints-clear", "corpus",
 )  # fmt: skip
 """What a run puts into its directory."""
@@ -246,6 +246,25 @@ def exactness_line(products: Mapping[str, Any]) -> str:
     return line + (much if products["largest"] > MUCH else "")
 
 
+def usage_figures(used: Usage, seconds: float, tokens: int, lanes: int) -> dict[str, Any]:
+    """Where the time of training steps went, and their traffic, for a report and a run's page.
+
+    used     by the steps alone, which took `seconds` for `tokens` tokens
+    """
+    return {
+        "private_s": seconds,
+        "owner_cipher_s": used.owner_s,
+        "worker_s": used.worker_s,
+        "wire_s": max(0.0, used.waited_s - used.owner_s - used.worker_s),
+        "owner_model_s": max(0.0, seconds - used.waited_s / lanes),
+        "bytes_per_token_up": used.bytes_up / max(1, tokens),
+        "bytes_per_token_down": used.bytes_down / max(1, tokens),
+        "tokens_this_run": tokens,
+        "blocks_encrypted": used.blocks,
+        "answers_checked": used.answers,
+    }
+
+
 class Live:
     """What a progress bar says of the step before: tokens a second, the line, what it waits for.
 
@@ -254,7 +273,11 @@ class Live:
 
     def __init__(self, session: PrivateSession, tokens: int, lanes: int) -> None:
         self._session, self._tokens, self._lanes = session, tokens, lanes
-        self._last = session.usage(), session.watch.away_s
+        self.resume()
+
+    def resume(self) -> None:
+        """A step begins: what was used since the one before is no step's."""
+        self._last = self._session.usage(), self._session.watch.away_s
 
     def step_ended(self, seconds: float) -> dict[str, str]:
         """Names and values for the bar. seconds: of the step that has just ended."""

@@ -203,6 +203,17 @@ def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
     return wrapped.eval()
 
 
+def stated_base(directory: Path) -> str | None:
+    """What an adapter's config says that it belongs to; None where it says nothing.
+
+    Raises AdapterError when it is the config of no LoRA.
+    """
+    _read_config(directory)
+    facts = json.loads(read_bounded(directory / CONFIG_FILE, _CONFIG_BYTES_MAX))
+    named = facts.get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
 def _wrapped(
     model: nn.Module, config: LoraConfig, directory: Path, shapes: dict[str, tuple[int, ...]]
 ) -> PeftModel:

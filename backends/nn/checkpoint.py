@@ -95,6 +95,12 @@ def place_of(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
 
 
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint there, whole or not; 0 without any."""
+    names = [path.name for path in _found(directory)[-1:]]
+    return int(names[0].removeprefix("step-")) if names else 0
+
+
 def room_bytes(parameters: int) -> int:
     """Disk that the checkpoints of so many float32 parameters take, and an adapter beside them.
 

@@ -59,6 +59,11 @@ BASES: Mapping[str, Sequence[Sequence[str]]] = {
     "scenarios.generate": (
         ("--prompt=x", "--cache={pool}/cache"), (_GOOD, "--prompt=x", "--cache={pool}/cache"),
     ),
+    "scenarios.finetune": (
+        (_GOOD, "--data={pool}/data/good.txt", "--cache={pool}/cache", "--sequence=64",
+         "--steps=2", "--sample-tokens=0"),
+    ),
+    "scenarios.merge": ((_GOOD, "--adapter={mine}/new", "--into={mine}/merged"),),
     "scenarios.prepare": ((_GOOD, "--cache={pool}/cache"), ()),
     "scenarios.params": ((),),
     "scenarios.certs": ((), ("--check={pool}/tls/owner",)),

@@ -87,6 +87,13 @@ ENTRIES = (
         weight=12,
     ),
     _entry("scenarios.generate", "scenarios.generate:opened", weight=3),
+    _entry(
+        "scenarios.finetune",
+        "scenarios.finetune.run:private_session",
+        module="scenarios.finetune.__main__",
+        weight=6,
+    ),
+    _entry("scenarios.merge", "scenarios.merge:_loaded", weight=2),
     _entry("scenarios.prepare", weight=5),
     _entry("scenarios.params", "scenarios.params:estimates"),
     _entry("scenarios.certs", weight=2),

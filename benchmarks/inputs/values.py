@@ -18,7 +18,7 @@ NO_NUMBERS = (
 """No option that takes a number can make sense of any of these."""
 ZERO_IS_FINE = (
     "--seed", "--first", "--count", "--chaos-seeds", "--drain-s", "--seconds", "--patience",
-    "--price-gpu-hour", "--price-gb", "--price-mbps-month",
+    "--sample-tokens", "--price-gpu-hour", "--price-gb", "--price-mbps-month",
 )  # fmt: skip
 WORDS = (
     "exact", "remote", "default", "", " ", "x" * 300, "ünïcode", "\udcff\udcfe", "a\nb", "-",
@@ -98,6 +98,10 @@ FOREIGN: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]
     ),
     "scenarios.quickstart": (((), ("--worker",), ("--tls",)),),
     "scenarios.generate": (((), ("--worker",), ("--tls",)),),
+    "scenarios.finetune": (
+        ((), ("--worker",), ("--tls",)),
+        (("--train-on-all",), (), ("--held-out", "--evaluate-every", "--evaluate-on")),
+    ),
     "scenarios.prepare": ((("--weights",), (), ("--seed",)),),
     "scenarios.certs": ((("--check",), (), ("--out", "--days")),),
     "scenarios.worker": ((("--backend=cuda",), (), ("--kernel",)),),

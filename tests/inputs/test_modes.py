@@ -88,7 +88,7 @@ VALUES = {
     "--preset": "exact", "--worker": "localhost:1", "--tls": "nowhere", "--owner-tag": "mine",
     "--learning-rate": "1e-3", "--bandwidth": "1Gb/s", "--rtt": "1ms", "--loss": "0",
     "--jitter": "1ms",
-    "--owner-device": "h100", "--only": "x", "--steps": "9", "--minutes": "1",
+    "--held-out": "0.1", "--owner-device": "h100", "--only": "x", "--steps": "9", "--minutes": "1",
 }  # fmt: skip
 NEEDED = {"scenarios.worker": ["--model=m"], "scenarios.crashes.owner": ["--model=m"]}
 CASES = [

@@ -27,6 +27,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scenarios.quickstart",
         "scenarios.llama1b",
         "scenarios.generate",
+        "scenarios.finetune",
+        "scenarios.merge",
         "scenarios.prepare",
         "scenarios.make_tiny_llama",
         "benchmarks.gpu_fidelity",

@@ -1,0 +1,86 @@
+"""Fine-tune your own model privately on your own text or chats.
+
+    python -m scenarios.finetune --model DIR_OR_HUB_ID --data chats.jsonl
+    python -m scenarios.finetune --model DIR_OR_HUB_ID --data chats.jsonl --preview
+    python -m scenarios.finetune --model DIR_OR_HUB_ID --data chats.jsonl --dry-run
+    python -m scenarios.finetune --config mine.yaml --steps 300
+    python -m scenarios.finetune --model DIR_OR_HUB_ID --data notes/ \\
+        --worker gpu.example:7443 --tls certs/owner --lanes 4
+
+You keep the text, embeddings, attention, adapters, loss and optimiser; workers compute every frozen
+linear on ciphertexts. Without --worker one in this process plays the worker, which shows what it
+would be like, and is private anyway: nothing leaves the machine.
+
+Before it starts it says what the run will take: bytes to and from workers, time, memory, disk. Then
+it prepares the model's public set-up, once; measures the loss of the base model on documents that
+are held out; trains, measuring that again every --evaluate-every steps; and writes to --out
+
+    adapter/      a LoRA adapter that plain `peft` loads
+    report.html   one page: losses, samples of both models, timeline, traffic, what a worker saw
+
+Ctrl-C finishes the step in work and leaves an adapter of what was learned so far; the same command
+goes on from there, with more or fewer --steps too. Text whose loss cannot be learned from (nothing
+counted, most of it cut off, a loss above guessing) is refused before the first step.
+
+--config takes YAML with the same options: `learning-rate: 1e-4`, `worker: [a:1, b:1]`, `yes` in
+quotes. `python -m scenarios.merge` makes one checkpoint of base and adapter. docs/finetune.md has
+more.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+from backends.net.owner import RemoteLinearError
+from scenarios import record
+from scenarios.cli import clean_exit, use_kernel
+from scenarios.finetune.options import parse
+from scenarios.finetune.run import Finetune
+from scenarios.preparation import chosen_base
+from scenarios.session import exactness_line, one_run
+from scenarios.texts import preview
+
+
+def print_report(f: dict[str, Any], weights: str) -> None:
+    """What has come of it, and how to use it."""
+    steps = len(f["losses"])
+    if f.get("private_loss") is not None:
+        base, tuned = f["base_loss"], f["private_loss"]
+        print(
+            f"\nheld-out loss {base:.4f} -> {tuned:.4f} nats a token ({tuned / base - 1:+.1%}) "
+            f"after {steps} steps"
+        )
+    else:
+        print(f"\nloss {f['losses'][0]:.4f} -> {f['losses'][-1]:.4f} after {steps} steps")
+    if "products" in f:
+        print(exactness_line(f["products"]))
+    model, adapter = shlex.quote(weights), shlex.quote(f["adapter_dir"])
+    print(f"report:  {f['page']} (open it in a browser; it holds private text)")
+    print(f"adapter: {f['adapter_dir']}; use it")
+    both = f"--model {model} --adapter {adapter}"
+    print(f"  with peft   PeftModel.from_pretrained(base_model, {f['adapter_dir']!r})")
+    print(f"  privately   python -m scenarios.generate {both} --prompt TEXT")
+    print(f"  as one      python -m scenarios.merge {both} --into merged")
+
+
+def main() -> None:
+    args = parse(__doc__, sys.argv[1:])
+    with clean_exit(RemoteLinearError):
+        if args.preview:
+            preview(args, chosen_base(args))
+            return
+        use_kernel(args.kernel)
+        with one_run(args.out):
+            figures = Finetune(args).run()
+        if figures is None:
+            print("not started")
+            return
+        if "losses" in figures:
+            print_report(figures, args.weights)
+        record.write(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

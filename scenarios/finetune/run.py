@@ -1,0 +1,427 @@
+"""One fine-tuning: looked at, said what it takes, prepared, trained, reported."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+
+from backends.errors import UserError
+from backends.files import remove_directory
+from backends.hardware import Hardware, check_memory, chosen
+from backends.he.matmul.choice import chosen_kernel
+from backends.he.params import preset
+from backends.he.store import PreparedModel
+from backends.nn.adapters import add_lora, base_name, save_adapter
+from backends.nn.base import Checkpoint
+from backends.nn.checkpoint import newest_step
+from backends.nn.gates import require_learnable
+from backends.nn.generate import complete
+from backends.nn.sane import positions, require_positions, require_rank
+from backends.nn.selfcheck import keeps_apart, require_trainable
+from backends.nn.skeleton import Skeleton
+from backends.nn.sources import Base
+from backends.nn.tokenizer import HubTokenizer
+from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
+from backends.options import STEPS
+from backends.session import Usage
+from scenarios import record
+from scenarios.estimate import Shape, spoken
+from scenarios.finetune.cost import Asked, foreseen, over_line
+from scenarios.finetune.held import NAME, PROMPT_TOKENS, SAMPLES, HeldOut, beginnings
+from scenarios.generate import encoded, require_text
+from scenarios.page import Content, Watch, content_of, write_page
+from scenarios.page.watch import STEPS as WATCHED_STEPS
+from scenarios.preparation import chosen_base, chosen_skeleton, prepared_for, settle_head
+from scenarios.session import (
+    Live,
+    PrivateSession,
+    chosen_workers,
+    exactness_figures,
+    open_ledger,
+    private_session,
+    require_room_for_run,
+    stopped_untainted,
+    train_with_bar,
+    usage_figures,
+)
+from scenarios.texts import Data, load_texts
+
+
+class FinetuneError(UserError, ValueError):
+    """The run that was asked for does not fit the model or the text; the text says why."""
+
+
+@dataclass
+class Setup:
+    """What is known before any role is taken.
+
+    linears   names of those that get adapters
+    prompts   int64[1, S] of each sample
+    shape     of a step
+    """
+
+    hardware: Hardware
+    base: Base
+    skeleton: Skeleton
+    data: Data
+    training: TrainConfig
+    linears: list[str]
+    prompts: list[torch.Tensor]
+    tokenizer: HubTokenizer
+    shape: Shape
+
+
+def set_up(args: argparse.Namespace, here: bool) -> Setup:
+    """Model, text and training, all looked at; says what it finds."""
+    hardware = chosen(args.gpu)
+    base = chosen_base(args)
+    assert isinstance(base, Checkpoint)
+    tokens = args.micro_batch * args.sequence
+    passes = args.batch // args.micro_batch
+
+    def shape() -> Shape:
+        remote_head = args.lm_head == "remote"
+        return Shape(
+            base.config, tokens, args.sequence, args.lanes, args.rank, args.preset, remote_head,
+            passes,
+        )  # fmt: skip
+
+    settle_head(args, shape(), base, hardware, here)
+    skeleton = chosen_skeleton(args, base, hardware.dtype)
+    require_rank(skeleton.groups, args.rank)
+    linears = chosen_linears(skeleton, args.targets)
+    warning = require_positions(skeleton.model, args.sequence)
+    if warning is not None:
+        print(warning)
+    apart = keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
+    share = 0.0 if args.train_on_all else args.held_out
+    data = load_texts(args, base, apart, share)
+    steps = args.steps or _steps_of(args.epochs, len(data.train), args.batch)
+    training = TrainConfig(
+        steps=steps, batch=args.batch, micro_batch=args.micro_batch,
+        learning_rate=args.learning_rate, warmup_steps=max(1, min(20, steps // 10)),
+        seed=args.seed,
+    )  # fmt: skip
+    epochs = steps * args.batch / len(data.train)
+    print(
+        f"to do: {steps} step{'s' * (steps != 1)} of {args.batch * args.sequence:,} tokens, "
+        f"{epochs:.3g} times through {len(data.train):,} sequences"
+    )
+    tokenizer = base.tokenizer()
+    prompts = _prompts(args, data, tokenizer, skeleton)
+    return Setup(
+        hardware, base, skeleton, data, training, linears, prompts, tokenizer, shape()
+    )  # fmt: skip
+
+
+def chosen_linears(skeleton: Skeleton, targets: tuple[str, ...] | None) -> list[str]:
+    """The linears to adapt. Raises FinetuneError for a name that none of them has."""
+    if targets is None:
+        return skeleton.adapted
+    for target in targets:
+        if not any(_is_called(name, target) for name in skeleton.adapted):
+            ends = sorted({name.rpartition(".")[2] for name in skeleton.adapted})
+            raise FinetuneError(
+                f"--targets: no linear that workers compute is called {target[:40]!r}; there are "
+                f"{', '.join(ends)}"
+            )
+    return [n for n in skeleton.adapted if any(_is_called(n, target) for target in targets)]
+
+
+def _is_called(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def _steps_of(epochs: float, sequences: int, batch: int) -> int:
+    steps = math.ceil(epochs * sequences / batch)
+    if steps > STEPS.most:
+        raise FinetuneError(f"--epochs {epochs:g} are {steps:,} steps; at most {STEPS.most:,}")
+    return steps
+
+
+def _prompts(
+    args: argparse.Namespace, data: Data, tokenizer: HubTokenizer, skeleton: Skeleton
+) -> list[torch.Tensor]:
+    """Raises PromptError or FinetuneError for samples that the model cannot complete."""
+    if not args.sample_tokens:
+        return []
+    if args.sample:
+        require_text(args.sample)
+        return encoded(
+            args.sample, tokenizer, skeleton.model, args.sample_tokens, "--sample-tokens"
+        )  # fmt: skip
+    size, known = min(PROMPT_TOKENS, args.sequence // 2), positions(skeleton.model)
+    if known is not None and size + args.sample_tokens > known[0]:
+        raise FinetuneError(
+            f"this model takes {known[0]} tokens; give --sample-tokens {known[0] - size} or less"
+        )
+    return [] if data.held_out is None else beginnings(data.held_out, SAMPLES, size)
+
+
+class _Told(Live):
+    """The bar's words of a step: beside those of `Live` the held-out loss, and bytes so far."""
+
+    def __init__(self, session: PrivateSession, setup: Setup, held: HeldOut | None) -> None:
+        self._held, self._setup = held, setup
+        super().__init__(
+            session, setup.training.batch * setup.shape.sequence, setup.shape.lanes
+        )  # fmt: skip
+
+    def step_ended(self, seconds: float) -> dict[str, str]:
+        before, now = self._last[0], self._session.usage()
+        found = super().step_ended(seconds)
+        if self._held is not None and self._held.last is not None:
+            found = {"held-out": f"{self._held.last:.3f}", **found}
+        found["MB"] = f"{(now.bytes_up + now.bytes_down) / 1e6:.3g}"
+        if self._session.probed is None:
+            used, lanes = now.since(before), self._setup.shape.lanes
+            parts = {
+                "own layers": seconds - used.waited_s / lanes, "cipher": used.owner_s / lanes,
+                "worker": used.worker_s / lanes,
+            }  # fmt: skip
+            found["waits for"] = max(parts, key=parts.__getitem__)
+        return found
+
+
+class Finetune:
+    """One run, in order."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.out: Path = args.out
+        self.checkpoints = self.out / "checkpoints"
+        self.workers = chosen_workers(args)
+        self.ledger = open_ledger(self.out, self.checkpoints, self.workers)
+        self.held: HeldOut | None = None
+        self.usages: list[Usage] = []
+        self.figures: dict[str, Any] = {
+            "lanes": args.lanes,
+            "kernel": chosen_kernel().name,
+            "preset": args.preset,
+            "worker_elsewhere": bool(self.workers.addresses),
+        }
+
+    def run(self) -> dict[str, Any] | None:
+        """All of it; the figures, or None when the user would rather not start."""
+        args, here = self.args, not self.workers.addresses
+        setup = self.setup = set_up(args, here)
+        self.figures |= {
+            "weights": setup.base.describe(),
+            "hardware": setup.hardware.label,
+            "lm_head": args.lm_head,
+            "tokens_per_step": args.batch * args.sequence,
+            "sequences": len(setup.data.train),
+        }
+        self._foresee(here)
+        if here and args.dry_run:
+            return self.figures
+        require_room_for_run(setup.skeleton, args.rank, self.out, self.checkpoints)
+        if here and not self._agreed():
+            return None
+        model = add_lora(
+            setup.skeleton.model, args.rank, args.alpha, args.seed,
+            base_model=base_name(args.weights), linears=setup.linears,
+        )  # fmt: skip
+        require_trainable(model, setup.skeleton)
+        prepared, self.figures["prepare_s"] = prepared_for(
+            setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag
+        )
+        room = self._room(prepared, model)
+        if args.fresh:  # not before all that could be refused has been looked at
+            remove_directory(self.checkpoints)
+        return self._train(model, prepared, room)
+
+    def _foresee(self, here: bool) -> None:
+        """Say what it will take, before anything long."""
+        args, setup = self.args, self.setup
+        places = args.cache, args.owner_tag, self.checkpoints
+        done = 0 if args.fresh else min(newest_step(self.checkpoints), setup.training.steps)
+        if done:
+            print(f"going on after step {done}")
+        cost = foreseen(
+            setup.shape, self._asked(done), setup.training.steps - done, setup.skeleton,
+            setup.hardware, here, places,
+        )  # fmt: skip
+        print("\n".join(cost.lines()))
+        self.figures["cost"] = cost.figures()
+
+    def _asked(self, done: int) -> Asked:
+        """Beside the steps that come after `done`."""
+        args, setup = self.args, self.setup
+        tokens = 2 * args.sample_tokens * len(setup.prompts)
+        if setup.data.held_out is None:
+            return Asked(tokens=tokens)
+        between = range(done + 1, setup.training.steps)
+        evaluations = 2 + sum(step % args.evaluate_every == 0 for step in between)
+        return Asked(evaluations, math.ceil(args.evaluate_on / args.micro_batch), tokens)
+
+    def _agreed(self) -> bool:
+        """Asks whoever sits at a terminal."""
+        if self.args.yes or not sys.stdin.isatty():
+            return True
+        try:
+            return input("start? [Y/n] ").strip().lower() in ("", "y", "yes")
+        except EOFError:
+            return False
+
+    def _room(self, prepared: PreparedModel, model: PeftModel) -> int | None:
+        gpu, setup = self.setup.hardware.gpu, self.setup
+        if gpu is None:
+            return None
+        tokens = setup.shape.tokens * setup.shape.lanes
+        return check_memory(gpu, setup.base.config, prepared, tokens, model)
+
+    def _train(
+        self, model: PeftModel, prepared: PreparedModel, room: int | None
+    ) -> dict[str, Any] | None:
+        args, setup = self.args, self.setup
+        trainer = self._trainer(model, prepared)
+        self._held_out(trainer)
+        most_steps = math.inf if args.trace else WATCHED_STEPS
+        self.watch = Watch([group.name for group in prepared.groups], most_steps)
+        with self._kept_when_stopped(model), stopped_untainted(trainer), private_session(
+            setup.skeleton, prepared, args.lanes, self.watch, setup.hardware, room, self.ledger,
+            self.workers,
+        ) as session:  # fmt: skip
+            if not self._goes_on(session, trainer):
+                return self.figures if args.dry_run else None
+            self._steps(session, trainer, model)
+            self.figures |= exactness_figures(session)
+            self._samples(model)
+        trainer.require_untainted()
+        save_adapter(model, self.out / "adapter", base_name(args.weights))
+        self._tell(trainer)
+        return self.figures
+
+    def _trainer(self, model: PeftModel, prepared: PreparedModel) -> Trainer:
+        args, setup = self.args, self.setup
+        model.to(setup.hardware.device)
+        return Trainer(
+            model, setup.data.train, setup.training, lanes=args.lanes,
+            forget_lane=setup.skeleton.remote.forget_lane, checkpoints=self.checkpoints,
+            checkpoint_every=args.checkpoint_every, ledger=self.ledger, say=print,
+            identity={
+                "rank": args.rank, "alpha": args.alpha, "targets": sorted(setup.linears),
+                "model": prepared.model_digest.hex(), "base": setup.base.identity(),
+            },
+        )  # fmt: skip
+
+    def _held_out(self, trainer: Trainer) -> None:
+        held = self.setup.data.held_out
+        if held is not None:
+            self.held = HeldOut(
+                held, self.args.micro_batch, self.args.evaluate_on, self.out / NAME,
+                trainer.progress.step,
+            )  # fmt: skip
+
+    @contextmanager
+    def _kept_when_stopped(self, model: PeftModel) -> Iterator[None]:
+        """After Ctrl-C, too, there is an adapter where a finished run puts it."""
+        try:
+            yield
+        except TrainingInterrupted as stopped:
+            place = self.out / "adapter"
+            save_adapter(model, place, base_name(self.args.weights))
+            raise TrainingInterrupted(f"{stopped}; {place} is that adapter, too") from None
+
+    def _goes_on(self, session: PrivateSession, trainer: Trainer) -> bool:
+        """Over a line, what it takes is known now: whether to start."""
+        done = trainer.progress.step
+        left = self.setup.training.steps - done
+        self.figures |= session.say_estimate(self.setup.shape, left)
+        estimate = session.estimate
+        if estimate is not None:
+            setup = self.setup
+            extra_s = over_line(estimate, setup.shape, self._asked(done), setup.hardware)
+            every_s = estimate.seconds + extra_s
+            print(f"with held-out losses and samples: about {spoken(every_s)} in all")
+            self.figures["estimate"]["seconds_in_all"] = every_s
+        if self.args.dry_run:
+            return False
+        return not self.workers.addresses or self._agreed()
+
+    def _steps(self, session: PrivateSession, trainer: Trainer, model: PeftModel) -> None:
+        """Train what is left, with held-out losses on the way."""
+        setup, held = self.setup, self.held
+        if trainer.progress.step == 0:
+            rows = setup.data.train if setup.data.held_out is None else setup.data.held_out
+            config = setup.base.config.get_text_config(decoder=True)
+            require_learnable(model, rows, self.args.micro_batch, config.vocab_size)
+        if held is not None and held.base is None:
+            before = held.look(model, 0) if trainer.progress.step == 0 else held.of_base(model)
+            print(f"held-out loss of the base model: {before:.4f} nats a token")
+        live = _Told(session, setup, held)
+        last = session.usage()
+
+        def after_step(step: int, loss: float) -> None:
+            nonlocal last
+            self.usages.append(session.usage().since(last))
+            if held is not None and (
+                step % self.args.evaluate_every == 0 and step < setup.training.steps
+            ):
+                with self.watch.apart():
+                    tqdm.write(f"step {step}: held-out loss {held.look(model, step):.4f}")
+            last = session.usage()
+            live.resume()
+
+        train_with_bar(trainer, "private (encrypted)", after_step, self.watch, live)
+        done = trainer.progress.step
+        if held is not None and held.points[-1][0] != done:
+            held.look(model, done)
+
+    def _samples(self, model: PeftModel) -> None:
+        """What base and tuned model make of the prompts."""
+        decode, stops = self.setup.tokenizer.decode, self.setup.tokenizer.end
+        stop, count = (stops[-1] if stops else None), self.args.sample_tokens
+        found = self.figures["samples"] = []
+        for prompt in self.setup.prompts:
+            texts = {}
+            for name, which in (("base", model.disable_adapter()), ("tuned", nullcontext())):
+                with which:
+                    texts[name] = decode(complete(model, prompt, count, stop))
+            found.append({"prompt": decode(prompt[0].tolist()), **texts})
+
+    def _tell(self, trainer: Trainer) -> None:
+        """Figures and page."""
+        args, setup, f = self.args, self.setup, self.figures
+        f |= {
+            "steps": setup.training.steps,
+            "steps_this_run": len(self.usages),
+            "losses": trainer.progress.losses,
+            "gradient_norms": trainer.progress.gradient_norms,
+            "workers_caught": len(self.ledger.retired),
+            "adapter_dir": str(self.out / "adapter"),
+            "page": str(self.out / "report.html"),
+            "peak_rss_mb": record.peak_rss_mb(),
+            "peak_device_mb": setup.hardware.peak_device_mb(),
+        }
+        if self.usages:
+            used = Usage(*(sum(parts) for parts in zip(*map(astuple, self.usages), strict=True)))
+            tokens = len(self.usages) * setup.training.batch * args.sequence
+            f |= usage_figures(used, sum(trainer.step_seconds), tokens, args.lanes)
+        if self.held is not None:
+            f |= {
+                "base_loss": self.held.base,
+                "private_loss": self.held.last,
+                "held_out": [list(point) for point in self.held.points],
+            }
+        if args.trace:
+            self.watch.write(args.trace, f"fine-tuning, {args.lanes} lane(s)")
+        write_page(self.out / "report.html", self._page())
+
+    def _page(self) -> Content:
+        args = self.args
+        name = Path(args.weights).expanduser()
+        model = name.resolve().name if name.exists() else args.weights
+        title = f"Private fine-tuning of {model} on {args.data.resolve().name}"
+        return content_of(title, self.figures, preset(args.preset), self.watch)

@@ -1,0 +1,202 @@
+"""Merge an adapter into its base model: one checkpoint, for whatever reads those.
+
+    python -m scenarios.merge --model DIR_OR_HUB_ID --adapter runs/finetune/adapter --into merged
+    python -m scenarios.merge --model DIR --adapter DIR --into merged --dtype float32
+
+`peft` does it (`merge_and_unload`), on the base as it was published: a private run has trained on
+8-bit weights of the same base, which are closer to it than people's usual 4-bit bases. Nothing is
+encrypted and no worker is asked. The base is in memory whole, in the type of numbers it has, or in
+that of --dtype.
+
+--into gets config.json, safetensors, and the base's tokenizer files as they are. It loads with
+transformers, and is what llama.cpp's converter takes:
+
+    python convert_hf_to_gguf.py merged --outfile merged.gguf
+
+An adapter of another model is refused: by the names and shapes of its numbers, and, where it names
+a base that is on this machine, by that base's files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from backends.errors import UserError
+from backends.files import replacing_directory
+from backends.nn.adapters import base_name, load_adapter, stated_base
+from backends.nn.base import Checkpoint, open_base
+from backends.nn.sources import first_line
+from backends.options import ALL, Modes, Parser, place
+from backends.places import replaced_directory, require_room
+from backends.units import human_bytes
+from scenarios import record
+from scenarios.cli import clean_exit
+from scenarios.preparation import weights_text
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZER_FILES = (
+    "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*",
+)  # fmt: skip
+"""What belongs to a tokenizer in a checkpoint's directory."""
+
+MODES = Modes(
+    {},
+    lambda args: (),
+    dict.fromkeys(("--model", "--weights", "--adapter", "--into", "--dtype", "--json"), ALL),
+)  # fmt: skip
+
+
+class MergeError(UserError, ValueError):
+    """These cannot be merged; the text says why and what to do."""
+
+
+def merge(
+    weights: str, adapter: Path, into: Path, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Write a checkpoint of a base with its adapter to a new directory; returns figures.
+
+    weights  a checkpoint's directory, or an id of the hub
+    dtype    of the numbers; None takes the base's
+
+    Raises CheckpointError and TokenizerError for the base, AdapterError for the adapter, MergeError
+    when they do not belong together or the base is quantised, WriteError; nothing is there then.
+    """
+    base = open_base(weights)
+    _require_plain(weights, base)
+    base.tokenizer()
+    _require_own(base, adapter, weights)
+    size = sum(file.stat().st_size for file in base.directory.glob("*.safetensors"))
+    require_room(into, size, "the merged model", "choose another place with --into")
+    model = _loaded(base, dtype)
+    wrapped = load_adapter(model, adapter)
+    _require_untied(wrapped)
+    merged: Any = wrapped.merge_and_unload()
+    with replacing_directory(into) as aside:
+        try:
+            merged.save_pretrained(aside)
+        except (ValueError, RuntimeError) as error:
+            raise MergeError(f"{into}: transformers cannot save it: {first_line(error)}") from error
+        for pattern in TOKENIZER_FILES:
+            for file in base.directory.glob(pattern):
+                shutil.copyfile(file, aside / file.name)
+    return _figures(into) | {"adapter": str(adapter), "dtype": str(merged.dtype).split(".")[-1]}
+
+
+def _require_plain(weights: str, base: Checkpoint) -> None:
+    if Path(weights).expanduser().is_file() or getattr(base.config, "quantization_config", None):
+        raise MergeError(
+            f"{weights} is quantised: adding an adapter to rounded numbers would lose most of it; "
+            "give the checkpoint in floating point that it was made from"
+        )
+
+
+def _require_own(base: Checkpoint, adapter: Path, weights: str) -> None:
+    """Raises MergeError when the base that an adapter names is here, and another one."""
+    named = stated_base(adapter)
+    if named is None or named in (weights, base_name(weights)):
+        return
+    other = Path(named).expanduser()
+    if not (other / "config.json").is_file():
+        print(f"the adapter says that its base is {named}; merging it with {weights}")
+    elif open_base(other).identity() != base.identity():
+        raise MergeError(
+            f"{adapter} was trained on {named}, and {weights} is another model; give --model "
+            f"{named}"
+        )
+
+
+def _loaded(base: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base.directory, dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    except Exception as error:  # of transformers and of any model's code, fed with any file
+        raise MergeError(
+            f"{base.directory}: transformers cannot load it: {first_line(error)}"
+        ) from error
+    return model
+
+
+def _require_untied(wrapped: PeftModel) -> None:
+    """Merging into a tensor that is used twice would change the other use, too."""
+    tied = {id(p) for p in _tied(wrapped)}
+    for name, module in wrapped.named_modules():
+        if isinstance(module, LoraLayer) and id(module.get_base_layer().weight) in tied:
+            raise MergeError(
+                f"the adapter changes {name.removeprefix('base_model.model.')}, whose weights are "
+                "the embeddings, too; it cannot be merged, load it with peft"
+            )
+
+
+def _tied(wrapped: PeftModel) -> list[torch.Tensor]:
+    seen: dict[int, str] = {}
+    found = []
+    for name, parameter in wrapped.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            found.append(parameter)
+        seen[id(parameter)] = name
+    return found
+
+
+def _figures(into: Path) -> dict[str, Any]:
+    tensors, size = 0, 0
+    for path in into.glob("*.safetensors"):
+        size += path.stat().st_size
+        with safe_open(path, framework="pt") as file:
+            tensors += len(file.keys())
+    files = sorted(path.name for path in into.iterdir())
+    return {"into": str(into), "tensors": tensors, "bytes": size, "files": files}
+
+
+def _new_directory(text: str) -> Path:
+    """For an option's type: a place for a directory where nothing is."""
+    found = replaced_directory(text)
+    if found.exists() and any(found.iterdir()):
+        raise argparse.ArgumentTypeError(f"{found} holds something already; name a new directory")
+    return found
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__, "scenarios.merge", MODES)
+    add = parser.add_argument
+    add("--model", "--weights", dest="weights", type=weights_text, required=True,
+        metavar="DIR|ID", help="the base: a checkpoint's directory, or an id of the hub",
+    )  # fmt: skip
+    add("--adapter", type=place, required=True, metavar="DIR",
+        help="LoRA adapter, as a run or `peft` has saved it")  # fmt: skip
+    add("--into", type=_new_directory, required=True, metavar="DIR",
+        help="a new directory for the merged checkpoint")  # fmt: skip
+    add("--dtype", choices=DTYPES, help="type of its numbers (that of the base)")
+    record.add_json_option(parser)
+    return parser.parse(arguments)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    with clean_exit():
+        dtype = None if args.dtype is None else getattr(torch, args.dtype)
+        figures = merge(args.weights, args.adapter, args.into, dtype)
+        print(
+            f"{figures['into']}: {figures['tensors']} tensors in {figures['dtype']}, "
+            f"{human_bytes(figures['bytes'])}; {', '.join(figures['files'])}"
+        )
+        print("for llama.cpp: python convert_hf_to_gguf.py " + figures["into"])
+        record.write(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""`python -m scenarios.finetune`: one's own chats, through interruptions, to an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from backends.nn.base import open_base
+from backends.nn.marks import APART, UNCOUNTED
+from backends.nn.skeleton import build_skeleton
+from scenarios.finetune import __main__ as command
+from scenarios.finetune.held import HeldOut, beginnings
+from scenarios.finetune.options import parse
+from scenarios.finetune.run import FinetuneError, chosen_linears
+from tests.scenarios.commands import ROOT, readable_by_others
+
+TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+SMALL = {
+    "sequence": 64, "batch": 2, "rank": 2, "targets": ["q_proj", "v_proj"], "learning-rate": 1e-2,
+    "held-out": 0.2, "evaluate-every": 2, "evaluate-on": 2, "sample-tokens": 4,
+}  # fmt: skip
+NAMES = ("asyncio", "json", "email", "http", "random", "os", "re", "socket")
+
+
+@pytest.fixture(scope="module")
+def bring(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a chat template, some chats, and a cache that all tests share."""
+    place = tmp_path_factory.mktemp("brought")
+    shutil.copytree(TINY, place / "model")
+    (place / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    asks = "Please show me how a program in this language begins that is going to use {}"
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{asks.format(name)} {number}?"},
+                {"role": "assistant", "content": f"import {name}\n\nclass C{number}:\n    pass\n"},
+            ]
+        }
+        for number in range(5)
+        for name in NAMES
+    ]
+    (place / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return place
+
+
+@pytest.fixture
+def finetune(
+    bring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Any:  # fmt: skip
+    """`python -m scenarios.finetune` in this process: (exit status or None, what it said)."""
+    monkeypatch.setattr("scenarios.cli.private_process", lambda: os.umask(0o077))
+    before = os.umask(0o022)
+    settings: dict[str, Any] = SMALL | {
+        "model": str(bring / "model"), "data": str(bring / "chats.jsonl"),
+        "cache": str(bring / "cache"), "out": str(tmp_path / "out"),
+    }  # fmt: skip
+
+    def run(*words: str, **changed: Any) -> tuple[Any, str]:
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(settings | changed))
+        monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(config), *words])
+        try:
+            command.main()
+            status: Any = None
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr()
+        return status, f"{said.out}{said.err}"
+
+    yield run
+    os.umask(before)
+
+
+def figures(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+@pytest.mark.slow
+def test_chats_to_an_adapter_and_a_page(finetune: Any, tmp_path: Path) -> None:
+    """What it would take is said first and holds; the loss falls; the adapter is plain peft's."""
+    status, said = finetune("--steps", "3", "--json", str(tmp_path / "f.json"), steps=9)
+    assert status is None, said
+    assert "loss: on what the assistant says" in said
+    for first, then in (
+        ("to do: 3 steps", "traffic: about"), ("traffic: about", "preparing the public set-up"),
+        ("held-out loss of the base", "step 2: held-out loss"), ("step 2", "adapter: "),
+    ):  # fmt: skip
+        assert said.index(first) < said.index(then)
+    found = figures(tmp_path / "f.json")
+    assert [step for step, _ in found["held_out"]] == [0, 2, 3]
+    assert found["private_loss"] < found["base_loss"]
+    sent = (found["bytes_per_token_up"] + found["bytes_per_token_down"]) * 128 / 1e6
+    assert found["cost"]["step_mb"] == pytest.approx(sent, rel=0.03)
+    assert found["cost"]["seconds"] > 0
+    out = tmp_path / "out"
+    assert not readable_by_others(out)
+    page = (out / "report.html").read_text()
+    assert "Private fine-tuning of model on chats.jsonl" in page
+    assert str(tmp_path) not in page
+    assert len(found["samples"]) == 2
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    tuned = peft.PeftModel.from_pretrained(model, str(out / "adapter"))
+    adapted = {name.split(".")[-4] for name, _ in tuned.named_parameters() if "lora_B" in name}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_then_more_then_fewer_steps(
+    finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is there each time, and the held-out losses are those of one run."""
+    real, out, stop = HeldOut.look, tmp_path / "out", [2]
+
+    def look(self: HeldOut, model: Any, step: int) -> float:
+        if step in stop:
+            stop.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, model, step)
+
+    monkeypatch.setattr(HeldOut, "look", look)
+    status, said = finetune(steps=4)
+    assert status == 130, said
+    assert "stopped after step 2 of 4" in said
+    weights = out / "adapter" / "adapter_model.safetensors"
+    stopped = weights.read_bytes()
+    status, said = finetune("--steps", "3", "--json", str(tmp_path / "f.json"))
+    assert status is None, said
+    assert "going on after step 2" in said
+    found = figures(tmp_path / "f.json")
+    assert (len(found["losses"]), found["steps_this_run"]) == (3, 1)
+    assert [step for step, _ in found["held_out"]] == [0, 2, 3]
+    assert weights.read_bytes() != stopped
+    shutil.rmtree(out / "adapter")
+    status, said = finetune("--steps", "1", "--json", str(tmp_path / "f.json"))
+    assert "3 steps are done, and 1 are asked for" in said
+    assert figures(tmp_path / "f.json")["steps_this_run"] == 0
+    assert weights.exists()
+
+
+def test_a_dry_run_prepares_nothing(finetune: Any, tmp_path: Path) -> None:
+    """It says what the run would take, and how much of it is for preparing."""
+    status, said = finetune("--dry-run", cache=str(tmp_path / "cache"))
+    assert status is None, said
+    assert "to do: 100 steps of 128 tokens" in said
+    assert "for preparing the model, once" in said
+    assert "time: about" in said
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({"sequence": 36}, "of all tokens would be cut off"),
+        ({"targets": "q_proj,z_proj"}, "no linear that workers compute is called 'z_proj'"),
+        ({"model": "nobody/nothing"}, "neither a directory here nor a model"),
+        ({"rank": 4096}, "give --rank"),
+        ({"sample": ["x" * 4000]}, "shorten it, or give fewer --sample-tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_preparing(
+    finetune: Any, tmp_path: Path, changed: dict[str, Any], refused: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In one line."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, said = finetune(cache=str(tmp_path / "cache"), **changed)
+    assert refused in str(status), said
+    assert len(str(status).splitlines()) == 1
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
+
+
+@pytest.mark.slow
+def test_a_base_that_only_guesses_is_not_trained(
+    finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate is in the way of the first step."""
+    monkeypatch.setattr("backends.nn.gates.evaluate", lambda *_: 9.0)
+    status, said = finetune(steps=2)
+    assert "the base model's loss on this text is 9.00" in str(status), said
+    assert not list((tmp_path / "out" / "checkpoints").glob("step-000001"))
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+# --- what is typed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("rang: 3", "no option is called 'rang'; did you mean 'rank'?"),
+        ("learning_rate: 1", "did you mean 'learning-rate'?"),
+        ("rank: 1.5", "argument --rank: '1.5' is no whole number"),
+        ("rank: [1, 2]", "rank takes one value, not a list"),
+        ("steps: true", "steps takes one value, not true or false"),
+        ("fresh: 1", "fresh is true or false, not '1'"),
+        ("out:", "out takes one value, not nothing"),
+        ("yes: true", "no option is called 'True'"),
+        ("config: x", "no option is called 'config'"),
+        ("model: a\nweights: b", "'weights' is there under two names"),
+        ("a: [", "line 1: it is no YAML"),
+        ("- a", "it holds no `name: value` lines"),
+        ("!!python/object:os.system {}", "it is no YAML"),
+        ("[" * 500, "it is no YAML"),
+        ("a: " + "x" * (1 << 16), "longer than"),
+        ("steps: 3\nepochs: 1", "not allowed with argument"),
+        ("tls: certs", "--tls is for a run with --worker"),
+        ("rank: 2", "--model is needed"),
+    ],
+)
+def test_a_file_of_options_is_checked(
+    text: str, refused: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each in one line, which names what is wrong."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        parse(None, ["--config", str(tmp_path / "c.yaml")])
+    assert refused in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_typed_wins(tmp_path: Path) -> None:
+    """Of lists, and of options that exclude each other, too."""
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: m\ndata: d\nsteps: 7\nrank: 3\nlearning-rate: 1e-4\nfresh: true\n"
+        'train-on-all: false\nworker: ["a:1", "b:1"]\ntargets: [q_proj, v_proj]\n'
+    )
+    args = parse(None, [f"--config={config}"])
+    assert (args.steps, args.rank, args.alpha, args.learning_rate) == (7, 3, 6, 1e-4)
+    assert (args.fresh, args.train_on_all, args.worker) == (True, False, ["a:1", "b:1"])
+    assert args.targets == ("q_proj", "v_proj")
+    args = parse(None, ["--epochs", "2", "--worker=c:1", "--config", str(config), "--weights=w"])
+    assert (args.steps, args.epochs, args.worker, args.weights) == (None, 2.0, ["c:1"], "w")
+
+
+@pytest.mark.parametrize(
+    ("words", "micro_batch"),
+    [("", 4), ("--lanes=2", 2), ("--lanes=4", 1), ("--sequence=2048", 2), ("--batch=3", 3),
+     ("--batch=6 --sequence=1024 --lanes=1", 3), ("--micro-batch=1", 1)],
+)  # fmt: skip
+def test_passes_fill_what_a_worker_takes(words: str, micro_batch: int) -> None:
+    """As few as the lanes need."""
+    args = parse(None, ["--model=m", "--data=d", *words.split()])
+    assert args.micro_batch == micro_batch
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [("--lanes=5", "more than the 4 sequences"), ("--micro-batch=3", "does not divide"),
+     ("--micro-batch=4 --sequence=2048", "2 fit"), ("--micro-batch=2 --lanes=3", "2 passes"),
+     ("--steps=1 --epochs=1", "not allowed with"), ("--targets=q,,v", "names of modules")],
+)  # fmt: skip
+def test_passes_that_cannot_be(
+    words: str, refused: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(SystemExit, match="2"):
+        parse(None, ["--model=m", "--data=d", *words.split()])
+    assert refused in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_prompts_have_one_length_and_end_before_answers() -> None:
+    """Whatever the text; two documents in the first row, the second too short for one."""
+    row = torch.arange(40) | UNCOUNTED
+    row[0] |= APART
+    row[12:20] = torch.arange(12, 20)  # an answer
+    row[20] |= APART
+    row[22:24] = torch.arange(22, 24)
+    plain = torch.arange(100, 140)
+    found = beginnings(torch.stack((row, plain)), 3, 8)
+    assert [prompt.tolist() for prompt in found] == [
+        [list(range(4, 12))], [list(range(20, 28))], [list(range(100, 108))],
+    ]  # fmt: skip
+
+
+def test_losses_of_damaged_or_other_files_are_not_believed(tmp_path: Path) -> None:
+    """And those after the step that a run went back to are dropped."""
+    rows, path = torch.zeros(3, 4, dtype=torch.int64), tmp_path / "held-out.json"
+    good = {"sequences": 2, "points": [[0, 5.0], [2, 4.0], [4, 3.0]]}
+    for content, points in (
+        (good, [(0, 5.0), (2, 4.0)]), (good | {"sequences": 3}, []), ({"points": 3}, []),
+        (good | {"points": [[0, "x"]]}, []), (good | {"points": [[0, 1e999]]}, []), ([], []),
+    ):  # fmt: skip
+        path.write_text(json.dumps(content))
+        assert HeldOut(rows, 1, 2, path, done=3).points == points
+    assert HeldOut(rows, 1, 2, path, done=0).points == []
+
+
+def test_targets_are_whole_parts_of_names() -> None:
+    """Those of one layer too, and the head never."""
+    skeleton = build_skeleton(open_base(TINY))
+    assert chosen_linears(skeleton, None) == skeleton.adapted
+    assert len(chosen_linears(skeleton, ("q_proj", "v_proj"))) == 10
+    assert chosen_linears(skeleton, ("layers.1.mlp.up_proj",)) == ["model.layers.1.mlp.up_proj"]
+    for wrong in ("proj", "lm_head", "layers.1"):
+        with pytest.raises(FinetuneError, match="there are down_proj"):
+            chosen_linears(skeleton, (wrong,))
