@@ -48,7 +48,11 @@ def bring(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "messages": [
                 {"role": "user", "content": f"{asks.format(name)} {number}?"},
-                {"role": "assistant", "content": f"import {name}\n\nclass C{number}:\n    pass\n"},
+                {
+                    "role": "assistant",
+                    "content": f"import {name}\n\n\nclass C{number}:\n    pass\n"
+                    + "\n\n    def f(self, x):\n        pass\n",
+                },
             ]
         }
         for number in range(5)
@@ -166,7 +170,7 @@ def test_a_dry_run_prepares_nothing(finetune: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "refused"),
     [
-        ({"sequence": 36}, "of all tokens would be cut off"),
+        ({"sequence": 35}, "of all tokens would be cut off"),
         ({"targets": "q_proj,z_proj"}, "no linear that workers compute is called 'z_proj'"),
         ({"model": "nobody/nothing"}, "neither a directory here nor a model"),
         ({"rank": 4096}, "give --rank"),
@@ -179,7 +183,7 @@ def test_what_cannot_be_is_refused_before_preparing(
 ) -> None:  # fmt: skip
     """In one line."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    status, said = finetune(cache=str(tmp_path / "cache"), **changed)
+    status, said = finetune(cache=str(tmp_path / "cache"), steps=1, **changed)
     assert refused in str(status), said
     assert len(str(status).splitlines()) == 1
     assert not list((tmp_path / "cache").rglob("manifest.json"))
