@@ -29,14 +29,17 @@ more.
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from backends.net.owner import RemoteLinearError
+from backends.options import Parser
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.finetune.options import parse
+from scenarios.finetune.options import MODES, parsed
 from scenarios.finetune.run import Finetune
 from scenarios.preparation import chosen_base
 from scenarios.session import exactness_line, one_run
@@ -65,8 +68,14 @@ def print_report(f: dict[str, Any], weights: str) -> None:
     print(f"  as one      python -m scenarios.merge {both} --into merged")
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__, "scenarios.finetune", MODES)
+    return parsed(parser, sys.argv[1:] if words is None else words)
+
+
 def main() -> None:
-    args = parse(__doc__, sys.argv[1:])
+    args = parse()
     with clean_exit(RemoteLinearError):
         if args.preview:
             preview(args, chosen_base(args))

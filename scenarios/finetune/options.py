@@ -148,11 +148,13 @@ def _add_held_out(parser: Parser) -> None:
         help="tokens of each completion; 0 for no samples (32)")  # fmt: skip
 
 
-def parse(doc: str | None, arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line, with what its --config says. Ends the process when it cannot be."""
-    parser = Parser(doc, "scenarios.finetune", MODES)
+def parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """A command line, with what its --config says. Ends the process when it cannot be.
+
+    parser  an empty one, which gets all options
+    """
     add_options(parser)
-    args = parser.parse(with_config(arguments, parser))
+    args = parser.parse(with_config(words, parser))
     for name, value in (("--model", args.weights), ("--data", args.data)):
         if value is None:
             parser.error(f"{name} is needed, here or in the file of --config")

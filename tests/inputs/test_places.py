@@ -27,7 +27,7 @@ from backends.places import (
 from scenarios import certs, llama1b, merge, prepare, quickstart, record
 from scenarios.chaos import __main__ as chaos
 from scenarios.cli import one_line
-from scenarios.finetune import options as finetune
+from scenarios.finetune import __main__ as finetune
 from scenarios.preparation import add_cache_option
 from scenarios.whatif import __main__ as whatif
 from sim import calibrate
@@ -196,10 +196,7 @@ def cache_of(arguments: list[str]) -> object:
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], tuple[str, ...]]] = {
     "llama1b": (llama1b.parse, ("--out", "--json", "--trace", "--cache")),
     "quickstart": (quickstart.parse, ("--out", "--json", "--trace", "--cache")),
-    "finetune": (
-        lambda words: finetune.parse(None, words),
-        ("--out", "--json", "--trace", "--cache"),
-    ),
+    "finetune": (finetune.parse, ("--out", "--json", "--trace", "--cache")),
     "merge": (merge.parse, ("--into", "--json")),
     "prepare": (main_of(prepare), ("--worker-part", "--json", "--cache")),
     "certs": (main_of(certs), ("--out",)),

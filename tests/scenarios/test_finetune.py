@@ -21,7 +21,6 @@ from backends.nn.marks import APART, UNCOUNTED
 from backends.nn.skeleton import build_skeleton
 from scenarios.finetune import __main__ as command
 from scenarios.finetune.held import HeldOut, beginnings
-from scenarios.finetune.options import parse
 from scenarios.finetune.run import FinetuneError, chosen_linears
 from tests.scenarios.commands import ROOT, readable_by_others
 
@@ -225,6 +224,7 @@ def test_a_base_that_only_guesses_is_not_trained(
         ("steps: 3\nepochs: 1", "not allowed with argument"),
         ("tls: certs", "--tls is for a run with --worker"),
         ("rank: 2", "--model is needed"),
+        ("model: m", "--data is needed"),
     ],
 )
 def test_a_file_of_options_is_checked(
@@ -233,7 +233,7 @@ def test_a_file_of_options_is_checked(
     """Each in one line, which names what is wrong."""
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        parse(None, ["--config", str(tmp_path / "c.yaml")])
+        command.parse(["--config", str(tmp_path / "c.yaml")])
     assert refused in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -244,11 +244,11 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
         "model: m\ndata: d\nsteps: 7\nrank: 3\nlearning-rate: 1e-4\nfresh: true\n"
         'train-on-all: false\nworker: ["a:1", "b:1"]\ntargets: [q_proj, v_proj]\n'
     )
-    args = parse(None, [f"--config={config}"])
+    args = command.parse([f"--config={config}"])
     assert (args.steps, args.rank, args.alpha, args.learning_rate) == (7, 3, 6, 1e-4)
     assert (args.fresh, args.train_on_all, args.worker) == (True, False, ["a:1", "b:1"])
     assert args.targets == ("q_proj", "v_proj")
-    args = parse(None, ["--epochs", "2", "--worker=c:1", "--config", str(config), "--weights=w"])
+    args = command.parse(["--epochs", "2", "--worker=c:1", "--config", str(config), "--weights=w"])
     assert (args.steps, args.epochs, args.worker, args.weights) == (None, 2.0, ["c:1"], "w")
 
 
@@ -259,7 +259,7 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_passes_fill_what_a_worker_takes(words: str, micro_batch: int) -> None:
     """As few as the lanes need."""
-    args = parse(None, ["--model=m", "--data=d", *words.split()])
+    args = command.parse(["--model=m", "--data=d", *words.split()])
     assert args.micro_batch == micro_batch
 
 
@@ -274,7 +274,7 @@ def test_passes_that_cannot_be(
 ) -> None:
     """Before anything is loaded."""
     with pytest.raises(SystemExit, match="2"):
-        parse(None, ["--model=m", "--data=d", *words.split()])
+        command.parse(["--model=m", "--data=d", *words.split()])
     assert refused in capsys.readouterr().err.splitlines()[-1]
 
 
