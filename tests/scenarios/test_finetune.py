@@ -23,6 +23,7 @@ from scenarios.finetune import __main__ as command
 from scenarios.finetune.held import HeldOut, beginnings
 from scenarios.finetune.run import FinetuneError, chosen_linears
 from tests.scenarios.commands import ROOT, readable_by_others
+from tests.scenarios.worker_process import running
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
 TEMPLATE = (
@@ -186,6 +187,33 @@ def test_what_cannot_be_is_refused_before_preparing(
     assert refused in str(status), said
     assert len(str(status).splitlines()) == 1
     assert not list((tmp_path / "cache").rglob("manifest.json"))
+
+
+@pytest.mark.slow
+def test_over_a_line_the_time_is_said_once_it_is_probed(
+    finetune: Any, bring: Path, tmp_path: Path
+) -> None:
+    """In a dry run, too, which trains nothing; the line's estimate counts the same bytes."""
+    if not list((bring / "cache").glob("llama-thin-*")):
+        assert finetune(steps=1)[0] is None
+        shutil.rmtree(tmp_path / "out")
+    (model,) = (bring / "cache").glob("llama-thin-*")
+    with running(model) as worker:
+        status, said = finetune(
+            "--dry-run", "--json", str(tmp_path / "f.json"), worker=[worker.address], lanes=2
+        )
+    assert status is None, said
+    first, then, last = (
+        said.index(text)
+        for text in ("traffic: about", "the line: ", "with held-out losses and samples: about")
+    )
+    assert first < then < last
+    found = figures(tmp_path / "f.json")
+    step_mb = (found["estimate"]["bytes_up"] + found["estimate"]["bytes_down"]) / 100 / 1e6
+    assert step_mb == pytest.approx(found["cost"]["step_mb"], rel=0.1)
+    assert found["estimate"]["seconds_in_all"] > found["estimate"]["seconds"]
+    assert not (tmp_path / "out" / "checkpoints" / "step-000001").exists()
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 @pytest.mark.slow
