@@ -59,6 +59,7 @@ BASES: Mapping[str, Sequence[Sequence[str]]] = {
     "scenarios.generate": (
         ("--prompt=x", "--cache={pool}/cache"), (_GOOD, "--prompt=x", "--cache={pool}/cache"),
     ),
+    "scenarios.endpoint": (("--listen=127.0.0.1:0", "--cache={pool}/cache"), (_GOOD,)),
     "scenarios.finetune": (
         (_GOOD, "--data={pool}/data/good.txt", "--cache={pool}/cache", "--sequence=64",
          "--steps=2", "--sample-tokens=0"),
@@ -314,7 +315,10 @@ _BY_NAME: Mapping[str, Callable[[str], list[Value]]] = {
         _both(values.HOSTS, values.NO_HOSTS) if command == "scenarios.certs"
         else _both(("localhost:1", "127.0.0.1:1"), values.NO_ADDRESSES)
     ),
-    "--name": _knob(values.HOSTS, values.NO_HOSTS),
+    "--name": lambda command: (
+        _both(values.HOSTS, values.NO_HOSTS) if command == "scenarios.certs"
+        else _both(values.WORDS)
+    ),
     "--listen": _knob(("localhost:0", "127.0.0.1:0"), values.NO_ADDRESSES),
     "--metrics": _knob(("0", "localhost:0"), ("", "nowhere", "a..b:1", "65536", "-1", "٣")),
 }  # fmt: skip

@@ -93,6 +93,12 @@ ENTRIES = (
         module="scenarios.finetune.__main__",
         weight=6,
     ),
+    _entry(
+        "scenarios.endpoint",
+        "scenarios.endpoint.__main__:endpoint",
+        module="scenarios.endpoint.__main__",
+        weight=2,
+    ),
     _entry("scenarios.merge", "scenarios.merge:_loaded", weight=2),
     _entry("scenarios.prepare", weight=5),
     _entry("scenarios.params", "scenarios.params:estimates"),

@@ -98,6 +98,7 @@ FOREIGN: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]
     ),
     "scenarios.quickstart": (((), ("--worker",), ("--tls",)),),
     "scenarios.generate": (((), ("--worker",), ("--tls",)),),
+    "scenarios.endpoint": (((), ("--worker",), ("--tls",)),),
     "scenarios.finetune": (
         ((), ("--worker",), ("--tls",)),
         (("--train-on-all",), (), ("--held-out", "--evaluate-every", "--evaluate-on")),

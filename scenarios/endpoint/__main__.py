@@ -38,7 +38,7 @@ from backends.nn.base import open_base
 from backends.nn.sane import positions
 from backends.nn.skeleton import LEAST_REMOTE
 from backends.nn.tokenizer import Tokenizer
-from backends.options import RANK, SEQUENCE, TOKENS, Modes, Number, Parser, Whole, place
+from backends.options import ALL, RANK, SEQUENCE, TOKENS, Modes, Number, Parser, Whole, place
 from backends.places import output_directory
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.endpoint.learner import Learner
@@ -55,8 +55,16 @@ from scenarios.session import add_worker_options, chosen_workers, one_run, open_
 MODES = Modes(
     {"elsewhere": "a run with --worker"},
     lambda args: ("elsewhere",) if args.worker else (),
-    {"--tls": ("elsewhere",)},
-)
+    {"--tls": ("elsewhere",)}
+    | dict.fromkeys(
+        (
+            "--listen", "--model", "--weights", "--name", "--clients", "--sequence", "--batch",
+            "--api-key-file", "--least-remote", "--preset", "--owner-tag", "--cache", "--out",
+            "--worker", "--kernel",
+        ),
+        ALL,
+    ),
+)  # fmt: skip
 
 
 @contextmanager
@@ -176,6 +184,7 @@ def main() -> None:
     args = parse()
     with clean_exit(RemoteLinearError):
         use_kernel(args.kernel)
+        chosen_workers(args)  # what is wrong with them is told before anything is prepared
         with one_run(args.out), endpoint(*prepared(args), args) as (server, service):
             print(f"{args.name} on {server.url}, computed on ciphertexts; for the recipe's shell:")
             print(f"  export TINKER_BASE_URL={server.url}")
