@@ -167,6 +167,25 @@ def test_a_dry_run_prepares_nothing(finetune: Any, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
 
 
+@pytest.mark.parametrize("answer", ["n", EOFError()])
+def test_whoever_sits_at_a_terminal_may_decline(
+    finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | Exception
+) -> None:
+    """After what it takes was said, and before anything is prepared."""
+
+    def ask(question: str) -> str:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(type(sys.stdin), "isatty", lambda self: True, raising=False)
+    monkeypatch.setattr("builtins.input", ask)
+    status, said = finetune(cache=str(tmp_path / "cache"), steps=1)
+    assert status is None, said
+    assert said.index("time: about") < said.index("not started")
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
+
+
 @pytest.mark.parametrize(
     ("changed", "refused"),
     [
