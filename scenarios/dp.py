@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from backends.he.params import preset
-from backends.nn.dp import CLIP, DifferentialPrivacy, DpError, require_accountant
+from backends.nn.dp import CLIP, DifferentialPrivacy, DpError, expected, require_accountant
 from backends.nn.trainer import Trainer
 from backends.options import Number
 
@@ -71,8 +71,8 @@ def dp_plan(trainer: Trainer) -> str:
     return (
         f"differential privacy: epsilon {dp.spent(config.steps):.3g}, delta "
         f"{dp.delta:.2g} for any one sequence after {config.steps} steps; noise of "
-        f"{dp.noise:.3g} clip norms on each step's sum, {dp.noise / config.batch:.2g} on "
-        "its mean, in every direction"
+        f"{dp.noise:.3g} clip norms on each step's sum, {dp.noise / expected(config.batch):.2g} "
+        "on its mean, in every direction"
     )
 
 

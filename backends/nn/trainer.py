@@ -310,10 +310,11 @@ class Trainer:
     def _step(self, pool: Executor) -> tuple[float, float]:
         """One step; its mean loss, and its gradient's norm before clipping."""
         step, config, dp = self.progress.step, self.config, self._dp
-        count = len(self._sequences)
-        batch = self._sequences[
-            batch_indices(step, config.batch, count, config.seed) if dp is None else dp.batch()
-        ]
+        if dp is None:
+            chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
+            batch = self._sequences[chosen]
+        else:
+            batch = dp.batch(self._sequences)
         parts = torch.split(batch, config.micro_batch)
         predicted = max(1, counted(batch))
         passes = [pool.submit(self._pass, part, predicted) for part in parts]

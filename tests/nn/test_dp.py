@@ -26,7 +26,15 @@ from backends.net.loop import Hooks
 from backends.nn import dp
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.checkpoint import ResumeError
-from backends.nn.dp import DifferentialPrivacy, DpError, DpSteps, Draws, noise_for, spent
+from backends.nn.dp import (
+    DifferentialPrivacy,
+    DpError,
+    DpSteps,
+    Draws,
+    expected,
+    noise_for,
+    spent,
+)
 from backends.nn.local import localise
 from backends.nn.losses import token_losses
 from backends.nn.marks import UNCOUNTED, counted
@@ -37,7 +45,7 @@ from tests.nn.conftest import Tiny, tokens
 
 pytest.importorskip("dp_accounting")
 
-PRIVACY = DifferentialPrivacy(50.0, delta=0.01, clip=0.5)
+PRIVACY = DifferentialPrivacy(8.0, delta=0.01, clip=0.5)
 CONFIG = TrainConfig(
     steps=4, batch=4, micro_batch=2, learning_rate=1e-2, warmup_steps=1, privacy=PRIVACY
 )
@@ -163,14 +171,38 @@ def test_noise_is_gaussian_of_the_stated_size() -> None:
     assert abs((z[1:] * z[:-1]).mean()) < 8 / math.sqrt(count)
 
 
-def test_batches_are_uniform_subsets() -> None:
-    """No sequence twice; each as often as any other, within eight deviations."""
-    draws, seen = Draws(), torch.zeros(6)
-    for _ in range(3000):
-        batch = draws.batch(6, 2)
-        assert len(set(batch)) == 2
+def test_batches_are_sampled_as_the_accountant_has_it() -> None:
+    """Sizes as of sequences drawn by themselves, cut at the most; each as often as any other."""
+    draws, seen, sizes, rounds = Draws(), torch.zeros(6), torch.zeros(4), 3000
+    for _ in range(rounds):
+        batch = draws.batch(6, 3)
+        assert len(set(batch)) == len(batch)
         seen[batch] += 1
-    assert (seen - 1000).abs().max() < 8 * math.sqrt(3000 * (1 / 3) * (2 / 3))
+        sizes[len(batch)] += 1
+    rate = expected(3) / 6
+    of_size = [math.comb(6, k) * rate**k * (1 - rate) ** (6 - k) for k in range(7)]
+    wanted = torch.tensor([*of_size[:3], sum(of_size[3:])])
+    assert (sizes - rounds * wanted).abs().max() < 8 * math.sqrt(rounds / 4)
+    mean = float(sum(k * p for k, p in enumerate(wanted.tolist()))) / 6
+    assert (seen - rounds * mean).abs().max() < 8 * math.sqrt(rounds / 4)
+
+
+def test_a_batch_is_filled_with_what_counts_for_nothing(llama: Tiny) -> None:
+    """To the same size always, and its gradient is that of what was drawn."""
+    model = here(llama)
+    steps = DpSteps(model, len(DATA), 6, PRIVACY)
+    sizes = set()
+    for _ in range(20):
+        batch = steps.batch(DATA)
+        assert batch.shape == (6, DATA.shape[1])
+        real = batch[: int((batch != UNCOUNTED).any(1).sum())]
+        assert all(any(torch.equal(row, own) for own in DATA) for row in real)
+        sizes.add(len(real))
+    assert len(sizes) > 1
+    with steps.adapted():
+        loss, sums = steps.clipped(torch.full((2, 8), UNCOUNTED))
+    assert loss == 0
+    assert flat(sums).abs().max() == 0
 
 
 class Known(Draws):
@@ -181,7 +213,7 @@ class Known(Draws):
         self.generator = torch.Generator().manual_seed(7)
 
     def batch(self, sequences: int, batch: int) -> list[int]:
-        return torch.randperm(sequences, generator=self.generator)[:batch].tolist()
+        return torch.randperm(sequences, generator=self.generator)[: batch - 1].tolist()
 
     def noise(self, shape: Any, deviation: float) -> torch.Tensor:
         noise = torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64)
@@ -198,6 +230,13 @@ def trained(tiny: Tiny, lanes: int, steps: int = 2) -> list[torch.Tensor]:
     return [p.detach().clone() for p in trainable(model).values()]
 
 
+@pytest.fixture
+def any_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much is not what these tests are of, and takes a second to find."""
+    monkeypatch.setattr(dp, "noise_for", lambda *_: 1.0)
+
+
+@pytest.mark.usefixtures("any_noise")
 def test_lanes_change_not_one_bit(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same draws; with the system's own no two runs are alike."""
     assert not torch.equal(flat(trained(llama, 2, steps=1)), flat(trained(llama, 2, steps=1)))
@@ -205,6 +244,7 @@ def test_lanes_change_not_one_bit(llama: Tiny, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(flat(trained(llama, 1)), flat(trained(llama, 3)))
 
 
+@pytest.mark.usefixtures("any_noise")
 def test_a_step_is_the_clipped_mean_and_its_noise(
     llama: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,12 +256,13 @@ def test_a_step_is_the_clipped_mean_and_its_noise(
     trainer = Trainer(model, DATA, replace(CONFIG, steps=1))
     assert trainer.dp is not None
     noise = trainer.dp.noise
-    expected = flat([s + draws.noise(s.shape, noise * PRIVACY.clip) for s in sums]) / 4
+    noises = [draws.noise(s.shape, noise * PRIVACY.clip) for s in sums]
+    wanted = flat([s + n for s, n in zip(sums, noises, strict=True)]) / expected(4)
     trainer.train()
     found = flat([p.grad for p in trainable(model).values()])
-    assert (found - expected).norm() <= 1e-4 * expected.norm()
-    assert expected.norm() > CONFIG.max_grad_norm
-    assert trainer.progress.gradient_norms[0] == pytest.approx(float(expected.norm()), rel=1e-4)
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+    assert wanted.norm() > CONFIG.max_grad_norm
+    assert trainer.progress.gradient_norms[0] == pytest.approx(float(wanted.norm()), rel=1e-4)
 
 
 def gaussian_delta(epsilon: float, noise: float) -> float:
@@ -235,55 +276,67 @@ def gaussian_delta(epsilon: float, noise: float) -> float:
 
 
 @pytest.mark.parametrize(("noise", "steps"), [(4.0, 1), (10.0, 20), (60.0, 100)])
-def test_without_sampling_it_is_the_gaussian_mechanism(noise: float, steps: int) -> None:
-    """Never below the exact epsilon, and above it by a tenth at most."""
-    epsilon = spent(50, 50, steps, noise, 1e-5)
+def test_nearly_without_sampling_it_is_the_gaussian_mechanism(noise: float, steps: int) -> None:
+    """Where a batch may be all of the data, sampling helps a little and nothing is cut."""
+    epsilon = spent(400, 400, steps, noise, 1e-5)
     of_all = noise / math.sqrt(steps)
-    assert gaussian_delta(epsilon, of_all) <= 1e-5 < gaussian_delta(0.9 * epsilon, of_all)
+    assert gaussian_delta(1.01 * epsilon, of_all / (expected(400) / 400)) <= 1e-5
+    assert gaussian_delta(0.99 * epsilon, of_all) > 1e-5
 
 
-def slow_epsilon(q: float, steps: int, noise: float, delta: float) -> float:
-    """By theorem 9 of Wang, Balle and Kasiviswanathan, of whole orders: no less than theorem 27."""
-    found = []
-    for order in range(2, 25):
-        rho = [j / (2 * (noise / 2) ** 2) for j in range(order + 1)]
-        total = 1 + q**2 * math.comb(order, 2) * min(4 * math.expm1(rho[2]), 2 * math.exp(rho[2]))
-        for j in range(3, order + 1):
-            total += q**j * math.comb(order, j) * 2 * math.exp((j - 1) * rho[j])
-        renyi = steps * math.log(total) / (order - 1)
-        found.append(renyi + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
-    return min(found)
+def one_step_delta(epsilon: float, sequences: int, batch: int, noise: float) -> float:
+    """Of one step, exactly: whether the sequence is in the batch is all that matters of it."""
+    rate = expected(batch) / sequences
+    others = [
+        math.comb(sequences - 1, k) * rate**k * (1 - rate) ** (sequences - 1 - k)
+        for k in range(sequences)
+    ]
+    # Of k others that were drawn with it, batch - 1 find a place beside it.
+    taken = rate * sum(p * min(1.0, batch / (k + 1)) for k, p in enumerate(others))
+    at = torch.linspace(-12 * noise, 12 * noise, 200_001, dtype=torch.float64)
+
+    def density(mean: float) -> torch.Tensor:
+        return torch.exp(-((at - mean) ** 2) / (2 * noise**2)) / (noise * math.sqrt(2 * math.pi))
+
+    one, other = ((1 - taken) * density(0.0) + taken * density(c) for c in (1.0, -1.0))
+    more = (one - math.exp(epsilon) * other).clamp(min=0)
+    return float(more.sum() * (at[1] - at[0]))
 
 
 @pytest.mark.parametrize(
-    ("sequences", "batch", "steps", "noise"), [(10_000, 256, 100, 2.5), (2000, 16, 500, 1.5)]
+    ("sequences", "batch", "noise"), [(100, 4, 0.8), (60, 16, 1.5), (300, 64, 3.0)]
 )
-def test_sampling_is_accounted_for(sequences: int, batch: int, steps: int, noise: float) -> None:
-    """Against a slow sum by the theorem; more noise and fewer steps spend less, samples help."""
-    epsilon = spent(sequences, batch, steps, noise, 1e-5)
-    slow = slow_epsilon(batch / sequences, steps, noise, 1e-5)
-    assert 0.8 * slow <= epsilon <= slow * (1 + 1e-9)
-    assert spent(sequences, batch, steps, 1.2 * noise, 1e-5) < epsilon
-    assert spent(sequences, batch, steps // 2, noise, 1e-5) < epsilon
-    assert spent(2 * sequences, batch, steps, noise, 1e-5) < epsilon
-    assert spent(sequences, batch, 0, noise, 1e-5) == 0
+def test_a_sampled_step_is_accounted_for(sequences: int, batch: int, noise: float) -> None:
+    """Against an integral: never too little. Cut batches are taken for worse than they are."""
+    epsilon = spent(sequences, batch, 1, noise, 1e-3)
+    assert one_step_delta(epsilon, sequences, batch, noise) <= 1e-3
+    assert one_step_delta(epsilon / 6, sequences, batch, noise) > 1e-3
+
+
+def test_noise_samples_and_fewer_steps_spend_less() -> None:
+    epsilon = spent(2000, 16, 500, 1.0, 1e-5)
+    assert spent(2000, 16, 500, 1.2, 1e-5) < epsilon
+    assert spent(2000, 16, 250, 1.0, 1e-5) < epsilon
+    assert spent(4000, 16, 500, 1.0, 1e-5) < epsilon
+    assert spent(2000, 16, 0, 1.0, 1e-5) == 0
 
 
 def test_the_accountant_agrees_with_what_was_published() -> None:
-    """Abadi et al. (2016): q = 0.01, sigma = 4, 10,000 steps, delta 1e-5: 1.26 by their bound,
-    which today's conversion from Renyi privacy lowers a little."""
+    """Abadi et al. (2016): q = 0.01, sigma = 4, 10,000 steps, delta 1e-5: at most 1.26, by a bound
+    that privacy loss distributions improve on a little."""
     import dp_accounting
 
-    accountant = dp_accounting.rdp.RdpAccountant()
+    accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
     step = dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(4.0))
-    assert 1.0 < accountant.compose(step, 10_000).get_epsilon(1e-5) <= 1.26
+    composed = dp_accounting.SelfComposedDpEvent(step, 10_000)
+    assert 0.8 < accountant.compose(composed).get_epsilon(1e-5) <= 1.26
 
 
-@pytest.mark.parametrize("epsilon", [2.0, 20.0])
+@pytest.mark.parametrize("epsilon", [1.0, 4.0])
 def test_the_noise_is_the_least_that_keeps_to_the_budget(epsilon: float) -> None:
     privacy = DifferentialPrivacy(epsilon, 1e-5)
     noise = noise_for(5000, 32, 200, privacy)
-    assert spent(5000, 32, 200, noise, 1e-5) <= epsilon < spent(5000, 32, 200, 0.99 * noise, 1e-5)
+    assert spent(5000, 32, 200, noise, 1e-5) <= epsilon < spent(5000, 32, 200, 0.98 * noise, 1e-5)
 
 
 def test_too_little_data_is_refused_with_what_would_do() -> None:
@@ -328,6 +381,7 @@ def seen(tiny: Tiny, config: TrainConfig) -> list[tuple[int, int]]:
     return requests
 
 
+@pytest.mark.usefixtures("any_noise")
 def test_workers_see_the_same_requests_as_without(llama: Tiny) -> None:
     """As many, as large, in the same order, though the model was tried in the session."""
     assert seen(llama, CONFIG) == seen(llama, replace(CONFIG, privacy=None))
@@ -366,7 +420,7 @@ def test_a_resumed_run_keeps_its_noise_and_its_budget(llama: Tiny, tmp_path: Pat
         with pytest.raises(ResumeError, match="dp_"):
             trainer(replace(CONFIG, privacy=other))
     again.train()
-    assert again.spent() == (pytest.approx(PRIVACY.epsilon, rel=2e-2), 0.01)
+    assert again.spent() == (pytest.approx(PRIVACY.epsilon, rel=5e-2), 0.01)
     assert Trainer(here(llama), DATA, replace(CONFIG, privacy=None)).spent() is None
 
 
