@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from backends.door import OpenSession, Public, connect, prepare, remote
     from backends.errors import UserError as Error
     from backends.he.store import WorkerPart
+    from backends.nn.dp import DifferentialPrivacy
     from backends.nn.trainer import TaintedError, TrainConfig
     from backends.serve import serve
     from backends.session import Usage
@@ -31,14 +32,15 @@ if TYPE_CHECKING:
     from sim.world import WorldConfig, simulate
 
 __all__ = [
-    "DeviceProfile", "Error", "Link", "OpenSession", "Public", "TaintedError", "TrainConfig",
-    "Usage", "WorkerPart", "WorldConfig", "connect", "prepare", "remote", "serve", "simulate",
-    "trace_step",
+    "DeviceProfile", "DifferentialPrivacy", "Error", "Link", "OpenSession", "Public",
+    "TaintedError", "TrainConfig", "Usage", "WorkerPart", "WorldConfig", "connect", "prepare",
+    "remote", "serve", "simulate", "trace_step",
 ]  # fmt: skip
 
 _WHERE = {
     "Error": ("backends.errors", "UserError"),
     "WorkerPart": ("backends.he.store", "WorkerPart"),
+    "DifferentialPrivacy": ("backends.nn.dp", "DifferentialPrivacy"),
     "TaintedError": ("backends.ledger", "TaintedError"),
     "TrainConfig": ("backends.nn.trainer", "TrainConfig"),
     "serve": ("backends.serve", "serve"),

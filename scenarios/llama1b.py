@@ -50,6 +50,7 @@ from backends.ledger import WorkerLedger
 from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.corpus import Sequences
+from backends.nn.dp import noise_for
 from backends.nn.local import localise
 from backends.nn.sane import require_positions, require_rank
 from backends.nn.selfcheck import keeps_apart, require_trainable
@@ -76,6 +77,7 @@ from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
+from scenarios.dp import DP_OPTIONS, add_dp_options, dp_figures, dp_line, dp_of, dp_plan
 from scenarios.estimate import Shape
 from scenarios.preparation import (
     add_model_options,
@@ -141,7 +143,7 @@ MODES = Modes(
             ),
             ("real",),
         ),
-        **dict.fromkeys(("--checkpoint-every", "--fresh"), ("training",)),
+        **dict.fromkeys(("--checkpoint-every", "--fresh", *DP_OPTIONS), ("training",)),
         **dict.fromkeys(("--network", *simulated.OPTIONS), ("simulated",)),
         "--kernel": ("cpu",),
         "--host-frames": ("gpu",),
@@ -166,6 +168,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     """Config, weights' source, owner's skeleton, data and training configuration."""
     if args.tokens % args.sequence:
         raise DataError(f"--tokens {args.tokens} must be a multiple of --sequence {args.sequence}")
+    privacy = dp_of(args)
     hardware = chosen(args.real_gpu, args.host_frames)
     if args.clear_peer:
         hardware = replace(hardware, dtype=DTYPES[args.clear_peer])
@@ -179,12 +182,16 @@ def set_up(args: argparse.Namespace) -> Setup:
     apart = keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
     sequences = load_texts(args, base, apart, held_out=0.0).train
     micro_batch = args.tokens // args.sequence
+    batch = micro_batch * args.lanes
+    if privacy is not None:  # whether it can be had, before anything is prepared
+        noise_for(len(sequences), batch, args.steps, privacy)
     training = TrainConfig(
         steps=args.steps,
-        batch=micro_batch * args.lanes,
+        batch=batch,
         micro_batch=micro_batch,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        privacy=privacy,
     )
     name = f"random-{args.seed}" if args.weights is None else base_name(args.weights)
     return Setup(hardware, base, skeleton, sequences, training, name)
@@ -293,6 +300,8 @@ class Run:
         if args.fresh:  # not before all that could be refused has been looked at
             remove_directory(checkpoints)
         trainer = make_trainer(args, setup, prepared, model, private=True, ledger=ledger)
+        if trainer.dp is not None:
+            print(dp_plan(trainer))
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None
         trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
         with (
@@ -374,6 +383,7 @@ class Run:
             "lanes": args.lanes,
             "prepare_s": prepare_s,
             "losses": trainer.progress.losses,
+            **dp_figures(trainer),
             **gradient_norm_figures(
                 trainer.progress.gradient_norms, [step.gradient_norm for step in self.clear]
             ),
@@ -384,7 +394,7 @@ class Run:
             step_s = median(trainer.step_seconds)
             figures |= {
                 "private_step_s": step_s,
-                "private_steps_s": trainer.step_seconds,
+                "dp_s": trainer.step_seconds,
                 "tokens_per_s": tokens / step_s,
                 "cpu_s": median(self.cpu_s),
                 "owner_s": median(u.owner_s for u in self.usages),
@@ -437,6 +447,8 @@ def print_report(f: dict[str, Any]) -> None:
         print("losses private/clear   " + ", ".join(f"{a:.4f}/{b:.4f}" for a, b in pairs))
         print(f"gradients' norms       {f['gradient_norm_ratio']:8.3f}  private / clear, mean")
     print(f"peak memory            {f['peak_rss_mb'] / 1000:8.1f} GB  owner and worker together")
+    if "dp_epsilon" in f:
+        print(dp_line(f))
     if f["peak_device_mb"]:
         print(f"peak GPU memory        {f['peak_device_mb'] / 1000:8.1f} GB")
     print(f"adapter in             {f['adapter_dir']}")
@@ -467,6 +479,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--compare-clear", action="store_true",
         help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
     )  # fmt: skip
+    add_dp_options(parser)
     add("--checkpoint-every", type=STEPS, default=25, help="steps between checkpoints (25)")
     add("--out", type=output_directory,
         help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "

@@ -4,7 +4,8 @@
     DIR/step-000040/adapter_config.json         with it plain `peft` loads a checkpoint
     DIR/step-000040/optimizer.safetensors       AdamW's moments
     DIR/step-000040/state.json                  step, losses, the run's configuration, who computed,
-                                                SHA-256 of the two files of tensors
+                                                how much noise was added, SHA-256 of the two files
+                                                of tensors
     DIR/data.key                                32 random bytes: the configuration holds a tag of
                                                 the private data, which nobody can try data against
                                                 without them
@@ -23,6 +24,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Collection
@@ -82,12 +84,14 @@ class Progress:
 
     losses          mean loss of each step
     gradient_norms  of each step, before clipping
+    noise           of differential privacy, over the clip norm, the same in all steps; None without
     """
 
     step: int
     losses: list[float]
     gradient_norms: list[float]
     served: frozenset[str] = frozenset()
+    noise: float | None = None
 
 
 def place_of(directory: Path, step: int) -> Path:
@@ -166,7 +170,8 @@ def save(
     served = sorted(progress.served)
     state = {
         "step": progress.step, "losses": progress.losses,
-        "gradient_norms": progress.gradient_norms, "served": served, "run": run,
+        "gradient_norms": progress.gradient_norms, "served": served, "noise": progress.noise,
+        "run": run,
     }  # fmt: skip
     try:
         with replacing_directory(place_of(directory, progress.step)) as aside:
@@ -218,6 +223,11 @@ def _state(checkpoint: Path) -> dict[str, Any]:
         )
         if not (names and numbers and type(state["run"]) is dict):
             raise ValueError("an entry of another form")
+        noise, private = state.get("noise"), state["run"].get("dp_clip") is not None
+        if private != (noise is not None):
+            raise ValueError("noise of another kind of run")
+        if private and not (type(noise) is float and 0 < noise < math.inf):
+            raise ValueError("noise that is none")
         steps = len(losses)
         if not steps == state["step"] == len(norms):
             raise ValueError("losses of another number of steps")
@@ -285,7 +295,7 @@ def restore(
                 if key.rpartition("::")[0] == stored_name(name)
             }
     served, norms = frozenset(state["served"]), state["gradient_norms"]
-    return Progress(state["step"], state["losses"], norms, served)
+    return Progress(state["step"], state["losses"], norms, served, state.get("noise"))
 
 
 def _newest_whole(

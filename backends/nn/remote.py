@@ -80,11 +80,18 @@ class Remote:
         """
         if self._linear is not None:
             raise NotConnectedError("this model is already connected to a worker")
+        with self.instead(linear, head):
+            yield
+
+    @contextmanager
+    def instead(self, linear: LinearFunction, head: LocalHead | None = None) -> Iterator[None]:
+        """As `connected`, for a trial that no worker is to see, while no lane is at work."""
+        former = self._linear, self.head
         self._linear, self.head = linear, head
         try:
             yield
         finally:
-            self._linear, self.head = None, None
+            self._linear, self.head = former
 
     def product(self, group: RemoteGroup, x: torch.Tensor) -> torch.Tensor:
         """x[..., K] -> [..., N], in x's dtype, through the worker."""

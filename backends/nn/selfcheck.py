@@ -7,6 +7,7 @@ keeps_apart       documents in one sequence do not see each other, if it is told
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -164,8 +165,11 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return torch.linalg.norm(found - expected).item() / max(size, 1e-30)
 
 
-def low_rank(groups: list[GroupSpec], scale: float) -> LinearFunction:
-    """Products with small random matrices of low rank: where information flows costs nothing."""
+def low_rank(groups: Sequence[GroupSpec] | Mapping[int, GroupSpec], scale: float) -> LinearFunction:
+    """Products with small random matrices of low rank: where information flows costs nothing.
+
+    groups  by their index in the catalogue
+    """
 
     def linear(matrix: int, x: Values) -> Values:
         group = groups[matrix // 2]

@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
 from backends.nn.checkpoint import Progress
 from backends.nn.corpus import Sequences, batch_indices
+from backends.nn.dp import DifferentialPrivacy, DpSteps
 from backends.nn.lean import lean
 from backends.nn.losses import token_losses
 from backends.nn.marks import counted
@@ -44,6 +45,10 @@ class TrainConfig:
     learning_rate       peak; linear warm-up, then cosine to zero. All of it is a function of
                         `steps`, those of earlier runs included: a run that goes on with more of
                         them is from there on as one that was to have so many from the start
+    max_grad_norm       of a step's gradient; not with differential privacy, which clips each
+                        sequence's own and adds noise to their sum
+    seed                of the data's order; with differential privacy nobody knows that
+    privacy             limits what the adapter tells of any one sequence (`dp`); None for no limit
     """
 
     steps: int
@@ -54,6 +59,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
+    privacy: DifferentialPrivacy | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.micro_batch < 1:
@@ -153,13 +159,36 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self._run = asdict(config) | (identity or {})
+        self._dp: DpSteps | None = None
+        if config.privacy is not None:
+            self._dp = DpSteps(model, len(sequences), config.batch, config.privacy)
+        self._run = self._settings() | (identity or {})
         self._adapter_config = config_text(model) if checkpoints is not None else None
         self._say = say
         self.progress = Progress(0, [], [])
         if checkpoints is not None:
             self._run["data"] = checkpoint.data_tag(checkpoints, sequences)
         self._restore()
+        if self._dp is not None:
+            self._dp.settle(self.progress.noise, max(config.steps, self.progress.step))
+            self.progress.noise = self._dp.noise
+
+    @property
+    def dp(self) -> DpSteps | None:
+        """What differential privacy makes of the steps; None without."""
+        return self._dp
+
+    def spent(self) -> tuple[float, float] | None:
+        """(epsilon, delta) of the steps that are done; None without differential privacy."""
+        if self._dp is None:
+            return None
+        return self._dp.spent(self.progress.step), self._dp.delta
+
+    def _settings(self) -> dict[str, Any]:
+        """What two runs must agree on to be one. A budget may grow: its noise stays."""
+        found, dp = asdict(self.config), self._dp
+        del found["privacy"]
+        return found | {"dp_clip": dp and dp.privacy.clip, "dp_delta": dp and dp.delta}
 
     def train(
         self,
@@ -180,7 +209,12 @@ class Trainer:
         self._model.train()
         if self.progress.step == 0:
             self._save()  # what rests on no worker at all
-        with stop_on_interrupt(on_stop) as stop, _lanes(self._pool(self._lanes)) as pool:
+        adapted = nullcontext() if self._dp is None else self._dp.adapted()
+        with (
+            stop_on_interrupt(on_stop) as stop,
+            adapted,
+            _lanes(self._pool(self._lanes)) as pool,
+        ):
             while self.progress.step < self.config.steps:
                 start = time.perf_counter()
                 try:
@@ -193,11 +227,12 @@ class Trainer:
                     on_return(self._go_back())
                     continue
                 done = self.progress
-                self.progress = Progress(
-                    done.step + 1,
-                    [*done.losses, loss],
-                    [*done.gradient_norms, norm],
-                    self._rests_on(),
+                self.progress = replace(
+                    done,
+                    step=done.step + 1,
+                    losses=[*done.losses, loss],
+                    gradient_norms=[*done.gradient_norms, norm],
+                    served=self._rests_on(),
                 )
                 on_step(self.progress.step, loss)
                 last = self.progress.step == self.config.steps
@@ -274,9 +309,12 @@ class Trainer:
 
     def _step(self, pool: Executor) -> tuple[float, float]:
         """One step; its mean loss, and its gradient's norm before clipping."""
-        step, config = self.progress.step, self.config
-        chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
-        batch = self._sequences[chosen]
+        step, config, dp = self.progress.step, self.config, self._dp
+        if dp is None:
+            chosen = batch_indices(step, config.batch, len(self._sequences), config.seed)
+            batch = self._sequences[chosen]
+        else:
+            batch = dp.batch(self._sequences)
         parts = torch.split(batch, config.micro_batch)
         predicted = max(1, counted(batch))
         passes = [pool.submit(self._pass, part, predicted) for part in parts]
@@ -296,9 +334,13 @@ class Trainer:
                 future.cancel()
             raise
         assert sums is not None
+        if dp is not None:
+            sums = dp.released(sums)
         for parameter, gradient in zip(self._parameters.values(), sums, strict=True):
-            parameter.grad = gradient
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), config.max_grad_norm)
+            parameter.grad = gradient.to(parameter.dtype)
+        norm = nn.utils.clip_grad_norm_(
+            self._parameters.values(), config.max_grad_norm if dp is None else math.inf
+        )
         if not (torch.isfinite(norm) and math.isfinite(total)):
             raise FloatingPointError(
                 f"step {step + 1}: the loss or its gradient is not finite; lower the learning rate "
@@ -311,8 +353,14 @@ class Trainer:
         return total, norm.item()
 
     def _pass(self, part: torch.Tensor, predicted: int) -> tuple[float, tuple[torch.Tensor, ...]]:
-        """One lane: loss and gradients of a micro-batch, as its share of the step's mean."""
+        """One lane: loss and gradients of a micro-batch, as its share of the step's mean.
+
+        With differential privacy gradients are the sum of its sequences' clipped ones.
+        """
         try:
+            if self._dp is not None:
+                total, sums = self._dp.clipped(part)
+                return total / predicted, sums
             with lean():
                 loss = token_losses(self._model, part) / predicted
             # On this lane's own thread: autograd has one thread a GPU, on which the lanes would

@@ -86,6 +86,14 @@ class Checks:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What differential privacy has spent on the adapter, for any one sequence."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
 class Content:
     """A run. Losses are held out, in nats per token.
 
@@ -110,4 +118,5 @@ class Content:
     parameters: Parameters | None = None
     request: Request | None = None
     checks: Checks | None = None
+    budget: Budget | None = None
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any
 
 from backends.he.params import Parameters
 from backends.machine import commit, machine
-from scenarios.page.content import Checks, Content, Curve, Part, Sample, Traffic
+from scenarios.page.content import Budget, Checks, Content, Curve, Part, Sample, Traffic
 from scenarios.page.watch import Watch
 
 _PARTS = (
@@ -52,6 +52,7 @@ def content_of(
         parameters=parameters,
         request=watch.request if watch else None,
         checks=_checks(f),
+        budget=Budget(f["dp_epsilon"], f["dp_delta"]) if f.get("dp_epsilon") is not None else None,
         environment=environment(f.get("kernel", "")),
     )
 
