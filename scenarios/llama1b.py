@@ -394,7 +394,7 @@ class Run:
             step_s = median(trainer.step_seconds)
             figures |= {
                 "private_step_s": step_s,
-                "dp_s": trainer.step_seconds,
+                "private_steps_s": trainer.step_seconds,
                 "tokens_per_s": tokens / step_s,
                 "cpu_s": median(self.cpu_s),
                 "owner_s": median(u.owner_s for u in self.usages),

@@ -39,6 +39,7 @@ from backends.net.owner import RemoteLinearError
 from backends.options import Parser
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
+from scenarios.dp import dp_line
 from scenarios.finetune.options import MODES, parsed
 from scenarios.finetune.run import Finetune
 from scenarios.preparation import chosen_base
@@ -59,6 +60,8 @@ def print_report(f: dict[str, Any], weights: str) -> None:
         print(f"\nloss {f['losses'][0]:.4f} -> {f['losses'][-1]:.4f} after {steps} steps")
     if "products" in f:
         print(exactness_line(f["products"]))
+    if "dp_epsilon" in f:
+        print(dp_line(f))
     model, adapter = shlex.quote(weights), shlex.quote(f["adapter_dir"])
     print(f"report:  {f['page']} (open it in a browser; it holds private text)")
     print(f"adapter: {f['adapter_dir']}; use it")

@@ -41,7 +41,7 @@ def with_config(words: Sequence[str], parser: Parser) -> list[str]:
 def _named(words: Sequence[str]) -> str | None:
     """The last file that is named; None for none, or for an option without its value."""
     found = None
-    for word, following in zip(words, [*words, None][1:], strict=True):
+    for word, following in zip(words, [*words[1:], None], strict=False):
         name, equals, value = word.partition("=")
         if name == _NAME:
             found = value if equals else following

@@ -24,6 +24,7 @@ from backends.options import (
 from backends.places import output_directory, output_file
 from scenarios import record
 from scenarios.cli import add_kernel_option
+from scenarios.dp import DP_OPTIONS, add_dp_options
 from scenarios.finetune.config import with_config
 from scenarios.preparation import add_head_options, add_preparation_options, weights_text
 from scenarios.session import add_worker_options
@@ -55,7 +56,7 @@ MODES = Modes(
                 "--sequence", "--learning-rate", "--seed", "--rank", "--alpha", "--targets",
                 "--loss-on", "--train-on-all", "--sample", "--sample-tokens", "--lm-head",
                 "--least-remote", "--preset", "--owner-tag", "--cache", "--checkpoint-every",
-                "--trace", "--worker", "--gpu", "--kernel", "--json",
+                "--trace", "--worker", "--gpu", "--kernel", "--json", *DP_OPTIONS,
             ),
             ALL,
         ),
@@ -93,6 +94,7 @@ def add_options(parser: Parser) -> None:
     add("--fresh", action="store_true", help="start over instead of resuming")
     _add_training(parser)
     _add_held_out(parser)
+    add_dp_options(parser)
     add_head_options(parser)
     add_preparation_options(parser)
     add("--checkpoint-every", type=STEPS, default=25, help="steps between checkpoints (25)")

@@ -24,6 +24,7 @@ from backends.he.store import PreparedModel
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.base import Checkpoint
 from backends.nn.checkpoint import newest_step
+from backends.nn.dp import noise_for
 from backends.nn.gates import require_learnable
 from backends.nn.generate import complete
 from backends.nn.sane import positions, require_positions, require_rank
@@ -35,6 +36,7 @@ from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
 from backends.options import STEPS
 from backends.session import Usage
 from scenarios import record
+from scenarios.dp import dp_figures, dp_of, dp_plan
 from scenarios.estimate import Shape, spoken
 from scenarios.finetune.cost import Asked, foreseen, over_line
 from scenarios.finetune.held import NAME, PROMPT_TOKENS, SAMPLES, HeldOut, beginnings
@@ -83,6 +85,7 @@ class Setup:
 
 def set_up(args: argparse.Namespace, here: bool) -> Setup:
     """Model, text and training, all looked at; says what it finds."""
+    privacy = dp_of(args)
     hardware = chosen(args.gpu)
     base = chosen_base(args)
     assert isinstance(base, Checkpoint)
@@ -107,10 +110,12 @@ def set_up(args: argparse.Namespace, here: bool) -> Setup:
     share = 0.0 if args.train_on_all else args.held_out
     data = load_texts(args, base, apart, share)
     steps = args.steps or _steps_of(args.epochs, len(data.train), args.batch)
+    if privacy is not None:  # whether it can be had, before anything is prepared
+        noise_for(len(data.train), args.batch, steps, privacy)
     training = TrainConfig(
         steps=steps, batch=args.batch, micro_batch=args.micro_batch,
         learning_rate=args.learning_rate, warmup_steps=max(1, min(20, steps // 10)),
-        seed=args.seed,
+        seed=args.seed, privacy=privacy,
     )  # fmt: skip
     epochs = steps * args.batch / len(data.train)
     print(
@@ -286,6 +291,8 @@ class Finetune:
     ) -> dict[str, Any] | None:
         args, setup = self.args, self.setup
         trainer = self._trainer(model, prepared)
+        if trainer.dp is not None:
+            print(dp_plan(trainer))
         self._held_out(trainer)
         most_steps = math.inf if args.trace else WATCHED_STEPS
         self.watch = Watch([group.name for group in prepared.groups], most_steps)
@@ -399,6 +406,7 @@ class Finetune:
             "steps_this_run": len(self.usages),
             "losses": trainer.progress.losses,
             "gradient_norms": trainer.progress.gradient_norms,
+            **dp_figures(trainer),
             "workers_caught": len(self.ledger.retired),
             "adapter_dir": str(self.out / "adapter"),
             "page": str(self.out / "report.html"),

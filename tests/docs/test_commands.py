@@ -185,13 +185,15 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
     (model,) = re.findall(r"^MODEL=(\S+)$", script, re.MULTILINE)
     commands = [words for line in lines(script) for words in words_of(line)]
     assert [words[2] for words in commands] == [
-        "scenarios.llama1b", "scenarios.llama1b", "scenarios.generate"
+        "scenarios.finetune", "scenarios.finetune", "scenarios.generate"
     ]  # fmt: skip
     said = []
     for _, _, *words in commands:
         here = [str(ROOT / model) if word == "$MODEL" else word for word in words]
         if "--steps" in here:
             here[here.index("--steps") + 1] = "2"
+            here += ["--sequence", "64", "--batch", "1", "--evaluate-on", "1"]
+            here += ["--sample-tokens", "2", "--yes"]
         said.append(run(*here, "--cache", str(tmp_path / "cache"), cwd=tmp_path))
     assert "read 1 file," in said[0]
     assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
