@@ -91,12 +91,14 @@ class WorkerLedger:
         """
         try:
             yield
-        except Exception as error:
+        except TaintedError:  # whoever raised it knows more of what to do
+            raise
+        except (Exception, SystemExit) as error:
             self._require_untainted(advice, error)
             raise
         self._require_untainted(advice, None)
 
-    def _require_untainted(self, advice: str, cause: Exception | None) -> None:
+    def _require_untainted(self, advice: str, cause: BaseException | None) -> None:
         caught = self.tainting()
         if caught:
             raise TaintedError(

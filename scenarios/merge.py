@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from backends.errors import UserError
@@ -41,7 +41,7 @@ from backends.options import ALL, Modes, Parser, place
 from backends.places import replaced_directory, require_room
 from backends.units import human_bytes
 from scenarios import record
-from scenarios.cli import clean_exit
+from scenarios.cli import clean_exit, one_line
 from scenarios.preparation import weights_text
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,10 +86,10 @@ def merge(
     with replacing_directory(into) as aside:
         try:
             merged.save_pretrained(aside)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, SafetensorError) as error:
             raise MergeError(f"{into}: transformers cannot save it: {first_line(error)}") from error
         for pattern in TOKENIZER_FILES:
-            for file in base.directory.glob(pattern):
+            for file in filter(Path.is_file, base.directory.glob(pattern)):
                 shutil.copyfile(file, aside / file.name)
     return _figures(into) | {"adapter": str(adapter), "dtype": str(merged.dtype).split(".")[-1]}
 
@@ -107,9 +107,14 @@ def _require_own(base: Checkpoint, adapter: Path, weights: str) -> None:
     named = stated_base(adapter)
     if named is None or named in (weights, base_name(weights)):
         return
-    other = Path(named).expanduser()
-    if not (other / "config.json").is_file():
-        print(f"the adapter says that its base is {named}; merging it with {weights}")
+    try:
+        other = Path(named).expanduser()
+        here = (other / "config.json").is_file()
+    except (OSError, RuntimeError, ValueError):  # of another machine: no path here, or not ours
+        here = False
+    if not here:
+        told = one_line(f"the adapter says that its base is {named}; merging it with {weights}")
+        print(told)
     elif open_base(other).identity() != base.identity():
         raise MergeError(
             f"{adapter} was trained on {named}, and {weights} is another model; give --model "

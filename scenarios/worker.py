@@ -142,7 +142,7 @@ class State:
 
     def ready(self) -> bool:
         """Whether new requests are taken."""
-        return self.serving and self.healthy()
+        return self.serving and not self._ended and self.healthy()
 
     def healthy(self) -> bool:
         """Whether it works, loading and draining included."""

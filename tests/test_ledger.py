@@ -44,9 +44,9 @@ def test_who_served_is_known_until_what_they_computed_is_given_up(tmp_path: Path
 
 
 @pytest.mark.parametrize("caught", ["w1", "w2"])
-@pytest.mark.parametrize("ended", [None, ValueError("no worker left")])
+@pytest.mark.parametrize("ended", [None, ValueError("no worker left"), SystemExit(0)])
 def test_what_rests_on_one_that_was_caught_is_tainted(
-    tmp_path: Path, caught: str, ended: Exception | None
+    tmp_path: Path, caught: str, ended: BaseException | None
 ) -> None:
     """Also when nothing can go on without it; a worker of whom nothing was used taints nothing."""
     ledger = ledger_in(tmp_path)
@@ -56,6 +56,15 @@ def test_what_rests_on_one_that_was_caught_is_tainted(
         ledger.retire(caught, "a lie")
         if ended:
             raise ended
+
+
+def test_who_says_already_that_it_is_tainted_is_not_talked_over(tmp_path: Path) -> None:
+    """Its advice is the better one."""
+    ledger = ledger_in(tmp_path)
+    with pytest.raises(TaintedError, match="run it again"), ledger.untainted("this: redo it"):
+        ledger.accepted("w1")
+        ledger.retire("w1", "a lie")
+        raise TaintedError("run it again")
 
 
 def test_nobody_left_is_said_before_anything_starts(tmp_path: Path) -> None:

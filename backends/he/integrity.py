@@ -67,7 +67,8 @@ SUSPICION = 37.33
 CLASSES = 16
 """Sums are kept for places in a request that are equal mod this: a bias may be for some tokens."""
 _MARKS = 32
-"""By them rows are told apart mod 2 too, where each is one bit: of 8,192, no pair by chance."""
+"""By them rows are told apart mod 2 too, where each is one bit: of 8,192 rows hardly a pair by
+chance, of a head's 128,256 about two, which makes what is tolerated of them a little larger."""
 _MIX = np.random.default_rng(0).integers(0, 1 << 63, _MARKS, np.uint64) * 2 + 1
 """Odd factors that make one number of a row's marks; which ones does not matter."""
 _LEAST_DEVIATION = 2.0**-20

@@ -72,6 +72,12 @@ def _by_prefixes(
                 "the tokenizer's chat template writes a turn otherwise when others follow it, so "
                 "that the assistant's turns cannot be told; --loss-on all counts all"
             )
+        header = turn.partition(message["content"].strip())[0].strip()
+        if header and before == write(index, False):
+            raise AnswersError(
+                "the tokenizer's chat template does not say where an answer begins (it takes no "
+                "notice of add_generation_prompt); --loss-on all counts all"
+            )
         spans.append((start, start + len(turn)))
     return tuple(spans)
 

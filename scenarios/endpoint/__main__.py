@@ -9,7 +9,7 @@ It prints three lines for the shell that the recipe runs in (`pip install tinker
 
     export TINKER_BASE_URL=http://127.0.0.1:8420
     export TINKER_API_KEY=tml-...
-    export NO_PROXY=127.0.0.1,localhost
+    export NO_PROXY=127.0.0.1,localhost,::1 no_proxy=127.0.0.1,localhost,::1
 
 and then `tinker.ServiceClient()` trains here. What the recipe sends stays in this process; every
 frozen linear is computed by workers on ciphertexts, as in the other commands. Workers see how many
@@ -65,6 +65,9 @@ MODES = Modes(
         ALL,
     ),
 )  # fmt: skip
+
+_NO_PROXY = ("NO_PROXY", "no_proxy")  # the second one wins where both are set
+_NEAR = "127.0.0.1,localhost,::1"
 
 
 @contextmanager
@@ -191,7 +194,7 @@ def main() -> None:
             told = args.api_key_file
             key = f"$(cat {shlex.quote(str(told))})" if told else server.key.decode()
             print(f"  export TINKER_API_KEY={key}")
-            print("  export NO_PROXY=127.0.0.1,localhost", flush=True)
+            print(f"  export {' '.join(f'{name}={_NEAR}' for name in _NO_PROXY)}", flush=True)
             service.queue.work()
 
 

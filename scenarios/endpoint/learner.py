@@ -164,8 +164,12 @@ class Learner:
                 )
             if all(p.grad is None for p in parameters):
                 raise RequestError("no forward_backward since the last step: nothing to learn from")
-            if request.clip:
-                nn.utils.clip_grad_norm_(parameters, request.clip)
+            norm = nn.utils.clip_grad_norm_(parameters, request.clip or math.inf)
+            if not norm.isfinite():
+                raise RequestError(
+                    "the gradients of this step are not finite: they were dropped and nothing was "
+                    "changed; look at the logprobs, weights and advantages that were sent"
+                )
             optimizer.param_groups[0].update(
                 lr=request.learning_rate, betas=request.betas, eps=request.eps,
                 weight_decay=request.weight_decay,

@@ -22,6 +22,8 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "ppo": ("target_tokens", "logprobs", "advantages"),
 }
 """The losses that are computed here, and the tensors that each takes."""
+EPSILON_LEAST = 1e-20
+"""Of Adam: less would vanish beside a gradient of zero, and nothing divided by nothing stays."""
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 """Bounds of the ratio of probabilities in `ppo`, unless a request names others."""
 
@@ -293,7 +295,7 @@ def step_of(body: bytes) -> Step:
     found = Step(
         *_addressed(held), params.number("learning_rate", 0, 100),
         (params.number("beta1", 0, 0.999999), params.number("beta2", 0, 0.999999)),
-        params.number("eps", 0, 1), params.number("weight_decay", 0, 1000, 0.0),
+        params.number("eps", EPSILON_LEAST, 1), params.number("weight_decay", 0, 1000, 0.0),
         params.number("grad_clip_norm", 0, 1e9, 0.0),
     )  # fmt: skip
     params.end()

@@ -23,6 +23,9 @@ Sequences = list[tuple[bool, NDArray[np.int32], NDArray[np.float32]]]
 _TOKENS_MAX = 4096
 """Of one request to a worker."""
 
+_COLDEST = 1e-4
+"""Below, the likeliest token is sure; scores over it would overflow."""
+
 
 class Sampler:
     """Completes with what a learner holds.
@@ -115,7 +118,7 @@ class _Logprobs(LogitsProcessor):
 
 def _generation(request: Sample) -> GenerationConfig:
     """For exactly so many tokens: an end of text ends nothing."""
-    greedy = request.temperature == 0
+    greedy = request.temperature < _COLDEST
     chosen = {} if greedy else {
         "temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p,
     }  # fmt: skip

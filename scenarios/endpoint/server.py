@@ -51,7 +51,8 @@ def listen_address(text: str) -> tuple[str, int]:
             f"{text!r} can be reached from elsewhere, and what comes in here is private text: "
             "listen on 127.0.0.1, [::1] or localhost, and run the recipe on this machine"
         ) from None
-    return host, port
+    # A name may stand for two addresses, of which somebody else could have the other one.
+    return "127.0.0.1" if host == "localhost" else host, port
 
 
 def api_key(file: Path | None) -> str:

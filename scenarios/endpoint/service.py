@@ -236,11 +236,12 @@ class Service:
             raise
 
         def work() -> Answer:
-            logprobs, loss = self._learner.run(slot, request)
+            self._states.require_trusted(client.rests_on)
+            logprobs, loss = self._learner.run(client.slot, request)
             return write_outputs(logprobs, loss)
 
         with self._lock:
-            slot = self._client(request.model_id).slot
+            client = self._client(request.model_id)
             return self._in_turn(request.model_id, request.seq, work, len(body))
 
     def optim_step(self, body: bytes) -> Reply:
@@ -248,11 +249,12 @@ class Service:
         request = requests.step_of(body)
 
         def work() -> Answer:
-            self._learner.step(slot, request)
+            self._states.require_trusted(client.rests_on)
+            self._learner.step(client.slot, request)
             return {"metrics": {}}
 
         with self._lock:
-            slot = self._client(request.model_id).slot
+            client = self._client(request.model_id)
             return self._in_turn(request.model_id, request.seq, work)
 
     def save_weights(self, body: bytes) -> Reply:
@@ -267,6 +269,7 @@ class Service:
         session = request.model_id.partition(":")[0]
 
         def work() -> Answer:
+            self._states.require_trusted(client.rests_on)
             lora = self._learner.lora(client.slot)
             moments = self._learner.moments(client.slot) if request.kind == "weights" else {}
             workers = client.rests_on | self._states.served
@@ -321,6 +324,8 @@ class Service:
                 kept = self._states.load(sampling.path, shapes)
                 with self._lock:
                     self._remember(request.sampler, _Sampling(sampling.path, kept))
+            if kept is not None:
+                self._states.require_trusted(kept.workers)
             lora, weights = (None, {}) if kept is None else (kept.lora, kept.weights)
             return write_samples(*self._sampler.run(request, lora, weights))
 

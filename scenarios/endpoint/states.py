@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from backends.errors import UserError
-from backends.files import read_bounded, replacing_directory
+from backends.files import end_replacing, read_bounded, replacing_directory
 from backends.nn.adapters import WEIGHTS_FILE
 from scenarios.endpoint.fields import RequestError
 from scenarios.endpoint.learner import Weights
@@ -67,11 +67,22 @@ class States:
 
     def __init__(self, directory: Path, base: str, rank: int, known: Known) -> None:
         self._directory, self._base, self._rank, self._known = directory, base, rank, known
+        for place in directory.glob("*/*/"):  # whose overwriting a crash has cut short
+            end_replacing(place)
 
     @property
     def served(self) -> frozenset[str]:
         """Workers that what is trained here may rest on."""
         return self._known.served
+
+    def require_trusted(self, workers: frozenset[str]) -> None:
+        """Raises StateError when one of these was caught."""
+        liars = workers & self._known.caught.keys()
+        if liars:
+            raise StateError(
+                f"what was loaded rests on {sorted(liars)[0]}, which gave wrong answers; begin "
+                "again from what does not"
+            )
 
     def place(self, path: StatePath) -> Path:
         """Where it lies: names are letters, digits, '.', '_' and '-', and never begin with '.'."""

@@ -9,13 +9,14 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from backends.files import read_bounded
 from backends.options import Parser, shown
 
+_TAG = "tag:yaml.org,2002:"
 _BYTES_MAX = 1 << 16
 _NAME = "--config"
 
@@ -48,9 +49,33 @@ def _named(words: Sequence[str]) -> str | None:
     return found or None
 
 
+class _Words(yaml.SafeLoader):  # type: ignore[misc]
+    """Values stay as they are written, but for true, false and nothing; a name is there once."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
+        first: [(tag, form) for tag, form in found if tag in (f"{_TAG}bool", f"{_TAG}null")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError for a name that is there twice."""
+        names = [name.value for name, _ in node.value]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a name is there twice", node.value[place][0].start_mark
+                )
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
+for _kind_of_value in ("int", "float", "timestamp", "binary", "set", "pairs", "omap"):
+    _Words.add_constructor(f"{_TAG}{_kind_of_value}", yaml.SafeLoader.construct_yaml_str)
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        found = yaml.safe_load(read_bounded(path, _BYTES_MAX).decode())
+        found = yaml.load(read_bounded(path, _BYTES_MAX).decode(), _Words)
     except OSError as error:
         raise ConfigError(error.strerror or str(error)) from error
     except yaml.MarkedYAMLError as error:

@@ -241,10 +241,7 @@ class Finetune:
         prepared, self.figures["prepare_s"] = prepared_for(
             setup.skeleton, preset(args.preset), args.cache, setup.hardware, args.owner_tag
         )
-        room = self._room(prepared, model)
-        if args.fresh:  # not before all that could be refused has been looked at
-            remove_directory(self.checkpoints)
-        return self._train(model, prepared, room)
+        return self._train(model, prepared, self._room(prepared, model))
 
     def _foresee(self, here: bool) -> None:
         """Say what it will take, before anything long."""
@@ -290,19 +287,23 @@ class Finetune:
         self, model: PeftModel, prepared: PreparedModel, room: int | None
     ) -> dict[str, Any] | None:
         args, setup = self.args, self.setup
-        trainer = self._trainer(model, prepared)
-        if trainer.dp is not None:
-            print(dp_plan(trainer))
-        self._held_out(trainer)
+        trainer = None if args.fresh else self._trainer(model, prepared)
         most_steps = math.inf if args.trace else WATCHED_STEPS
         self.watch = Watch([group.name for group in prepared.groups], most_steps)
-        with self._kept_when_stopped(model), stopped_untainted(trainer), private_session(
+        with self._kept_when_stopped(model), private_session(
             setup.skeleton, prepared, args.lanes, self.watch, setup.hardware, room, self.ledger,
             self.workers,
         ) as session:  # fmt: skip
-            if not self._goes_on(session, trainer):
+            if not self._goes_on(session, 0 if trainer is None else trainer.progress.step):
                 return self.figures if args.dry_run else None
-            self._steps(session, trainer, model)
+            if trainer is None:  # what there was is given up no sooner than a new run begins
+                remove_directory(self.checkpoints)
+                trainer = self._trainer(model, prepared)
+            if trainer.dp is not None:
+                print(dp_plan(trainer))
+            self._held_out(trainer)
+            with stopped_untainted(trainer):
+                self._steps(session, trainer, model)
             self.figures |= exactness_figures(session)
             self._samples(model)
         trainer.require_untainted()
@@ -341,9 +342,8 @@ class Finetune:
             save_adapter(model, place, base_name(self.args.weights))
             raise TrainingInterrupted(f"{stopped}; {place} is that adapter, too") from None
 
-    def _goes_on(self, session: PrivateSession, trainer: Trainer) -> bool:
-        """Over a line, what it takes is known now: whether to start."""
-        done = trainer.progress.step
+    def _goes_on(self, session: PrivateSession, done: int) -> bool:
+        """Over a line, what it takes is known now: whether to start, after `done` steps."""
         left = self.setup.training.steps - done
         self.figures |= session.say_estimate(self.setup.shape, left)
         estimate = session.estimate

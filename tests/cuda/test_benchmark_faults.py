@@ -139,7 +139,7 @@ bench.main()
         assert time.monotonic() < until_s
         time.sleep(0.05)
     command.send_signal(number)
-    said = command.communicate(timeout=90)[0]
+    said = command.communicate(timeout=240)[0]
     assert all(ended(int(process)) for process in note.read_text().split())
     if number != signal.SIGKILL:
         assert command.returncode == 130

@@ -209,6 +209,17 @@ def test_a_template_that_writes_parts_otherwise_is_refused(template: str) -> Non
     assert "secret" not in str(refused.value)
 
 
+def test_a_template_that_does_not_ask_is_refused() -> None:
+    """Where an answer begins it does not say: its header would be counted."""
+    template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    tokenizer = HubTokenizer(hub(template))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = tokenizer.chat(messages)
+    assert text is not None
+    with pytest.raises(AnswersError, match="does not say where an answer begins"):
+        tokenizer.answers(messages, text)
+
+
 def test_an_answer_to_nobody_is_not_counted() -> None:
     """As where a conversation begins with a greeting."""
     tokenizer = HubTokenizer(TOKENIZERS["chatml"])

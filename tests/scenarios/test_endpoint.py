@@ -625,3 +625,8 @@ def test_an_endpoint_under_an_address_in_use_says_so(running: Here) -> None:
     """Whoever listens there would get what the recipe sends."""
     with pytest.raises(EndpointError, match="cannot listen on"):
         type(running.server)(("127.0.0.1", running.server.port), running.service, running.key)
+
+
+def test_a_name_of_two_addresses_is_one_of_them() -> None:
+    """Or somebody else could have the other one, where a client looks first."""
+    assert listen_address("localhost:0") == ("127.0.0.1", 0)

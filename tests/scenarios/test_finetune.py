@@ -217,9 +217,17 @@ def test_over_a_line_the_time_is_said_once_it_is_probed(
         assert finetune(steps=1)[0] is None
         shutil.rmtree(tmp_path / "out")
     (model,) = (bring / "cache").glob("llama-thin-*")
+    kept = tmp_path / "out" / "checkpoints" / "data.key"
+    kept.parent.mkdir(parents=True, mode=0o700)
+    kept.write_text("of an earlier run")
     with running(model) as worker:
         status, said = finetune(
-            "--dry-run", "--json", str(tmp_path / "f.json"), worker=[worker.address], lanes=2
+            "--fresh",
+            "--dry-run",
+            "--json",
+            str(tmp_path / "f.json"),
+            worker=[worker.address],
+            lanes=2,
         )
     assert status is None, said
     first, then, last = (
@@ -233,6 +241,7 @@ def test_over_a_line_the_time_is_said_once_it_is_probed(
     assert found["estimate"]["seconds_in_all"] > found["estimate"]["seconds"]
     assert not (tmp_path / "out" / "checkpoints" / "step-000001").exists()
     assert not (tmp_path / "out" / "adapter").exists()
+    assert kept.exists()
 
 
 @pytest.mark.slow
@@ -264,6 +273,9 @@ def test_a_base_that_only_guesses_is_not_trained(
         ("config: x", "no option is called 'config'"),
         ("model: a\nweights: b", "'weights' is there under two names"),
         ("a: [", "line 1: it is no YAML"),
+        ("steps: 1\nsteps: 2", "it is no YAML (a name is there twice)"),
+        ("steps: !!int 0x" + "f" * 5000, "argument --steps"),
+        ("<<: {steps: 1}", "no option is called '<<'"),
         ("- a", "it holds no `name: value` lines"),
         ("!!python/object:os.system {}", "it is no YAML"),
         ("[" * 500, "it is no YAML"),
@@ -282,6 +294,18 @@ def test_a_file_of_options_is_checked(
     with pytest.raises(SystemExit, match="2"):
         command.parse(["--config", str(tmp_path / "c.yaml")])
     assert refused in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_values_are_as_they_are_written(tmp_path: Path) -> None:
+    """Not what YAML takes them for: octal numbers, minutes, numbers with another spelling."""
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: 010\ndata: 1_000\nowner-tag: 0123\nseed: 0777\nsample: [12:30, 1.50, 2026-01-01]\n"
+    )
+    typed = ["--model=010", "--data=1_000", "--owner-tag=0123", "--seed=0777"]
+    samples = ["--sample=12:30", "--sample=1.50", "--sample=2026-01-01"]
+    told, wanted = command.parse(["--config", str(config)]), command.parse([*typed, *samples])
+    assert vars(told) | {"config": None} == vars(wanted)
 
 
 def test_what_is_typed_wins(tmp_path: Path) -> None:

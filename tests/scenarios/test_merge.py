@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from backends.nn.adapters import AdapterError
+from backends.nn.base import open_base
 from backends.nn.sources import CheckpointError
 from backends.nn.tokenizer import TokenizerError
-from scenarios.merge import MergeError, merge, parse
+from scenarios.merge import MergeError, _require_own, merge, parse
 from tests.scenarios.commands import ROOT
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
@@ -102,6 +103,23 @@ def test_an_adapter_of_another_model_is_refused(tuned: Path, tmp_path: Path) -> 
     with pytest.raises(MergeError, match=r"was trained on .*tiny-llama, and .*twin is another"):
         merge(str(twin), tuned, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("named", ["a" * 5000, "~nobody-here/x", "\x1b[2Jx/y"])
+def test_a_base_that_is_elsewhere_is_only_told(
+    named: str, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever an adapter's file says of it."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tuned, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": named})
+    )
+    _require_own(open_base(TINY), adapter, str(TINY))
+    said = capsys.readouterr().out
+    assert "the adapter says that its base is" in said
+    assert "\x1b" not in said
 
 
 def test_what_cannot_be_merged_is_said(
