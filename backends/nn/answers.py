@@ -17,6 +17,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from backends.nn.records import ASSISTANT, AnswersError, Message, Span
 
+FIXED: dict[str, Any] = {"date_string": "26 Jul 2024"}
+"""For templates that write the day, as Llama 3's do, in place of today, so that a text is the same
+in every run. It is the day that they take themselves where they cannot ask."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -35,7 +39,7 @@ def answer_spans(
         render: Any = render_jinja_template  # its annotation names the text alone
         written, spans = render(
             conversations=[list(messages)], chat_template=template,
-            return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+            return_assistant_tokens_mask=True, **tokenizer.special_tokens_map, **FIXED,
         )  # fmt: skip
         if written[0] != text:
             raise AnswersError("the tokenizer's chat template writes it otherwise each time")
@@ -44,7 +48,7 @@ def answer_spans(
     def write(count: int, asks: bool) -> str:
         try:
             return str(tokenizer.apply_chat_template(
-                list(messages[:count]), tokenize=False, add_generation_prompt=asks
+                list(messages[:count]), tokenize=False, add_generation_prompt=asks, **FIXED
             ))  # fmt: skip
         except Exception as error:  # a template is a program: it may raise anything
             raise AnswersError(

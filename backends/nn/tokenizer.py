@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from backends.errors import UserError
-from backends.nn.answers import answer_spans
+from backends.nn.answers import FIXED, answer_spans
 from backends.nn.records import AnswersError, Message, RecordError, Span
 
 UNKNOWN_SAID = 0.01
@@ -191,7 +191,7 @@ class HubTokenizer:
         if not self._tokenizer.chat_template:
             return None
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False))
+            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **FIXED))
         except Exception as error:  # a template is a program: it may raise anything
             raise RecordError(
                 f"the tokenizer's chat template cannot write it ({type(error).__name__}): "

@@ -209,6 +209,23 @@ def test_a_template_that_writes_parts_otherwise_is_refused(template: str) -> Non
     assert "secret" not in str(refused.value)
 
 
+LLAMAS_DAY = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "Today: {{ date_string }}\n"
+)
+
+
+@pytest.mark.parametrize("form", [CHATML, GENERATION])
+def test_the_day_changes_nothing(form: str) -> None:
+    """Of a template that writes it: the same text and the same answers in every run."""
+    tokenizer = HubTokenizer(hub(LLAMAS_DAY + form))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = tokenizer.chat(messages)
+    assert text is not None
+    assert text.startswith("Today: 26 Jul 2024")
+    assert [text[start:end][:1] for start, end in tokenizer.answers(messages, text)] == ["b"]
+
+
 def test_a_template_that_does_not_ask_is_refused() -> None:
     """Where an answer begins it does not say: its header would be counted."""
     template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
