@@ -260,9 +260,14 @@ def _parallel_squares(pool: Float64Array, marks: Float64Array) -> Float64Array:
     Equal rows of M have equal roundings: their coefficients add up. Other parallel rows are taken
     to have equal ones too, of the worst sign. A row of zeros has none.
     """
-    rows = np.flatnonzero(marks[:, 0])
-    # Marks are exact, so parallel rows have quotients that are equal to the last bit.
-    return _worst_squares(pool[:, rows], marks[rows, 1] / marks[rows, 0], marks[rows, 0])
+    rows = np.flatnonzero(marks.any(axis=1))
+    found, each = marks[rows], np.arange(len(rows))
+    column = np.argmax(found != 0, axis=1)
+    first = found[each, column]
+    # Marks are exact, so parallel rows have quotients that are equal to the last bit; none is -0.
+    quotient = found[each, (column + 1) % found.shape[1]] / first + 0.0
+    family = quotient.view(np.uint64) * np.uint64(33) + column.astype(np.uint64)
+    return _worst_squares(pool[:, rows], family, first)
 
 
 @dataclass

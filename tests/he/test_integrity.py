@@ -318,6 +318,10 @@ def test_parallel_rows_are_told_apart() -> None:
     rows = np.array([[1.0, 5], [1, 5], [2, 10], [3, 1], [0, 0], [-1, -5]])
     found = integrity._parallel_squares(pool, rows)
     assert found[0] == pytest.approx((0.25 + 0.5 + 0.25) ** 2 + 1.0)
+    # A mark may be zero by chance where the row is none of zeros.
+    rows = np.array([[0.0, 5], [0, 5], [0, -10], [1, 0], [0, 0], [-1, 0]])
+    found = integrity._parallel_squares(pool, rows)
+    assert found[0] == pytest.approx((0.25 + 0.5) ** 2 + (1.0 + 0.25) ** 2)
 
 
 @given(
