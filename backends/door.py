@@ -239,8 +239,7 @@ class OpenSession:
 
     def require_untainted(self) -> None:
         """Raise TaintedError when a worker was caught whose answers were used before."""
-        with self._ledger.untainted(_TAINTED):
-            pass
+        self._ledger.require_untainted(_TAINTED)
 
 
 @contextmanager

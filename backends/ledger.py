@@ -94,11 +94,12 @@ class WorkerLedger:
         except TaintedError:  # whoever raised it knows more of what to do
             raise
         except (Exception, SystemExit) as error:
-            self._require_untainted(advice, error)
+            self.require_untainted(advice, error)
             raise
-        self._require_untainted(advice, None)
+        self.require_untainted(advice)
 
-    def _require_untainted(self, advice: str, cause: BaseException | None) -> None:
+    def require_untainted(self, advice: str, cause: BaseException | None = None) -> None:
+        """Raise TaintedError, for this cause, when what was computed rests on a liar."""
         caught = self.tainting()
         if caught:
             raise TaintedError(

@@ -6,8 +6,15 @@ import argparse
 from typing import Any
 
 from backends.he.params import preset
-from backends.nn.dp import CLIP, DifferentialPrivacy, DpError, expected, require_accountant
-from backends.nn.trainer import Trainer
+from backends.nn.dp import (
+    CLIP,
+    DifferentialPrivacy,
+    DpError,
+    expected,
+    noise_for,
+    require_accountant,
+)
+from backends.nn.trainer import TrainConfig, Trainer
 from backends.options import Number
 
 DP_OPTIONS = ("--dp-epsilon", "--dp-delta", "--dp-clip")
@@ -50,6 +57,12 @@ def dp_of(args: argparse.Namespace) -> DifferentialPrivacy | None:
     require_accountant()
     clip = CLIP if args.dp_clip is None else args.dp_clip
     return DifferentialPrivacy(args.dp_epsilon, args.dp_delta, clip)
+
+
+def require_dp(training: TrainConfig, sequences: int) -> None:
+    """Before anything is prepared: raise DpError where so many sequences cannot have it."""
+    if training.privacy is not None:
+        noise_for(sequences, training.batch, training.steps, training.privacy)
 
 
 def dp_figures(trainer: Trainer) -> dict[str, Any]:

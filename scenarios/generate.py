@@ -46,7 +46,7 @@ from backends.nn.generate import complete
 from backends.nn.sane import positions
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton
 from backends.nn.tokenizer import HubTokenizer, Tokenizer
-from backends.options import ALL, TOKENS, Modes, Number, Parser, place
+from backends.options import TOKENS, Number, Parser, place
 from backends.places import output_directory
 from backends.session import Session, Workers, opened
 from backends.units import human_bytes
@@ -58,6 +58,7 @@ from scenarios.session import (
     add_worker_options,
     chosen_workers,
     exactness_line,
+    modes_with_workers,
     one_run,
     open_ledger,
 )
@@ -65,18 +66,12 @@ from scenarios.session import (
 _FILE_BYTES_MAX = 16 << 20
 _PROMPTS_MAX = 10_000
 
-MODES = Modes(
-    {"elsewhere": "a run with --worker"},
-    lambda args: ("elsewhere",) if args.worker else (),
-    {"--tls": ("elsewhere",)}
-    | dict.fromkeys(
-        (
-            "--weights", "--model", "--adapter", "--prompt", "--prompts", "--tokens", "--lm-head",
-            "--least-remote", "--preset", "--owner-tag", "--cache", "--out", "--worker",
-            "--kernel", "--json",
-        ),
-        ALL,
-    ),
+MODES = modes_with_workers(
+    (
+        "--weights", "--model", "--adapter", "--prompt", "--prompts", "--tokens", "--lm-head",
+        "--least-remote", "--preset", "--owner-tag", "--cache", "--out", "--worker",
+        "--kernel", "--json",
+    )
 )  # fmt: skip
 
 

@@ -50,7 +50,6 @@ from backends.ledger import WorkerLedger
 from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.corpus import Sequences
-from backends.nn.dp import noise_for
 from backends.nn.local import localise
 from backends.nn.sane import require_positions, require_rank
 from backends.nn.selfcheck import keeps_apart, require_trainable
@@ -77,7 +76,15 @@ from backends.units import human_bytes
 from scenarios import record, simulated
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.dp import DP_OPTIONS, add_dp_options, dp_figures, dp_line, dp_of, dp_plan
+from scenarios.dp import (
+    DP_OPTIONS,
+    add_dp_options,
+    dp_figures,
+    dp_line,
+    dp_of,
+    dp_plan,
+    require_dp,
+)
 from scenarios.estimate import Shape
 from scenarios.preparation import (
     add_model_options,
@@ -182,17 +189,15 @@ def set_up(args: argparse.Namespace) -> Setup:
     apart = keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
     sequences = load_texts(args, base, apart, held_out=0.0).train
     micro_batch = args.tokens // args.sequence
-    batch = micro_batch * args.lanes
-    if privacy is not None:  # whether it can be had, before anything is prepared
-        noise_for(len(sequences), batch, args.steps, privacy)
     training = TrainConfig(
         steps=args.steps,
-        batch=batch,
+        batch=micro_batch * args.lanes,
         micro_batch=micro_batch,
         learning_rate=args.learning_rate,
         seed=args.seed,
         privacy=privacy,
     )
+    require_dp(training, len(sequences))
     name = f"random-{args.seed}" if args.weights is None else base_name(args.weights)
     return Setup(hardware, base, skeleton, sequences, training, name)
 

@@ -42,7 +42,7 @@ from backends.nn.skeleton import build_skeleton
 from backends.nn.texts import find_texts
 from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
-from backends.options import ALL, LEARNING_RATE, RANK, SEED, STEPS, Modes, Parser, Whole
+from backends.options import LEARNING_RATE, RANK, SEED, STEPS, Parser, Whole
 from backends.places import output_directory, output_file
 from backends.units import human_bytes
 from scenarios import record, report
@@ -58,6 +58,7 @@ from scenarios.session import (
     exactness_figures,
     exactness_line,
     gradient_norm_figures,
+    modes_with_workers,
     one_run,
     open_ledger,
     private_session,
@@ -73,18 +74,12 @@ PRIVATE_PACKAGE = "networkx.algorithms"
 PROMPT = "    Examples\n    --------\n    >>> G = nx."
 COMPLETION_TOKENS = 40
 
-MODES = Modes(
-    {"elsewhere": "a run with --worker"},
-    lambda args: ("elsewhere",) if args.worker else (),
-    {"--tls": ("elsewhere",)}
-    | dict.fromkeys(
-        (
-            "--steps", "--lanes", "--learning-rate", "--rank", "--seed", "--held-out", "--preset",
-            "--owner-tag", "--cache", "--out", "--fresh", "--trace", "--worker", "--kernel",
-            "--json",
-        ),
-        ALL,
-    ),
+MODES = modes_with_workers(
+    (
+        "--steps", "--lanes", "--learning-rate", "--rank", "--seed", "--held-out", "--preset",
+        "--owner-tag", "--cache", "--out", "--fresh", "--trace", "--worker", "--kernel",
+        "--json",
+    )
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from backends.nn.adapters import lora_parameters
 from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.trainer import Trainer, TrainingInterrupted
-from backends.options import place
+from backends.options import ALL, Modes, place
 from backends.places import PlaceError, output_directory, require_room, taken_bytes
 from backends.session import HERE, Session, Usage, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
@@ -244,6 +244,16 @@ def exactness_line(products: Mapping[str, Any]) -> str:
     )
     much = "; that is a lot: --preset exact costs more bytes and is more exact"
     return line + (much if products["largest"] > MUCH else "")
+
+
+def modes_with_workers(names: Sequence[str]) -> Modes:
+    """Of a command that takes these options always, and `--tls` where `add_worker_options` has a
+    worker elsewhere."""
+    return Modes(
+        {"elsewhere": "a run with --worker"},
+        lambda args: ("elsewhere",) if args.worker else (),
+        {"--tls": ("elsewhere",)} | dict.fromkeys(names, ALL),
+    )
 
 
 def usage_figures(used: Usage, seconds: float, tokens: int, lanes: int) -> dict[str, Any]:

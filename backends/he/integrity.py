@@ -266,7 +266,7 @@ def _parallel_squares(pool: Float64Array, marks: Float64Array) -> Float64Array:
     first = found[each, column]
     # Marks are exact, so parallel rows have quotients that are equal to the last bit; none is -0.
     quotient = found[each, (column + 1) % found.shape[1]] / first + 0.0
-    family = quotient.view(np.uint64) * np.uint64(33) + column.astype(np.uint64)
+    family = quotient.view(np.uint64) * np.uint64(_MARKS + 1) + column.astype(np.uint64)
     return _worst_squares(pool[:, rows], family, first)
 
 

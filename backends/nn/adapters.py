@@ -18,17 +18,17 @@ from torch import nn
 from backends.errors import UserError
 from backends.files import read_bounded, replacing_directory
 from backends.nn.remote import RemoteLinear
+from backends.options import RANK
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 """By these names `peft` finds an adapter in a directory."""
 
 _CONFIG_BYTES_MAX = 1 << 20
-_RANK_MAX = 4096
 
 
 def _rank(value: object) -> bool:
-    return type(value) is int and 1 <= value <= _RANK_MAX
+    return type(value) is int and 1 <= value <= RANK.most
 
 
 def _number(value: object) -> bool:
@@ -46,7 +46,7 @@ def _layers(value: object) -> bool:
 
 
 _TAKEN: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_rank, f"no whole number from 1 to {_RANK_MAX}"),
+    "r": (_rank, f"no whole number from 1 to {RANK.most}"),
     "lora_alpha": (_number, "no finite number"),
     "target_modules": (_texts, "neither a name nor a list of names"),
     "exclude_modules": (_texts, "neither a name nor a list of names"),
@@ -54,7 +54,7 @@ _TAKEN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_pattern": (_texts, "neither a name nor a list of names"),
     "rank_pattern": (
         lambda value: isinstance(value, dict) and all(map(_rank, value.values())),
-        f"no object of whole numbers from 1 to {_RANK_MAX}",
+        f"no object of whole numbers from 1 to {RANK.most}",
     ),
     "alpha_pattern": (
         lambda value: isinstance(value, dict) and all(map(_number, value.values())),

@@ -33,7 +33,7 @@ from torch import nn
 from backends.errors import UserError
 from backends.he.entropy import Keystream, OsEntropy
 from backends.nn.corpus import Sequences
-from backends.nn.marks import UNCOUNTED
+from backends.nn.marks import UNCOUNTED, predictions
 from backends.nn.persample import PerSample, clipped_sum
 
 CLIP = 0.1
@@ -288,7 +288,7 @@ class DpSteps:
     def clipped(self, part: torch.Tensor) -> tuple[float, tuple[torch.Tensor, ...]]:
         """Of a micro-batch int64[B, S]: its summed loss, and the float64 sums over its sequences of
         the clipped gradients of each sequence's mean loss."""
-        counts = ((part[:, 1:] & UNCOUNTED) == 0).sum(1).clamp(min=1)
+        counts = predictions(part).sum(1).clamp(min=1)
         loss, gradients = self._per_sample.of_each(part)
         weights = (1.0 / counts.double()).to(gradients[0].device)
         return loss, tuple(clipped_sum(gradients, weights, self.privacy.clip))

@@ -6,9 +6,11 @@ it. UNCOUNTED: predicting it is no part of the loss. So plain ids are one docume
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 ID_MOST = 1 << 29
@@ -31,7 +33,7 @@ class Rows(NamedTuple):
 
 def plain_rows(ids: torch.Tensor) -> Rows:
     """Of int64[B, S] plain ids, whose numbers are not looked at: a simulation has none."""
-    return Rows(ids, functional.pad(ids[:, 1:], (0, 1), value=-1), None)
+    return Rows(ids, _next(ids), None)
 
 
 def read_rows(marked: torch.Tensor) -> Rows:
@@ -43,9 +45,19 @@ def read_rows(marked: torch.Tensor) -> Rows:
     if begins[:, 1:].any():
         places = torch.arange(marked.shape[1], device=marked.device)
         positions = places - (places * begins).cummax(dim=1).values
-    return Rows(ids, functional.pad(wanted[:, 1:], (0, 1), value=-1), positions)
+    return Rows(ids, _next(wanted), positions)
 
 
-def counted(marked: torch.Tensor) -> int:
-    """How many predictions of int64[B, S] are part of the loss."""
-    return int(((marked[:, 1:] & UNCOUNTED) == 0).sum())
+def _next(tokens: torch.Tensor) -> torch.Tensor:
+    return functional.pad(tokens[:, 1:], (0, 1), value=-1)
+
+
+def predictions(marked: Any) -> Any:
+    """bool[B, S-1]: which of marked tokens [B, S] are counted once they are predicted; of a tensor
+    or an array, as what is given."""
+    return (marked[:, 1:] & UNCOUNTED) == 0
+
+
+def counted(marked: torch.Tensor | NDArray[np.int32]) -> int:
+    """How many predictions of marked tokens [B, S] are part of the loss."""
+    return int(predictions(marked).sum())

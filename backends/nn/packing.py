@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.nn.documents import Piece
-from backends.nn.marks import APART, ID_MOST, UNCOUNTED
+from backends.nn.marks import APART, ID_MOST, UNCOUNTED, counted
 from backends.nn.records import Span
 from backends.nn.texts import DataError
 from backends.nn.tokenizer import Placed, Tokenizer
@@ -197,7 +197,7 @@ class _Side:
 
     def _place(self, talk: Tokens) -> None:
         kept = talk[: self._length]
-        empty = not _counted(kept[None])
+        empty = not counted(kept[None])
         self._facts.empty += empty
         if kept.size < talk.size:
             self._facts.cut += talk.size - (0 if empty else kept.size)
@@ -249,12 +249,8 @@ class _Side:
             yield self._block(rows)
 
     def _block(self, rows: Tokens) -> Block:
-        self._facts.counted += _counted(rows)
+        self._facts.counted += counted(rows)
         return Block(rows, self._held)
-
-
-def _counted(rows: Tokens) -> int:
-    return int(np.count_nonzero((rows[:, 1:] & UNCOUNTED) == 0))
 
 
 def first_tokens(

@@ -38,7 +38,7 @@ from backends.nn.base import open_base
 from backends.nn.sane import positions
 from backends.nn.skeleton import LEAST_REMOTE
 from backends.nn.tokenizer import Tokenizer
-from backends.options import ALL, RANK, SEQUENCE, TOKENS, Modes, Number, Parser, Whole, place
+from backends.options import RANK, SEQUENCE, TOKENS, Number, Parser, Whole, place
 from backends.places import output_directory
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.endpoint.learner import Learner
@@ -50,20 +50,20 @@ from scenarios.endpoint.states import States
 from scenarios.generate import stops_of
 from scenarios.preparation import add_preparation_options
 from scenarios.quickstart import BASE
-from scenarios.session import add_worker_options, chosen_workers, one_run, open_ledger
+from scenarios.session import (
+    add_worker_options,
+    chosen_workers,
+    modes_with_workers,
+    one_run,
+    open_ledger,
+)
 
-MODES = Modes(
-    {"elsewhere": "a run with --worker"},
-    lambda args: ("elsewhere",) if args.worker else (),
-    {"--tls": ("elsewhere",)}
-    | dict.fromkeys(
-        (
-            "--listen", "--model", "--weights", "--name", "--clients", "--sequence", "--batch",
-            "--api-key-file", "--least-remote", "--preset", "--owner-tag", "--cache", "--out",
-            "--worker", "--kernel",
-        ),
-        ALL,
-    ),
+MODES = modes_with_workers(
+    (
+        "--listen", "--model", "--weights", "--name", "--clients", "--sequence", "--batch",
+        "--api-key-file", "--least-remote", "--preset", "--owner-tag", "--cache", "--out",
+        "--worker", "--kernel",
+    )
 )  # fmt: skip
 
 _NO_PROXY = ("NO_PROXY", "no_proxy")  # the second one wins where both are set

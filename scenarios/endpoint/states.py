@@ -75,13 +75,13 @@ class States:
         """Workers that what is trained here may rest on."""
         return self._known.served
 
-    def require_trusted(self, workers: frozenset[str]) -> None:
-        """Raises StateError when one of these was caught."""
+    def require_trusted(self, workers: frozenset[str], what: object = "what was loaded") -> None:
+        """Raises StateError when one of these, on whom it rests, was caught."""
         liars = workers & self._known.caught.keys()
         if liars:
             raise StateError(
-                f"what was loaded rests on {sorted(liars)[0]}, which gave wrong answers; begin "
-                "again from what does not"
+                f"{what} rests on {sorted(liars)[0]}, which gave wrong answers; begin again from "
+                "what does not"
             )
 
     def place(self, path: StatePath) -> Path:
@@ -125,9 +125,7 @@ class States:
             raise StateError(f"{place} is damaged; load another state") from error
         if base != self._base:
             raise StateError(f"{place} belongs to another base model; start the endpoint with that")
-        liars = workers & self._known.caught.keys()
-        if liars:
-            raise StateError(f"{place} rests on {sorted(liars)[0]}, which gave wrong answers")
+        self.require_trusted(workers, place)
         return Lora(held["rank"], *parts), workers
 
     def load(

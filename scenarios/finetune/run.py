@@ -24,7 +24,6 @@ from backends.he.store import PreparedModel
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.base import Checkpoint
 from backends.nn.checkpoint import newest_step
-from backends.nn.dp import noise_for
 from backends.nn.gates import require_learnable
 from backends.nn.generate import complete
 from backends.nn.sane import positions, require_positions, require_rank
@@ -36,7 +35,7 @@ from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
 from backends.options import STEPS
 from backends.session import Usage
 from scenarios import record
-from scenarios.dp import dp_figures, dp_of, dp_plan
+from scenarios.dp import dp_figures, dp_of, dp_plan, require_dp
 from scenarios.estimate import Shape, spoken
 from scenarios.finetune.cost import Asked, foreseen, over_line
 from scenarios.finetune.held import NAME, PROMPT_TOKENS, SAMPLES, HeldOut, beginnings
@@ -110,13 +109,12 @@ def set_up(args: argparse.Namespace, here: bool) -> Setup:
     share = 0.0 if args.train_on_all else args.held_out
     data = load_texts(args, base, apart, share)
     steps = args.steps or _steps_of(args.epochs, len(data.train), args.batch)
-    if privacy is not None:  # whether it can be had, before anything is prepared
-        noise_for(len(data.train), args.batch, steps, privacy)
     training = TrainConfig(
         steps=steps, batch=args.batch, micro_batch=args.micro_batch,
         learning_rate=args.learning_rate, warmup_steps=max(1, min(20, steps // 10)),
         seed=args.seed, privacy=privacy,
     )  # fmt: skip
+    require_dp(training, len(data.train))
     epochs = steps * args.batch / len(data.train)
     print(
         f"to do: {steps} step{'s' * (steps != 1)} of {args.batch * args.sequence:,} tokens, "

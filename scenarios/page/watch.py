@@ -27,16 +27,15 @@ class Watch(RealTrace):
 
     def _owner_handled(self, event: Event, effects: Sequence[Effect]) -> None:
         super()._owner_handled(event, effects)
-        if self.recording:
-            for effect in effects:
-                if isinstance(effect, Send) and isinstance(effect.frame, bytes):
-                    self._look_at(effect.frame)
+        for effect in effects if self.recording else ():
+            if self.request is not None:
+                return
+            if isinstance(effect, Send) and isinstance(effect.frame, bytes):
+                self._look_at(effect.frame)
 
     def _look_at(self, frame: bytes) -> None:
         message = decode(frame)
-        if not isinstance(message, Multiply) or self.request is not None:
-            return
-        if len(message.payload) >= LEAST_BYTES:
+        if isinstance(message, Multiply) and len(message.payload) >= LEAST_BYTES:
             payload = bytes(message.payload[:KEPT_BYTES])
             name = self._name(message.matrix)
             self.request = Request(payload, len(message.payload), message.tokens, name)

@@ -133,8 +133,8 @@ bench.main()
     command = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},  # SIGKILL leaves the part's folder behind
-        # A shell that put this test run in the background has made it deaf to Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # `nohup` makes a test run deaf to this, and what it starts too.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
     until_s = time.monotonic() + 60
     while not (note.exists() and note.read_text().endswith("\n")):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from backends.he.clear import ClearOwner, ClearWorker
@@ -20,9 +22,12 @@ from backends.he.preparation import prepare
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.inprocess import in_process
+from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
+from backends.nn.adapters import add_lora
 from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import RandomBase
+from protocol.events import MultiplyCiphertext, Task
 
 LLAMA = LlamaConfig(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
@@ -52,6 +57,7 @@ class Tiny:
     def connected(
         self, skeleton: Skeleton, backend: str, lanes: int = 1,
         workers: Sequence[WorkerCipher] = (), ledger: WorkerLedger | None = None,
+        hooks: Callable[[str], Hooks] = lambda side: Hooks(),
     ) -> Iterator[OwnerClient]:  # fmt: skip
         """The skeleton connected to an in-process worker, or to these."""
         prepared = self.prepared[backend]
@@ -60,13 +66,34 @@ class Tiny:
         prepared.guard(owner)
         worker = MlweWorker() if parameters else ClearWorker()
         with (
-            in_process(prepared, owner, workers or [worker], lanes=lanes, ledger=ledger) as (
-                client,
-                _,
-            ),
+            in_process(
+                prepared, owner, workers or [worker], lanes=lanes, ledger=ledger, hooks=hooks
+            ) as (client, _),
             skeleton.remote.connected(client.linear),
         ):
             yield client
+
+    @contextmanager
+    def requests(
+        self,
+    ) -> Iterator[tuple[PeftModel, Callable[[], None], list[tuple[int, int]]]]:
+        """A connected model with adapters, what makes it forget a lane, and (matrix, tokens) of
+        every request that its worker gets."""
+        requests: list[tuple[int, int]] = []
+        lock = threading.Lock()
+
+        def on_task(task: int, work: Task, started: float, ended: float) -> None:
+            assert isinstance(work, MultiplyCiphertext)
+            with lock:
+                requests.append((work.matrix, work.tokens))
+
+        def hooks(side: str) -> Hooks:
+            return Hooks() if side == "owner" else Hooks(on_task=on_task)
+
+        skeleton = self.skeleton()
+        model = add_lora(skeleton.model, 4, 8, seed=0)
+        with self.connected(skeleton, "clear", hooks=hooks):
+            yield model, skeleton.remote.forget_lane, requests
 
 
 @pytest.fixture(scope="session", params=["llama", "gpt2"])

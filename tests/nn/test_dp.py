@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from backends.he.clear import ClearOwner, ClearWorker
-from backends.net.inprocess import in_process
-from backends.net.loop import Hooks
 from backends.nn import dp
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.checkpoint import ResumeError
@@ -40,7 +36,6 @@ from backends.nn.losses import token_losses
 from backends.nn.marks import UNCOUNTED, counted
 from backends.nn.persample import PerSample, SeparationError, clipped_sum
 from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
-from protocol.events import MultiplyCiphertext, Task
 from tests.nn.conftest import Tiny, tokens
 
 pytest.importorskip("dp_accounting")
@@ -358,26 +353,8 @@ def test_too_little_data_is_refused_with_what_would_do() -> None:
 
 def seen(tiny: Tiny, config: TrainConfig) -> list[tuple[int, int]]:
     """(matrix, tokens) of every request of a training, from when there is a session."""
-    requests: list[tuple[int, int]] = []
-    lock = threading.Lock()
-
-    def on_task(task: int, work: Task, started: float, ended: float) -> None:
-        assert isinstance(work, MultiplyCiphertext)
-        with lock:
-            requests.append((work.matrix, work.tokens))
-
-    def hooks(side: str) -> Hooks:
-        return Hooks() if side == "owner" else Hooks(on_task=on_task)
-
-    skeleton, prepared = tiny.skeleton(), tiny.prepared["clear"]
-    owner = ClearOwner()
-    prepared.guard(owner)
-    model = add_lora(skeleton.model, 4, 8, seed=0)
-    with (
-        in_process(prepared, owner, [ClearWorker()], hooks=hooks) as (client, _),
-        skeleton.remote.connected(client.linear),
-    ):
-        Trainer(model, DATA, config, forget_lane=skeleton.remote.forget_lane).train()
+    with tiny.requests() as (model, forget_lane, requests):
+        Trainer(model, DATA, config, forget_lane=forget_lane).train()
     return requests
 
 

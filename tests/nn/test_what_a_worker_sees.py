@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends.he.clear import ClearOwner, ClearWorker
-from backends.net.inprocess import in_process
-from backends.net.loop import Hooks
-from backends.nn.adapters import add_lora
 from backends.nn.corpus import pack
 from backends.nn.documents import Piece
 from backends.nn.generate import complete
 from backends.nn.local import localise
 from backends.nn.tokenizer import ByteTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
-from protocol.events import MultiplyCiphertext, Task
 from tests.nn.conftest import Tiny, tokens
 
 CONFIG = TrainConfig(steps=2, batch=4, micro_batch=2, learning_rate=1e-2, warmup_steps=1)
@@ -30,26 +23,8 @@ def seen(
     tiny: Tiny, data: torch.Tensor, held_out: torch.Tensor, stop: int
 ) -> list[tuple[int, int]]:
     """(matrix, tokens) of every request of a training, an evaluation and a completion."""
-    requests: list[tuple[int, int]] = []
-    lock = threading.Lock()
-
-    def on_task(task: int, work: Task, started: float, ended: float) -> None:
-        assert isinstance(work, MultiplyCiphertext)
-        with lock:
-            requests.append((work.matrix, work.tokens))
-
-    def hooks(side: str) -> Hooks:
-        return Hooks() if side == "owner" else Hooks(on_task=on_task)
-
-    skeleton, prepared = tiny.skeleton(), tiny.prepared["clear"]
-    owner = ClearOwner()
-    prepared.guard(owner)
-    model = add_lora(skeleton.model, 4, 8, seed=0)
-    with (
-        in_process(prepared, owner, [ClearWorker()], hooks=hooks) as (client, _),
-        skeleton.remote.connected(client.linear),
-    ):
-        Trainer(model, data, CONFIG, forget_lane=skeleton.remote.forget_lane).train()
+    with tiny.requests() as (model, forget_lane, requests):
+        Trainer(model, data, CONFIG, forget_lane=forget_lane).train()
         evaluate(model, held_out, 4, asked=30)
         complete(model, PROMPT, 6, stop)
     return requests
