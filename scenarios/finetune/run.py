@@ -429,5 +429,5 @@ class Finetune:
         args = self.args
         name = Path(args.weights).expanduser()
         model = name.resolve().name if name.exists() else args.weights
-        title = f"Private fine-tuning of {model}"
+        title = f"Private fine-tuning of {model} on {args.data.resolve().name}"
         return content_of(title, self.figures, preset(args.preset), self.watch)
