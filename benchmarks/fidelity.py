@@ -55,6 +55,8 @@ from sim.world import WorldConfig, simulate
 LANES = (1, 2, 4)
 TOKENS = (64, 256)
 RANK = 16
+PRESET = "exact"
+"""Of the cipher, in both worlds; the simulator is calibrated with it."""
 ENOUGH = 5
 """Undisturbed steps of every case that end the rounds."""
 
@@ -100,7 +102,7 @@ class Case:
 
     def simulated_s(self, profile: DeviceProfile) -> float:
         """The step time the simulator predicts."""
-        workload = trace_step(self.config, self.tokens, lora_rank=RANK)
+        workload = trace_step(self.config, self.tokens, lora_rank=RANK, preset=PRESET)
         world = WorldConfig(
             workload, profile, profile, lanes=self.lanes, in_process=True, steps=2, warmup=1,
             record=False,
@@ -116,7 +118,7 @@ def real_cases(cache: Path) -> Iterator[list[Case]]:
         for name, base in models().items():
             for lanes in LANES:
                 config, skeleton = base.config, build_skeleton(base)
-                prepared, _ = prepared_for(skeleton, preset("exact"), cache)
+                prepared, _ = prepared_for(skeleton, preset(PRESET), cache)
                 model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
                 stack.enter_context(private_session(skeleton, prepared, lanes))
                 for tokens in TOKENS:

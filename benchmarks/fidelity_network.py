@@ -28,7 +28,7 @@ from typing import Any
 from backends.he.params import preset
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import RandomBase
-from benchmarks.network_owner import RANK, TOKENS, network_model
+from benchmarks.network_owner import PRESET, RANK, TOKENS, network_model
 from benchmarks.shaped_line import (
     ADDRESSES,
     NoLineError,
@@ -79,7 +79,8 @@ class Cell:
         """The step time of the simulator."""
         access = Link(self.shape.bits_per_s, self.shape.rtt_s / 2)
         world = WorldConfig(
-            trace_step(network_model(), TOKENS, lora_rank=RANK), profile, profile,
+            trace_step(network_model(), TOKENS, lora_rank=RANK, preset=PRESET), profile,
+            profile,
             lanes=self.lanes, access=access, site=Link(1e13, 0.0), steps=3, warmup=1, record=False,
         )  # fmt: skip
         return median(step.duration_s for step in simulate(world).steps)
@@ -243,7 +244,7 @@ def run(args: argparse.Namespace) -> None:
         authority.issue(directory / "worker", [ADDRESSES[1]])
         base = RandomBase(network_model(), 0)
         skeleton = build_skeleton(base)
-        prepared, _ = prepared_for(skeleton, preset("exact"), args.cache)
+        prepared, _ = prepared_for(skeleton, preset(PRESET), args.cache)
         profile = given or calibrated(directory, min(os.sched_getaffinity(0)))
         for _ in range(args.rounds):
             for shape in dict.fromkeys(cell.shape for cell in cells):

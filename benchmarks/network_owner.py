@@ -35,6 +35,8 @@ from scenarios.session import private_session
 from sim.calibrate import DISTURBED
 
 RANK = 16
+PRESET = "exact"
+"""Of the cipher, in both worlds; the simulator is calibrated with it."""
 TOKENS = 256
 STEPS = (3, 12)
 """Steps of a session that count, at least and at most, after one that does not."""
@@ -74,7 +76,7 @@ def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
     config = network_model()
     base = RandomBase(config, 0)
     skeleton = build_skeleton(base)
-    prepared, _ = prepared_for(skeleton, preset("exact"), args.cache)
+    prepared, _ = prepared_for(skeleton, preset(PRESET), args.cache)
     model = add_lora(skeleton.model, RANK, 2 * RANK, 0)
     workers = Workers((args.worker,), Tls(args.tls))
     text = torch.randint(
@@ -84,7 +86,7 @@ def session(args: argparse.Namespace, lanes: int) -> dict[str, Any]:
     others_s = lambda: busy_elsewhere_s() - busy_s(args.ours)  # noqa: E731
     with private_session(skeleton, prepared, lanes, workers=workers) as opened:
         trainer = Trainer(model, text, training, lanes, forget_lane=skeleton.remote.forget_lane)
-        shape = Shape(config, TOKENS, TOKENS, lanes, RANK, "exact")
+        shape = Shape(config, TOKENS, TOKENS, lanes, RANK, PRESET)
         estimated = opened.say_estimate(shape, 1)
         steps = Steps(trainer)
         steps.take()

@@ -128,9 +128,10 @@ class RequestKeys:
         drawn = bytearray()
         try:
             drawn = entropy.fresh_key(tag)
-            stream = Keystream(drawn)
-            for n, key in enumerate((self.secrets, self.errors, self.rows)):
-                stream.fill(np.frombuffer(key, np.uint8), n * KEY_BYTES)
+            keys = (self.secrets, self.errors, self.rows)  # all zero so far
+            Keystream(drawn).add_several(
+                (np.frombuffer(key, np.uint8), n * KEY_BYTES) for n, key in enumerate(keys)
+            )
         except BaseException:
             self.wipe()
             raise

@@ -80,6 +80,8 @@ def test_a_probe_is_short_and_right(mb_s: float, rtt_s: float) -> None:
     right = rtt_s + (one.up + one.down) / (1e6 * mb_s)
     told = found.rtt_s + one.up / found.up_b_s + one.down / found.down_b_s
     assert told + one.products / found.products_per_s == pytest.approx(right, rel=0.15)
+    # Small products say little of a fast line that is long: there is time for larger ones.
+    assert mb_s < 120 or 64 in {tokens for _, tokens in found.asked}
 
 
 def test_what_a_step_waits_for() -> None:
