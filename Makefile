@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test check docs setup clean
+.PHONY: quickstart test check docs peers setup clean
 
 quickstart: $(READY)
 	$(BIN)/python -m scenarios.quickstart
@@ -26,6 +26,12 @@ docs: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
 	@echo "build/site/index.html; for its search: $(BIN)/python -m http.server --directory build/site"
+
+# Other libraries, for `python -m benchmarks.peers` alone.
+peers: $(READY)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --constraint constraints.txt numpy tenseal \
+	  concrete-ml-extensions desilofhe
 
 setup: $(READY)
 
