@@ -20,7 +20,7 @@ from backends.nn.documents import Piece
 from backends.nn.marks import APART, ID_MOST, UNCOUNTED, counted
 from backends.nn.records import Span
 from backends.nn.texts import DataError
-from backends.nn.tokenizer import Placed, Tokenizer
+from backends.nn.tokenizer import Placed, Tokenizer, end_of_text
 
 Advance = Callable[[int], None]
 Tokens = NDArray[np.int32]
@@ -87,7 +87,7 @@ def blocks(
 
     Raises DataError when an id is beyond the vocabulary.
     """
-    fill = tokenizer.end[-1] if tokenizer.end else 0
+    fill = end_of_text(tokenizer)
     sides = [_Side(length, fill, held, facts, plan) for held in (False, True)]
     side = sides[0]
     for batch in _batches(documents):
@@ -136,12 +136,14 @@ def encoded(
 
 
 def within(characters: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """bool[n]: which tokens have a character in one of the spans."""
-    found = np.zeros(len(characters), bool)
+    """bool[n]: which tokens have a character in one of the spans.
+
+    spans  in order, none into another
+    """
     first, last = characters[:, 0], np.maximum(characters[:, 1], characters[:, 0] + 1)
-    for start, end in spans:
-        found |= (first < end) & (last > start)
-    return found
+    starts, ends = np.asarray(spans, np.int64).reshape(-1, 2).T
+    # More spans begin before its end than end before its beginning.
+    return np.searchsorted(starts, last, "left") > np.searchsorted(ends, first, "right")
 
 
 def _placed(batch: Sequence[Piece], tokenizer: Tokenizer) -> list[Placed]:

@@ -93,6 +93,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id that ends a document; 0 where none does."""
+    return tokenizer.end[-1] if tokenizer.end else 0
+
+
 class ByteTokenizer:
     """One token a byte: for models without a tokenizer (random weights).
 

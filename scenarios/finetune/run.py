@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,25 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from backends.errors import UserError
+from backends.errors import Interrupted, UserError
 from backends.files import remove_directory
 from backends.hardware import Hardware, check_memory, chosen
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
+from backends.ledger import TaintedError
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.base import Checkpoint
-from backends.nn.checkpoint import newest_step
+from backends.nn.checkpoint import newest_step, require_same_run
+from backends.nn.corpus import Corpus
+from backends.nn.dp import DifferentialPrivacy
 from backends.nn.gates import require_learnable
 from backends.nn.generate import complete
 from backends.nn.sane import positions, require_positions, require_rank
 from backends.nn.selfcheck import keeps_apart, require_trainable
 from backends.nn.skeleton import Skeleton
 from backends.nn.sources import Base
-from backends.nn.tokenizer import HubTokenizer
+from backends.nn.tokenizer import HubTokenizer, end_of_text
 from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
 from backends.options import STEPS
 from backends.session import Usage
@@ -38,7 +42,7 @@ from scenarios import record
 from scenarios.dp import dp_figures, dp_of, dp_plan, require_dp
 from scenarios.estimate import Shape, spoken
 from scenarios.finetune.cost import Asked, foreseen, over_line
-from scenarios.finetune.held import NAME, PROMPT_TOKENS, SAMPLES, HeldOut, beginnings
+from scenarios.finetune.held import PROMPT_TOKENS, SAMPLES, HeldOut, beginnings
 from scenarios.generate import encoded, require_text
 from scenarios.page import Content, Watch, content_of, write_page
 from scenarios.page.watch import STEPS as WATCHED_STEPS
@@ -56,6 +60,8 @@ from scenarios.session import (
     usage_figures,
 )
 from scenarios.texts import Data, load_texts
+
+CHECKPOINTS = "checkpoints"
 
 
 class FinetuneError(UserError, ValueError):
@@ -107,15 +113,24 @@ def set_up(args: argparse.Namespace, here: bool) -> Setup:
         print(warning)
     apart = keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
     share = 0.0 if args.train_on_all else args.held_out
-    data = load_texts(args, base, apart, share)
-    steps = args.steps or _steps_of(args.epochs, len(data.train), args.batch)
-    training = TrainConfig(
-        steps=steps, batch=args.batch, micro_batch=args.micro_batch,
-        learning_rate=args.learning_rate, warmup_steps=max(1, min(20, steps // 10)),
-        seed=args.seed, privacy=privacy,
-    )  # fmt: skip
-    require_dp(training, len(data.train))
-    epochs = steps * args.batch / len(data.train)
+    settings = run_settings(args, linears, base)
+
+    def fits(corpus: Corpus) -> None:
+        train, held = corpus.parts()
+        if share and not len(held):
+            raise FinetuneError(
+                "the text is too short to hold any of it out; give more of it, a shorter "
+                "--sequence, or --train-on-all"
+            )
+        training = _training(args, len(train), privacy)
+        require_dp(training, len(train))
+        if not args.fresh:
+            known = training.settings(len(train)) | settings
+            require_same_run(args.out / CHECKPOINTS, known, train)
+
+    data = load_texts(args, base, apart, share, fits)
+    training = _training(args, len(data.train), privacy)
+    steps, epochs = training.steps, training.steps * args.batch / len(data.train)
     print(
         f"to do: {steps} step{'s' * (steps != 1)} of {args.batch * args.sequence:,} tokens, "
         f"{epochs:.3g} times through {len(data.train):,} sequences"
@@ -124,6 +139,24 @@ def set_up(args: argparse.Namespace, here: bool) -> Setup:
     prompts = _prompts(args, data, tokenizer, skeleton)
     return Setup(
         hardware, base, skeleton, data, training, linears, prompts, tokenizer, shape()
+    )  # fmt: skip
+
+
+def run_settings(args: argparse.Namespace, linears: Sequence[str], base: Base) -> dict[str, Any]:
+    """What two runs must agree on, beside their training, to be one."""
+    return {
+        "rank": args.rank, "alpha": args.alpha, "targets": sorted(linears), "base": base.identity(),
+    }  # fmt: skip
+
+
+def _training(
+    args: argparse.Namespace, sequences: int, privacy: DifferentialPrivacy | None
+) -> TrainConfig:
+    steps = args.steps or _steps_of(args.epochs, sequences, args.batch)
+    return TrainConfig(
+        steps=steps, batch=args.batch, micro_batch=args.micro_batch,
+        learning_rate=args.learning_rate, warmup_steps=max(1, min(20, steps // 10)),
+        seed=args.seed, privacy=privacy,
     )  # fmt: skip
 
 
@@ -168,7 +201,9 @@ def _prompts(
         raise FinetuneError(
             f"this model takes {known[0]} tokens; give --sample-tokens {known[0] - size} or less"
         )
-    return [] if data.held_out is None else beginnings(data.held_out, SAMPLES, size)
+    if data.held_out is None:
+        return []
+    return beginnings(data.held_out, end_of_text(tokenizer), SAMPLES, size)
 
 
 class _Told(Live):
@@ -202,10 +237,11 @@ class Finetune:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out: Path = args.out
-        self.checkpoints = self.out / "checkpoints"
+        self.checkpoints = self.out / CHECKPOINTS
         self.workers = chosen_workers(args)
         self.ledger = open_ledger(self.out, self.checkpoints, self.workers)
         self.held: HeldOut | None = None
+        self.result: Trainer | None = None  # once its adapter is there
         self.usages: list[Usage] = []
         self.figures: dict[str, Any] = {
             "lanes": args.lanes,
@@ -288,7 +324,7 @@ class Finetune:
         trainer = None if args.fresh else self._trainer(model, prepared)
         most_steps = math.inf if args.trace else WATCHED_STEPS
         self.watch = Watch([group.name for group in prepared.groups], most_steps)
-        with self._kept_when_stopped(model), private_session(
+        with self._kept_when_stopped(model), self._untainted(), private_session(
             setup.skeleton, prepared, args.lanes, self.watch, setup.hardware, room, self.ledger,
             self.workers,
         ) as session:  # fmt: skip
@@ -302,10 +338,14 @@ class Finetune:
             self._held_out(trainer)
             with stopped_untainted(trainer):
                 self._steps(session, trainer, model)
+            # Whatever happens to what is still asked for, that of the training is there.
+            trainer.require_untainted()
+            save_adapter(model, self.out / "adapter", base_name(args.weights))
+            self.result = trainer
+            if self.held is not None and self.held.points[-1][0] != trainer.progress.step:
+                self.held.look(model, trainer.progress.step)
             self.figures |= exactness_figures(session)
             self._samples(model)
-        trainer.require_untainted()
-        save_adapter(model, self.out / "adapter", base_name(args.weights))
         self._tell(trainer)
         return self.figures
 
@@ -316,17 +356,15 @@ class Finetune:
             model, setup.data.train, setup.training, lanes=args.lanes,
             forget_lane=setup.skeleton.remote.forget_lane, checkpoints=self.checkpoints,
             checkpoint_every=args.checkpoint_every, ledger=self.ledger, say=print,
-            identity={
-                "rank": args.rank, "alpha": args.alpha, "targets": sorted(setup.linears),
-                "model": prepared.model_digest.hex(), "base": setup.base.identity(),
-            },
+            identity=run_settings(args, setup.linears, setup.base)
+            | {"model": prepared.model_digest.hex()},
         )  # fmt: skip
 
     def _held_out(self, trainer: Trainer) -> None:
         held = self.setup.data.held_out
         if held is not None:
             self.held = HeldOut(
-                held, self.args.micro_batch, self.args.evaluate_on, self.out / NAME,
+                held, self.args.micro_batch, self.args.evaluate_on, self.checkpoints,
                 trainer.progress.step,
             )  # fmt: skip
 
@@ -339,6 +377,29 @@ class Finetune:
             place = self.out / "adapter"
             save_adapter(model, place, base_name(self.args.weights))
             raise TrainingInterrupted(f"{stopped}; {place} is that adapter, too") from None
+        except KeyboardInterrupt:
+            if self.result is None:
+                raise
+            raise Interrupted(
+                f"stopped after the last step; {self.out / 'adapter'} is the adapter, and the same "
+                "command writes the report"
+            ) from None
+
+    @contextmanager
+    def _untainted(self) -> Iterator[None]:
+        """No adapter stays that rests on a worker which is caught after it was saved.
+
+        Raises TaintedError then.
+        """
+        try:
+            yield
+        finally:
+            if self.result is not None:
+                try:
+                    self.result.require_untainted()
+                except TaintedError:
+                    remove_directory(self.out / "adapter")
+                    raise
 
     def _goes_on(self, session: PrivateSession, done: int) -> bool:
         """Over a line, what it takes is known now: whether to start, after `done` steps."""
@@ -380,21 +441,22 @@ class Finetune:
             live.resume()
 
         train_with_bar(trainer, "private (encrypted)", after_step, self.watch, live)
-        done = trainer.progress.step
-        if held is not None and held.points[-1][0] != done:
-            held.look(model, done)
 
     def _samples(self, model: PeftModel) -> None:
         """What base and tuned model make of the prompts."""
         decode, stops = self.setup.tokenizer.decode, self.setup.tokenizer.end
         stop, count = (stops[-1] if stops else None), self.args.sample_tokens
-        found = self.figures["samples"] = []
+        fill = end_of_text(self.setup.tokenizer)
+        found: list[dict[str, str]] = []
+        self.figures["samples"] = found
         for prompt in self.setup.prompts:
-            texts = {}
+            begun = list(dropwhile(fill.__eq__, prompt[0].tolist()))
+            texts = {"prompt": decode(begun)}
             for name, which in (("base", model.disable_adapter()), ("tuned", nullcontext())):
                 with which:
                     texts[name] = decode(complete(model, prompt, count, stop))
-            found.append({"prompt": decode(prompt[0].tolist()), **texts})
+            if texts not in found:  # of a text with too few documents one is there again
+                found.append(texts)
 
     def _tell(self, trainer: Trainer) -> None:
         """Figures and page."""
