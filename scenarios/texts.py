@@ -233,7 +233,7 @@ def _own(args: argparse.Namespace, directory: Path | None) -> dict[str, Path]:
     """What this run reads and writes itself, by option."""
     places = {
         "--out": args.out, "--cache": args.cache, "--json": args.json, "--trace": args.trace,
-        "--tls": args.tls, "--weights": directory,
+        "--tls": args.tls, "--weights": directory, "--config": vars(args).get("config"),
     }  # fmt: skip
     return {option: place for option, place in places.items() if place is not None}
 

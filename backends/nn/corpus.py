@@ -40,7 +40,7 @@ from backends.nn.packing import Advance, Block, Facts, Plan, blocks
 from backends.nn.texts import DataError, Texts
 from backends.nn.tokenizer import Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 _TOKENS = "tokens.int32"
 _TOKEN = np.dtype("<i4")
 _KEY_BYTES = 32

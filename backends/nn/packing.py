@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -148,14 +149,20 @@ def within(characters: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.b
 
 def _placed(batch: Sequence[Piece], tokenizer: Tokenizer) -> list[Placed]:
     """Ids of each piece; their characters only where somebody asks."""
-    asked = [piece for piece in batch if piece.answers is not None]
-    others = [piece for piece in batch if piece.answers is None]
-    placed = iter(tokenizer.encode_placed([piece.text for piece in asked]) if asked else [])
-    plain = iter(tokenizer.encode([piece.text for piece in others]) if others else [])
     nowhere = np.empty((0, 2), np.int64)
-    return [
-        Placed(next(plain), nowhere) if piece.answers is None else next(placed) for piece in batch
-    ]
+    found = {}
+    for marked, asked in product((False, True), repeat=2):
+        chosen = [
+            n for n, piece in enumerate(batch)
+            if piece.marked == marked and (piece.answers is not None) == asked
+        ]  # fmt: skip
+        texts = [batch[n].text for n in chosen]
+        if asked and texts:
+            found |= dict(zip(chosen, tokenizer.encode_placed(texts, marked), strict=True))
+        elif texts:
+            ids = tokenizer.encode(texts, marked)
+            found |= {n: Placed(each, nowhere) for n, each in zip(chosen, ids, strict=True)}
+    return [found[n] for n in range(len(batch))]
 
 
 def _require_ids(tokens: Tokens, vocabulary: int | None) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -49,6 +51,33 @@ class Placed(NamedTuple):
     characters: NDArray[np.int64]
 
 
+QUOTED = "\ufdd0"
+"""Stands within the name of a special token that a message quotes, so that it is no token's name.
+
+Unicode has it for programs' own use; no text has it.
+"""
+_NOWHERE = np.empty((0, 2), np.int64)
+
+
+class _Part(NamedTuple):
+    """A stretch of a text, `text` from `begin` on of the text `owner`, that is encoded by itself.
+
+    literal  no special token is in it
+    """
+
+    owner: int
+    begin: int
+    text: str
+    literal: bool
+
+    def placed(self, characters: NDArray[np.int64]) -> NDArray[np.int64]:
+        """In the whole text, of places int64[n, 2] in this one without QUOTED."""
+        if self.literal and characters.size:
+            kept = [n for n, sign in enumerate(self.text) if sign != QUOTED]
+            characters = np.asarray([*kept, len(self.text)], np.int64)[characters]
+        return self.begin + characters
+
+
 class Tokenizer(Protocol):
     """What is needed of a tokenizer.
 
@@ -62,11 +91,15 @@ class Tokenizer(Protocol):
     unknown: int | None
     places: bool
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """The ids of each text, without those around a document."""
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
+        """The ids of each text, without those around a document.
+
+        marked  `chat` wrote them, or somebody who knows the marks: the name of a special token is
+                that token, where a message does not quote it. In other texts it is text
+        """
         ...
 
-    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+    def encode_placed(self, texts: Sequence[str], marked: bool = False) -> list[Placed]:
         """The same ids, and the characters of each; only with `places`."""
         ...
 
@@ -76,6 +109,8 @@ class Tokenizer(Protocol):
 
     def chat(self, messages: Sequence[Message]) -> str | None:
         """A conversation as its template writes it; None without a template.
+
+        Names of special tokens in its messages have QUOTED in them.
 
         Raises RecordError when the template cannot write it.
         """
@@ -110,11 +145,11 @@ class ByteTokenizer:
         self.unknown: int | None = None
         self.places = True
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """UTF-8 bytes as token ids."""
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
+        """UTF-8 bytes as token ids; there are no special ones."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+    def encode_placed(self, texts: Sequence[str], marked: bool = False) -> list[Placed]:
         """The same, and the character that each byte is of."""
         found = []
         for ids in self.encode(texts):
@@ -155,33 +190,70 @@ class HubTokenizer:
             self.end += (stop,)
         self.unknown: int | None = tokenizer.unk_token_id
         self._plain = self.places = _is_plain(tokenizer)
+        self._special = _special_names(tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
         """The ids of each text, without those around a document."""
-        if self._plain:
-            encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
-        found = self._tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False,
-            return_token_type_ids=False, verbose=False,
-        )  # fmt: skip
-        return [np.asarray(ids, np.int32) for ids in found["input_ids"]]
+        return [placed.ids for placed in self._encoded(texts, marked, self._ids)]
 
-    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+    def encode_placed(self, texts: Sequence[str], marked: bool = False) -> list[Placed]:
         """The same ids, and the characters of each, by the tokenizer's own account."""
-        encodings = self._backend().encode_batch(list(texts), add_special_tokens=False)
+        return self._encoded(texts, marked, self._ids_placed)
+
+    def _encoded(
+        self, texts: Sequence[str], marked: bool, encode: Callable[[list[str], bool], list[Placed]]
+    ) -> list[Placed]:
+        if not marked:
+            return encode(list(texts), True)
+        parts = [part for owner, text in enumerate(texts) for part in self._parts(owner, text)]
+        made = {}
+        for literal in (False, True):
+            chosen = [n for n, part in enumerate(parts) if part.literal == literal]
+            bare = [parts[n].text.replace(QUOTED, "") for n in chosen]
+            made |= dict(zip(chosen, encode(bare, literal) if bare else [], strict=True))
+        found: list[list[Placed]] = [[] for _ in texts]
+        for number, part in enumerate(parts):
+            ids, characters = made[number]
+            found[part.owner].append(Placed(ids, part.placed(characters)))
+        return [Placed(*map(np.concatenate, zip(*placed, strict=True))) for placed in found]
+
+    def _parts(self, owner: int, text: str) -> list[_Part]:
+        """A marked text at its special tokens, where what is between them quotes some.
+
+        Such a stretch is encoded by itself, with no special token in it.
+        """
+        if QUOTED not in text or self._special is None:
+            return [_Part(owner, 0, text, False)]
+        begin, parts = 0, []
+        for literal, stretches in groupby(self._special.split(text), lambda part: QUOTED in part):
+            stretch = "".join(stretches)
+            parts.append(_Part(owner, begin, stretch, literal))
+            begin += len(stretch)
+        return parts
+
+    def _ids(self, texts: list[str], literal: bool) -> list[Placed]:
+        if self._plain:
+            backend = self._backend(literal)
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [Placed(np.asarray(e.ids, np.int32), _NOWHERE) for e in encodings]
+        found = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False,
+            return_token_type_ids=False, verbose=False, split_special_tokens=literal,
+        )  # fmt: skip
+        return [Placed(np.asarray(ids, np.int32), _NOWHERE) for ids in found["input_ids"]]
+
+    def _ids_placed(self, texts: list[str], literal: bool) -> list[Placed]:
+        encodings = self._backend(literal).encode_batch(texts, add_special_tokens=False)
         return [
-            Placed(
-                np.asarray(encoding.ids, np.int32),
-                np.asarray(encoding.offsets, np.int64).reshape(-1, 2),
-            )
-            for encoding in encodings
+            Placed(np.asarray(e.ids, np.int32), np.asarray(e.offsets, np.int64).reshape(-1, 2))
+            for e in encodings
         ]
 
-    def _backend(self) -> tokenizers.Tokenizer:
+    def _backend(self, literal: bool) -> tokenizers.Tokenizer:
         backend: tokenizers.Tokenizer = self._tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = literal
         return backend
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -195,8 +267,9 @@ class HubTokenizer:
         """
         if not self._tokenizer.chat_template:
             return None
+        quoted = self._quoted(messages)
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **FIXED))
+            return str(self._tokenizer.apply_chat_template(quoted, tokenize=False, **FIXED))
         except Exception as error:  # a template is a program: it may raise anything
             raise RecordError(
                 f"the tokenizer's chat template cannot write it ({type(error).__name__}): "
@@ -208,7 +281,10 @@ class HubTokenizer:
 
         Raises AnswersError when that cannot be told.
         """
-        return answer_spans(self._tokenizer, messages, text)
+        return answer_spans(self._tokenizer, self._quoted(messages), text)
+
+    def _quoted(self, messages: Sequence[Message]) -> list[Message]:
+        return [{**m, "content": _with_quoted(m["content"], self._special)} for m in messages]
 
     def identity(self) -> str:
         """A digest of its vocabulary, its rules, its template and of the library's version."""
@@ -219,6 +295,27 @@ class HubTokenizer:
             self._tokenizer.chat_template,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds the names of its special tokens in a text; those of one sign are words as well."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    longest = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest))})") if longest else None
+
+
+def _with_quoted(content: str, special: re.Pattern[str] | None) -> str:
+    """What a message says, with QUOTED in all names of special tokens.
+
+    Raises RecordError when it holds that already.
+    """
+    if QUOTED in content:
+        raise RecordError("a string in it holds U+FDD0, which is no character; take it out")
+    # What is left of two names that overlap may be one.
+    while special is not None and special.search(content):
+        content = special.sub(lambda name: f"{name[0][:1]}{QUOTED}{name[0][1:]}", content)
+    return content
 
 
 def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -293,7 +390,7 @@ class RoundTrip:
 def round_trip(tokenizer: Tokenizer, sample: Sequence[str]) -> RoundTrip:
     """Encode and decode texts that are not all white space."""
     tokens = unknown = there = back = 0
-    for text, ids in zip(sample, tokenizer.encode(sample), strict=True):
+    for text, ids in zip(sample, tokenizer.encode(sample, marked=True), strict=True):
         known = ids[ids != tokenizer.unknown] if tokenizer.unknown is not None else ids
         tokens, unknown = tokens + ids.size, unknown + ids.size - known.size
         before, after = _folded(text), _folded(tokenizer.decode(known.tolist()))

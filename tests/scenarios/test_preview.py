@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from backends.nn.base import open_base
 from backends.nn.texts import DataError
+from backends.options import Parser
 from scenarios import llama1b
-from scenarios.texts import load_texts
+from scenarios.finetune import __main__ as finetune
+from scenarios.texts import _own, load_texts
 
 TINY = Path(__file__).parents[2] / "scenarios" / "assets" / "tiny-llama"
 
@@ -55,6 +59,28 @@ def test_a_preview_of_nothing_of_ones_own(
     assert "one token a byte" in said
     assert "Python's own library" in said
     assert "the first 200 tokens" in said
+
+
+@pytest.mark.parametrize("parse", [finetune.parse, llama1b.parse])
+def test_all_places_of_a_run_are_its_own(
+    parse: Callable[[list[str]], argparse.Namespace], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever option of the command names a file or folder: that is no text to train on."""
+    seen: list[Parser] = []
+    real = Parser.parse
+    monkeypatch.setattr(Parser, "parse", lambda self, *_: seen.append(self) or real(self, *_))
+    parse([f"--data={tmp_path}", "--weights=x"])
+    paths = [
+        action for action in dict.fromkeys(seen[0].options().values())
+        if getattr(action.type, "__annotations__", {}).get("return") == "Path"
+    ]  # fmt: skip
+    assert len(paths) > 5
+    args = parse([f"--data={tmp_path}", "--weights=x"])
+    for action in paths:
+        setattr(args, action.dest, tmp_path / action.dest)
+    own = set(_own(args, TINY).values())
+    assert own == {tmp_path / action.dest for action in paths if action.dest != "data"} | {TINY}
 
 
 def test_what_cannot_be_trained_on_is_refused_in_a_preview_too(
