@@ -70,13 +70,13 @@ def test_all_places_of_a_run_are_its_own(
     seen: list[Parser] = []
     real = Parser.parse
     monkeypatch.setattr(Parser, "parse", lambda self, *_: seen.append(self) or real(self, *_))
-    parse([f"--data={tmp_path}", "--weights=x"])
+    parse([f"--data={tmp_path}", "--weights=x", "--preview"])
     paths = [
         action for action in dict.fromkeys(seen[0].options().values())
         if getattr(action.type, "__annotations__", {}).get("return") == "Path"
     ]  # fmt: skip
     assert len(paths) > 5
-    args = parse([f"--data={tmp_path}", "--weights=x"])
+    args = parse([f"--data={tmp_path}", "--weights=x", "--preview"])
     for action in paths:
         setattr(args, action.dest, tmp_path / action.dest)
     own = set(_own(args, TINY).values())
