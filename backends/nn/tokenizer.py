@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from backends.errors import UserError
 from backends.nn.answers import FIXED, answer_spans
+from backends.nn.quotes import QUOTED, parts_of, special_names, with_quoted
 from backends.nn.records import AnswersError, Message, RecordError, Span
 
 UNKNOWN_SAID = 0.01
@@ -51,31 +50,7 @@ class Placed(NamedTuple):
     characters: NDArray[np.int64]
 
 
-QUOTED = "\ufdd0"
-"""Stands within the name of a special token that a message quotes, so that it is no token's name.
-
-Unicode has it for programs' own use; no text has it.
-"""
 _NOWHERE = np.empty((0, 2), np.int64)
-
-
-class _Part(NamedTuple):
-    """A stretch of a text, `text` from `begin` on of the text `owner`, that is encoded by itself.
-
-    literal  no special token is in it
-    """
-
-    owner: int
-    begin: int
-    text: str
-    literal: bool
-
-    def placed(self, characters: NDArray[np.int64]) -> NDArray[np.int64]:
-        """In the whole text, of places int64[n, 2] in this one without QUOTED."""
-        if self.literal and characters.size:
-            kept = [n for n, sign in enumerate(self.text) if sign != QUOTED]
-            characters = np.asarray([*kept, len(self.text)], np.int64)[characters]
-        return self.begin + characters
 
 
 class Tokenizer(Protocol):
@@ -190,7 +165,7 @@ class HubTokenizer:
             self.end += (stop,)
         self.unknown: int | None = tokenizer.unk_token_id
         self._plain = self.places = _is_plain(tokenizer)
-        self._special = _special_names(tokenizer)
+        self._special = special_names(tokenizer)
 
     def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
         """The ids of each text, without those around a document."""
@@ -205,7 +180,7 @@ class HubTokenizer:
     ) -> list[Placed]:
         if not marked:
             return encode(list(texts), True)
-        parts = [part for owner, text in enumerate(texts) for part in self._parts(owner, text)]
+        parts = parts_of(texts, self._special)
         made = {}
         for literal in (False, True):
             chosen = [n for n, part in enumerate(parts) if part.literal == literal]
@@ -216,20 +191,6 @@ class HubTokenizer:
             ids, characters = made[number]
             found[part.owner].append(Placed(ids, part.placed(characters)))
         return [Placed(*map(np.concatenate, zip(*placed, strict=True))) for placed in found]
-
-    def _parts(self, owner: int, text: str) -> list[_Part]:
-        """A marked text at its special tokens, where what is between them quotes some.
-
-        Such a stretch is encoded by itself, with no special token in it.
-        """
-        if QUOTED not in text or self._special is None:
-            return [_Part(owner, 0, text, False)]
-        begin, parts = 0, []
-        for literal, stretches in groupby(self._special.split(text), lambda part: QUOTED in part):
-            stretch = "".join(stretches)
-            parts.append(_Part(owner, begin, stretch, literal))
-            begin += len(stretch)
-        return parts
 
     def _ids(self, texts: list[str], literal: bool) -> list[Placed]:
         if self._plain:
@@ -284,7 +245,7 @@ class HubTokenizer:
         return answer_spans(self._tokenizer, self._quoted(messages), text)
 
     def _quoted(self, messages: Sequence[Message]) -> list[Message]:
-        return [{**m, "content": _with_quoted(m["content"], self._special)} for m in messages]
+        return [{**m, "content": with_quoted(m["content"], self._special)} for m in messages]
 
     def identity(self) -> str:
         """A digest of its vocabulary, its rules, its template and of the library's version."""
@@ -295,27 +256,6 @@ class HubTokenizer:
             self._tokenizer.chat_template,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds the names of its special tokens in a text; those of one sign are words as well."""
-    added = tokenizer.added_tokens_decoder.values()
-    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    longest = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest))})") if longest else None
-
-
-def _with_quoted(content: str, special: re.Pattern[str] | None) -> str:
-    """What a message says, with QUOTED in all names of special tokens.
-
-    Raises RecordError when it holds that already.
-    """
-    if QUOTED in content:
-        raise RecordError("a string in it holds U+FDD0, which is no character; take it out")
-    # What is left of two names that overlap may be one.
-    while special is not None and special.search(content):
-        content = special.sub(lambda name: f"{name[0][:1]}{QUOTED}{name[0][1:]}", content)
-    return content
 
 
 def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:

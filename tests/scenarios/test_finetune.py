@@ -26,7 +26,7 @@ from backends.nn.skeleton import build_skeleton
 from backends.nn.trainer import Trainer
 from scenarios.finetune import __main__ as command
 from scenarios.finetune.held import HeldOut, beginnings
-from scenarios.finetune.run import FinetuneError, chosen_linears
+from scenarios.finetune.setting import FinetuneError, chosen_linears
 from tests.scenarios.commands import ROOT, readable_by_others
 from tests.scenarios.worker_process import running
 
