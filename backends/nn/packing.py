@@ -150,7 +150,7 @@ def within(characters: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.b
 def _placed(batch: Sequence[Piece], tokenizer: Tokenizer) -> list[Placed]:
     """Ids of each piece; their characters only where somebody asks."""
     nowhere = np.empty((0, 2), np.int64)
-    found = {}
+    found: dict[int, Placed] = {}
     for marked, asked in product((False, True), repeat=2):
         chosen = [
             n for n, piece in enumerate(batch)

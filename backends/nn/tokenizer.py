@@ -181,7 +181,7 @@ class HubTokenizer:
         if not marked:
             return encode(list(texts), True)
         parts = parts_of(texts, self._special)
-        made = {}
+        made: dict[int, Placed] = {}
         for literal in (False, True):
             chosen = [n for n, part in enumerate(parts) if part.literal == literal]
             bare = [parts[n].text.replace(QUOTED, "") for n in chosen]
