@@ -159,7 +159,7 @@ def encoded(
     known = positions(model)
     most = min(TOKENS.most, known[0] - count if known else TOKENS.most)
     found = []
-    for number, ids in enumerate(tokenizer.encode(prompts), 1):
+    for number, ids in enumerate(tokenizer.encode(prompts, marked=True), 1):
         whole = torch.tensor([[*tokenizer.start, *ids.tolist()]])
         size = whole.shape[1]
         if not size:

@@ -49,7 +49,8 @@ from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, base_name, save_adapter
-from backends.nn.corpus import Sequences
+from backends.nn.checkpoint import require_same_run
+from backends.nn.corpus import Corpus, Sequences
 from backends.nn.local import localise
 from backends.nn.sane import require_positions, require_rank
 from backends.nn.selfcheck import keeps_apart, require_trainable
@@ -187,7 +188,6 @@ def set_up(args: argparse.Namespace) -> Setup:
     if warning is not None:
         print(warning)
     apart = keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
-    sequences = load_texts(args, base, apart, held_out=0.0).train
     micro_batch = args.tokens // args.sequence
     training = TrainConfig(
         steps=args.steps,
@@ -197,9 +197,21 @@ def set_up(args: argparse.Namespace) -> Setup:
         seed=args.seed,
         privacy=privacy,
     )
-    require_dp(training, len(sequences))
+
+    def fits(corpus: Corpus) -> None:
+        require_dp(training, len(corpus))
+        if not (args.fresh or args.compare_clear):
+            known = training.settings(len(corpus)) | run_settings(args, base)
+            require_same_run(args.out / "checkpoints", known, corpus)
+
+    sequences = load_texts(args, base, apart, 0.0, fits).train
     name = f"random-{args.seed}" if args.weights is None else base_name(args.weights)
     return Setup(hardware, base, skeleton, sequences, training, name)
+
+
+def run_settings(args: argparse.Namespace, base: Base) -> dict[str, Any]:
+    """What two runs must agree on, beside their training, to be one."""
+    return {"rank": args.rank, "base": base.identity()}
 
 
 def shape_of(args: argparse.Namespace, base: Base) -> Shape:
@@ -228,11 +240,8 @@ def make_trainer(
         # A comparison starts from the first step, and touches no checkpoint of a real run.
         checkpoints=args.out / "checkpoints" if private and not args.compare_clear else None,
         checkpoint_every=args.checkpoint_every,
-        identity={
-            "rank": args.rank,
-            "model": prepared.model_digest.hex(),
-            "base": setup.base.identity(),
-        },  # the model's digest is of what goes to workers alone
+        # the model's digest is of what goes to workers alone
+        identity=run_settings(args, setup.base) | {"model": prepared.model_digest.hex()},
         ledger=ledger,
     )
 

@@ -24,6 +24,7 @@ from backends.net.loop import Hooks
 from backends.nn.adapters import lora_parameters
 from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
+from backends.nn.texts import RUN_FILES, RUN_FOLDERS
 from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.options import ALL, Modes, place
 from backends.places import PlaceError, output_directory, require_room, taken_bytes
@@ -67,10 +68,7 @@ def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> Worker
     return ledger
 
 
-_MADE = (
-    "adapter", "adapter-comparison", "report.md", "report.html", "losses.png", "held-out.json",
-    "retired-workers.json", "checkpoints", "checkpoints-private", "checkpoints-clear", "corpus",
-)  # fmt: skip
+_MADE = (*RUN_FOLDERS, *RUN_FILES)
 """What a run puts into its directory."""
 _STEP = r"data\.key|((damaged|distrusted)-)?step-\d{6,}(-again)*|\..*"
 _REPLACED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -33,6 +33,7 @@ PREVIEW_TOKENS = 200  # of each sample
 SAMPLES = 3
 HELD_OUT = 0.05
 """Share of the documents that are not trained on."""
+_NO_TALKS = "--loss-on completions: this text holds no conversations and no answers"
 _FILES_TRIED, _RECORDS_TRIED = 16, 64
 _BAR_AFTER_S = 2.0
 _TOKENS_OF_A_SIGN = 8
@@ -54,12 +55,14 @@ class Data:
 
 
 def load_texts(
-    args: argparse.Namespace, base: Base, apart: bool, held_out: float = HELD_OUT
-) -> Data:
+    args: argparse.Namespace, base: Base, apart: bool, held_out: float = HELD_OUT,
+    fits: Callable[[Corpus], None] = lambda corpus: None,
+) -> Data:  # fmt: skip
     """The private text as sequences int64[n, args.sequence], marked, kept in `args.out`.
 
     apart     whether the model can keep documents apart (`selfcheck.keeps_apart`)
     held_out  share of the documents that are not trained on; 0 for none
+    fits      raises for sequences that the run is not for; what an earlier one has kept stays then
 
     Raises DataError or TokenizerError when it cannot be had, when no token of it is counted, or
     when too much of it would be cut off.
@@ -68,19 +71,23 @@ def load_texts(
     completions, why = _counts_completions(texts, tokenizer, args.loss_on)
     plan = Plan(completions, apart, held_out)
     vocabulary = base.config.get_text_config(decoder=True).vocab_size
+
+    def accept(corpus: Corpus) -> None:
+        if args.loss_on == "completions" and not corpus.facts.talks:
+            raise DataError(_NO_TALKS)
+        require_counted(corpus.facts)
+        require_little_cut(corpus.facts)
+        fits(corpus)
+
     with tqdm(
         total=texts.size_bytes, unit="B", unit_scale=True, dynamic_ncols=True, desc="tokenise",
         delay=_BAR_AFTER_S,
     ) as bar:  # fmt: skip
         corpus = corpus_of(
             texts, tokenizer, args.sequence, vocabulary, args.out / "corpus",
-            lambda done_bytes: bar.update(done_bytes - bar.n), plan,
+            lambda done_bytes: bar.update(done_bytes - bar.n), plan, accept,
         )  # fmt: skip
     facts = corpus.facts
-    if args.loss_on == "completions" and not facts.talks:
-        raise DataError("--loss-on completions: this text holds no conversations and no answers")
-    require_counted(facts)
-    require_little_cut(facts)
     said = (_loss_said(facts, why), *_packing_said(facts, apart), *_held_out_said(corpus, held_out))
     print("\n".join(said))
     if facts.unknown > UNKNOWN_SAID * facts.tokens:
@@ -114,7 +121,7 @@ def _counts_completions(
     """
     datasets = [file for file in texts.files if file.form != "text"]
     if asked == "completions" and not datasets:
-        raise DataError("--loss-on completions: this text holds no conversations and no answers")
+        raise DataError(_NO_TALKS)
     if asked == "all" or not datasets:
         return False, "as --loss-on all says" if asked == "all" else None
     why = None if tokenizer.places else "the tokenizer does not say which characters a token is of"
@@ -226,7 +233,7 @@ def _own(args: argparse.Namespace, directory: Path | None) -> dict[str, Path]:
     """What this run reads and writes itself, by option."""
     places = {
         "--out": args.out, "--cache": args.cache, "--json": args.json, "--trace": args.trace,
-        "--tls": args.tls, "--weights": directory,
+        "--tls": args.tls, "--weights": directory, "--config": vars(args).get("config"),
     }  # fmt: skip
     return {option: place for option, place in places.items() if place is not None}
 

@@ -274,12 +274,7 @@ def restore(
     set_aside(directory, distrusted)
     newest, whole = _newest_whole(directory, distrusted, say)
     state, weights, moments = whole.state, whole.weights, whole.moments
-    differing = _differing(state["run"], run)
-    if differing:
-        raise ResumeError(
-            f"{newest} was made with other settings ({'; '.join(differing)}); use the same ones, "
-            "another --out, or start over with --fresh"
-        )
+    _require_settings(newest, state["run"], run)
     if {stored_name(name): p.shape for name, p in parameters.items()} != {
         n: w.shape for n, w in weights.items()
     }:
@@ -340,6 +335,29 @@ def _read(path: Path) -> _Whole:
     ):  # fmt: skip
         raise DamagedError(f"{path / _MOMENTS_FILE} is damaged (not of this adapter)")
     return _Whole(state, weights, moments)
+
+
+def require_same_run(directory: Path, run: dict[str, Any], sequences: Sequences) -> None:
+    """Raise ResumeError where `restore` will, as far as settings tell, and change nothing.
+
+    run  what is known of the settings so far; of those that are missing nothing is said
+    """
+    for path in reversed(_found(directory)):
+        try:
+            found = _state(path)["run"]
+        except DamagedError:
+            continue  # the one before it is gone on from
+        _require_settings(path, found, run | {"data": data_tag(directory, sequences)})
+        return
+
+
+def _require_settings(checkpoint: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differing = _differing(found, wanted)
+    if differing:
+        raise ResumeError(
+            f"{checkpoint} was made with other settings ({'; '.join(differing)}); use the same "
+            "ones, another --out, or start over with --fresh"
+        )
 
 
 def _differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ from backends.nn.packing import Advance, Block, Facts, Plan, blocks
 from backends.nn.texts import DataError, Texts
 from backends.nn.tokenizer import Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 _TOKENS = "tokens.int32"
 _TOKEN = np.dtype("<i4")
 _KEY_BYTES = 32
@@ -142,6 +142,7 @@ def pack(
 def corpus_of(
     texts: Texts, tokenizer: Tokenizer, length: int, vocabulary: int, directory: Path,
     advance: Advance = lambda done_bytes: None, plan: Plan | None = None,
+    accept: Callable[[Corpus], None] = lambda corpus: None,
 ) -> Corpus:  # fmt: skip
     """The texts as sequences in `directory`, which takes the place of what is there.
 
@@ -151,6 +152,8 @@ def corpus_of(
     vocabulary  how many ids the model has
     advance     is told how many bytes of the texts are done
     plan        None: all documents as one text, all of it counted
+    accept      is given the sequences before they take the place of others; what it raises keeps
+                those
 
     Raises DataError when the text is too short for one sequence, an id is beyond the vocabulary,
     or the directory cannot be written.
@@ -158,6 +161,7 @@ def corpus_of(
     made_of = [_FORMAT, tokenizer.identity(), length, vocabulary, plan]
     found = _found(directory, made_of, texts, length)
     if found is not None:
+        accept(found)
         return found
 
     def make(path: Path, plan: Plan | None) -> tuple[Facts, int, int]:
@@ -178,9 +182,10 @@ def corpus_of(
             facts, count, held = _split(texts, plan, lambda plan: make(aside / _TOKENS, plan))
             if not count:
                 raise _too_short(facts, length)
+            made = Corpus(aside / _TOKENS, count, length, held, facts)
+            accept(made)
             described = {
-                "made_of": _made_of_tag(key, made_of, texts),
-                "tokens": Corpus(aside / _TOKENS, count, length).tag(key),
+                "made_of": _made_of_tag(key, made_of, texts), "tokens": made.tag(key),
                 "count": count, "held": held, "facts": asdict(facts),
             }  # fmt: skip
             write_json(aside / "corpus.json", described)

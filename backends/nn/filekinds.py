@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import NamedTuple
 
 
@@ -26,6 +27,7 @@ _LIKE_TEXT = (
     (b"%PDF-", Kind("a PDF document", "take its text out, e.g. with pdftotext")),
     (b"{\\rtf", Kind("an RTF document", _CONVERT)),
     (b"%!PS", Kind("a PostScript document", "take its text out, e.g. with ps2ascii")),
+    (b"%FDF-", Kind("data of a PDF form", _GIVE)),
     (
         b"version https://git-lfs.github.com/spec/",
         Kind(
@@ -35,6 +37,9 @@ _LIKE_TEXT = (
         ),
     ),
 )
+_BEFORE = codecs.BOM_UTF8 + b" \t\r\n\f\x04"
+"""Readers of these formats pass over such bytes, and files have them: a mark, white space, a
+printer's end of job."""
 _BINARY = (
     (b"\x1f\x8b", Kind("gzip-compressed", _UNPACK)),
     (b"BZh", Kind("bzip2-compressed", _UNPACK)),
@@ -81,7 +86,8 @@ def kind_like_text(head: bytes) -> Kind | None:
 
     head  the first HEAD_BYTES
     """
-    return next((kind for start, kind in _LIKE_TEXT if head.startswith(start)), None)
+    begun = head.lstrip(_BEFORE)
+    return next((kind for start, kind in _LIKE_TEXT if begun.startswith(start)), None)
 
 
 def kind_of_binary(head: bytes, suffix: str) -> Kind:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from backends.nn.documents import Piece
 from backends.nn.marks import APART, ID_MOST, UNCOUNTED, counted
 from backends.nn.records import Span
 from backends.nn.texts import DataError
-from backends.nn.tokenizer import Placed, Tokenizer
+from backends.nn.tokenizer import Placed, Tokenizer, end_of_text
 
 Advance = Callable[[int], None]
 Tokens = NDArray[np.int32]
@@ -87,7 +88,7 @@ def blocks(
 
     Raises DataError when an id is beyond the vocabulary.
     """
-    fill = tokenizer.end[-1] if tokenizer.end else 0
+    fill = end_of_text(tokenizer)
     sides = [_Side(length, fill, held, facts, plan) for held in (False, True)]
     side = sides[0]
     for batch in _batches(documents):
@@ -136,24 +137,32 @@ def encoded(
 
 
 def within(characters: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """bool[n]: which tokens have a character in one of the spans."""
-    found = np.zeros(len(characters), bool)
+    """bool[n]: which tokens have a character in one of the spans.
+
+    spans  in order, none into another
+    """
     first, last = characters[:, 0], np.maximum(characters[:, 1], characters[:, 0] + 1)
-    for start, end in spans:
-        found |= (first < end) & (last > start)
-    return found
+    starts, ends = np.asarray(spans, np.int64).reshape(-1, 2).T
+    # More spans begin before its end than end before its beginning.
+    return np.searchsorted(starts, last, "left") > np.searchsorted(ends, first, "right")
 
 
 def _placed(batch: Sequence[Piece], tokenizer: Tokenizer) -> list[Placed]:
     """Ids of each piece; their characters only where somebody asks."""
-    asked = [piece for piece in batch if piece.answers is not None]
-    others = [piece for piece in batch if piece.answers is None]
-    placed = iter(tokenizer.encode_placed([piece.text for piece in asked]) if asked else [])
-    plain = iter(tokenizer.encode([piece.text for piece in others]) if others else [])
     nowhere = np.empty((0, 2), np.int64)
-    return [
-        Placed(next(plain), nowhere) if piece.answers is None else next(placed) for piece in batch
-    ]
+    found: dict[int, Placed] = {}
+    for marked, asked in product((False, True), repeat=2):
+        chosen = [
+            n for n, piece in enumerate(batch)
+            if piece.marked == marked and (piece.answers is not None) == asked
+        ]  # fmt: skip
+        texts = [batch[n].text for n in chosen]
+        if asked and texts:
+            found |= dict(zip(chosen, tokenizer.encode_placed(texts, marked), strict=True))
+        elif texts:
+            ids = tokenizer.encode(texts, marked)
+            found |= {n: Placed(each, nowhere) for n, each in zip(chosen, ids, strict=True)}
+    return [found[n] for n in range(len(batch))]
 
 
 def _require_ids(tokens: Tokens, vocabulary: int | None) -> None:

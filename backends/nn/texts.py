@@ -48,6 +48,12 @@ _LINES = (".jsonl", ".ndjson")
 _MACHINES = ("__pycache__", "node_modules")
 _ENVIRONMENTS = ("pyvenv.cfg", "conda-meta")
 _RUNS = ("data.key", "adapter_config.json")  # tokens and checkpoints; adapters
+RUN_FOLDERS = (
+    "corpus", "checkpoints", "checkpoints-private", "checkpoints-clear", "adapter",
+    "adapter-comparison",
+)  # fmt: skip
+RUN_FILES = ("report.md", "report.html", "losses.png", "held-out.json", "retired-workers.json")
+"""What a run has in its directory. Files of these names are its own where such a folder is, too."""
 _SUFFIX = re.compile(r"\.[A-Za-z0-9_+~-]{1,12}")
 _SUFFIXES_SHOWN = 4
 _KINDS_OF_FILE = (
@@ -238,12 +244,18 @@ def _reason_to_skip(entry: os.DirEntry[str], owned: Mapping[str, str]) -> str | 
     if entry.is_dir(follow_symlinks=False):
         if entry.name in _MACHINES:
             return entry.name
-        if any(os.path.lexists(os.path.join(entry.path, name)) for name in _ENVIRONMENTS):
+        if _has_any(entry.path, _ENVIRONMENTS):
             return "virtual environment"
-        if any(os.path.lexists(os.path.join(entry.path, name)) for name in _RUNS):
+        return "of another run" if _has_any(entry.path, _RUNS) else None
+    if entry.name in (*RUN_FILES, "run.lock"):
+        beside = (os.path.join(os.path.dirname(entry.path), name) for name in RUN_FOLDERS)
+        if any(_has_any(folder, _RUNS) for folder in beside):
             return "of another run"
-        return None
     return None if entry.is_file(follow_symlinks=False) else "neither file nor folder"
+
+
+def _has_any(folder: str, names: Sequence[str]) -> bool:
+    return any(os.path.lexists(os.path.join(folder, name)) for name in names)
 
 
 def _take(texts: Texts, path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from backends.errors import UserError
 from backends.nn.answers import FIXED, answer_spans
+from backends.nn.quotes import QUOTED, parts_of, special_names, with_quoted
 from backends.nn.records import AnswersError, Message, RecordError, Span
 
 UNKNOWN_SAID = 0.01
@@ -49,6 +50,9 @@ class Placed(NamedTuple):
     characters: NDArray[np.int64]
 
 
+_NOWHERE = np.empty((0, 2), np.int64)
+
+
 class Tokenizer(Protocol):
     """What is needed of a tokenizer.
 
@@ -62,11 +66,15 @@ class Tokenizer(Protocol):
     unknown: int | None
     places: bool
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """The ids of each text, without those around a document."""
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
+        """The ids of each text, without those around a document.
+
+        marked  `chat` wrote them, or somebody who knows the marks: the name of a special token is
+                that token, where a message does not quote it. In other texts it is text
+        """
         ...
 
-    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+    def encode_placed(self, texts: Sequence[str], marked: bool = False) -> list[Placed]:
         """The same ids, and the characters of each; only with `places`."""
         ...
 
@@ -76,6 +84,8 @@ class Tokenizer(Protocol):
 
     def chat(self, messages: Sequence[Message]) -> str | None:
         """A conversation as its template writes it; None without a template.
+
+        Names of special tokens in its messages have QUOTED in them.
 
         Raises RecordError when the template cannot write it.
         """
@@ -93,6 +103,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id that ends a document; 0 where none does."""
+    return tokenizer.end[-1] if tokenizer.end else 0
+
+
 class ByteTokenizer:
     """One token a byte: for models without a tokenizer (random weights).
 
@@ -105,11 +120,11 @@ class ByteTokenizer:
         self.unknown: int | None = None
         self.places = True
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """UTF-8 bytes as token ids."""
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
+        """UTF-8 bytes as token ids; there are no special ones."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+    def encode_placed(self, texts: Sequence[str], marked: bool = False) -> list[Placed]:
         """The same, and the character that each byte is of."""
         found = []
         for ids in self.encode(texts):
@@ -150,33 +165,56 @@ class HubTokenizer:
             self.end += (stop,)
         self.unknown: int | None = tokenizer.unk_token_id
         self._plain = self.places = _is_plain(tokenizer)
+        self._special = special_names(tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
         """The ids of each text, without those around a document."""
-        if self._plain:
-            encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
-        found = self._tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False,
-            return_token_type_ids=False, verbose=False,
-        )  # fmt: skip
-        return [np.asarray(ids, np.int32) for ids in found["input_ids"]]
+        return [placed.ids for placed in self._encoded(texts, marked, self._ids)]
 
-    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+    def encode_placed(self, texts: Sequence[str], marked: bool = False) -> list[Placed]:
         """The same ids, and the characters of each, by the tokenizer's own account."""
-        encodings = self._backend().encode_batch(list(texts), add_special_tokens=False)
+        return self._encoded(texts, marked, self._ids_placed)
+
+    def _encoded(
+        self, texts: Sequence[str], marked: bool, encode: Callable[[list[str], bool], list[Placed]]
+    ) -> list[Placed]:
+        if not marked:
+            return encode(list(texts), True)
+        parts = parts_of(texts, self._special)
+        made: dict[int, Placed] = {}
+        for literal in (False, True):
+            chosen = [n for n, part in enumerate(parts) if part.literal == literal]
+            bare = [parts[n].text.replace(QUOTED, "") for n in chosen]
+            made |= dict(zip(chosen, encode(bare, literal) if bare else [], strict=True))
+        found: list[list[Placed]] = [[] for _ in texts]
+        for number, part in enumerate(parts):
+            ids, characters = made[number]
+            found[part.owner].append(Placed(ids, part.placed(characters)))
+        return [Placed(*map(np.concatenate, zip(*placed, strict=True))) for placed in found]
+
+    def _ids(self, texts: list[str], literal: bool) -> list[Placed]:
+        if self._plain:
+            backend = self._backend(literal)
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [Placed(np.asarray(e.ids, np.int32), _NOWHERE) for e in encodings]
+        found = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False,
+            return_token_type_ids=False, verbose=False, split_special_tokens=literal,
+        )  # fmt: skip
+        return [Placed(np.asarray(ids, np.int32), _NOWHERE) for ids in found["input_ids"]]
+
+    def _ids_placed(self, texts: list[str], literal: bool) -> list[Placed]:
+        encodings = self._backend(literal).encode_batch(texts, add_special_tokens=False)
         return [
-            Placed(
-                np.asarray(encoding.ids, np.int32),
-                np.asarray(encoding.offsets, np.int64).reshape(-1, 2),
-            )
-            for encoding in encodings
+            Placed(np.asarray(e.ids, np.int32), np.asarray(e.offsets, np.int64).reshape(-1, 2))
+            for e in encodings
         ]
 
-    def _backend(self) -> tokenizers.Tokenizer:
+    def _backend(self, literal: bool) -> tokenizers.Tokenizer:
         backend: tokenizers.Tokenizer = self._tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = literal
         return backend
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -190,8 +228,9 @@ class HubTokenizer:
         """
         if not self._tokenizer.chat_template:
             return None
+        quoted = self._quoted(messages)
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **FIXED))
+            return str(self._tokenizer.apply_chat_template(quoted, tokenize=False, **FIXED))
         except Exception as error:  # a template is a program: it may raise anything
             raise RecordError(
                 f"the tokenizer's chat template cannot write it ({type(error).__name__}): "
@@ -203,7 +242,10 @@ class HubTokenizer:
 
         Raises AnswersError when that cannot be told.
         """
-        return answer_spans(self._tokenizer, messages, text)
+        return answer_spans(self._tokenizer, self._quoted(messages), text)
+
+    def _quoted(self, messages: Sequence[Message]) -> list[Message]:
+        return [{**m, "content": with_quoted(m["content"], self._special)} for m in messages]
 
     def identity(self) -> str:
         """A digest of its vocabulary, its rules, its template and of the library's version."""
@@ -288,7 +330,7 @@ class RoundTrip:
 def round_trip(tokenizer: Tokenizer, sample: Sequence[str]) -> RoundTrip:
     """Encode and decode texts that are not all white space."""
     tokens = unknown = there = back = 0
-    for text, ids in zip(sample, tokenizer.encode(sample), strict=True):
+    for text, ids in zip(sample, tokenizer.encode(sample, marked=True), strict=True):
         known = ids[ids != tokenizer.unknown] if tokenizer.unknown is not None else ids
         tokens, unknown = tokens + ids.size, unknown + ids.size - known.size
         before, after = _folded(text), _folded(tokenizer.decode(known.tolist()))

@@ -69,6 +69,14 @@ class TrainConfig:
         if self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} must divide batch {self.batch}")
 
+    def settings(self, sequences: int) -> dict[str, Any]:
+        """What two runs on so many sequences must agree on to be one. A budget of privacy may
+        grow: its noise stays."""
+        found, privacy = asdict(self), self.privacy
+        del found["privacy"]
+        delta = privacy and privacy.delta_of(sequences)
+        return found | {"dp_clip": privacy and privacy.clip, "dp_delta": delta}
+
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
@@ -162,7 +170,7 @@ class Trainer:
         self._dp: DpSteps | None = None
         if config.privacy is not None:
             self._dp = DpSteps(model, len(sequences), config.batch, config.privacy)
-        self._run = self._settings() | (identity or {})
+        self._run = config.settings(len(sequences)) | (identity or {})
         self._adapter_config = config_text(model) if checkpoints is not None else None
         self._say = say
         self.progress = Progress(0, [], [])
@@ -183,12 +191,6 @@ class Trainer:
         if self._dp is None:
             return None
         return self._dp.spent(self.progress.step), self._dp.delta
-
-    def _settings(self) -> dict[str, Any]:
-        """What two runs must agree on to be one. A budget may grow: its noise stays."""
-        found, dp = asdict(self.config), self._dp
-        del found["privacy"]
-        return found | {"dp_clip": dp and dp.privacy.clip, "dp_delta": dp and dp.delta}
 
     def train(
         self,

@@ -7,42 +7,38 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from backends.errors import UserError
+from backends.errors import Interrupted
 from backends.files import remove_directory
-from backends.hardware import Hardware, check_memory, chosen
+from backends.hardware import check_memory
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
+from backends.ledger import TaintedError
 from backends.nn.adapters import add_lora, base_name, save_adapter
-from backends.nn.base import Checkpoint
 from backends.nn.checkpoint import newest_step
 from backends.nn.gates import require_learnable
 from backends.nn.generate import complete
-from backends.nn.sane import positions, require_positions, require_rank
-from backends.nn.selfcheck import keeps_apart, require_trainable
-from backends.nn.skeleton import Skeleton
-from backends.nn.sources import Base
-from backends.nn.tokenizer import HubTokenizer
-from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
-from backends.options import STEPS
+from backends.nn.selfcheck import require_trainable
+from backends.nn.tokenizer import end_of_text
+from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.session import Usage
 from scenarios import record
-from scenarios.dp import dp_figures, dp_of, dp_plan, require_dp
-from scenarios.estimate import Shape, spoken
+from scenarios.dp import dp_figures, dp_plan
+from scenarios.estimate import spoken
 from scenarios.finetune.cost import Asked, foreseen, over_line
-from scenarios.finetune.held import NAME, PROMPT_TOKENS, SAMPLES, HeldOut, beginnings
-from scenarios.generate import encoded, require_text
+from scenarios.finetune.held import HeldOut
+from scenarios.finetune.setting import CHECKPOINTS, Setup, run_settings, set_up
 from scenarios.page import Content, Watch, content_of, write_page
 from scenarios.page.watch import STEPS as WATCHED_STEPS
-from scenarios.preparation import chosen_base, chosen_skeleton, prepared_for, settle_head
+from scenarios.preparation import prepared_for
 from scenarios.session import (
     Live,
     PrivateSession,
@@ -55,120 +51,6 @@ from scenarios.session import (
     train_with_bar,
     usage_figures,
 )
-from scenarios.texts import Data, load_texts
-
-
-class FinetuneError(UserError, ValueError):
-    """The run that was asked for does not fit the model or the text; the text says why."""
-
-
-@dataclass
-class Setup:
-    """What is known before any role is taken.
-
-    linears   names of those that get adapters
-    prompts   int64[1, S] of each sample
-    shape     of a step
-    """
-
-    hardware: Hardware
-    base: Base
-    skeleton: Skeleton
-    data: Data
-    training: TrainConfig
-    linears: list[str]
-    prompts: list[torch.Tensor]
-    tokenizer: HubTokenizer
-    shape: Shape
-
-
-def set_up(args: argparse.Namespace, here: bool) -> Setup:
-    """Model, text and training, all looked at; says what it finds."""
-    privacy = dp_of(args)
-    hardware = chosen(args.gpu)
-    base = chosen_base(args)
-    assert isinstance(base, Checkpoint)
-    tokens = args.micro_batch * args.sequence
-    passes = args.batch // args.micro_batch
-
-    def shape() -> Shape:
-        remote_head = args.lm_head == "remote"
-        return Shape(
-            base.config, tokens, args.sequence, args.lanes, args.rank, args.preset, remote_head,
-            passes,
-        )  # fmt: skip
-
-    settle_head(args, shape(), base, hardware, here)
-    skeleton = chosen_skeleton(args, base, hardware.dtype)
-    require_rank(skeleton.groups, args.rank)
-    linears = chosen_linears(skeleton, args.targets)
-    warning = require_positions(skeleton.model, args.sequence)
-    if warning is not None:
-        print(warning)
-    apart = keeps_apart(skeleton.model, skeleton.remote, skeleton.groups)
-    share = 0.0 if args.train_on_all else args.held_out
-    data = load_texts(args, base, apart, share)
-    steps = args.steps or _steps_of(args.epochs, len(data.train), args.batch)
-    training = TrainConfig(
-        steps=steps, batch=args.batch, micro_batch=args.micro_batch,
-        learning_rate=args.learning_rate, warmup_steps=max(1, min(20, steps // 10)),
-        seed=args.seed, privacy=privacy,
-    )  # fmt: skip
-    require_dp(training, len(data.train))
-    epochs = steps * args.batch / len(data.train)
-    print(
-        f"to do: {steps} step{'s' * (steps != 1)} of {args.batch * args.sequence:,} tokens, "
-        f"{epochs:.3g} times through {len(data.train):,} sequences"
-    )
-    tokenizer = base.tokenizer()
-    prompts = _prompts(args, data, tokenizer, skeleton)
-    return Setup(
-        hardware, base, skeleton, data, training, linears, prompts, tokenizer, shape()
-    )  # fmt: skip
-
-
-def chosen_linears(skeleton: Skeleton, targets: tuple[str, ...] | None) -> list[str]:
-    """The linears to adapt. Raises FinetuneError for a name that none of them has."""
-    if targets is None:
-        return skeleton.adapted
-    for target in targets:
-        if not any(_is_called(name, target) for name in skeleton.adapted):
-            ends = sorted({name.rpartition(".")[2] for name in skeleton.adapted})
-            raise FinetuneError(
-                f"--targets: no linear that workers compute is called {target[:40]!r}; there are "
-                f"{', '.join(ends)}"
-            )
-    return [n for n in skeleton.adapted if any(_is_called(n, target) for target in targets)]
-
-
-def _is_called(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
-
-
-def _steps_of(epochs: float, sequences: int, batch: int) -> int:
-    steps = math.ceil(epochs * sequences / batch)
-    if steps > STEPS.most:
-        raise FinetuneError(f"--epochs {epochs:g} are {steps:,} steps; at most {STEPS.most:,}")
-    return steps
-
-
-def _prompts(
-    args: argparse.Namespace, data: Data, tokenizer: HubTokenizer, skeleton: Skeleton
-) -> list[torch.Tensor]:
-    """Raises PromptError or FinetuneError for samples that the model cannot complete."""
-    if not args.sample_tokens:
-        return []
-    if args.sample:
-        require_text(args.sample)
-        return encoded(
-            args.sample, tokenizer, skeleton.model, args.sample_tokens, "--sample-tokens"
-        )  # fmt: skip
-    size, known = min(PROMPT_TOKENS, args.sequence // 2), positions(skeleton.model)
-    if known is not None and size + args.sample_tokens > known[0]:
-        raise FinetuneError(
-            f"this model takes {known[0]} tokens; give --sample-tokens {known[0] - size} or less"
-        )
-    return [] if data.held_out is None else beginnings(data.held_out, SAMPLES, size)
 
 
 class _Told(Live):
@@ -202,10 +84,11 @@ class Finetune:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out: Path = args.out
-        self.checkpoints = self.out / "checkpoints"
+        self.checkpoints = self.out / CHECKPOINTS
         self.workers = chosen_workers(args)
         self.ledger = open_ledger(self.out, self.checkpoints, self.workers)
         self.held: HeldOut | None = None
+        self.result: Trainer | None = None  # once its adapter is there
         self.usages: list[Usage] = []
         self.figures: dict[str, Any] = {
             "lanes": args.lanes,
@@ -288,7 +171,7 @@ class Finetune:
         trainer = None if args.fresh else self._trainer(model, prepared)
         most_steps = math.inf if args.trace else WATCHED_STEPS
         self.watch = Watch([group.name for group in prepared.groups], most_steps)
-        with self._kept_when_stopped(model), private_session(
+        with self._kept_when_stopped(model), self._untainted(), private_session(
             setup.skeleton, prepared, args.lanes, self.watch, setup.hardware, room, self.ledger,
             self.workers,
         ) as session:  # fmt: skip
@@ -302,10 +185,14 @@ class Finetune:
             self._held_out(trainer)
             with stopped_untainted(trainer):
                 self._steps(session, trainer, model)
+            # Whatever happens to what is still asked for, that of the training is there.
+            trainer.require_untainted()
+            save_adapter(model, self.out / "adapter", base_name(args.weights))
+            self.result = trainer
+            if self.held is not None and self.held.points[-1][0] != trainer.progress.step:
+                self.held.look(model, trainer.progress.step)
             self.figures |= exactness_figures(session)
             self._samples(model)
-        trainer.require_untainted()
-        save_adapter(model, self.out / "adapter", base_name(args.weights))
         self._tell(trainer)
         return self.figures
 
@@ -316,17 +203,15 @@ class Finetune:
             model, setup.data.train, setup.training, lanes=args.lanes,
             forget_lane=setup.skeleton.remote.forget_lane, checkpoints=self.checkpoints,
             checkpoint_every=args.checkpoint_every, ledger=self.ledger, say=print,
-            identity={
-                "rank": args.rank, "alpha": args.alpha, "targets": sorted(setup.linears),
-                "model": prepared.model_digest.hex(), "base": setup.base.identity(),
-            },
+            identity=run_settings(args, setup.linears, setup.base)
+            | {"model": prepared.model_digest.hex()},
         )  # fmt: skip
 
     def _held_out(self, trainer: Trainer) -> None:
         held = self.setup.data.held_out
         if held is not None:
             self.held = HeldOut(
-                held, self.args.micro_batch, self.args.evaluate_on, self.out / NAME,
+                held, self.args.micro_batch, self.args.evaluate_on, self.checkpoints,
                 trainer.progress.step,
             )  # fmt: skip
 
@@ -339,6 +224,29 @@ class Finetune:
             place = self.out / "adapter"
             save_adapter(model, place, base_name(self.args.weights))
             raise TrainingInterrupted(f"{stopped}; {place} is that adapter, too") from None
+        except KeyboardInterrupt:
+            if self.result is None:
+                raise
+            raise Interrupted(
+                f"stopped after the last step; {self.out / 'adapter'} is the adapter, and the same "
+                "command writes the report"
+            ) from None
+
+    @contextmanager
+    def _untainted(self) -> Iterator[None]:
+        """No adapter stays that rests on a worker which is caught after it was saved.
+
+        Raises TaintedError then.
+        """
+        try:
+            yield
+        finally:
+            if self.result is not None:
+                try:
+                    self.result.require_untainted()
+                except TaintedError:
+                    remove_directory(self.out / "adapter")
+                    raise
 
     def _goes_on(self, session: PrivateSession, done: int) -> bool:
         """Over a line, what it takes is known now: whether to start, after `done` steps."""
@@ -380,21 +288,22 @@ class Finetune:
             live.resume()
 
         train_with_bar(trainer, "private (encrypted)", after_step, self.watch, live)
-        done = trainer.progress.step
-        if held is not None and held.points[-1][0] != done:
-            held.look(model, done)
 
     def _samples(self, model: PeftModel) -> None:
         """What base and tuned model make of the prompts."""
         decode, stops = self.setup.tokenizer.decode, self.setup.tokenizer.end
         stop, count = (stops[-1] if stops else None), self.args.sample_tokens
-        found = self.figures["samples"] = []
+        fill = end_of_text(self.setup.tokenizer)
+        found: list[dict[str, str]] = []
+        self.figures["samples"] = found
         for prompt in self.setup.prompts:
-            texts = {}
+            begun = list(dropwhile(fill.__eq__, prompt[0].tolist()))
+            texts = {"prompt": decode(begun)}
             for name, which in (("base", model.disable_adapter()), ("tuned", nullcontext())):
                 with which:
                     texts[name] = decode(complete(model, prompt, count, stop))
-            found.append({"prompt": decode(prompt[0].tolist()), **texts})
+            if texts not in found:  # of a text with too few documents one is there again
+                found.append(texts)
 
     def _tell(self, trainer: Trainer) -> None:
         """Figures and page."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -156,6 +157,32 @@ def test_two_runs_in_one_directory(tmp_path: Path) -> None:
     with one_run(tmp_path), pytest.raises(HeldError, match=own), one_run(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("finetune.__main__", "--model MODEL --data TEXT"), ("quickstart", ""),
+     ("llama1b", "--real-cpu --data TEXT"), ("generate", "--model MODEL --prompt x"),
+     ("endpoint.__main__", "--model MODEL")],
+)  # fmt: skip
+def test_a_run_beside_another_reads_and_writes_nothing(
+    module: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything else that takes time, or takes the place of the other's."""
+    tiny = Path(llama1b.__file__).parent / "assets" / "tiny-llama"
+    out, text = tmp_path / "out", tmp_path / "a.txt"
+    text.write_text("words " * 400)
+    for name in ("MODEL", "TEXT"):
+        words = words.replace(name, str(tiny if name == "MODEL" else text))
+    places = ["--out", str(out), "--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", [module, *words.split(), *places])
+    monkeypatch.setattr("scenarios.cli.private_process", lambda: None)
+    command = importlib.import_module(f"scenarios.{module}")
+    with one_run(out):
+        with pytest.raises(SystemExit, match=f"{out} is in use by process"):
+            command.main()
+        assert [path.name for path in out.iterdir()] == ["run.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"pid": "x"}', '{"pid": 1, "host": "a\\nb"}'])

@@ -48,6 +48,28 @@ def test_texts_that_people_bring(row: Row, tmp_path: Path, monkeypatch: pytest.M
     assert re.search(brought.summary, texts.summary()), texts.summary()
 
 
+DOCUMENTS = {
+    b"%PDF-1.7\n1 0 obj\n": "a PDF document", b"{\\rtf1 text}": "an RTF document",
+    b"%!PS-Adobe-3.0\n": "a PostScript document", b"%FDF-1.2\n": "data of a PDF form",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.pdf", "a.jsonl"])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n", b" \r\n\t", b"\x04"])
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_that_are_all_ascii_are_no_text(
+    document: bytes, before: bytes, name: str, tmp_path: Path
+) -> None:
+    """Whatever they are called, and whatever stands before their mark, as their readers have it;
+    and a text that speaks of one is a text."""
+    path = tmp_path / name
+    path.write_bytes(before + document * 20)
+    with pytest.raises(DataError, match=f"it is {DOCUMENTS[document]}; "):
+        find_texts([path])
+    (tmp_path / "b.txt").write_bytes(b"It begins with " + document)
+    assert len(find_texts([tmp_path]).files) == 1
+
+
 def test_a_chat_template_writes_conversations_and_says_what_it_cannot(tmp_path: Path) -> None:
     """Marked, so that nothing is put around them twice; a refusal names the line."""
     path = tmp_path / "a.jsonl"

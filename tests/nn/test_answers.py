@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from backends.nn.documents import Piece
 from backends.nn.marks import ID_MOST, UNCOUNTED
-from backends.nn.packing import Plan, encoded
+from backends.nn.packing import Plan, encoded, within
 from backends.nn.records import AnswersError, Message, rendered
 from backends.nn.tokenizer import ByteTokenizer, HubTokenizer
 
@@ -235,15 +235,116 @@ def test_a_template_that_does_not_ask_is_refused() -> None:
     assert text is not None
     with pytest.raises(AnswersError, match="does not say where an answer begins"):
         tokenizer.answers(messages, text)
+    silent = [messages[0], {"role": "assistant", "content": " "}]
+    text = tokenizer.chat(silent)
+    assert text is not None
+    assert {end - start for start, end in tokenizer.answers(silent, text)} == {0}
 
 
-def test_an_answer_to_nobody_is_not_counted() -> None:
-    """As where a conversation begins with a greeting."""
-    tokenizer = HubTokenizer(TOKENIZERS["chatml"])
-    messages: list[Any] = [
-        {"role": "assistant", "content": "welcome"}, {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-    ]  # fmt: skip
+@pytest.mark.parametrize("form", [*FORMS, None])
+@pytest.mark.parametrize(
+    ("roles", "answers"),
+    [("au", 0), ("aua", 1), ("aaua", 1), ("saua", 1), ("saaauaua", 2), ("a", 0), ("sa", 0)],
+)
+def test_an_answer_to_nobody_is_not_counted(form: str | None, roles: str, answers: int) -> None:
+    """As where a conversation begins with a greeting, however the turns are told."""
+    tokenizer = HubTokenizer(TOKENIZERS[form] if form else hub(None))
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    if form == "gemma":
+        roles = roles.replace("s", "")
+    messages = [{"role": names[r], "content": f"say {i}"} for i, r in enumerate(roles)]
+    record = rendered({"messages": messages}, tokenizer.chat, tokenizer.answers)
+    assert record.answers is not None
+    said = [record.text[start:end].partition("say ")[2][:1] for start, end in record.answers]
+    places = [place for place, r in enumerate(roles) if r == "a" and "u" in roles[:place]]
+    assert said == [str(place) for place in places]
+    assert len(said) == answers
+
+
+THINKS = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% endfor %}" + LOOP
+    + "{% set content = m.content %}{% set thought = '' %}{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]"
+    ".lstrip('\\n') %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) %}"
+    "<think>\n{{ thought }}\n</think>\n\n{{ content.lstrip('\\n') }}{% else %}{{ content }}"
+    "{% endif %}<|im_end|>\n" + ASKS + "<|im_start|>assistant\n{% endif %}"
+)  # fmt: skip
+"""As Qwen 3's: thoughts within what is said are written after the last question alone."""
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(
+            st.none() | st.text(st.sampled_from("ab<>/\n"), max_size=4),
+            st.text(st.sampled_from("ab \n"), max_size=4),
+        ),
+        min_size=1, max_size=5,
+    ),
+)  # fmt: skip
+def test_thoughts_that_a_template_leaves_out_are_no_matter(
+    turns: list[tuple[str | None, str]],
+) -> None:
+    """Each answer is what its template writes between the header and the next turn."""
+    tokenizer = HubTokenizer(hub(THINKS))
+    messages, expected = [], []
+    for place, (thought, said) in enumerate(turns):
+        thinks = "" if thought is None else f"<think>\n{thought}\n</think>\n\n"
+        messages.append({"role": "user", "content": f"ask {place}"})
+        messages.append({"role": "assistant", "content": thinks + said})
+        written = said if thought is None else said.lstrip("\n")
+        if place == len(turns) - 1:
+            kept = (thought or "").strip("\n") if thought else ""
+            written = f"<think>\n{kept}\n</think>\n\n{said.lstrip(chr(10))}"
+        expected.append(f"{written}<|im_end|>")
     text = tokenizer.chat(messages)
     assert text is not None
-    assert [text[start:end] for start, end in tokenizer.answers(messages, text)] == ["b<|im_end|>"]
+    assert [text[start:end] for start, end in tokenizer.answers(messages, text)] == expected
+
+
+def test_a_long_conversation_takes_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the square of it, in messages that templates are given; with every turn where it is."""
+    written: list[int] = []
+    kind = PreTrainedTokenizerBase
+    real = kind.apply_chat_template
+
+    def apply(self: Any, messages: list[Message], **more: Any) -> Any:
+        written.append(len(messages))
+        return real(self, messages, **more)
+
+    monkeypatch.setattr(kind, "apply_chat_template", apply)
+    for form, (_, by_hand) in FORMS.items():
+        tokenizer = HubTokenizer(TOKENIZERS[form])
+        messages = [
+            {"role": role, "content": ": " * (place % 3) + "e" * (place % 5 + 1) + "\n"}
+            for place in range(150) for role in ("user", "assistant")
+        ]  # fmt: skip
+        text = tokenizer.chat(messages)
+        assert text is not None
+        written.clear()
+        spans = tokenizer.answers(messages, text)
+        place, expected = 0, []
+        for part, said in by_hand(messages):
+            expected += [(place, place + len(part))] * said
+            place += len(part)
+        assert list(spans) == expected
+        assert sum(written) < 6 * len(messages), form
+
+
+def test_many_answers_are_marked_as_one_by_one() -> None:
+    """In tokens of any length, some of them empty, before, in and between answers."""
+    draws = np.random.default_rng(0)
+    for _ in range(50):
+        edges = np.sort(draws.integers(0, 60, 2 * draws.integers(0, 9)))
+        spans = [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        starts = np.sort(draws.integers(0, 60, 30))
+        characters = np.stack([starts, starts + draws.integers(0, 4, 30)], axis=1)
+        expected = [
+            any(a < max(last, first + 1) and b > first for a, b in spans)
+            for first, last in characters.tolist()
+        ]
+        assert within(characters, spans).tolist() == expected

@@ -29,7 +29,7 @@ class Counting(ByteTokenizer):
 
     calls = 0
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
         self.calls += 1
         return super().encode(texts)
 

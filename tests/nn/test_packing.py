@@ -40,10 +40,10 @@ END = 1
 class Signs(ByteTokenizer):
     """A token a character: its code point."""
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def encode(self, texts: Sequence[str], marked: bool = False) -> list[NDArray[np.int32]]:
         return [np.array([ord(sign) for sign in text], np.int32) for text in texts]
 
-    def encode_placed(self, texts: Sequence[str]) -> list[Placed]:
+    def encode_placed(self, texts: Sequence[str], marked: bool = False) -> list[Placed]:
         found = self.encode(texts)
         return [
             Placed(ids, np.stack([range(ids.size), range(1, ids.size + 1)], 1)) for ids in found

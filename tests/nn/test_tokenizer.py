@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from backends.nn.documents import Piece, pieces
-from backends.nn.packing import first_tokens
-from backends.nn.records import RecordError
+from backends.nn.marks import ID_MOST, UNCOUNTED
+from backends.nn.packing import Plan, encoded, first_tokens
+from backends.nn.records import RecordError, rendered
 from backends.nn.texts import find_texts
 from backends.nn.tokenizer import (
     HubTokenizer,
@@ -57,13 +61,94 @@ def test_documents_have_each_mark_once(marks: str) -> None:
     assert ids(tokenizer, *cut) == document
 
 
-@pytest.mark.parametrize("template", ["<s>a dog</s>", "<s>a dog", "<s>a dog</s>\n"])
-def test_what_a_template_writes_gets_no_more_than_an_end(template: str) -> None:
-    """Its own marks count."""
-    tokenizer = HubTokenizer(word_tokenizer(chat_template=template))
+@pytest.mark.parametrize("marks", ["$A", "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("begun", ["<s>", "", "<s><s>"])
+@pytest.mark.parametrize("ended", ["</s>", "", "</s>\n", "</s>."])
+def test_what_a_template_writes_gets_no_more_than_an_end(
+    begun: str, ended: str, marks: str
+) -> None:
+    """Its own marks count, and what the tokenizer would put around a text does not."""
+    tokenizer = HubTokenizer(word_tokenizer(marks, chat_template=f"{begun}a dog{ended}"))
     text = tokenizer.chat(MESSAGES)
     assert text is not None
-    assert ids(tokenizer, Piece(text, marked=True)) == [1, 3, 4, 2]
+    found = ids(tokenizer, Piece(text, marked=True))
+    assert found == [*[1] * begun.count("<s>"), 3, 4, 2, *[0] * ended.count(".")]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NAMES = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<s>", "s>a", "Q"]
+"""Some overlap, and one is a sign of its own."""
+
+
+@cache
+def marking() -> HubTokenizer:
+    """The tiny Llama's byte-level tokenizer, with more special tokens and a template."""
+    found = AutoTokenizer.from_pretrained(TINY)
+    found.add_special_tokens({"additional_special_tokens": NAMES[2:]})
+    found.chat_template = CHATML
+    return HubTokenizer(found)
+
+
+QUOTING = st.lists(st.sampled_from([*NAMES[:-1], "a", "s>", "<", " |", "\n", "é😀"])).map("".join)
+
+
+@settings(max_examples=60)
+@given(QUOTING)
+def test_the_name_of_a_special_token_in_a_text_is_text(text: str) -> None:
+    """All of it comes back, one token ends it, and no other is special, at any place."""
+    tokenizer = marking()
+    special = set(tokenizer._tokenizer.all_special_ids) - {
+        tokenizer._tokenizer.convert_tokens_to_ids("Q")
+    }
+    found = ids(tokenizer, Piece(text), Piece(text))
+    half = found[: len(found) // 2]
+    assert found == half * 2
+    assert half[-1] == 0
+    assert special.isdisjoint(half[:-1])
+    assert tokenizer.decode(half[:-1]) == text
+    (placed,) = tokenizer.encode_placed([text])
+    assert placed.ids.tolist() == half[:-1]
+
+
+@settings(max_examples=60)
+@given(st.lists(QUOTING, min_size=2, max_size=4), st.booleans())
+def test_and_in_a_message_too_where_those_of_the_template_are_tokens(
+    contents: list[str], placed: bool
+) -> None:
+    """What the template wrote around the messages is as without; what they say is all there."""
+    tokenizer = marking()
+    plain = tokenizer._tokenizer
+    messages = [
+        {"role": ("user", "assistant")[place % 2], "content": content}
+        for place, content in enumerate(contents)
+    ]
+    record = rendered({"messages": messages}, tokenizer.chat, tokenizer.answers)
+    piece = Piece(record.text, marked=True, answers=record.answers if placed else None)
+    ((_, tokens),) = encoded([piece], tokenizer, Plan(completions=True))
+    found = (tokens & (ID_MOST - 1)).tolist()
+    begin, end, last = plain.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    special = {i for i in plain.all_special_ids if i != plain.convert_tokens_to_ids("Q")}
+    assert [i for i in found if i in special] == [begin, end] * len(contents) + [last]
+    assert tokenizer.decode(found[:-1]) == "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages
+    )
+    if placed:
+        counts = (tokens & UNCOUNTED) == 0
+        said = tokenizer.decode([i for i, count in zip(found, counts, strict=True) if count])
+        wanted = "".join(f"{m['content']}<|im_end|>" for m in messages[1::2])
+        # A sign may be of the same token as what stands before it.
+        assert said.removesuffix("<|endoftext|>").endswith(wanted[-1:])
+        assert wanted.replace("<|endoftext|>", "") in said.replace("<|endoftext|>", "")
+
+
+def test_no_message_holds_what_marks_its_quotes() -> None:
+    """It would be lost."""
+    with pytest.raises(RecordError, match=r"U\+FDD0"):
+        marking().chat([{"role": "user", "content": "secret\ufdd0"}])
+    assert marking().decode(ids(marking(), Piece("a\ufdd0b"))[:-1]) == "a\ufdd0b"
 
 
 def test_a_template_writes_a_conversation_or_says_that_it_cannot() -> None:
@@ -77,13 +162,48 @@ def test_a_template_writes_a_conversation_or_says_that_it_cannot() -> None:
     assert "dog" not in str(refused.value)
 
 
-def test_nothing_is_cut_off_by_a_tokenizer_that_would() -> None:
-    """Neither its greatest length nor what its file says of truncation and padding."""
-    found = word_tokenizer("$A", model_max_length=4)
-    tokenizer = HubTokenizer(found)
-    found.backend_tokenizer.enable_truncation(4)
-    found.backend_tokenizer.enable_padding(length=64)
-    assert ids(tokenizer, Piece("dog " * 50)) == [4] * 50 + [2]
+@pytest.mark.parametrize("own_way", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize(
+    "saved", [(), ("truncation",), ("padding",), ("longest",), ("truncation", "padding", "longest")]
+)
+def test_nothing_is_cut_off_by_a_tokenizer_that_would(
+    saved: tuple[str, ...], placed: bool, own_way: bool, tmp_path: Path
+) -> None:
+    """Neither by what its file says of truncation and padding, nor by its greatest length."""
+    found = word_tokenizer("<s> $A")
+    if "truncation" in saved:
+        found.backend_tokenizer.enable_truncation(4)
+    if "padding" in saved:
+        found.backend_tokenizer.enable_padding(length=64)
+    found.model_max_length = 4 if "longest" in saved else 10**9
+    found.save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert [stated[what] is not None for what in ("truncation", "padding")] == [
+        what in saved for what in ("truncation", "padding")
+    ]
+    tokenizer = load_tokenizer(tmp_path)
+    if own_way:  # transformers' own call, in place of the backend's
+        tokenizer._plain = False
+    text = "dog " * 50
+    answers = ((0, len(text)),) if placed else None
+    for marked in (False, True):
+        piece = Piece(text, marked=marked, answers=answers)
+        ((_, tokens),) = encoded([piece], tokenizer, Plan(completions=True))
+        start = [] if marked else [1]
+        assert (tokens & (ID_MOST - 1)).tolist() == [*start, *[4] * 50, 2]
+
+
+@pytest.mark.parametrize("marks", ["$A", "<s> $A", "<s> $A </s>", "<s> $A </s> </s>"])
+@pytest.mark.parametrize("text", ["a dog", "<s> a dog </s>", "</s>", "a dog </s></s>"])
+def test_each_document_has_one_end(marks: str, text: str) -> None:
+    """Whatever it quotes; as many as the tokenizer itself puts there, and one at least."""
+    tokenizer = HubTokenizer(word_tokenizer(marks))
+    found = ids(tokenizer, Piece(text), Piece("a", True, False), Piece("dog", False, True))
+    ends = max(1, marks.count("</s>"))
+    assert found.count(2) == 2 * ends
+    assert found.count(1) == 2 * marks.count("<s>")
+    assert found[-ends:] == [2] * ends
 
 
 def test_a_tokenizer_with_a_way_of_its_own_keeps_it() -> None:
@@ -98,6 +218,8 @@ def test_a_tokenizer_with_a_way_of_its_own_keeps_it() -> None:
         tokenizer_object=plain.backend_tokenizer, unk_token="<unk>", eos_token="</s>"
     )  # fmt: skip
     assert ids(HubTokenizer(own), Piece("a dog!")) == [3, 4, 5, 2]
+    assert ids(HubTokenizer(own), Piece("a </s> dog!")) == [3, 0, 0, 0, 4, 5, 2]
+    assert ids(HubTokenizer(own), Piece("a </s> dog!", marked=True)) == [3, 2, 4, 5, 2]
     assert ids(HubTokenizer(plain), Piece("a dog!")) == [3, 4, 0, 2]
 
 
@@ -106,7 +228,8 @@ def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path) -> N
     (tmp_path / "a.py").write_text(Path(__file__).read_text() * 2)
     tokenizer = load_tokenizer(TINY)
     plain = AutoTokenizer.from_pretrained(TINY, model_max_length=10**9)
-    expected = plain((tmp_path / "a.py").read_text())["input_ids"] + [plain.eos_token_id]
+    text = (tmp_path / "a.py").read_text()
+    expected = plain(text, split_special_tokens=True)["input_ids"] + [plain.eos_token_id]
     documents = list(pieces(find_texts([tmp_path / "a.py"]), tokenizer.chat, 1000))
     assert len(documents) > 10
     assert first_tokens(documents, tokenizer, 10**6) == expected

@@ -14,14 +14,19 @@ import peft
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from backends.ledger import TaintedError
 from backends.nn.base import open_base
+from backends.nn.checkpoint import data_tag
 from backends.nn.marks import APART, UNCOUNTED
 from backends.nn.skeleton import build_skeleton
+from backends.nn.trainer import Trainer
 from scenarios.finetune import __main__ as command
 from scenarios.finetune.held import HeldOut, beginnings
-from scenarios.finetune.run import FinetuneError, chosen_linears
+from scenarios.finetune.setting import FinetuneError, chosen_linears
 from tests.scenarios.commands import ROOT, readable_by_others
 from tests.scenarios.worker_process import running
 
@@ -208,6 +213,75 @@ def test_what_cannot_be_is_refused_before_preparing(
     assert not list((tmp_path / "cache").rglob("manifest.json"))
 
 
+def contents(place: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_another_run_in_the_same_place_is_refused_before_it_spoils_anything(
+    finetune: Any, bring: Path, tmp_path: Path
+) -> None:
+    """Another text, or other settings: nothing is prepared, and the first run's tokens stay."""
+    assert finetune(steps=1)[0] is None
+    other = tmp_path / "other.jsonl"
+    other.write_text((bring / "chats.jsonl").read_text().replace("import", "from"))
+    short = tmp_path / "short.jsonl"
+    short.write_text((bring / "chats.jsonl").read_text().splitlines()[0])
+    before = contents(tmp_path / "out")
+    for changed, refused in (
+        ({"data": str(other)}, "other settings (data: another text"),
+        ({"data": str(other), "rank": 3}, "other settings (rank 2, not 3; alpha 4, not 6; data"),
+        ({"sequence": 96, "seed": 1}, "other settings (seed 0, not 1; data: another text"),
+        ({"data": str(short), "fresh": True}, "too short to hold any of it out"),
+    ):  # fmt: skip
+        status, said = finetune(cache=str(tmp_path / "cache"), **{"steps": 1} | changed)
+        assert refused in str(status), said
+        assert contents(tmp_path / "out") == before
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
+    status, said = finetune("--dry-run", "--fresh", data=str(other), steps=1)
+    assert status is None, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "what"),
+    [("loss", KeyboardInterrupt()), ("samples", KeyboardInterrupt()),
+     ("loss", FloatingPointError("x")), ("samples", TaintedError("x"))],
+)  # fmt: skip
+def test_the_adapter_is_there_before_the_last_loss_and_the_samples(
+    moment: str, what: BaseException, finetune: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And goes again when the worker that computed those is caught, on whom it rests."""
+    real = HeldOut.look
+
+    def fail() -> None:
+        if isinstance(what, TaintedError):
+            monkeypatch.setattr(Trainer, "require_untainted", lambda self: raised(what))
+        raised(what)
+
+    def look(self: HeldOut, model: Any, step: int) -> float:
+        if step == 1 and moment == "loss":
+            fail()
+        return real(self, model, step)
+
+    monkeypatch.setattr(HeldOut, "look", look)
+    if moment == "samples":
+        monkeypatch.setattr("scenarios.finetune.run.complete", lambda *_: fail())
+    status, said = finetune(steps=1)
+    adapter = tmp_path / "out" / "adapter"
+    if isinstance(what, KeyboardInterrupt):
+        assert status == 130, said
+        assert f"{adapter} is the adapter" in said
+    else:
+        assert "error: x" in str(status)
+    assert adapter.exists() != isinstance(what, TaintedError)
+
+
+def raised(what: BaseException) -> None:
+    raise what
+
+
 @pytest.mark.slow
 def test_over_a_line_the_time_is_said_once_it_is_probed(
     finetune: Any, bring: Path, tmp_path: Path
@@ -352,31 +426,94 @@ def test_passes_that_cannot_be(
 # --- parts ----------------------------------------------------------------------------------------
 
 
+SIGNS = st.tuples(st.integers(2, 99), st.booleans(), st.booleans())
+"""A token, whether a document begins with it, and whether it is counted."""
+
+
+@given(st.lists(st.lists(SIGNS, min_size=16, max_size=16), min_size=1, max_size=4))
+def test_workers_are_asked_for_the_same_prompts_whatever_the_text(
+    drawn: list[list[tuple[int, bool, bool]]],
+) -> None:
+    """So many, so long; and of a conversation nothing that is counted, nor of another document."""
+    marks = [[t | APART * b | UNCOUNTED * (b or not c) for t, b, c in row] for row in drawn]
+    found = beginnings(torch.tensor(marks), 1, 3, 8)
+    assert [prompt.shape for prompt in found] == [(1, 8)] * 3
+    documents: list[list[tuple[int, bool]]] = []
+    for row in drawn:
+        for place, (token, begins, counts) in enumerate(row):
+            if begins or not place:
+                documents.append([])
+            documents[-1].append((token, counts and not begins))
+    possible = {()}
+    for document in documents:
+        ids = [token for token, _ in document]
+        first = next((place for place, (_, counts) in enumerate(document) if counts), None)
+        if first is not None:
+            end = first if first > 1 else min(8, len(ids) - 1)
+            possible.add(tuple(ids[max(0, end - 8) : end]))
+    best = max(map(len, possible))
+    for number, prompt in enumerate(found):
+        ids = tuple(token for token in prompt[0].tolist() if token != 1)
+        assert prompt[0].tolist() == [1] * (8 - len(ids)) + list(ids)
+        assert ids in possible
+        assert number or len(ids) == best
+
+
 def test_prompts_have_one_length_and_end_before_answers() -> None:
-    """Whatever the text; two documents in the first row, the second too short for one."""
+    """The end of a long question, all of a short one after ends of text, the begin of a text."""
     row = torch.arange(40) | UNCOUNTED
     row[0] |= APART
     row[12:20] = torch.arange(12, 20)  # an answer
     row[20] |= APART
-    row[22:24] = torch.arange(22, 24)
+    row[22:24] = torch.arange(22, 24)  # and another, to a question of two tokens
     plain = torch.arange(100, 140)
-    found = beginnings(torch.stack((row, plain)), 3, 8)
+    found = beginnings(torch.stack((row, plain)), 7, 3, 8)
     assert [prompt.tolist() for prompt in found] == [
-        [list(range(4, 12))], [list(range(20, 28))], [list(range(100, 108))],
+        [list(range(4, 12))], [list(range(100, 108))], [[7] * 6 + [20, 21]],
     ]  # fmt: skip
 
 
 def test_losses_of_damaged_or_other_files_are_not_believed(tmp_path: Path) -> None:
     """And those after the step that a run went back to are dropped."""
     rows, path = torch.zeros(3, 4, dtype=torch.int64), tmp_path / "held-out.json"
-    good = {"sequences": 2, "points": [[0, 5.0], [2, 4.0], [4, 3.0]]}
+    checkpoints = tmp_path / "checkpoints"
+    good = {"of": data_tag(checkpoints, rows[:2]), "points": [[0, 5.0], [2, 4.0], [4, 3.0]]}
     for content, points in (
-        (good, [(0, 5.0), (2, 4.0)]), (good | {"sequences": 3}, []), ({"points": 3}, []),
+        (good, [(0, 5.0), (2, 4.0)]), (good | {"of": "x"}, []), ({"points": 3}, []),
         (good | {"points": [[0, "x"]]}, []), (good | {"points": [[0, 1e999]]}, []), ([], []),
     ):  # fmt: skip
         path.write_text(json.dumps(content))
-        assert HeldOut(rows, 1, 2, path, done=3).points == points
-    assert HeldOut(rows, 1, 2, path, done=0).points == []
+        assert HeldOut(rows, 1, 2, checkpoints, done=3).points == points
+    assert HeldOut(rows, 1, 2, checkpoints, done=0).points == []
+
+
+@pytest.mark.parametrize(
+    ("change", "believed"),
+    [("a token", False), ("what is counted", False), ("how many are asked for", False),
+     ("the key", False), ("the order", False), ("what is not asked for", True), ("", True)],
+)  # fmt: skip
+def test_losses_on_other_sequences_are_not_believed(
+    change: str, believed: bool, tmp_path: Path
+) -> None:
+    """They are a function of what was held out, all of it, and of nothing else of the text."""
+    checkpoints = tmp_path / "checkpoints"
+    rows, asked = torch.arange(24).reshape(6, 4), 4
+    held = HeldOut(rows, 1, asked, checkpoints, done=0)
+    held.points = [(0, 5.0)]
+    held.keep()
+    if change == "a token":
+        rows[3, 3] += 1
+    elif change == "what is counted":
+        rows[0, 1] |= UNCOUNTED
+    elif change == "how many are asked for":
+        asked = 5
+    elif change == "the key":
+        shutil.rmtree(checkpoints)
+    elif change == "the order":
+        rows[[0, 1]] = rows[[1, 0]]
+    elif change == "what is not asked for":
+        rows[5] += 1
+    assert bool(HeldOut(rows, 1, asked, checkpoints, done=3).points) == believed
 
 
 def test_targets_are_whole_parts_of_names() -> None:

@@ -102,6 +102,8 @@ def test_a_prompt_must_fit_the_model() -> None:
     tokenizer, model = base.tokenizer(), torch.nn.Module()
     model.config = base.config  # type: ignore[assignment]
     model.get_input_embeddings = lambda: None  # type: ignore[assignment]
+    (marked,) = encoded(["a<|endoftext|>b"], tokenizer, model, 12)
+    assert tokenizer.end[-1] in marked  # whoever types a prompt may write its marks
     (ids,) = encoded([PROMPT], tokenizer, model, 500)
     assert ids.shape[1] <= 12
     with pytest.raises(PromptError, match=r"prompt 2 has 5\d\d tokens, and with --tokens 12"):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from backends.nn.base import open_base
+from backends.nn.checkpoint import ResumeError, data_tag
 from backends.nn.texts import DataError
+from backends.options import Parser
 from scenarios import llama1b
-from scenarios.texts import load_texts
+from scenarios.finetune import __main__ as finetune
+from scenarios.texts import _own, load_texts
 
 TINY = Path(__file__).parents[2] / "scenarios" / "assets" / "tiny-llama"
 
@@ -57,6 +62,28 @@ def test_a_preview_of_nothing_of_ones_own(
     assert "the first 200 tokens" in said
 
 
+@pytest.mark.parametrize("parse", [finetune.parse, llama1b.parse])
+def test_all_places_of_a_run_are_its_own(
+    parse: Callable[[list[str]], argparse.Namespace], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever option of the command names a file or folder: that is no text to train on."""
+    seen: list[Parser] = []
+    real = Parser.parse
+    monkeypatch.setattr(Parser, "parse", lambda self, *_: seen.append(self) or real(self, *_))
+    parse([f"--data={tmp_path}", "--weights=x", "--preview"])
+    paths = [
+        action for action in dict.fromkeys(seen[0].options().values())
+        if getattr(action.type, "__annotations__", {}).get("return") == "Path"
+    ]  # fmt: skip
+    assert len(paths) > 5
+    args = parse([f"--data={tmp_path}", "--weights=x", "--preview"])
+    for action in paths:
+        setattr(args, action.dest, tmp_path / action.dest)
+    own = set(_own(args, TINY).values())
+    assert own == {tmp_path / action.dest for action in paths if action.dest != "data"} | {TINY}
+
+
 def test_what_cannot_be_trained_on_is_refused_in_a_preview_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +105,38 @@ def test_sequences_are_kept_in_out(tmp_path: Path, capsys: pytest.CaptureFixture
     assert data.held_out is None
     assert (tmp_path / "out" / "corpus" / "tokens.int32").exists()
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "run", "refused"),
+    [("--rank 3", {"rank": 4}, "rank 4, not 3"), ("--seed 1", {}, "seed 0, not 1"),
+     ("", {"data": "other"}, "data: another text"), ("", {"base": "other"}, "base 'other'"),
+     ("--sequence 32 --learning-rate 0.5", {}, "learning_rate 0.0002, not 0.5")],
+)  # fmt: skip
+def test_another_run_leaves_the_tokens_of_the_one_that_is_there(
+    words: str, run: dict[str, object], refused: str, tmp_path: Path
+) -> None:
+    """It is refused before anything is prepared, or replaced; with --fresh it is not."""
+    (tmp_path / "a.txt").write_text("The owner keeps the text.\n" * 50)
+    out = tmp_path / "out"
+    usual = ["--real-cpu", f"--data={tmp_path / 'a.txt'}", f"--weights={TINY}", f"--out={out}",
+             "--tokens=64", "--sequence=64", f"--cache={tmp_path / 'cache'}"]  # fmt: skip
+    args = llama1b.parse(usual)
+    setup = llama1b.set_up(args)
+    found = setup.training.settings(len(setup.sequences)) | llama1b.run_settings(args, setup.base)
+    checkpoints = out / "checkpoints"
+    found |= {"data": data_tag(checkpoints, setup.sequences)}
+    state = {"step": 1, "losses": [1.0], "gradient_norms": [1.0], "served": []}
+    (checkpoints / "step-000001").mkdir()
+    place = checkpoints / "step-000001" / "state.json"
+    place.write_text(json.dumps(state | {"run": found | {"model": "x"}}))
+    llama1b.set_up(args)  # is the same run
+    place.write_text(json.dumps(state | {"run": found | run}))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ResumeError, match=refused):
+        llama1b.set_up(llama1b.parse([*usual, *words.split()]))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    llama1b.set_up(llama1b.parse([*usual, *words.split(), "--fresh"]))
 
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
