@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from backends.defaults import LEAST_REMOTE
 from backends.errors import UserError
 from backends.he.manifest import GroupSpec, is_finished
 from backends.he.params import Parameters
@@ -41,9 +41,10 @@ from backends.nn.kept import Kept
 from backends.nn.recompute import recompute_in_evaluation
 from backends.nn.remote import Remote, RemoteLinear
 from backends.nn.selfcheck import require_faithful
-from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
+from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import Base, HeldBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.places import cache_directory
 from backends.session import Session, Usage, Workers, opened
 
 
@@ -67,11 +68,6 @@ class Public:
     def directory(self) -> Path:
         """Of the prepared model."""
         return self.prepared.directory
-
-
-def cache_directory() -> Path:
-    """Where prepared models are kept: $XDG_CACHE_HOME/private-lora, or ~/.cache/private-lora."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "private-lora"
 
 
 def place_of(

@@ -15,12 +15,12 @@ import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from backends.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _CHUNK_BYTES = 1 << 24
 _ASIDE = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)")
@@ -186,6 +186,8 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 
 def _array_header(shape: tuple[int, ...], dtype: Any) -> bytes:
     """How `write_array` begins a file."""
+    import numpy as np  # here and below: whoever only asks for --help should not wait for it
+
     buffer = io.BytesIO()
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
@@ -204,6 +206,8 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
 
     Raises OSError when it cannot be read, ValueError when it is another file.
     """
+    import numpy as np
+
     header = _array_header(shape, dtype)
     name = f"{np.dtype(dtype)}{list(shape)}"
     with opened(path) as file:
@@ -230,6 +234,8 @@ def write_array(
     path: Path, shape: tuple[int, ...], dtype: Any, parts: Iterable[NDArray[Any]]
 ) -> str:
     """Write an .npy file from arrays along axis 0; returns the SHA-256 of its elements."""
+    import numpy as np
+
     digest = hashlib.sha256()
     with replacing(path) as file:
         file.write(_array_header(shape, dtype))

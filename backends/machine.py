@@ -8,8 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backends.threads import core_count
 
 _TELLING_FLAGS = (
@@ -48,6 +46,8 @@ def processor() -> str:
 
 def machine() -> dict[str, Any]:
     """Where figures come from. Holds no host name and no path."""
+    import torch  # which takes seconds: most commands come here at their end, if at all
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts: dict[str, Any] = {
         "processor": processor(),

@@ -31,6 +31,11 @@ class PlaceError(UserError, argparse.ArgumentTypeError):
     """Nothing can be written where it was to be; the text says why, and what to do."""
 
 
+def cache_directory() -> Path:
+    """Where prepared models are kept: $XDG_CACHE_HOME/private-lora, or ~/.cache/private-lora."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "private-lora"
+
+
 def output_directory(text: str | Path) -> Path:
     """A directory to write into, there or not yet. It is as it was afterwards."""
     path = named(text)

@@ -43,7 +43,8 @@ from benchmarks.fidelity_network import NoLineError
 from benchmarks.steps import Steps
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.preparation import add_cache_option, prepared_for
+from scenarios.options import add_cache_option
+from scenarios.preparation import prepared_for
 from scenarios.quickstart import BASE
 from scenarios.session import private_session
 from sim.calibrate import Calibration, Samples, explanations, report

@@ -45,7 +45,7 @@ from protocol.messages import SESSION_BYTES, Multiply, Product, encode
 from scenarios import record
 from scenarios.certs import Authority
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.preparation import add_cache_option
+from scenarios.options import add_cache_option
 from scenarios.quickstart import BASE, private_text
 from sim.models import model_config
 from sim.workload import trace_step

@@ -28,7 +28,8 @@ from backends.files import read_bounded
 from backends.options import Parser, place
 from scenarios import record
 from scenarios.cli import clean_exit
-from scenarios.whatif.setting import MENDABLE, profile_of
+from scenarios.whatif.knobs import profile_of
+from scenarios.whatif.setting import MENDABLE
 from sim.device import DeviceProfile
 from sim.hosts import Costs
 from sim.models import MODELS

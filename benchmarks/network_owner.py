@@ -30,7 +30,8 @@ from backends.session import Workers
 from benchmarks.steps import Steps
 from scenarios.cli import clean_exit, use_kernel
 from scenarios.estimate import Shape
-from scenarios.preparation import add_cache_option, prepared_for
+from scenarios.options import add_cache_option
+from scenarios.preparation import prepared_for
 from scenarios.session import private_session
 from sim.calibrate import DISTURBED
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from backends.options import TIMES, Parser
 from scenarios import record
-from scenarios.whatif.setting import Setting, workload_for, world_of
+from scenarios.whatif.knobs import Setting
+from scenarios.whatif.setting import workload_for, world_of
 from sim.world import simulate
 
 

@@ -47,7 +47,7 @@ from backends.session import HERE, opened
 from benchmarks.quality import Case, NoisyProducts, Training, rounded
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.preparation import add_cache_option
+from scenarios.options import add_cache_option
 from scenarios.quickstart import BASE, Private, private_text
 from scenarios.session import train_with_bar
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from backends.defaults import FLOATS
 from backends.he.manifest import GroupSpec
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = dict(zip(FLOATS, (torch.float32, torch.bfloat16), strict=True))
 """What a run in clear may compute in."""
 
 _FEW_TOKENS = 4

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from backends.defaults import KERNELS
 from backends.errors import Interrupted, UserError
 from backends.interrupts import INTERRUPTED
 from scenarios.privacy import private_process
@@ -91,12 +92,10 @@ def _device_memory_is_full(error: RuntimeError) -> bool:
 
 def add_kernel_option(parser: argparse.ArgumentParser) -> None:
     """The `--kernel NAME` option."""
-    from backends.he.matmul.choice import NAMES
-
     parser.add_argument(
-        "--kernel", choices=NAMES, type=str.lower, metavar="NAME",
+        "--kernel", choices=KERNELS, type=str.lower, metavar="NAME",
         help="what multiplies int8 weights on this CPU: "
-        f"{', '.join(NAMES)} (the fastest that this processor can run; same bits)",
+        f"{', '.join(KERNELS)} (the fastest that this processor can run; same bits)",
     )  # fmt: skip
 
 

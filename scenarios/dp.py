@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from backends.defaults import CLIP
 from backends.he.params import preset
 from backends.nn.dp import (
-    CLIP,
     DifferentialPrivacy,
     DpError,
     expected,
@@ -15,27 +15,6 @@ from backends.nn.dp import (
     require_accountant,
 )
 from backends.nn.trainer import TrainConfig, Trainer
-from backends.options import Number
-
-DP_OPTIONS = ("--dp-epsilon", "--dp-delta", "--dp-clip")
-
-
-def add_dp_options(parser: argparse.ArgumentParser) -> None:
-    """`DP_OPTIONS`, for `dp_of`."""
-    parser.add_argument(
-        "--dp-epsilon", type=Number(1e-3, 1e3), metavar="E",
-        help="differential privacy: clip each sequence's gradient and add noise, so that the "
-        "adapter tells little of any one of them, within this budget for all steps; takes "
-        "--preset exact (docs/dp.md)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dp-delta", type=Number(1e-30, 0.1), metavar="D",
-        help="its delta, below 1/n for n sequences (n^-1.1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dp-clip", type=Number(1e-9, 1e9), metavar="C",
-        help=f"what the gradient of a sequence's mean loss may weigh at most ({CLIP})",
-    )  # fmt: skip
 
 
 def dp_of(args: argparse.Namespace) -> DifferentialPrivacy | None:

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from backends.defaults import LEAST_REMOTE
 from backends.errors import UserError
 from backends.files import read_bounded
 from backends.he.matmul.choice import chosen_kernel
@@ -44,7 +45,7 @@ from backends.nn.adapters import load_adapter
 from backends.nn.base import Checkpoint, open_base
 from backends.nn.generate import complete
 from backends.nn.sane import positions
-from backends.nn.skeleton import LEAST_REMOTE, Skeleton
+from backends.nn.skeleton import Skeleton
 from backends.nn.tokenizer import HubTokenizer, Tokenizer
 from backends.options import TOKENS, Number, Parser, place
 from backends.places import output_directory
@@ -52,10 +53,10 @@ from backends.session import Session, Workers, opened
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.preparation import add_preparation_options, chosen_skeleton, prepared_for
+from scenarios.options import add_preparation_options, add_worker_options
+from scenarios.preparation import chosen_skeleton, prepared_for
 from scenarios.quickstart import BASE
 from scenarios.session import (
-    add_worker_options,
     chosen_workers,
     exactness_line,
     modes_with_workers,

@@ -20,13 +20,12 @@ from backends.he.manifest import is_finished
 from backends.he.params import preset
 from backends.nn.sources import Base
 from scenarios.estimate import Shape, this_machine, workload_of
+from scenarios.options import HEADS
+from scenarios.whatif.knobs import ASSUMED_BPS, ASSUMED_GPU, ASSUMED_RTT_S
 
 if TYPE_CHECKING:
     from sim.world import WorldConfig
 
-HEADS = ("local", "remote")
-CHOICES = (*HEADS, "auto")
-ASSUMED_BPS, ASSUMED_RTT_S, ASSUMED_GPU = 1e9, 0.020, "h200"
 GAIN = 0.05
 """Of a step, at least: for less the head stays, as results of a remote one carry some noise."""
 

@@ -42,7 +42,7 @@ from backends.places import replaced_directory, require_room
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import clean_exit, one_line
-from scenarios.preparation import weights_text
+from scenarios.options import weights_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = (

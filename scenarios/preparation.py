@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,111 +11,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from backends.door import cache_directory, place_of, prepared_at
+from backends.door import place_of, prepared_at
 from backends.hardware import CPU, Hardware
 from backends.he.cuda.device import require_memory
 from backends.he.cuda.hints import cuda_arithmetic, preparation_needs
-from backends.he.manifest import OWNER_TAG_BYTES, is_finished
-from backends.he.params import PRESETS, Parameters
+from backends.he.manifest import is_finished
+from backends.he.params import Parameters
 from backends.he.preparation import Arithmetic, disk_bytes, work_units
 from backends.he.store import PreparedModel
 from backends.he.verdict import owner_verdicts
 from backends.he.verification import Progress, Trust
 from backends.nn.base import open_base
-from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
+from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import Base, RandomBase
-from backends.options import Number, place
-from backends.places import named, output_directory
+from backends.places import output_directory
 from backends.units import human_bytes
 from scenarios.estimate import Shape
-from scenarios.head import CHOICES, decided
+from scenarios.head import decided
 from sim.models import model_config
-
-
-def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    """`--cache`. One that cannot be looked into, or no home to have it in, is an error at once."""
-    parser.add_argument(
-        "--cache", type=_cache, default="", metavar="DIR",
-        help="where prepared models are kept ($XDG_CACHE_HOME/private-lora, or "
-        "~/.cache/private-lora)",
-    )  # fmt: skip
-
-
-def _cache(text: str) -> Path:
-    """Of an option's text, or where prepared models live when there is none."""
-    try:
-        place = named(text) if text else cache_directory()
-        place.exists()
-        there = next(each for each in (place, *place.parents) if os.path.lexists(each))
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of an unknown user
-        why = error.strerror if isinstance(error, OSError) else error
-        raise argparse.ArgumentTypeError(
-            f"{text or 'no place of your own'}: {why}; name a directory that you can use"
-        ) from error
-    return place
-
-
-def add_preparation_options(parser: argparse.ArgumentParser, usual: str = "thin") -> None:
-    """`--preset`, `--owner-tag` and `--cache`: which prepared model, and where.
-
-    usual  preset
-    """
-    add = parser.add_argument
-    add("--preset", default=usual, choices=sorted(PRESETS),
-        help="cipher: `thin` has few bits and products a few per cent off, `thin-6bit` rounds "
-        "weights to 6 bits too, `exact` has products to some tenths of a per cent and nothing "
-        "wraps; `conservative` and `paranoid` are exact with larger lattices "
-        f"({usual})")  # fmt: skip
-    add("--owner-tag", type=_owner_tag, default=b"", metavar="TEXT",
-        help="prepare a public matrix and hints of your own instead of those that all owners of "
-        "the model share (docs/security.md); any text, not a secret")  # fmt: skip
-    add_cache_option(parser)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--weights` and `--lm-head`: which model; and the above. `chosen_base` needs `--seed` too."""
-    add = parser.add_argument
-    add(
-        "--weights",
-        type=weights_text,
-        metavar="DIR|FILE|ID",
-        help="checkpoint: a directory, a GGUF file, or an id of the hub; random weights without",
-    )
-    add_head_options(parser)
-    add_preparation_options(parser)
-
-
-def add_head_options(parser: argparse.ArgumentParser) -> None:
-    """`--lm-head` and `--least-remote`: what of a model is the workers'."""
-    add = parser.add_argument
-    add("--lm-head", choices=CHOICES, default="local",
-        help="who multiplies by the head: remote saves the owner work and costs traffic (see "
-        "docs/design.md); auto asks the simulator and says why")  # fmt: skip
-    add(
-        "--least-remote",
-        type=Number(0, 1),
-        default=LEAST_REMOTE,
-        metavar="SHARE",
-        help="refuse a model of whose frozen weights workers can compute less than this "
-        f"({LEAST_REMOTE:g})",
-    )
-
-
-def weights_text(text: str) -> str:
-    """For an option's type: a directory or a hub id. What is left empty, as by a variable that is
-    not set, is neither.
-    """
-    place(text)
-    return text
-
-
-def _owner_tag(text: str) -> bytes:
-    tag = os.fsencode(text)
-    if not 1 <= len(tag) <= OWNER_TAG_BYTES:
-        raise argparse.ArgumentTypeError(f"a tag has 1 to {OWNER_TAG_BYTES} bytes")
-    return tag
 
 
 def chosen_base(args: argparse.Namespace) -> Base:

@@ -47,8 +47,8 @@ from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.estimate import Shape
+from scenarios.options import add_model_options
 from scenarios.preparation import (
-    add_model_options,
     chosen_base,
     chosen_skeleton,
     prepared_for,

@@ -48,12 +48,12 @@ from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.estimate import Shape
+from scenarios.options import add_preparation_options, add_worker_options
 from scenarios.page import Content, Watch, content_of, write_page
 from scenarios.page.watch import STEPS as WATCHED_STEPS
-from scenarios.preparation import add_preparation_options, prepared_for
+from scenarios.preparation import prepared_for
 from scenarios.session import (
     Live,
-    add_worker_options,
     chosen_workers,
     exactness_figures,
     exactness_line,

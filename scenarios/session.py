@@ -26,7 +26,7 @@ from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.texts import RUN_FILES, RUN_FOLDERS
 from backends.nn.trainer import Trainer, TrainingInterrupted
-from backends.options import ALL, Modes, place
+from backends.options import ALL, Modes
 from backends.places import PlaceError, output_directory, require_room, taken_bytes
 from backends.session import HERE, Session, Usage, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
@@ -38,21 +38,6 @@ from scenarios.real_trace import RealTrace
 def chosen_workers(args: argparse.Namespace) -> Workers:
     """What `add_worker_options` gave. Raises what `Workers.at` does."""
     return Workers.at(args.worker, args.tls)
-
-
-def add_worker_options(parser: argparse.ArgumentParser) -> None:
-    """`--worker` and `--tls`."""
-    parser.add_argument(
-        "--worker", action="append", default=[], metavar="HOST:PORT",
-        help="a worker on another machine, see `python -m scenarios.worker` (several times: the "
-        "work is shared, and one takes over for another); one in this process without. The run "
-        "probes the line first, and says how long it will take",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tls", type=place, metavar="DIR",
-        help="this side's ca.pem, cert.pem and key.pem, see `python -m scenarios.certs`; only "
-        "workers on this machine can do without",
-    )  # fmt: skip
 
 
 def open_ledger(out: Path, checkpoints: Path, workers: Workers = HERE) -> WorkerLedger:

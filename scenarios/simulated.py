@@ -9,78 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from backends.units import human_bytes
-from scenarios.head import ASSUMED_BPS, ASSUMED_RTT_S, compared
+from scenarios.head import compared
 from scenarios.timeline import WORDS, headline, plot_timeline
 from scenarios.whatif import quantities
-from scenarios.whatif.setting import (
-    KEYS,
-    MENDABLE,
-    Prices,
-    Setting,
-    SettingError,
-    changed,
-    device_name,
-    figures,
-    profile_of,
-    provenance,
-    values_of,
-    world_of,
-)
+from scenarios.whatif.knobs import Prices, Setting, device_name, profile_of, provenance
+from scenarios.whatif.setting import MENDABLE, figures, world_of
 from sim.device import DeviceProfile
 from sim.trace import PARTS, write_perfetto
 from sim.world import WorldResult, simulate
 
-__all__ = ["MENDABLE", "add_options", "print_report", "run"]
-
-# name: (bits/s of the owner's line, round trip in s, what it stands for)
-NETWORKS = {
-    "lan": (10e9, 0.0002, "the same building"),
-    "datacenter": (25e9, 0.001, "the same data centre"),
-    "default": (ASSUMED_BPS, ASSUMED_RTT_S, "an office with a gigabit line"),
-    "fibre": (1e9, 0.010, "fibre at home, 1 Gb/s both ways"),
-    "home": (100e6, 0.020, "100 Mb/s both ways"),
-    "dsl": (40e6, 0.030, "VDSL by its upload, 40 Mb/s"),
-}
-_KNOBS = (
-    "bandwidth", "rtt", "loss", "jitter", "workers", "owners", "gpu", "owner-device", "model",
-)  # fmt: skip
-OPTIONS = tuple(f"--{name}" for name in _KNOBS)
+__all__ = ["MENDABLE", "print_report", "run"]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What only the simulated run takes."""
-    group = parser.add_argument_group("the simulated run (neither --real-cpu nor --real-gpu)")
-    known = ", ".join(f"{name}: {what[2]}" for name, what in NETWORKS.items())
-    group.add_argument("--network", choices=tuple(NETWORKS), default="default", help=known)
-    for name in _KNOBS:
-        group.add_argument(f"--{name}", metavar=name.upper(), help=KEYS[name].meaning)
+def settled_head(setting: Setting) -> Setting:
+    """With a local or a remote head where it is `auto`: both are simulated, and it is said."""
+    if setting.head != "auto":
+        return setting
+    choice = compared(
+        lambda head: world_of(replace(setting, head=head)),
+        f"{setting.label}, {line_of(setting)}",
+    )
+    print(choice.said())
+    return replace(setting, head=choice.head)
 
 
-def setting_from(args: argparse.Namespace) -> Setting:
-    """The world of a command line. Raises SettingError."""
-    bandwidth_bps, rtt_s, _ = NETWORKS[args.network]
-    setting = Setting(
-        tokens=args.tokens, sequence=args.sequence, lanes=args.lanes, steps=args.steps,
-        bandwidth_bps=bandwidth_bps, rtt_s=rtt_s,
-    )  # fmt: skip
-    for name in _KNOBS:
-        text = getattr(args, name.replace("-", "_"))
-        if text is not None:
-            values = values_of(name, text)
-            if len(values) != 1:
-                raise SettingError(f"--{name} takes one value here; `scenarios.whatif` sweeps")
-            setting = changed(setting, {name: values[0]})
-    if args.lm_head == "auto":
-        choice = compared(
-            lambda head: world_of(replace(setting, head=head)),
-            f"{setting.label}, {_line(setting)}",
-        )
-        print(choice.said())
-        return replace(setting, head=choice.head)
-    return replace(setting, head=args.lm_head)
-
-
-def _line(setting: Setting) -> str:
+def line_of(setting: Setting) -> str:
+    """The owner's line in words."""
     rate = quantities.show_bandwidth(setting.bandwidth_bps)
     return f"{rate}, {quantities.show_duration(setting.rtt_s)} round trip"
 
@@ -106,7 +60,7 @@ def _print_profile(side: str, profile: DeviceProfile) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Simulate, write the picture and the trace; returns the figures."""
-    setting = setting_from(args)
+    setting = settled_head(args.setting)
     gpu, owner = profile_of(setting.gpu), profile_of(setting.owner_device)
     print(f"simulating {setting.label}; nothing is computed, time is modelled")
     _print_profile("GPU", gpu)
@@ -115,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = simulate(replace(config, record_owners=None) if setting.owners <= 8 else config)
     found = figures(setting, result, Prices(gpu_hour=0.0))
     found = {k: v for k, v in found.items() if not k.startswith("cost")}
-    line = _line(setting)
+    line = line_of(setting)
     pictures = _write(args.out, setting, result, found, line)
     return {
         "simulated": True,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from backends.defaults import HELD_OUT
 from backends.nn.base import Checkpoint
 from backends.nn.corpus import Corpus, Sequences, corpus_of
 from backends.nn.documents import Piece, pieces, sample
@@ -31,8 +32,6 @@ from backends.nn.tokenizer import (
 DEFAULT_TEXT = ("asyncio", "json", "email", "http")  # packages of Python's own library
 PREVIEW_TOKENS = 200  # of each sample
 SAMPLES = 3
-HELD_OUT = 0.05
-"""Share of the documents that are not trained on."""
 _NO_TALKS = "--loss-on completions: this text holds no conversations and no answers"
 _FILES_TRIED, _RECORDS_TRIED = 16, 64
 _BAR_AFTER_S = 2.0
@@ -218,15 +217,6 @@ def _read(args: argparse.Namespace, base: Base) -> tuple[Texts, Tokenizer]:
         if remark:
             print(f"warning: {remark}")
     return texts, tokenizer
-
-
-def add_loss_option(parser: argparse.ArgumentParser) -> None:
-    """--loss-on."""
-    parser.add_argument(
-        "--loss-on", choices=("all", "completions"),
-        help="what is counted: all tokens, or of conversations and pairs what the assistant says "
-        "(completions, if the chat template tells; docs/texts.md)",
-    )  # fmt: skip
 
 
 def _own(args: argparse.Namespace, directory: Path | None) -> dict[str, Path]:

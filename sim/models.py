@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+if TYPE_CHECKING:
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 
 def _llama_3(
@@ -18,6 +20,8 @@ def _llama_3(
     rope_factor: float,
 ) -> LlamaConfig:
     """A Llama 3.1 or 3.2 of text: all have 8 key/value heads and one vocabulary."""
+    from transformers import LlamaConfig  # which takes seconds: names of models are asked sooner
+
     return LlamaConfig(
         vocab_size=128_256,
         hidden_size=hidden_size,
@@ -42,13 +46,20 @@ def _llama_3(
     )
 
 
+def _gpt2() -> GPT2Config:
+    """The smallest of its kind."""
+    from transformers import GPT2Config
+
+    return GPT2Config()
+
+
 MODELS: Mapping[str, Callable[[], PretrainedConfig]] = MappingProxyType(
     {
         "llama-3.2-1b": lambda: _llama_3(2048, 8192, 16, 32, 64, True, 32.0),
         "llama-3.2-3b": lambda: _llama_3(3072, 8192, 28, 24, 128, True, 32.0),
         "llama-3.1-8b": lambda: _llama_3(4096, 14_336, 32, 32, 128, False, 8.0),
         "llama-3.1-70b": lambda: _llama_3(8192, 28_672, 80, 64, 128, False, 8.0),
-        "gpt2": GPT2Config,
+        "gpt2": _gpt2,
     }
 )
 """A fresh config by name."""

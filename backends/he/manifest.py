@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from backends.defaults import OWNER_TAG_BYTES
 from backends.errors import UserError
 from backends.files import read_bounded, write_json
 from backends.he.matmul.interface import MAX_INPUTS
@@ -46,8 +47,6 @@ KINDS = {
 """Kinds of array, and whose folder each is in."""
 QUANTISED = ("weight", "scale", "channels")
 """Those of them that are there without hints, too."""
-OWNER_TAG_BYTES = 1024
-"""The longest tag."""
 
 _LARGEST_BYTES = 16 << 20  # of a manifest; a model with 64 groups has 0.1 MB
 _LONGEST_NAME = 2000  # characters; a group's name has those of its members

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from backends.defaults import OWNER_TAG_BYTES
 from backends.files import WriteError, end_replacing, require_own, write_array, write_json
 from backends.he.descriptors import require_descriptors
 from backends.he.interface import Float32Array
 from backends.he.manifest import (
-    OWNER_TAG_BYTES,
     QUANTISED,
     GroupEntry,
     GroupSpec,

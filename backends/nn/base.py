@@ -85,13 +85,26 @@ def _file(path: Path) -> Checkpoint:
     return Checkpoint(path.parent, config, [path], gguf=path.name)
 
 
-def _directory(directory: Path) -> Checkpoint:
-    stated = stated_config(directory)
+def base_config(directory: Path) -> PretrainedConfig:
+    """What the config.json of a directory says; nothing else need be there.
+
+    Raises CheckpointError.
+    """
+    return _config(directory, stated_config(directory))
+
+
+def _config(directory: Path, stated: dict[str, Any]) -> PretrainedConfig:
     require_alone(directory, stated)
     config = parsed_config(
         directory, lambda: AutoConfig.from_pretrained(directory, trust_remote_code=False)
     )
     require_causal_type(directory, config)
+    return config
+
+
+def _directory(directory: Path) -> Checkpoint:
+    stated = stated_config(directory)
+    config = _config(directory, stated)
     files = weight_files(directory)
     quantisation = quantisation_of(directory, stated)
     if quantisation is None:

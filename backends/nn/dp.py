@@ -30,15 +30,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from backends.defaults import CLIP
 from backends.errors import UserError
 from backends.he.entropy import Keystream, OsEntropy
 from backends.nn.corpus import Sequences
 from backends.nn.marks import UNCOUNTED, predictions
 from backends.nn.persample import PerSample, clipped_sum
 
-CLIP = 0.1
-"""Small enough that nearly every gradient is clipped, as Li et al. (2022) advise for language
-models: Adam takes no notice of the scale, and the noise goes with it."""
 _LEAST_NOISE = 0.5
 _TOLERANCE = 5e-3
 """Of the noise that is searched for."""

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from backends.defaults import LEAST_REMOTE
 from backends.he.manifest import GroupSpec
 from backends.he.store import PreparedModel
 from backends.nn.head import LocalHead
@@ -28,8 +29,6 @@ from backends.nn.selfcheck import require_causal
 from backends.nn.sources import Base, CheckpointError, first_line
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LEAST_REMOTE = 0.5
-"""Of a model's frozen weights, so many must be computed by workers: otherwise it is refused."""
 
 
 @dataclass

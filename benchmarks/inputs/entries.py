@@ -82,8 +82,9 @@ ENTRIES = (
     _entry("scenarios.quickstart", "scenarios.quickstart:private_session", weight=4),
     _entry(
         "scenarios.llama1b",
-        "scenarios.llama1b:private_session",
-        "scenarios.llama1b:clear_times_ms",
+        "scenarios.llama1b.run:private_session",
+        "scenarios.llama1b.run:clear_times_ms",
+        module="scenarios.llama1b.__main__",
         weight=12,
     ),
     _entry("scenarios.generate", "scenarios.generate:opened", weight=3),
@@ -198,9 +199,9 @@ def _smaller(entry: Entry) -> list[Any]:
 
     if entry.module == "scenarios.quickstart":
         return [patch("scenarios.quickstart.PRIVATE_PACKAGE", "asyncio")]
-    if entry.module in ("scenarios.llama1b", "scenarios.prepare"):
+    if entry.name in ("scenarios.llama1b", "scenarios.prepare"):
         found = [patch("scenarios.preparation.model_config", tiny)]
-        return [*found, *_simulations()] if entry.module == "scenarios.llama1b" else found
+        return [*found, *_simulations()] if entry.name == "scenarios.llama1b" else found
     if entry.module in ("scenarios.whatif.__main__", "benchmarks.gpu_fidelity"):
         return _simulations()
     return []
@@ -208,7 +209,7 @@ def _smaller(entry: Entry) -> list[Any]:
 
 def _simulations() -> list[Any]:
     """GPT-2, whichever model is asked for; what is simulated ends after a while."""
-    from scenarios.whatif import study
+    from scenarios.whatif import running
     from sim import world
     from sim.models import MODELS
 
@@ -227,7 +228,7 @@ def _simulations() -> list[Any]:
 
     def in_turn(settings: Any, prices: Any, processes: int) -> Any:
         for index, each in list(enumerate(settings))[:3]:
-            yield index, study._row(each, prices)
+            yield index, running._row(each, prices)
         if len(settings) > 3:
             raise Passed
 
@@ -237,5 +238,5 @@ def _simulations() -> list[Any]:
         patch("scenarios.whatif.setting.simulate", timed),
         patch("scenarios.simulated.simulate", timed),
         patch("sim.world.simulate", timed),
-        patch("scenarios.whatif.__main__.run_all", in_turn),
+        patch("scenarios.whatif.sweep.run_all", in_turn),
     ]

@@ -36,7 +36,7 @@ from benchmarks import two_processes
 from benchmarks.thin import head, outliers, training
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.preparation import add_cache_option
+from scenarios.options import add_cache_option
 from sim.models import model_config
 from sim.workload import trace_step
 

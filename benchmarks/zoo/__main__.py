@@ -33,7 +33,7 @@ from typing import Any
 import transformers
 from transformers.utils import logging as quiet
 
-from backends.nn.skeleton import LEAST_REMOTE
+from backends.defaults import LEAST_REMOTE
 from backends.options import SECONDS, Parser
 from benchmarks.zoo import layouts, types
 from benchmarks.zoo.children import Limits, Row, each

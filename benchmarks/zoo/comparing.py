@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from backends.defaults import LEAST_REMOTE
 from backends.errors import UserError
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.losses import token_losses
 from backends.nn.selfcheck import require_trainable
-from backends.nn.skeleton import LEAST_REMOTE
 from benchmarks.zoo.configs import FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN
 from benchmarks.zoo.ours import open_skeleton, plain_products
 from benchmarks.zoo.shaking import noise

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from backends.defaults import LEAST_REMOTE
 from backends.he.interface import Values
 from backends.nn.base import open_base
 from backends.nn.selfcheck import require_faithful
-from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
+from backends.nn.skeleton import Skeleton, build_skeleton
 
 
 def open_skeleton(directory: Path, least_remote: float = LEAST_REMOTE) -> Skeleton:

@@ -29,7 +29,8 @@ from backends.options import ALL, STEPS, Modes, Parser, place
 from backends.places import output_directory
 from protocol.owner_memory import OwnerConfig
 from scenarios.cli import clean_exit
-from scenarios.session import add_worker_options, chosen_workers, open_ledger
+from scenarios.options import add_worker_options
+from scenarios.session import chosen_workers, open_ledger
 
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1,

@@ -32,11 +32,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from backends.defaults import LEAST_REMOTE
 from backends.door import Public, connect, prepare, remote
 from backends.net.owner import RemoteLinearError
 from backends.nn.base import open_base
 from backends.nn.sane import positions
-from backends.nn.skeleton import LEAST_REMOTE
 from backends.nn.tokenizer import Tokenizer
 from backends.options import RANK, SEQUENCE, TOKENS, Number, Parser, Whole, place
 from backends.places import output_directory
@@ -48,10 +48,9 @@ from scenarios.endpoint.server import EndpointError, Server, api_key, listen_add
 from scenarios.endpoint.service import About, Service
 from scenarios.endpoint.states import States
 from scenarios.generate import stops_of
-from scenarios.preparation import add_preparation_options
+from scenarios.options import add_preparation_options, add_worker_options
 from scenarios.quickstart import BASE
 from scenarios.session import (
-    add_worker_options,
     chosen_workers,
     modes_with_workers,
     one_run,

@@ -30,45 +30,13 @@ more.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from backends.net.owner import RemoteLinearError
 from backends.options import Parser
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.dp import dp_line
 from scenarios.finetune.options import MODES, parsed
-from scenarios.finetune.run import Finetune
-from scenarios.preparation import chosen_base
-from scenarios.session import exactness_line, one_run
-from scenarios.texts import preview
-
-
-def print_report(f: dict[str, Any], weights: str) -> None:
-    """What has come of it, and how to use it."""
-    steps = len(f["losses"])
-    if f.get("private_loss") is not None:
-        base, tuned = f["base_loss"], f["private_loss"]
-        print(
-            f"\nheld-out loss {base:.4f} -> {tuned:.4f} nats a token ({tuned / base - 1:+.1%}) "
-            f"after {steps} steps"
-        )
-    else:
-        print(f"\nloss {f['losses'][0]:.4f} -> {f['losses'][-1]:.4f} after {steps} steps")
-    if "products" in f:
-        print(exactness_line(f["products"]))
-    if "dp_epsilon" in f:
-        print(dp_line(f))
-    model, adapter = shlex.quote(weights), shlex.quote(f["adapter_dir"])
-    print(f"report:  {f['page']} (open it in a browser; it holds private text)")
-    print(f"adapter: {f['adapter_dir']}; use it")
-    both = f"--model {model} --adapter {adapter}"
-    print(f"  with peft   PeftModel.from_pretrained(base_model, {f['adapter_dir']!r})")
-    print(f"  privately   python -m scenarios.generate {both} --prompt TEXT")
-    print(f"  as one      python -m scenarios.merge {both} --into merged")
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,6 +47,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    from backends.net.owner import RemoteLinearError  # these take seconds to load
+    from scenarios.finetune.run import Finetune
+    from scenarios.finetune.told import print_report
+    from scenarios.preparation import chosen_base
+    from scenarios.session import one_run
+    from scenarios.texts import preview
+
     with clean_exit(RemoteLinearError):
         if args.preview:
             preview(args, chosen_base(args))

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from backends.defaults import HELD_OUT
 from backends.options import (
     ALL,
     LANES,
@@ -24,11 +25,16 @@ from backends.options import (
 from backends.places import output_directory, output_file
 from scenarios import record
 from scenarios.cli import add_kernel_option
-from scenarios.dp import DP_OPTIONS, add_dp_options
 from scenarios.finetune.config import with_config
-from scenarios.preparation import add_head_options, add_preparation_options, weights_text
-from scenarios.session import add_worker_options
-from scenarios.texts import HELD_OUT, add_loss_option
+from scenarios.options import (
+    DP_OPTIONS,
+    add_dp_options,
+    add_head_options,
+    add_loss_option,
+    add_preparation_options,
+    add_worker_options,
+    weights_text,
+)
 
 STEPS_DEFAULT = 100
 _NAMES = re.compile(r"[\w.]+(,[\w.]+)*")

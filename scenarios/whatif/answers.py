@@ -18,28 +18,15 @@ from typing import Any, TypeAlias
 
 from scenarios.timeline import WORDS
 from scenarios.whatif.clear import ASSUMED, memory_gb
+from scenarios.whatif.knobs import KEYS, SettingError, shown, values_of
 from scenarios.whatif.quantities import Value
-from scenarios.whatif.setting import KEYS, SettingError, shown, values_of
-from scenarios.whatif.study import Study
+from scenarios.whatif.study import VALUES, Study, varying
 from sim.trace import PARTS
 
 Row: TypeAlias = Mapping[str, Any]
 
 FULL = 0.8
 """From this load on a line or a device counts as full."""
-
-# What can be asked for: (words, unit, whether more is better, format)
-VALUES: dict[str, tuple[str, str, bool, str]] = {
-    "tokens_per_s_owner": ("speed of an owner", "tokens/s", True, ".3g"),
-    "tokens_per_s_gpu": ("speed of a GPU", "tokens/s", True, ".3g"),
-    "step_p50_s": ("median step", "s", False, ".3g"),
-    "step_p99_s": ("slowest steps (p99)", "s", False, ".3g"),
-    "gpu_utilisation": ("GPU busy", "of the time", True, ".1%"),
-    "gb_per_million_tokens": ("traffic", "GB per million tokens", False, ".4g"),
-    "cost_per_million_tokens": ("cost", "$ per million tokens", False, ".3g"),
-    "path_up": ("part of a step that is upload", "", False, ".0%"),
-    "private_over_clear": ("speed, private over clear here", "times", True, ".2g"),
-}
 
 
 @dataclass(frozen=True)
@@ -107,11 +94,6 @@ def groups(rows: Sequence[Row], knobs: Sequence[str]) -> dict[tuple[Value, ...],
     for row in rows:
         found.setdefault(tuple(of(row, knob) for knob in knobs), []).append(row)
     return found
-
-
-def varying(study: Study) -> list[str]:
-    """The knobs that really vary."""
-    return [knob for knob, values in study.sweep.items() if len(values) > 1]
 
 
 def waits_for(row: Row) -> str:

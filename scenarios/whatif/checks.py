@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from scenarios.whatif.answers import VALUES, varying
-from scenarios.whatif.setting import SettingError, key_called, values_of
-from scenarios.whatif.study import Study
+from scenarios.whatif.knobs import SettingError, key_called, values_of
+from scenarios.whatif.study import VALUES, Study, varying
 
 SETTINGS_MOST = 20_000
 CELLS_MOST = 2_500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +14,10 @@ import matplotlib as mpl
 import numpy as np
 
 from backends.files import replacing
-from scenarios.whatif.answers import Answer, Row, of, relative, varying, words_of
+from scenarios.whatif.answers import Answer, Row, of, relative, words_of
+from scenarios.whatif.knobs import KEYS, SettingError, provenance, shown
 from scenarios.whatif.quantities import Value
-from scenarios.whatif.setting import KEYS, SettingError, provenance, shown
-from scenarios.whatif.study import Study
+from scenarios.whatif.study import Study, varying
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -133,7 +134,7 @@ def _geometric(values: Sequence[float]) -> bool:
 
 def _axis(knob: str) -> str:
     """A knob's name and meaning, for an axis."""
-    return f"{knob} ({KEYS[knob].meaning.partition(',')[0]})"
+    return f"{knob} ({re.split('[,:]', KEYS[knob].meaning)[0]})"
 
 
 # --- heat maps ------------------------------------------------------------------------------------

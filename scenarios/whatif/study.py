@@ -1,10 +1,10 @@
-"""What-if studies: which settings to try, where that is written, and how they are all run.
+"""What-if studies: which settings to try, and where that is written.
 
 A study is a TOML file:
 
     title = "Home office"
     question = "How fast ...?"
-    [fixed]                        # knobs that stay; names as in `scenarios.whatif.setting.KEYS`
+    [fixed]                        # knobs that stay; names as in `scenarios.whatif.knobs.KEYS`
     bandwidth = "100Mb/s"
     [sweep]                        # knobs that vary: a range, or a list
     lanes = "1..8 x4"
@@ -19,34 +19,22 @@ A study is a TOML file:
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import signal
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from backends.files import read_bounded
-from scenarios.head import HEADS
-from scenarios.whatif.quantities import Value
-from scenarios.whatif.setting import (
-    KEYS,
+from scenarios.whatif.knobs import (
     PRICE_MOST,
     Prices,
     Setting,
     SettingError,
     changed,
-    clear_for,
-    measure,
-    profile_of,
     values_of,
-    workload_for,
 )
-from sim.device import ProfileError
-from sim.workload import WorkloadError
-from sim.world import WorldError
+from scenarios.whatif.quantities import Value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,6 +45,20 @@ STUDIES = Path(__file__).resolve().parents[1] / "studies"
 _STUDY_BYTES_MAX = 1 << 20
 _SECTIONS = ("title", "question", "fixed", "sweep", "prices", "answer", "plot")
 _PRICES = {"gpu-hour": "gpu_hour", "gb-out": "gb_out", "mbps-month": "mbps_month"}
+
+
+# What can be asked for: (words, unit, whether more is better, format)
+VALUES: dict[str, tuple[str, str, bool, str]] = {
+    "tokens_per_s_owner": ("speed of an owner", "tokens/s", True, ".3g"),
+    "tokens_per_s_gpu": ("speed of a GPU", "tokens/s", True, ".3g"),
+    "step_p50_s": ("median step", "s", False, ".3g"),
+    "step_p99_s": ("slowest steps (p99)", "s", False, ".3g"),
+    "gpu_utilisation": ("GPU busy", "of the time", True, ".1%"),
+    "gb_per_million_tokens": ("traffic", "GB per million tokens", False, ".4g"),
+    "cost_per_million_tokens": ("cost", "$ per million tokens", False, ".3g"),
+    "path_up": ("part of a step that is upload", "", False, ".0%"),
+    "private_over_clear": ("speed, private over clear here", "times", True, ".2g"),
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Study:
             swept.pop(name, None)
             kept[name] = values[0]
         return replace(self, sweep=swept, fixed=kept)
+
+
+def varying(study: Study) -> list[str]:
+    """The knobs that really vary."""
+    return [knob for knob, values in study.sweep.items() if len(values) > 1]
 
 
 def assignment(text: str) -> tuple[str, list[Value]]:
@@ -172,79 +179,3 @@ def _prices(given: Mapping[str, Any]) -> Prices:
 
 
 # --- running ------------------------------------------------------------------------------------
-
-
-def prepare(settings: Sequence[Setting]) -> Iterator[str]:
-    """Trace each distinct workload once, so that forked processes have them; yields each's name.
-
-    Raises SettingError for what no run could mend.
-    """
-    seen = set()
-    for setting in settings:
-        for knob, choice in (("gpu", setting.gpu), ("owner-device", setting.owner_device)):
-            _checked(f"{knob}={choice!r}", lambda choice=choice: profile_of(choice))  # type: ignore[misc]
-        heads = HEADS if setting.head == "auto" else (setting.head,)
-        key = (setting.model, setting.tokens, setting.sequence, setting.head)
-        if key not in seen:
-            seen.add(key)
-            yield f"{setting.model}, {setting.tokens} tokens"
-            name = f"model={setting.model!r} with tokens={setting.tokens}"
-            for head in heads:
-                one = replace(setting, head=head)
-                _checked(name, lambda one=one: workload_for(one))  # type: ignore[misc]
-        _checked(f"owner-device={setting.owner_device!r}", lambda s=setting: clear_for(s))  # type: ignore[misc]
-
-
-def _checked(what: str, action: Callable[[], object]) -> None:
-    try:
-        action()
-    except (ProfileError, WorkloadError) as error:
-        raise SettingError(f"{what}: {error}") from None
-
-
-def run_all(
-    settings: Sequence[Setting], prices: Prices, processes: int
-) -> Generator[tuple[int, dict[str, Any]], None, None]:
-    """(index, row) of every setting, as they come, from so many processes.
-
-    A setting whose training cannot go on gives a row with its knobs and "error". Closing the
-    iterator ends the processes.
-    """
-    # What takes longest first, so that the last ones to end are short.
-    order = sorted(range(len(settings)), key=lambda i: -_effort(settings[i]))
-    if processes == 1:
-        for index in order:
-            yield index, _row(settings[index], prices)
-        return
-    # Forked children have the traces and all imports; elsewhere each makes its own.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    with ProcessPoolExecutor(
-        processes, multiprocessing.get_context(method), initializer=_deaf
-    ) as pool:
-        futures: dict[Future[dict[str, Any]], int] = {
-            pool.submit(_row, settings[index], prices): index for index in order
-        }
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _deaf() -> None:
-    """Ctrl-C goes to the parent, which ends the children."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _effort(setting: Setting) -> float:
-    """Grows with the events a setting takes to simulate."""
-    layers = len(workload_for(setting).matrices)
-    return float(setting.owners * setting.lanes * setting.steps * layers)
-
-
-def _row(setting: Setting, prices: Prices) -> dict[str, Any]:
-    try:
-        return measure(setting, prices)
-    except WorldError as error:
-        knobs = {key.field: getattr(setting, key.field) for key in KEYS.values()}
-        return knobs | {"error": str(error)}

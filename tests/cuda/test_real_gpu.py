@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 
 from backends.hardware import Hardware
 from backends.he.cuda.device import Gpu
-from scenarios import llama1b
+from scenarios.llama1b import __main__ as llama1b
+from scenarios.llama1b import run
 from scenarios.texts import Data
 from tests.nn.conftest import LLAMA
 
@@ -38,9 +39,9 @@ def test_a_run_trains_reports_and_leaves_an_adapter(
 ) -> None:  # fmt: skip
     """bf16, two lanes: figures with the split of device time, and what `peft` loads."""
     place = Hardware(gpu.device, torch.bfloat16, gpu, host_frames)
-    monkeypatch.setattr(llama1b, "chosen", lambda *_: place)
+    monkeypatch.setattr(run, "chosen", lambda *_: place)
     data = Data(torch.arange(64).remainder(90).view(4, 16))
-    monkeypatch.setattr(llama1b, "load_texts", lambda *_, **__: data)
+    monkeypatch.setattr(run, "load_texts", lambda *_, **__: data)
     monkeypatch.setattr(
         sys, "argv",
         ["llama1b", "--real-gpu", "--weights", str(checkpoint), "--steps", "2", "--tokens", "16",

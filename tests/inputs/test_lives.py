@@ -40,7 +40,9 @@ from backends.nn.texts import DataError, find_texts
 from backends.nn.tokenizer import ByteTokenizer
 from backends.nn.trainer import TaintedError, TrainConfig, Trainer, TrainingInterrupted
 from backends.places import PlaceError
-from scenarios import llama1b, report
+from scenarios import report
+from scenarios.llama1b import __main__ as llama1b
+from scenarios.llama1b import run as llama1b_run
 from scenarios.session import one_run, require_room_for_run, stopped_untainted
 from sim.trace import write_perfetto
 from tests.he.small_model import GROUPS, TAG, quiet, weight_of
@@ -169,7 +171,7 @@ def test_a_run_beside_another_reads_and_writes_nothing(
     module: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused before anything else that takes time, or takes the place of the other's."""
-    tiny = Path(llama1b.__file__).parent / "assets" / "tiny-llama"
+    tiny = Path(report.__file__).parent / "assets" / "tiny-llama"
     out, text = tmp_path / "out", tmp_path / "a.txt"
     text.write_text("words " * 400)
     for name in ("MODEL", "TEXT"):
@@ -585,7 +587,7 @@ def test_what_goes_to_no_worker_is_of_the_base_too(tmp_path: Path) -> None:
             skeleton=SimpleNamespace(remote=SimpleNamespace(forget_lane=lambda: None)),
             base=SimpleNamespace(identity=lambda: base),
         )  # fmt: skip
-        return llama1b.make_trainer(args, setup, prepared, adapted(), private=True)
+        return llama1b_run.make_trainer(args, setup, prepared, adapted(), private=True)
 
     begun("one")._save()
     begun("one")
@@ -600,7 +602,7 @@ def test_who_starts_over_and_is_refused_loses_nothing(
         raise DataError("no such text")
 
     (tmp_path / "checkpoints" / "step-000009").mkdir(parents=True)
-    monkeypatch.setattr(llama1b, "set_up", refused)
+    monkeypatch.setattr(llama1b_run, "set_up", refused)
     monkeypatch.setattr(llama1b, "clean_exit", lambda *errors: nullcontext())
     monkeypatch.setattr(sys, "argv", ["llama1b", "--real-cpu", "--fresh", "--out", str(tmp_path)])
     with pytest.raises(DataError):

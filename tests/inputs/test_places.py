@@ -24,11 +24,12 @@ from backends.places import (
     require_room,
     taken_bytes,
 )
-from scenarios import certs, llama1b, merge, prepare, quickstart, record
+from scenarios import certs, merge, prepare, quickstart, record
 from scenarios.chaos import __main__ as chaos
 from scenarios.cli import one_line
 from scenarios.finetune import __main__ as finetune
-from scenarios.preparation import add_cache_option
+from scenarios.llama1b import __main__ as llama1b
+from scenarios.options import add_cache_option
 from scenarios.whatif import __main__ as whatif
 from sim import calibrate
 from tests.inputs.full import full

@@ -12,11 +12,12 @@ import pytest
 from benchmarks.inputs.bring import GOOD_STUDIES, STUDIES
 from benchmarks.inputs.values import NO_COUNTS, NO_QUANTITIES
 from scenarios.whatif import __main__ as whatif
-from scenarios.whatif.__main__ import Sweep, parse, study_from
+from scenarios.whatif.__main__ import parse, study_from
 from scenarios.whatif.answers import answer
 from scenarios.whatif.checks import require_sound
-from scenarios.whatif.setting import Prices, Setting, SettingError, changed, values_of
+from scenarios.whatif.knobs import Prices, Setting, SettingError, changed, values_of
 from scenarios.whatif.study import Study, load_study, study_names
+from scenarios.whatif.sweep import Sweep
 from sim.world import WorldError
 
 KEY = {

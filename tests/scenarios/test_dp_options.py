@@ -10,7 +10,8 @@ import pytest
 from backends.he.params import preset
 from backends.nn.dp import DifferentialPrivacy, DpError
 from backends.options import Parser
-from scenarios.dp import add_dp_options, dp_line, dp_of
+from scenarios.dp import dp_line, dp_of
+from scenarios.options import add_dp_options
 from scenarios.page import content_of, page
 
 

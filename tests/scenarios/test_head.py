@@ -18,8 +18,9 @@ from backends.nn.sources import RandomBase
 from scenarios import head as head_module
 from scenarios.estimate import Shape, workload_of
 from scenarios.head import HeadChoice, compared, decided, estimated, prepared_one
-from scenarios.llama1b import parse
-from scenarios.simulated import setting_from
+from scenarios.llama1b.__main__ import parse
+from scenarios.llama1b.world import setting_from
+from scenarios.simulated import settled_head
 from sim.device import DeviceProfile
 from sim.network import Link
 from sim.world import WorldConfig
@@ -110,7 +111,8 @@ def test_a_model_that_cannot_be_followed_keeps_its_head(
 def test_a_simulated_run_decides_on_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A slow one keeps the head here; it is said for which line."""
     small = ["--model=gpt2", "--tokens=8", "--sequence=8", "--lanes=1", "--steps=1"]
-    setting = setting_from(parse(["--lm-head=auto", "--bandwidth=1Mb/s", *small]))
+    asked = parse(["--lm-head=auto", "--bandwidth=1Mb/s", *small])
+    setting = settled_head(setting_from(asked))
     assert setting.head == "local"
     said = capsys.readouterr().out
     assert said.startswith("head local: ")

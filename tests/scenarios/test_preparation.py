@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.preparation import add_cache_option
+from scenarios.options import add_cache_option
 
 
 def asked(*arguments: str) -> Path:

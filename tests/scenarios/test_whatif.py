@@ -15,21 +15,14 @@ from hypothesis import strategies as st
 
 from scenarios.timeline import busy_s
 from scenarios.whatif import quantities
-from scenarios.whatif.__main__ import csv_text, table
 from scenarios.whatif.answers import answer
 from scenarios.whatif.clear import clear_speed, needed_gb
+from scenarios.whatif.knobs import KEYS, Prices, Setting, SettingError, changed, values_of
 from scenarios.whatif.quantities import Form
-from scenarios.whatif.setting import (
-    KEYS,
-    Prices,
-    Setting,
-    SettingError,
-    changed,
-    measure,
-    values_of,
-    workload_for,
-)
-from scenarios.whatif.study import Study, load_study, prepare, run_all, study_names
+from scenarios.whatif.running import prepare, run_all
+from scenarios.whatif.setting import measure, workload_for
+from scenarios.whatif.study import Study, load_study, study_names
+from scenarios.whatif.sweep import csv_text, table
 from sim.device import DeviceProfile, Origin, ProfileError
 from sim.models import MODELS
 from sim.trace import PARTS, Span, critical_path, read_perfetto
@@ -362,7 +355,7 @@ def test_errors_of_a_world_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def hopeless(*_: object) -> dict[str, Any]:
         raise WorldError("owner0: no worker left")
 
-    monkeypatch.setattr("scenarios.whatif.study.measure", hopeless)
+    monkeypatch.setattr("scenarios.whatif.running.measure", hopeless)
     ((_, row),) = run_all([changed(Setting(), SMALL)], Prices(), 1)
     assert row["error"] == "owner0: no worker left"
     assert row["lanes"] == 4

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from functools import cache, partial
 
+from backends.defaults import KERNELS
 from backends.errors import UserError
 from backends.he.matmul import isa
 from backends.he.matmul.generic import GenericKernel
@@ -21,6 +22,7 @@ VARIABLE = "PRIVATE_LORA_KERNEL"
 _TILED = {each.name: each for each in isa.ALL}
 NAMES = (*_TILED, GenericKernel.name)
 """Every kernel there is, fastest first."""
+assert NAMES == KERNELS
 
 
 class KernelError(UserError, ValueError):

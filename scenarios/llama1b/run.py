@@ -1,32 +1,4 @@
-"""Fine-tune a model of the Llama-3.2-1B shape privately, for real or simulated.
-
-    python -m scenarios.llama1b                        simulated: an H200 behind a 1 Gb/s line
-    python -m scenarios.llama1b --network home --lanes 8 --gpu l4
-    python -m scenarios.llama1b --real-cpu --weights DIR_OR_HUB_ID --data DIR_OR_FILE
-    python -m scenarios.llama1b --preview --weights DIR_OR_HUB_ID --data DIR_OR_FILE
-    python -m scenarios.llama1b --real-cpu --steps 2 --tokens 256 --compare-clear --json F
-    python -m scenarios.llama1b --real-gpu --steps 5 --tokens 2048 --sequence 512 --compare-clear
-
-Without a flag nothing is computed: the protocol runs on a modelled GPU behind a modelled network,
-and the run says how fast fine-tuning would be and what it would wait for, with a picture of one
-step (runs/llama1b-sim/timeline.png) and a trace for ui.perfetto.dev. It takes seconds. What was
-measured and what is only a data sheet's figure is printed with it.
-
-With --real-cpu the owner's part (embeddings, attention, adapters, loss, optimiser) and the
-worker's part (every frozen linear, forward and backward, on ciphertexts) run in this process,
-with encoded bytes between them. Without --weights the model has the full 1B shape and seeded
-random weights: good for measuring, useless for learning, and it says so. The first run prepares
-the public set-up (int8 weights and hints, about 4.1 GB on disk); it is cached, and can be
-interrupted.
-
-With --real-gpu both parts run on this machine's first NVIDIA GPU (compute capability 8.0 or newer,
-`pip install -e ".[gpu]"`), the owner's model in bf16, and ciphertexts stay in its memory.
-On an H100 a private step of 2,048 tokens takes 0.37 s, 4.4 times the same step in clear bf16; no
-other GPU has been measured. `python -m benchmarks.gpu` checks and measures all of it on yours.
-
-Expected on two cores with AVX2 or better: preparation in under 4 minutes, a private step of 256
-tokens in about the time of the same step in clear fp32, and about 3 MB of traffic per token.
-"""
+"""A real run of `python -m scenarios.llama1b`, and of its twin in clear."""
 
 from __future__ import annotations
 
@@ -35,7 +7,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -47,7 +18,6 @@ from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
-from backends.net.owner import RemoteLinearError
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.checkpoint import require_same_run
 from backends.nn.corpus import Corpus, Sequences
@@ -58,28 +28,11 @@ from backends.nn.skeleton import Skeleton
 from backends.nn.sources import Base
 from backends.nn.texts import DataError
 from backends.nn.trainer import TrainConfig, Trainer
-from backends.options import (
-    ALL,
-    LANES,
-    LEARNING_RATE,
-    RANK,
-    SEED,
-    SEQUENCE,
-    STEPS,
-    TOKENS,
-    Modes,
-    Parser,
-    place,
-)
-from backends.places import output_directory, output_file
 from backends.session import Usage
 from backends.units import human_bytes
-from scenarios import record, simulated
+from scenarios import record
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
-from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.dp import (
-    DP_OPTIONS,
-    add_dp_options,
     dp_figures,
     dp_line,
     dp_of,
@@ -88,7 +41,6 @@ from scenarios.dp import (
 )
 from scenarios.estimate import Shape
 from scenarios.preparation import (
-    add_model_options,
     chosen_base,
     chosen_skeleton,
     prepared_for,
@@ -98,66 +50,17 @@ from scenarios.real_trace import RealTrace
 from scenarios.session import (
     Live,
     PrivateSession,
-    add_worker_options,
     chosen_workers,
     exactness_figures,
     exactness_line,
     gradient_norm_figures,
-    one_run,
     open_ledger,
     private_session,
     require_room_for_run,
     stopped_untainted,
     train_with_bar,
 )
-from scenarios.texts import add_loss_option, load_texts, preview
-
-
-def _active(args: argparse.Namespace) -> set[str]:
-    """The modes that a command line asks for."""
-    if args.preview:
-        return {"real"}
-    if not (args.real_cpu or args.real_gpu):
-        return {"simulated"}
-    found = {"real", "cpu" if args.real_cpu else "gpu"}
-    if not args.compare_clear:
-        found.add("training")
-    return found | {"elsewhere"} if args.worker else found
-
-
-MODES = Modes(
-    {
-        "simulated": "a simulated run (neither --real-cpu nor --real-gpu)",
-        "real": "--real-cpu, --real-gpu and --preview",
-        "cpu": "--real-cpu",
-        "gpu": "--real-gpu",
-        "training": "a real run without --compare-clear",
-        "elsewhere": "the line to a --worker",
-    },
-    _active,
-    {
-        **dict.fromkeys(
-            (
-                "--real-cpu", "--real-gpu", "--steps", "--tokens", "--sequence", "--lanes",
-                "--lm-head", "--seed", "--out", "--json", "--preview",
-            ),
-            ALL,
-        ),
-        **dict.fromkeys(
-            (
-                "--weights", "--preset", "--owner-tag", "--cache", "--data", "--loss-on", "--rank",
-                "--learning-rate", "--least-remote", "--compare-clear", "--trace",
-                "--clear-peer", "--worker",
-            ),
-            ("real",),
-        ),
-        **dict.fromkeys(("--checkpoint-every", "--fresh", *DP_OPTIONS), ("training",)),
-        **dict.fromkeys(("--network", *simulated.OPTIONS), ("simulated",)),
-        "--kernel": ("cpu",),
-        "--host-frames": ("gpu",),
-        "--tls": ("elsewhere",),
-    },
-)  # fmt: skip
+from scenarios.texts import load_texts
 
 
 @dataclass
@@ -466,77 +369,3 @@ def print_report(f: dict[str, Any]) -> None:
     if f["peak_device_mb"]:
         print(f"peak GPU memory        {f['peak_device_mb'] / 1000:8.1f} GB")
     print(f"adapter in             {f['adapter_dir']}")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(__doc__, "scenarios.llama1b", MODES)
-    add = parser.add_argument
-    add("--real-cpu", action="store_true", help="run for real on this machine's CPU")
-    add("--real-gpu", action="store_true",
-        help="run for real on one NVIDIA GPU, owner and worker")  # fmt: skip
-    add("--host-frames", action="store_true",
-        help="on a GPU: ciphertexts go through host memory, as to a worker elsewhere")  # fmt: skip
-    add_model_options(parser)
-    add("--data", type=place, metavar="FILE|DIR",
-        help="private text: a file, or a folder and all below (docs/texts.md)")  # fmt: skip
-    add("--preview", action="store_true",
-        help="only show what would be read, and three samples")  # fmt: skip
-    add_loss_option(parser)
-    add("--steps", type=STEPS, help="optimiser steps (10; simulated: 2)")
-    add("--tokens", type=TOKENS, default=256, help="tokens of one lane's micro-batch (256)")
-    add("--sequence", type=SEQUENCE, default=256, help="tokens of a sequence (256)")
-    add("--lanes", type=LANES, help="micro-batches of a step, all in flight (1; simulated: 4)")
-    add("--rank", type=RANK, default=16, help="LoRA rank (16); alpha is twice that")
-    add("--learning-rate", type=LEARNING_RATE, default=2e-4, help="peak learning rate (2e-4)")
-    add("--seed", type=SEED, default=0, help="seed of adapters, data order and random weights")
-    add("--compare-clear", action="store_true",
-        help="take turns with the same training in clear, in fp32 or bf16, whichever is faster",
-    )  # fmt: skip
-    add_dp_options(parser)
-    add("--checkpoint-every", type=STEPS, default=25, help="steps between checkpoints (25)")
-    add("--out", type=output_directory,
-        help="adapter and checkpoints (runs/llama1b); simulated: picture and trace "
-        "(runs/llama1b-sim)")  # fmt: skip
-    add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=output_file, metavar="FILE",
-        help="who did what when, for ui.perfetto.dev (simulated: always, in --out)")  # fmt: skip
-    add("--clear-peer", choices=DTYPES, help=argparse.SUPPRESS)
-    add_worker_options(parser)
-    add_kernel_option(parser)
-    record.add_json_option(parser)
-    simulated.add_options(parser)
-    args = parser.parse(argv)
-    real = args.real_cpu or args.real_gpu or args.preview
-    args.steps = args.steps if args.steps is not None else 10 if real else 2
-    args.lanes = args.lanes if args.lanes is not None else 1 if real else 4
-    args.out = args.out or Path("runs/llama1b" if real else "runs/llama1b-sim")
-    if args.real_cpu and args.real_gpu:
-        parser.error("--real-cpu or --real-gpu, not both")
-    return args
-
-
-def main() -> None:
-    argv = sys.argv[1:]
-    args = parse(argv)
-    with clean_exit(RemoteLinearError, *simulated.MENDABLE):
-        if args.preview:
-            preview(args, chosen_base(args))
-            return
-        if not (args.real_cpu or args.real_gpu):
-            output_directory(args.out)
-            figures = simulated.run(args)
-            simulated.print_report(figures)
-        elif args.clear_peer:
-            clear_peer(args)
-            return
-        else:
-            use_kernel(args.kernel)
-            with one_run(args.out):
-                figures = Run(args).run(argv)
-            print_report(figures)
-        record.write(args.json, figures)
-
-
-if __name__ == "__main__":
-    main()

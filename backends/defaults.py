@@ -1,0 +1,18 @@
+"""Figures and names that a command's help shows and that modules act on which take long to load."""
+
+from __future__ import annotations
+
+KERNELS = ("avx512vnni", "avxvnni", "avx2", "neon", "generic")
+"""What can multiply int8 weights on a CPU, fastest first (`backends.he.matmul.choice`)."""
+OWNER_TAG_BYTES = 1024
+"""The longest tag."""
+LEAST_REMOTE = 0.5
+"""Of a model's frozen weights, so many must be computed by workers: otherwise it is refused."""
+CLIP = 0.1
+"""What a sequence's gradient may weigh, with differential privacy. Small enough that nearly every
+one is clipped, as Li et al. (2022) advise for language models: Adam takes no notice of the scale,
+and the noise goes with it."""
+HELD_OUT = 0.05
+"""Share of the documents that are not trained on."""
+FLOATS = ("fp32", "bf16")
+"""What a training in clear may compute in."""
