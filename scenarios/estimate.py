@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from sim.workload import Workload
     from sim.world import WorldConfig
 
+_BOTTLENECKS = {
+    "owner": "owner", "worker": "worker", "up": "upload", "down": "download",
+    "latency": "round trip", "head": "head", "idle": "waiting",
+}  # fmt: skip
+"""What a step waits for most, by the part of its critical path."""
 _SIZE = 768
 _TIMES = 3
 
@@ -58,7 +63,7 @@ class Estimate:
     """For `steps` steps.
 
     worker_s    that workers compute in a step
-    bottleneck  "owner", "worker", "upload", "download" or "round trip"
+    bottleneck  one of `_BOTTLENECKS`' values
     """
 
     steps: int
@@ -99,6 +104,8 @@ class Estimate:
             "upload": "the upload is the bottleneck",
             "download": "the download is the bottleneck",
             "round trip": "the round trip is the bottleneck: more --lanes hide it",
+            "head": "the head, on this machine, is the bottleneck: try --lm-head remote",
+            "waiting": "nothing is busy for long",
         }[self.bottleneck]
         return [
             f"the line: {1e3 * p.rtt_s:.3g} ms round trip, {_rate(p.up_b_s)} up, "
@@ -132,15 +139,14 @@ def estimate(
 ) -> Estimate:
     """What the simulator says. Raises ValueError or RuntimeError for a model it cannot follow."""
     # Only here: a run without a worker elsewhere needs no simulator.
-    from sim.trace import PARTS, critical_path
+    from sim.trace import critical_path
     from sim.world import simulate
 
     workload = workload_of(shape, shape.remote_head, hardware)
     result = simulate(_world(workload, shape.lanes, probe, hardware, workers))
     (step,) = result.steps
     parts = critical_path(result.trace.spans, step.start_s, step.end_s)
-    assert set(parts) == set(PARTS)
-    name = _bottleneck(parts, probe.rtt_s * len(workload.linears))
+    name = _BOTTLENECKS[max(parts, key=lambda part: parts[part])]
     turns = shape.turns
     return Estimate(
         steps, turns * step.duration_s, turns * steps * step.bytes_up,
@@ -159,6 +165,23 @@ def step_here_s(shape: Shape, workload: Workload, hardware: Hardware) -> float:
     return shape.turns * result.steps[-1].duration_s
 
 
+def head_share(shape: Shape, hardware: Hardware) -> float | None:
+    """Part of the owner's own layers that is the head and the loss, for a model on such a machine.
+
+    None for a model that the simulator cannot follow.
+    """
+    from sim.trace import HEAD
+    from sim.workload import Local
+
+    try:
+        workload, here = workload_of(shape, shape.remote_head, hardware), this_machine(hardware)
+        own = [item for item in workload.lane if isinstance(item, Local)]
+        taken_s = [(item.label, here.seconds(item.on(here), "local")) for item in own]
+    except (ValueError, RuntimeError):
+        return None
+    return sum(s for label, s in taken_s if label == HEAD) / sum(s for _, s in taken_s)
+
+
 def workload_of(shape: Shape, remote_head: bool, hardware: Hardware) -> Workload:
     """The trace of one micro-batch on this hardware. Raises ValueError or RuntimeError."""
     from sim.workload import trace_step
@@ -167,15 +190,6 @@ def workload_of(shape: Shape, remote_head: bool, hardware: Hardware) -> Workload
         shape.config, shape.tokens, shape.sequence, shape.rank, remote_head, shape.preset,
         hardware.dtype,
     )  # fmt: skip
-
-
-def _bottleneck(parts: dict[str, float], round_trips_s: float) -> str:
-    line_s = parts["up"] + parts["down"]
-    if line_s < max(parts["owner"], parts["worker"]):
-        return "owner" if parts["owner"] > parts["worker"] else "worker"
-    if round_trips_s > line_s / 2:
-        return "round trip"
-    return "upload" if parts["up"] >= parts["down"] else "download"
 
 
 def _world(

@@ -82,8 +82,8 @@ def compared(world: Callable[[str], WorldConfig], where: str) -> HeadChoice:
         spans = [s for s in result.trace.spans if s.lane.startswith("owner0/")]
         parts = critical_path(spans, step.start_s, step.end_s)
         loads = {
-            "owner": parts["owner"], "worker": parts["worker"],
-            "line": parts["up"] + parts["down"] + parts["idle"],
+            "owner": parts["owner"] + parts["head"], "worker": parts["worker"],
+            "line": parts["up"] + parts["down"] + parts["latency"] + parts["idle"],
         }  # fmt: skip
         times.append(step.duration_s)
         limits.append(max(loads, key=loads.__getitem__))

@@ -31,16 +31,18 @@ from protocol.events import (
     Task,
 )
 from protocol.messages import Multiply, Product, decode
-from sim.trace import Recorder, Span, write_perfetto
+from sim.trace import HEAD, Recorder, Span, write_perfetto
 
 OWNER = "owner0"
 
 
 @dataclass
 class _Lane:
-    """A lane's thread: its track, when it first asked in this step, when it last got an answer."""
+    """A lane's thread: its track, when it first asked in this step, when it last got an answer, and
+    which matrix it asked for last."""
 
     track: str
+    matrix: int = 1
     first: tuple[str, float] | None = None
     since_s: float = 0.0
 
@@ -174,7 +176,10 @@ class RealTrace:
                 threading.get_ident(), _Lane(f"{OWNER}/lane {len(self._lanes)}")
             )
             self._lane_of_call[call] = lane.track
-            name = f"before {self._name(self._matrix_of_call.get(call, 0))}"
+            matrix = self._matrix_of_call.get(call, 0)
+            turns = matrix % 2 == 1 and lane.matrix % 2 == 0  # from forward to backward
+            name = HEAD if turns else f"before {self._name(matrix)}"
+            lane.matrix = matrix
             if lane.first is None:  # the step's beginning is known when it has ended
                 lane.first = (name, asked)
             else:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from backends.units import human_bytes
+from scenarios.estimate import spoken
 from scenarios.head import compared
 from scenarios.timeline import WORDS, headline, plot_timeline
 from scenarios.whatif import quantities
 from scenarios.whatif.knobs import Prices, Setting, device_name, profile_of, provenance
+from scenarios.whatif.patience import (
+    SAID_FROM_S,
+    TRIALS,
+    TRIED_S,
+    expected_s,
+    passes,
+    watched,
+)
+from scenarios.whatif.remedies import Remedy, lines, remedies
 from scenarios.whatif.setting import MENDABLE, figures, world_of
 from sim.device import DeviceProfile
 from sim.trace import PARTS, write_perfetto
-from sim.world import WorldResult, simulate
+from sim.world import WorldResult
 
-__all__ = ["MENDABLE", "print_report", "run"]
+__all__ = ["MENDABLE", "print_assumptions", "print_report", "run"]
 
 
 def settled_head(setting: Setting) -> Setting:
@@ -50,6 +60,13 @@ def describe_profile(profile: DeviceProfile) -> str:
     return f"{name}: data sheet{counts}, NOT MEASURED ({origin.where})"
 
 
+def print_assumptions(f: dict[str, Any]) -> None:
+    """What the answer rests on, figure by figure."""
+    print("\nit rests on")
+    _print_profile("GPU", profile_of(f["setting"]["gpu"]))
+    _print_profile("owner", profile_of(f["setting"]["owner_device"]))
+
+
 def _print_profile(side: str, profile: DeviceProfile) -> None:
     """A profile, and where each of its figures is from."""
     print(f"  {side:<6} {describe_profile(profile)}")
@@ -60,13 +77,14 @@ def _print_profile(side: str, profile: DeviceProfile) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Simulate, write the picture and the trace; returns the figures."""
+    print(f"simulating {args.setting.label}; nothing is computed, time is modelled")
     setting = settled_head(args.setting)
     gpu, owner = profile_of(setting.gpu), profile_of(setting.owner_device)
-    print(f"simulating {setting.label}; nothing is computed, time is modelled")
-    _print_profile("GPU", gpu)
-    _print_profile("owner", owner)
     config = world_of(setting, seed=args.seed)
-    result = simulate(replace(config, record_owners=None) if setting.owners <= 8 else config)
+    expected = expected_s([setting])
+    if expected > SAID_FROM_S:
+        print(f"{passes(setting):,} micro-batches to simulate: about {spoken(expected)}")
+    result = watched(replace(config, record_owners=None) if setting.owners <= 8 else config)
     found = figures(setting, result, Prices(gpu_hour=0.0))
     found = {k: v for k, v in found.items() if not k.startswith("cost")}
     line = line_of(setting)
@@ -79,7 +97,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "line": line,
         **found,
         **pictures,
+        "remedies": [asdict(remedy) for remedy in _remedies(setting, args.seed, expected)],
     }
+
+
+def _remedies(setting: Setting, seed: int, expected: float) -> list[Remedy]:
+    """None where they would take too long to try."""
+    return [] if TRIALS * expected > TRIED_S else remedies(setting, seed)
 
 
 def _write(
@@ -106,7 +130,8 @@ def _of_first_owner(track: str, lane: str) -> bool:
 def print_report(f: dict[str, Any]) -> None:
     """What a person wants to know of a simulated run."""
     parts: Sequence[str] = sorted(PARTS, key=lambda part: -f[f"path_{part}"])
-    print(f"\nover {f['line']}:")
+    parts_of = {part: f[f"path_{part}"] for part in PARTS}
+    print(f"\nover {f['line']}: {headline(parts_of, f['step_p50_s'])}")
     print(f"step                {f['step_p50_s']:10.2f} s   {f['tokens_per_step']} tokens an owner")
     print(f"speed               {f['tokens_per_s_owner']:10.1f} tokens/s an owner")
     print("a step waits for")
@@ -122,6 +147,7 @@ def print_report(f: dict[str, Any]) -> None:
     print(f"GPU busy            {100 * f['gpu_utilisation']:10.2f} %")
     if f["resent"]:
         print(f"sent again          {f['resent']:10d} requests, for want of an answer in time")
-    parts_of = {part: f[f"path_{part}"] for part in PARTS}
-    print(f"\n{headline(parts_of, f['step_p50_s'])}: see {f['timeline']}")
+    if f["remedies"]:
+        print("\n".join(lines([Remedy(**found) for found in f["remedies"]])))
+    print(f"picture: {f['timeline']}")
     print(f"every span: {f['trace']} (drop it on https://ui.perfetto.dev)")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -94,6 +95,32 @@ def load_texts(
         print(f"warning: {share:.1%} of the tokens are unknown to the tokenizer")
     train, held = corpus.parts()
     return Data(train, held if len(held) else None, facts, said)
+
+
+def to_do(steps: int, batch: int, length: int, sequences: int) -> str:
+    """What a training will do, for before it; `batch` sequences of `length` tokens a step."""
+    times = f"{steps * batch / sequences:.3g} times through {sequences:,} sequences"
+    return f"to do: {steps} step{'s' * (steps != 1)} of {batch * length:,} tokens, {times}"
+
+
+def text_figures(data: Data, steps: int, batch: int) -> dict[str, Any]:
+    """Of the text, and how often so many steps went through it; for a report."""
+    return {
+        "documents": data.facts.documents,
+        "text_tokens": data.facts.tokens,
+        "sequences": len(data.train),
+        "epochs": steps * batch / len(data.train),
+    }
+
+
+def text_line(f: Mapping[str, Any]) -> str:
+    """The same for people."""
+    documents, steps = f["documents"], len(f["losses"])
+    return (
+        f"text                   {documents:,} document{'s' * (documents != 1)}, "
+        f"{f['text_tokens']:,} tokens; {steps} step{'s' * (steps != 1)}, {f['epochs']:.3g} times "
+        f"through {f['sequences']:,} sequences"
+    )
 
 
 def preview(args: argparse.Namespace, base: Base) -> None:

@@ -11,7 +11,7 @@ import matplotlib as mpl
 
 from backends.files import replacing
 from scenarios.whatif.quantities import show_duration
-from sim.trace import PARTS, Span
+from sim.trace import HEAD, PARTS, Span
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -20,11 +20,12 @@ from matplotlib.axes import Axes
 mpl.rcParams["text.parse_math"] = False  # a name with a dollar in it is no formula
 
 COLOURS = {
-    "owner": "#3b7dd8", "up": "#e0701e", "worker": "#2c9c69", "down": "#9a5fc4", "idle": "#c3c9d0",
+    "owner": "#3b7dd8", "up": "#e0701e", "worker": "#2c9c69", "down": "#9a5fc4",
+    "latency": "#8d99a6", "head": "#1b3f73", "idle": "#c3c9d0",
 }  # fmt: skip
 WORDS = {
     "owner": "the owner's own work", "up": "upload", "worker": "the worker", "down": "download",
-    "idle": "waiting",
+    "latency": "latency", "head": "head and loss", "idle": "waiting",
 }  # fmt: skip
 SHADES = (1.0, 0.72, 0.5, 0.34)
 
@@ -40,12 +41,19 @@ class Row:
 
 def swim_lanes(spans: Sequence[Span]) -> list[Row]:
     """The five rows, from the owner's own layers down to the answers' way back."""
-    own = [s for s in spans if s.kind == "owner"]
+    line = [s for s in spans if "->" in s.track]
+    sides = [s for s in spans if "->" not in s.track]
+    own = [s for s in sides if s.kind == "owner"]
     cipher = [s for s in own if "/cipher" in s.track]
     layers = [s for s in own if "/cipher" not in s.track]
     rows = [Row("owner:\nown layers", "owner", layers), Row("owner:\ncipher", "owner", cipher)]
-    for label, part in (("up", "up"), ("worker:\nproducts", "worker"), ("down", "down")):
-        rows.append(Row(label, part, [s for s in spans if s.kind == part]))
+    up = [s for s in line if s.track.startswith("owner")]
+    products = [s for s in sides if s.kind == "worker"]
+    down = [s for s in line if not s.track.startswith("owner")]
+    for label, part, found in (
+        ("up", "up", up), ("worker:\nproducts", "worker", products), ("down", "down", down),
+    ):  # fmt: skip
+        rows.append(Row(label, part, found))
     return rows
 
 
@@ -90,7 +98,8 @@ def plot_timeline(
     _lanes(middle, rows, lanes, start_s, start_s, end_s)
     middle.set_title("the whole step; right: how much of it each part was busy", loc="left")
     for index, row in enumerate(rows):
-        share = busy_s(row.spans, start_s, end_s) / (end_s - start_s)
+        busy = [span for span in row.spans if span.kind == row.part]
+        share = busy_s(busy, start_s, end_s) / (end_s - start_s)
         middle.text(
             1.005, index + 0.5, f"{share:.1%}".replace("%", " %"),
             transform=middle.get_yaxis_transform(), va="center", fontsize=11,
@@ -151,8 +160,8 @@ def _lanes(
             axes.broken_barh(
                 [(span.start_s - zero_s, span.end_s - span.start_s)],
                 (index + 0.08 + at * height, height * part * 0.92),
-                facecolors=COLOURS[row.part], alpha=shade.get(span.lane, 1.0), linewidth=0.7,
-                edgecolors=COLOURS[row.part],
+                facecolors=COLOURS[_part(span)], alpha=shade.get(span.lane, 1.0), linewidth=0.7,
+                edgecolors=COLOURS[_part(span)],
             )  # fmt: skip
     for index in range(1, len(rows)):
         axes.axhline(index, color="#dddddd", linewidth=0.8, zorder=0)
@@ -161,6 +170,11 @@ def _lanes(
     axes.set_xlim(from_s - zero_s, to_s - zero_s)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+
+
+def _part(span: Span) -> str:
+    """Whose colour a bar has."""
+    return "head" if span.name == HEAD else span.kind
 
 
 def _window(
@@ -193,9 +207,9 @@ def _name_spans(
 
 def _short(span: Span) -> str:
     """What a bar is, in a few letters: the layer's own name without its path."""
-    if span.kind in ("up", "down"):
-        return "request" if span.kind == "up" else "answer"
-    if span.name == "loss":
+    if span.kind in ("up", "down", "latency"):
+        return {"up": "request", "down": "answer", "latency": "latency"}[span.kind]
+    if span.name == HEAD:
         return "head and loss"
     words = span.name.split()
     kept = [w.rpartition(".")[2].replace("_proj", "") for w in words]

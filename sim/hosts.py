@@ -39,7 +39,7 @@ from sim.trace import Span
 from sim.workload import Linear, Workload, decrypt_work, encrypt_work, multiply_work
 
 if TYPE_CHECKING:
-    from sim.world import World
+    from sim.world import Crossing, World
 
 PHANTOM_BYTES_PER_TOKEN = 8
 _NUMBER = struct.Struct("<Q")
@@ -146,9 +146,9 @@ class WorkerHost:
         self._actor.post(FrameArrived(peer, frame))
 
     def _transmit(self, peer: str, frame: bytes) -> None:
-        owner, sent_at = self._world.owners[peer], self._world.env.now
+        owner = self._world.owners[peer]
         size = self._world.send(
-            self.name, peer, frame, lambda: owner.arrive(self.name, frame, sent_at)
+            self.name, peer, frame, lambda way: owner.arrive(self.name, frame, way)
         )
         self.sent_bytes += size
 
@@ -228,13 +228,13 @@ class OwnerHost:
         tokens = self._world.config.workload.tokens
         self._actor.post(LinearWanted(self.requests, matrix, tokens, None))
 
-    def arrive(self, peer: str, frame: bytes, sent_at: float) -> None:
+    def arrive(self, peer: str, frame: bytes, way: Crossing) -> None:
         """A frame of a worker has arrived."""
         self.received_bytes += wire_bytes(frame)
         call = call_of(frame)
         if call and self.recorded:
             track = f"{peer}->{self.name}"
-            self._world.span(track, "answer", sent_at, self.lane_of(call), call, "down")
+            self._world.crossed(way, track, "answer", self.lane_of(call), call)
         self._actor.post(FrameArrived(peer, frame))
         if self._greeting and all(
             self._machine.state(name) is State.READY for name in self._world.workers
@@ -275,14 +275,14 @@ class OwnerHost:
     # --- the driver's part --------------------------------------------------------------------
 
     def _transmit(self, peer: str, frame: bytes) -> None:
-        world, worker, sent_at = self._world, self._world.workers[peer], self._world.env.now
+        world, worker = self._world, self._world.workers[peer]
         call = call_of(frame)
         self.requests_sent += call > 0
 
-        def arrived() -> None:
+        def arrived(way: Crossing) -> None:
             if call and self.recorded:
                 track = f"{self.name}->{peer}"
-                world.span(track, "request", sent_at, self.lane_of(call), call, "up")
+                world.crossed(way, track, "request", self.lane_of(call), call)
             worker.arrive(self.name, frame)
 
         self.sent_bytes += world.send(self.name, peer, frame, arrived)

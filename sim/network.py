@@ -119,6 +119,12 @@ class Network:
         self._share((route,))
         self._watch()
 
+    def fillable(self, source: str, target: str) -> float:
+        """The part of its narrowest link that one flow could take; less than 1 where losses and
+        the round trip bound its rate."""
+        route = self._routes.get((source, target)) or self._find(source, target)
+        return min(1.0, route.cap / route.narrowest) if route.narrowest else 1.0
+
     def round_trip_s(self, a: str, b: str) -> float:
         """Propagation there and back, without transmission and jitter."""
         if a == b:

@@ -21,6 +21,7 @@ a congestion control does after them, are not modelled; `sim.flows` has a cap fo
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,7 +67,9 @@ class Stream:
         tcp: Tcp | None = None,
     ) -> None:  # fmt: skip
         self._env, self._network, self._ends, self._tcp = env, network, (source, target), tcp
-        self._queue: deque[tuple[float, Callable[[], None]]] = deque()
+        self._queue: deque[tuple[float, Callable[[], None], Callable[[], None]]] = deque()
+        self._stalled_s = 0.0
+        self._stalled_from_s = math.inf
         self._sending = False
         self._rtt_s = network.round_trip_s(source, target) if tcp else 0.0
         self._window = tcp.first_bytes if tcp else 0.0
@@ -75,10 +78,17 @@ class Stream:
         self._last_sent_s = 0.0
         self._waited = False
 
-    def send(self, size_bytes: int, arrived: Callable[[], None]) -> None:
+    @property
+    def stalled_s(self) -> float:
+        """Seconds so far in which there was something to send and no window to send it in."""
+        return self._stalled_s + max(0.0, self._env.now - self._stalled_from_s)
+
+    def send(
+        self, size_bytes: int, arrived: Callable[[], None], left: Callable[[], None] | None = None
+    ) -> None:
         """As `Network.send`, once everything sent before has left."""
         size = size_bytes * self._tcp.overhead if self._tcp else float(size_bytes)
-        self._queue.append((size, arrived))
+        self._queue.append((size, arrived, left or _nothing))
         if not self._sending:
             self._next()
 
@@ -87,25 +97,29 @@ class Stream:
         self._sending = bool(self._queue)
         if not self._sending:
             return
-        size, arrived = self._queue.popleft()
+        size, arrived, left = self._queue.popleft()
         part = min(size, self._allowed())
         if part < size:
-            self._queue.appendleft((size - part, arrived))
-            arrived = _nothing
+            self._queue.appendleft((size - part, arrived, left))
+            arrived = left = _nothing
         if part <= 0:
             wait_s = max(0.0, self._round_from_s + self._rtt_s - self._env.now)
+            self._stalled_from_s = self._env.now
             self._env.timeout(wait_s).callbacks.append(lambda _: self._next_round())
             return
         self._round_left -= part
         # Whole bytes: a fraction of one would change nothing but the times' last digits.
-        self._network.send(*self._ends, max(1, round(part)) if size else 0, arrived, self._left)
+        size = max(1, round(part)) if size else 0
+        self._network.send(*self._ends, size, arrived, lambda: self._left(left))
 
     def _next_round(self) -> None:
         self._waited = True  # whatever rounding says of the time
+        self._stalled_s, self._stalled_from_s = self.stalled_s, math.inf
         self._next()
 
-    def _left(self) -> None:
+    def _left(self, left: Callable[[], None]) -> None:
         self._last_sent_s = self._env.now
+        left()
         self._next()
 
     def _allowed(self) -> float:

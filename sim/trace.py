@@ -22,10 +22,12 @@ from typing import Any
 
 from backends.files import replacing
 
-# Nothing in particular; the owner's own work; on the way up; on a worker; on the way down; in a
-# queue for a device; a whole step.
-KINDS = ("", "owner", "up", "worker", "down", "wait", "step")
-PARTS = ("owner", "up", "worker", "down", "idle")
+# Nothing in particular; the owner's own work; filling the line upwards; on a worker; filling it
+# downwards; a line that is not full, but far; in a queue for a device; a whole step.
+KINDS = ("", "owner", "up", "worker", "down", "latency", "wait", "step")
+PARTS = ("owner", "up", "worker", "down", "latency", "head", "idle")
+HEAD = "loss"
+"""The owner's own span between a pass's way forward and its way back: head, if local, and loss."""
 
 # Times in a file are multiples of 1/8 us: exact in binary, so that a viewer that counts in
 # nanoseconds cannot make neighbours overlap. Perfetto drops spans that overlap on one thread.
@@ -194,6 +196,10 @@ def critical_path(
     - where there is none either, nothing: "idle" (timers, retries, waiting for a worker, and the
       time before the lane began).
 
+    The line is two parts: filling it, by direction, which more bandwidth shortens, and waiting for
+    it, which only a shorter way or more lanes do. The owner's work between forward and backward is
+    a part of its own, "head".
+
     A wait for a device counts for the side the device belongs to. A lane ends with its last "owner"
     span: what comes later is an answer that came twice. From there on the owner updates its
     weights. A step in which no lane did anything is idle.
@@ -228,6 +234,8 @@ def _part(span: Span) -> str:
     """Which of PARTS a span counts for; "" for none."""
     if span.kind == "wait":
         return next((side for side in ("owner", "worker") if span.name.startswith(side)), "idle")
+    if span.kind == "owner" and span.name == HEAD:
+        return "head"
     return span.kind if span.kind in PARTS else ""
 
 

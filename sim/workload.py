@@ -39,6 +39,7 @@ from protocol.catalogue import MatrixShape
 from sim.device import DeviceProfile, Work
 from sim.layers import trace_deep
 from sim.models import MODELS
+from sim.trace import HEAD
 from sim.tracing import LaneTrace, trace_lane, trace_update
 
 __all__ = [
@@ -209,7 +210,7 @@ def _items(trace: LaneTrace, matrices: tuple[MatrixShape, ...]) -> tuple[Local |
         if matrix is None:
             label = "last gradients"
         elif previous == turn:
-            label = "loss"
+            label = HEAD
         else:
             label = f"before {matrices[matrix].name}"
         items.append(Local(label, segment.parts))

@@ -46,6 +46,8 @@ from sim.workload import Workload
 
 __all__ = ["Step", "World", "WorldConfig", "WorldError", "WorldResult", "simulate"]
 
+_TOLD_EVERY = 1 << 14
+"""Events; a fraction of a second."""
 LOOPBACK = Link(bandwidth_bps=1e15, delay_s=0.0)
 
 
@@ -101,6 +103,29 @@ class WorldConfig:
             raise ValueError("in one process there is one owner and one worker")
         if self.down_bps is not None and self.graph is not None:
             raise ValueError("down_bps is of the star; a graph of one's own has its own links")
+
+
+@dataclass
+class Crossing:
+    """A frame's way from one side to the other, in seconds of the world's clock.
+
+    stalled_s  between sent_s and left_s in which it was not the line's rate that it waited for: the
+               connection's window was used up, or losses kept it from growing
+    left_s     its last byte was on the line
+    there_s    and had come out at the other end
+    """
+
+    sent_s: float
+    stalled_s: float = 0.0
+    left_s: float = 0.0
+    there_s: float = 0.0
+
+    def leave(self, now_s: float, stalled_s: float, fillable: float) -> None:
+        """Its last byte leaves; the connection has waited `stalled_s` since it was sent, and could
+        fill so much of the line."""
+        self.left_s = now_s
+        sending_s = max(0.0, now_s - self.sent_s - stalled_s)
+        self.stalled_s = min(stalled_s + (1 - fillable) * sending_s, now_s - self.sent_s)
 
 
 @dataclass
@@ -182,28 +207,49 @@ class World:
         """Whether every owner has taken its steps."""
         return self._stepping == 0
 
-    def send(self, source: str, target: str, frame: bytes, arrived: Callable[[], None]) -> int:
+    def send(
+        self, source: str, target: str, frame: bytes, arrived: Callable[[Crossing], None]
+    ) -> int:
         """Put a frame on the way; returns the bytes it really would have."""
-        size = wire_bytes(frame)
+        size, crossing = wire_bytes(frame), Crossing(self.env.now)
         if self.config.in_process:
+            crossing.left_s = crossing.there_s = self.env.now
             event = self.env.event()
-            event.callbacks.append(lambda _: arrived())
+            event.callbacks.append(lambda _: arrived(crossing))
             event.succeed()
         else:
-            self._transmit(source, target, size, self._carried(source, target, size, arrived))
+            done = self._carried(source, target, size, lambda: arrived(crossing))
+            self._transmit(source, target, size, crossing, done)
         return size
 
-    def _transmit(self, source: str, target: str, size: int, arrived: Callable[[], None]) -> None:
+    def _transmit(
+        self, source: str, target: str, size: int, crossing: Crossing, done: Callable[[], None]
+    ) -> None:
         tcp = self.config.tcp
+
+        def arrived() -> None:
+            crossing.there_s = self.env.now
+            done()
+
         if not self.config.streams:
             size = size if tcp is None else round(size * tcp.overhead)
-            self.network.send(source, target, size, arrived)
+            free = self.network.fillable(source, target)
+
+            def gone() -> None:
+                crossing.leave(self.env.now, 0.0, free)
+
+            self.network.send(source, target, size, arrived, gone)
             return
         stream = self._streams.get((source, target))
         if stream is None:
             stream = Stream(self.env, self.network, source, target, tcp)
             self._streams[source, target] = stream
-        stream.send(size, arrived)
+        stalled_s, free = stream.stalled_s, self.network.fillable(source, target)
+
+        def left() -> None:
+            crossing.leave(self.env.now, stream.stalled_s - stalled_s, free)
+
+        stream.send(size, arrived, left)
 
     def _carried(
         self, source: str, target: str, size: int, arrived: Callable[[], None]
@@ -239,6 +285,24 @@ class World:
         if self.env.now > start_s:
             self.trace.add(Span(track, name, start_s, self.env.now, lane, call, kind))
 
+    def crossed(self, crossing: Crossing, track: str, name: str, lane: str, call: int) -> None:
+        """Record a frame's way, which ends now: the line filled, and waited for.
+
+        name  "request" or "answer"
+        """
+        kind, waiting = ("up" if name == "request" else "down"), f"{name} waits"
+        from_s, filling_s = crossing.sent_s, crossing.sent_s + crossing.stalled_s
+        # What is left when the line has done its part: a side's cores are behind.
+        behind = "worker" if kind == "up" else "owner"
+        for span in (
+            (waiting, from_s, filling_s, "latency"), (name, filling_s, crossing.left_s, kind),
+            (waiting, crossing.left_s, crossing.there_s, "latency"),
+            (f"{name} is taken in", crossing.there_s, self.env.now, behind),
+        ):  # fmt: skip
+            what, start_s, end_s, part = span
+            if end_s > start_s:
+                self.trace.add(Span(track, what, start_s, end_s, lane, call, part))
+
     def step_ended(self, steps: int) -> None:
         """An owner has ended its `steps`-th step, warm-up included."""
         if steps == self.config.warmup:
@@ -249,19 +313,29 @@ class World:
         if steps == self.config.warmup + self.config.steps:
             self._stepping -= 1
 
-    def run(self) -> WorldResult:
+    def _requests_expected(self) -> int:
+        """That all owners make until they have taken their steps, at least."""
+        config = self.config
+        steps = config.owners * config.lanes * (config.steps + config.warmup)
+        return max(1, steps * len(config.workload.linears))
+
+    def run(self, told: Callable[[float], None] | None = None) -> WorldResult:
         """Simulate until every owner has taken its steps. Raises WorldError."""
         from simpy.core import EmptySchedule
 
         for host in self.owners.values():
             host.begin()
         events, step = 0, self.env.step
+        expected = self._requests_expected()
         while self._stepping:
             try:
                 step()
             except EmptySchedule:
                 raise WorldError("an owner waits for something that will not happen") from None
             events += 1
+            if told is not None and events % _TOLD_EVERY == 0:
+                asked = sum(host.requests for host in self.owners.values())
+                told(min(1.0, asked / expected))
         owners, workers, now = self.owners.values(), self.workers, self.env.now
         return WorldResult(
             steps=[step for host in owners for step in host.steps],
@@ -278,9 +352,12 @@ class World:
         )
 
 
-def simulate(config: WorldConfig) -> WorldResult:
-    """Run one world. Raises WorldError when its training cannot go on."""
-    return World(config).run()
+def simulate(config: WorldConfig, told: Callable[[float], None] | None = None) -> WorldResult:
+    """Run one world. Raises WorldError when its training cannot go on.
+
+    told  is called now and then with the part that is done, 0 to 1
+    """
+    return World(config).run(told)
 
 
 def _phantom_catalogue(workload: Workload) -> Catalogue:

@@ -141,6 +141,7 @@ ENTRIES = (
     _entry("benchmarks.noise", "benchmarks.noise:measure"),
     _entry("benchmarks.quality", "benchmarks.quality:measure"),
     _entry("benchmarks.sim_speed", "benchmarks.sim_speed:measure"),
+    _entry("benchmarks.startup", "benchmarks.startup:measure"),
     _entry(
         "benchmarks.thin", "benchmarks.thin.__main__:measure", module="benchmarks.thin.__main__"
     ),
@@ -215,14 +216,14 @@ def _simulations() -> list[Any]:
 
     real = world.simulate
 
-    def timed(config: world.WorldConfig) -> world.WorldResult:
+    def timed(config: world.WorldConfig, told: Any = None) -> world.WorldResult:
         def over(number: int, frame: Any) -> NoReturn:
             raise Passed
 
         signal.signal(signal.SIGALRM, over)
         signal.setitimer(signal.ITIMER_REAL, SIMULATED_S)
         try:
-            return real(config)
+            return real(config, told)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -236,7 +237,8 @@ def _simulations() -> list[Any]:
     return [
         patch("scenarios.whatif.setting.MODELS", small),
         patch("scenarios.whatif.setting.simulate", timed),
-        patch("scenarios.simulated.simulate", timed),
+        patch("scenarios.whatif.remedies.simulate", timed),
+        patch("scenarios.whatif.patience.simulate", timed),
         patch("sim.world.simulate", timed),
         patch("scenarios.whatif.sweep.run_all", in_turn),
     ]

@@ -31,8 +31,9 @@ from backends.nn.tokenizer import end_of_text
 from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.session import Usage
 from scenarios import record
+from scenarios.costs import costs
 from scenarios.dp import dp_figures, dp_plan
-from scenarios.estimate import spoken
+from scenarios.estimate import head_share, spoken
 from scenarios.finetune.cost import Asked, foreseen, over_line
 from scenarios.finetune.held import HeldOut
 from scenarios.finetune.setting import CHECKPOINTS, Setup, run_settings, set_up
@@ -51,6 +52,7 @@ from scenarios.session import (
     train_with_bar,
     usage_figures,
 )
+from scenarios.texts import text_figures
 
 
 class _Told(Live):
@@ -312,6 +314,7 @@ class Finetune:
             "steps": setup.training.steps,
             "steps_this_run": len(self.usages),
             "losses": trainer.progress.losses,
+            **text_figures(setup.data, len(trainer.progress.losses), setup.training.batch),
             "gradient_norms": trainer.progress.gradient_norms,
             **dp_figures(trainer),
             "workers_caught": len(self.ledger.retired),
@@ -323,7 +326,14 @@ class Finetune:
         if self.usages:
             used = Usage(*(sum(parts) for parts in zip(*map(astuple, self.usages), strict=True)))
             tokens = len(self.usages) * setup.training.batch * args.sequence
-            f |= usage_figures(used, sum(trainer.step_seconds), tokens, args.lanes)
+            taken_s = sum(trainer.step_seconds)
+            f |= usage_figures(used, taken_s, tokens, args.lanes)
+            each = (s / len(self.usages) for s in
+                    (taken_s, used.waited_s, used.owner_s, used.worker_s))  # fmt: skip
+            f["costs_s"] = costs(*each, args.lanes)
+            f["micro_batch_tokens"] = args.micro_batch * args.sequence
+            if args.lm_head == "local":
+                f["head_share"] = head_share(setup.shape, setup.hardware)
         if self.held is not None:
             f |= {
                 "base_loss": self.held.base,

@@ -28,7 +28,7 @@ from scenarios.estimate import Shape
 from scenarios.finetune.held import PROMPT_TOKENS, SAMPLES, beginnings
 from scenarios.generate import encoded, require_text
 from scenarios.preparation import chosen_base, chosen_skeleton, settle_head
-from scenarios.texts import Data, load_texts
+from scenarios.texts import Data, load_texts, to_do
 
 CHECKPOINTS = "checkpoints"
 
@@ -99,11 +99,7 @@ def set_up(args: argparse.Namespace, here: bool) -> Setup:
 
     data = load_texts(args, base, apart, share, fits)
     training = _training(args, len(data.train), privacy)
-    steps, epochs = training.steps, training.steps * args.batch / len(data.train)
-    print(
-        f"to do: {steps} step{'s' * (steps != 1)} of {args.batch * args.sequence:,} tokens, "
-        f"{epochs:.3g} times through {len(data.train):,} sequences"
-    )
+    print(to_do(training.steps, args.batch, args.sequence, len(data.train)))
     tokenizer = base.tokenizer()
     prompts = _prompts(args, data, tokenizer, skeleton)
     return Setup(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from scenarios.costs import largest_line
 from scenarios.dp import dp_line
 from scenarios.session import exactness_line
+from scenarios.texts import text_line
 
 
 def print_report(f: dict[str, Any], weights: str) -> None:
@@ -20,6 +22,9 @@ def print_report(f: dict[str, Any], weights: str) -> None:
         )
     else:
         print(f"\nloss {f['losses'][0]:.4f} -> {f['losses'][-1]:.4f} after {steps} steps")
+    print(text_line(f))
+    if "costs_s" in f:
+        print(largest_line(f["costs_s"], {**f, "elsewhere": f["worker_elsewhere"]}))
     if "products" in f:
         print(exactness_line(f["products"]))
     if "dp_epsilon" in f:

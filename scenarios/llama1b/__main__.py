@@ -182,6 +182,7 @@ def main() -> None:
     with clean_exit(*simulated.MENDABLE):
         figures = simulated.run(args)
         simulated.print_report(figures)
+        simulated.print_assumptions(figures)
         record.write(args.json, figures)
 
 

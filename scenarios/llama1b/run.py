@@ -20,7 +20,7 @@ from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.nn.adapters import add_lora, base_name, save_adapter
 from backends.nn.checkpoint import require_same_run
-from backends.nn.corpus import Corpus, Sequences
+from backends.nn.corpus import Corpus
 from backends.nn.local import localise
 from backends.nn.sane import require_positions, require_rank
 from backends.nn.selfcheck import keeps_apart, require_trainable
@@ -32,6 +32,7 @@ from backends.session import Usage
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.clear_peer import DTYPES, ClearPeer, ClearStep, clear_times_ms
+from scenarios.costs import costs, largest_line
 from scenarios.dp import (
     dp_figures,
     dp_line,
@@ -39,7 +40,7 @@ from scenarios.dp import (
     dp_plan,
     require_dp,
 )
-from scenarios.estimate import Shape
+from scenarios.estimate import Shape, head_share
 from scenarios.preparation import (
     chosen_base,
     chosen_skeleton,
@@ -60,7 +61,7 @@ from scenarios.session import (
     stopped_untainted,
     train_with_bar,
 )
-from scenarios.texts import load_texts
+from scenarios.texts import Data, load_texts, text_figures, text_line, to_do
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Setup:
     hardware: Hardware
     base: Base
     skeleton: Skeleton
-    sequences: Sequences
+    data: Data
     training: TrainConfig
     base_name: str
 
@@ -107,9 +108,10 @@ def set_up(args: argparse.Namespace) -> Setup:
             known = training.settings(len(corpus)) | run_settings(args, base)
             require_same_run(args.out / "checkpoints", known, corpus)
 
-    sequences = load_texts(args, base, apart, 0.0, fits).train
+    data = load_texts(args, base, apart, 0.0, fits)
+    print(to_do(training.steps, training.batch, args.sequence, len(data.train)))
     name = f"random-{args.seed}" if args.weights is None else base_name(args.weights)
-    return Setup(hardware, base, skeleton, sequences, training, name)
+    return Setup(hardware, base, skeleton, data, training, name)
 
 
 def run_settings(args: argparse.Namespace, base: Base) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def make_trainer(
     model.to(setup.hardware.device)
     return Trainer(
         model,
-        setup.sequences,
+        setup.data.train,
         setup.training,
         lanes=args.lanes if private else 1,
         forget_lane=setup.skeleton.remote.forget_lane,
@@ -287,6 +289,19 @@ class Run:
         train_with_bar(trainer, "private (encrypted)", on_step, trace, live)
         self.exactness = exactness_figures(session)
 
+    def _costs(self, step_s: float) -> dict[str, float]:
+        """Seconds of a step, by what they went to; medians."""
+        waited_s, cipher_s, worker_s = (
+            median(getattr(u, name) for u in self.usages)
+            for name in ("waited_s", "owner_s", "worker_s")
+        )
+        return costs(step_s, waited_s, cipher_s, worker_s, self.args.lanes)
+
+    def _head_share(self, setup: Setup) -> float | None:
+        if self.args.lm_head == "remote":
+            return None
+        return head_share(shape_of(self.args, setup.base), setup.hardware)
+
     def _figures(self, setup: Setup, trainer: Trainer, prepare_s: float) -> dict[str, Any]:
         args = self.args
         tokens = setup.training.batch * args.sequence
@@ -296,10 +311,13 @@ class Run:
             "hardware": setup.hardware.label,
             "host_frames": setup.hardware.host_frames,
             "lm_head": args.lm_head,
+            "preset": args.preset,
+            "worker_elsewhere": bool(args.worker),
             "tokens_per_step": tokens,
             "lanes": args.lanes,
             "prepare_s": prepare_s,
             "losses": trainer.progress.losses,
+            **text_figures(setup.data, len(trainer.progress.losses), setup.training.batch),
             **dp_figures(trainer),
             **gradient_norm_figures(
                 trainer.progress.gradient_norms, [step.gradient_norm for step in self.clear]
@@ -318,6 +336,8 @@ class Run:
                 "worker_s": median(u.worker_s for u in self.usages),
                 "copied_s": median(u.copied_s for u in self.usages),
                 "remote_wait_s": median(u.waited_s for u in self.usages),
+                "costs_s": self._costs(step_s),
+                "head_share": self._head_share(setup),
                 "bytes_per_token_up": median(u.bytes_up for u in self.usages) / tokens,
                 "bytes_per_token_down": median(u.bytes_down for u in self.usages) / tokens,
                 "blocks_per_step": median(u.blocks for u in self.usages),
@@ -334,10 +354,21 @@ class Run:
         return figures
 
 
+def _largest(f: dict[str, Any]) -> str:
+    known = {
+        **f, "micro_batch_tokens": f["tokens_per_step"] // f["lanes"],
+        "elsewhere": f["worker_elsewhere"],
+    }  # fmt: skip
+    return largest_line(f["costs_s"], known)
+
+
 def print_report(f: dict[str, Any]) -> None:
     """What a person wants to know of the run."""
     print(f"\n{f['weights']}; {f['tokens_per_step']} tokens a step, {f['lanes']} lane(s)")
     print(f"owner and worker       {f['hardware']}")
+    print(text_line(f))
+    if f["losses"]:
+        print(f"loss                   {f['losses'][0]:.4f} -> {f['losses'][-1]:.4f} nats a token")
     print(f"preparation            {f['prepare_s']:8.1f} s")
     if "private_step_s" in f:
         model_s = f["private_step_s"] - f["remote_wait_s"] / f["lanes"]
@@ -347,6 +378,7 @@ def print_report(f: dict[str, Any]) -> None:
         print(f"  worker               {f['worker_s']:8.2f} s  products on ciphertexts")
         if f["copied_s"]:
             print(f"  copies               {f['copied_s']:8.2f} s  between host and GPU")
+        print(_largest(f))
         total = f["bytes_per_token_up"] + f["bytes_per_token_down"]
         print(
             f"traffic per token      {human_bytes(f['bytes_per_token_up'])} up + "

@@ -63,7 +63,12 @@ def study_from(args: argparse.Namespace) -> Study:
     try:
         require_sound(study)
     except SettingError as error:
-        raise SettingError(f"{args.study}: {error}" if args.study else str(error)) from None
+        if not args.study:
+            raise
+        text = f"{args.study}: {error}"
+        if args.sweep or args.set:
+            text += "; its own question needs that knob: leave --set or --sweep of it out"
+        raise SettingError(text) from None
     return study
 
 
@@ -102,7 +107,7 @@ def main() -> None:
             sys.exit(130)
         found = answer(study, sweep.rows)
         figures = sweep.write(found)
-        print_answer(sweep, found)
+        print_answer(sweep, found, sweep.advice(found))
     record.write(args.json, figures)
 
 

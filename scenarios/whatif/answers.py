@@ -29,6 +29,10 @@ FULL = 0.8
 """From this load on a line or a device counts as full."""
 
 
+MATTERS = 1.05
+"""What a knob makes of a figure at least, to be called a cause."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """headline: one line, for the picture. text: some more lines. mark: knobs to point out.
@@ -151,11 +155,15 @@ def _effects(
     ratios = {knob: _effect(study, rows, near, knob, value, focus) for knob in knobs}
     order = sorted((k for k in knobs if k not in focus), key=lambda knob: -ratios[knob])
     there = " with " + named(best, list(focus)) if focus else ""
-    head = f"At best {say(value, best[value])}{there}: {limit_of(best)}. What matters: "
-    head += ", ".join(
-        [f"{knob} x{ratios[knob]:.2g}" for knob in order]
-        + [f"{knob} {shown(knob, study.sweep[knob][-1])} x{ratios[knob]:.2g}" for knob in focus]
-    )
+    head = f"At best {say(value, best[value])}{there}: {limit_of(best)}. "
+    told = {knob: knob for knob in order}
+    told |= {knob: f"{knob} {shown(knob, study.sweep[knob][-1])}" for knob in focus}
+    matter = [f"{told[k]} x{ratios[k]:.2g}" for k in told if ratios[k] >= MATTERS]
+    hardly = [f"{told[k]} x{ratios[k]:.3g}" for k in told if ratios[k] < MATTERS]
+    head += "; ".join(
+        f"{words}: {', '.join(found)}"
+        for words, found in (("What matters", matter), ("what hardly does", hardly)) if found
+    )  # fmt: skip
     lines = []
     for knob in [*order, *focus]:
         begin = focus.get(knob, study.sweep[knob][0])

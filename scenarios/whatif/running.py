@@ -13,6 +13,7 @@ from typing import Any
 from backends.nn.sources import CheckpointError
 from scenarios.options import HEADS
 from scenarios.whatif.knobs import KEYS, Prices, Setting, SettingError, profile_of
+from scenarios.whatif.patience import watched
 from scenarios.whatif.setting import clear_for, measure, workload_for
 from sim.device import ProfileError
 from sim.tally import NoNumbersError
@@ -90,7 +91,7 @@ def _effort(setting: Setting) -> float:
 
 def _row(setting: Setting, prices: Prices) -> dict[str, Any]:
     try:
-        return measure(setting, prices)
+        return measure(setting, prices, watched)
     except WorldError as error:
         knobs = {key.field: getattr(setting, key.field) for key in KEYS.values()}
         return knobs | {"error": str(error)}

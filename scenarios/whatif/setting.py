@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -86,13 +87,18 @@ def world_of(setting: Setting, record: bool = True, seed: int = 0) -> WorldConfi
         graph=_graph(setting),
         placement=_placement(setting, len(workload.matrices)),
         steps=setting.steps,
-        # One owner alone takes the same step again and again; several must first fall out of step.
-        warmup=1 if setting.owners > 1 else 0,
+        warmup=warmup_of(setting),
         seed=seed,
         streams=setting.connection == "stream",
         record=record,
         record_owners=1,
     )
+
+
+def warmup_of(setting: Setting) -> int:
+    """Steps that do not count. One owner alone takes the same step again and again; several must
+    first fall out of step."""
+    return 1 if setting.owners > 1 else 0
 
 
 def _graph(setting: Setting) -> nx.Graph:
@@ -124,15 +130,18 @@ def _placement(setting: Setting, matrices: int) -> Placement | None:
 # --- what came out ------------------------------------------------------------------------------
 
 
-def measure(setting: Setting, prices: Prices) -> dict[str, Any]:
+def measure(
+    setting: Setting, prices: Prices, run: Callable[[WorldConfig], WorldResult] = simulate
+) -> dict[str, Any]:
     """Simulate a setting; one row of a what-if table. Raises WorldError, ProfileError.
 
+    run        what simulates
     head_used  differs from the knob where that is `auto`
     """
     if setting.head == "auto":
-        rows = [measure(replace(setting, head=head), prices) for head in HEADS]
+        rows = [measure(replace(setting, head=head), prices, run) for head in HEADS]
         return rows[pays(*(row["step_p50_s"] for row in rows))] | {"head": "auto"}
-    result = simulate(world_of(setting))
+    result = run(world_of(setting))
     knobs = {f.name: getattr(setting, f.name) for f in fields(Setting)}
     return knobs | {"head_used": setting.head} | figures(setting, result, prices)
 

@@ -57,6 +57,7 @@ VALUES: dict[str, tuple[str, str, bool, str]] = {
     "gb_per_million_tokens": ("traffic", "GB per million tokens", False, ".4g"),
     "cost_per_million_tokens": ("cost", "$ per million tokens", False, ".3g"),
     "path_up": ("part of a step that is upload", "", False, ".0%"),
+    "path_latency": ("part of a step that is latency", "", False, ".0%"),
     "private_over_clear": ("speed, private over clear here", "times", True, ".2g"),
 }
 
@@ -88,14 +89,23 @@ class Study:
     def with_sweeps(self, sweeps: Sequence[str], fixed: Sequence[str]) -> Study:
         """The study with `knob=values` and `knob=value` of a command line put over its own."""
         swept, kept = dict(self.sweep), dict(self.fixed)
+        given: set[str] = set()
+
+        def once(name: str) -> None:
+            if name in given:
+                raise SettingError(f"{name} is given twice; say it in one --sweep or one --set")
+            given.add(name)
+
         for text in sweeps:
             name, values = assignment(text)
+            once(name)
             kept.pop(name, None)
             swept[name] = values
         for text in fixed:
             name, values = assignment(text)
             if len(values) != 1:
                 raise SettingError(f"--set {text}: one value; --sweep {text} takes several")
+            once(name)
             swept.pop(name, None)
             kept[name] = values[0]
         return replace(self, sweep=swept, fixed=kept)
@@ -150,6 +160,8 @@ def _study(name: str, facts: dict[str, Any]) -> Study:
         values = _listed(knob, given)
         if len(values) != 1:
             raise SettingError(f"[fixed] {knob}: one value, got {given!r}")
+        if knob in sweep:
+            raise SettingError(f"{knob} is in [fixed] and in [sweep]; leave it in one of them")
         fixed[knob] = values[0]
     return Study(
         str(facts.get("title", name)),

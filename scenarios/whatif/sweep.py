@@ -6,6 +6,7 @@ import csv
 import io
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from tqdm import tqdm
 
 from backends.files import replacing, write_json
 from scenarios import record
+from scenarios.estimate import spoken
 from scenarios.simulated import describe_profile
-from scenarios.whatif.answers import Answer, Row
+from scenarios.whatif import remedies
+from scenarios.whatif.answers import Answer, Row, of
 from scenarios.whatif.checks import too_large_to_draw
-from scenarios.whatif.knobs import KEYS, Prices, profile_of, shown
+from scenarios.whatif.knobs import KEYS, Prices, Setting, profile_of, shown
+from scenarios.whatif.patience import SAID_FROM_S, TRIALS, TRIED_S, expected_s
 from scenarios.whatif.plots import plot_study
 from scenarios.whatif.running import prepare, run_all
 from scenarios.whatif.study import Study
@@ -34,6 +38,8 @@ COLUMNS = (
     ("up", "path_up", "{:.0%}"),
     ("worker", "path_worker", "{:.0%}"),
     ("down", "path_down", "{:.0%}"),
+    ("latency", "path_latency", "{:.0%}"),
+    ("head", "path_head", "{:.0%}"),
     ("idle", "path_idle", "{:.0%}"),
     ("/clear", "private_over_clear", "{:.2g}"),
 )
@@ -106,6 +112,9 @@ class Sweep:
         for name in prepare(self.settings):
             print(f"tracing {name}")
         self.trace_s = time.perf_counter() - start
+        expected = expected_s(self.settings, self._processes)
+        if expected > SAID_FROM_S:
+            print(f"about {spoken(expected)} to simulate")
         results = run_all(self.settings, self.prices, self._processes)
         with tqdm(total=len(self.settings), unit="world", dynamic_ncols=True) as bar:
             try:
@@ -133,6 +142,18 @@ class Sweep:
             "rows": self.rows,
         }  # fmt: skip
 
+    def advice(self, found: Answer) -> list[str]:
+        """What would make the best setting faster, where the answer names one."""
+        good = [row for row in self.rows if "error" not in row]
+        if self.study.answer.get("kind", "effects") != "effects" or not good:
+            return []
+        row = next(r for r in good if all(of(r, knob) == v for knob, v in found.mark.items()))
+        fields = {name: row[name] for name in Setting.__dataclass_fields__}
+        best = replace(Setting(**fields), head=row["head_used"])
+        if TRIALS * expected_s([best]) > TRIED_S:
+            return []
+        return remedies.lines(remedies.remedies(best))
+
     def write(self, found: Answer | None) -> dict[str, Any]:
         """CSV, JSON and, with an answer, the picture; returns the figures."""
         figures = record.told_finite(self.figures())
@@ -159,12 +180,14 @@ class Sweep:
             print(f"no picture: {failed} of {len(self.rows)} settings could not be trained")
 
 
-def print_answer(sweep: Sweep, found: Answer) -> None:
-    """The table, the question, the answer, and what it rests on."""
+def print_answer(sweep: Sweep, found: Answer, advice: Sequence[str] = ()) -> None:
+    """The table, the question, the answer, what would help, and what it rests on."""
     study, prices = sweep.study, sweep.prices
     print(table(study, sweep.rows))
     print(f"\n{study.title}: {study.question}" if study.question else f"\n{study.title}")
     print(f"\n  {found.headline}\n\n{found.text}")
+    if advice:
+        print("\n".join(["From the best setting on,", *advice]))
     rent = "typical rents" if prices.gpu_hour is None else f"${prices.gpu_hour:g}"
     print(
         f"\nPrices: {rent} a GPU hour, rented whole; ${prices.gb_out:g} a GB out of the GPUs' "

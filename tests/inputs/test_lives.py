@@ -44,6 +44,7 @@ from scenarios import report
 from scenarios.llama1b import __main__ as llama1b
 from scenarios.llama1b import run as llama1b_run
 from scenarios.session import one_run, require_room_for_run, stopped_untainted
+from scenarios.texts import Data
 from sim.trace import write_perfetto
 from tests.he.small_model import GROUPS, TAG, quiet, weight_of
 from tests.inputs.full import full
@@ -583,7 +584,7 @@ def test_what_goes_to_no_worker_is_of_the_base_too(tmp_path: Path) -> None:
 
     def begun(base: str) -> Trainer:
         setup: Any = SimpleNamespace(
-            hardware=SimpleNamespace(device="cpu"), sequences=DATA, training=CONFIG,
+            hardware=SimpleNamespace(device="cpu"), data=Data(DATA), training=CONFIG,
             skeleton=SimpleNamespace(remote=SimpleNamespace(forget_lane=lambda: None)),
             base=SimpleNamespace(identity=lambda: base),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from scenarios.whatif.checks import require_sound
 from scenarios.whatif.knobs import Prices, Setting, SettingError, changed, values_of
 from scenarios.whatif.study import Study, load_study, study_names
 from scenarios.whatif.sweep import Sweep
+from sim.trace import PARTS
 from sim.world import WorldError
 
 KEY = {
@@ -144,7 +145,7 @@ def test_an_answer_of_too_few_rows_is_none(tmp_path: Path) -> None:
         {"lanes": s.lanes, "bandwidth_bps": s.bandwidth_bps, "error": "no"} for s in sweep.settings
     ]
     whole = {"cost_per_million_tokens": 1.0} | dict.fromkeys(
-        ("path_owner", "path_up", "path_worker", "path_down", "path_idle"), 0.2
+        (f"path_{part}" for part in PARTS), 0.2
     )
     del rows[0]["error"]
     assert answer(study, [rows[0] | whole, *rows[1:]]).headline == (

@@ -123,9 +123,9 @@ def test_another_run_leaves_the_tokens_of_the_one_that_is_there(
              "--tokens=64", "--sequence=64", f"--cache={tmp_path / 'cache'}"]  # fmt: skip
     args = llama1b.parse(usual)
     setup = run.set_up(args)
-    found = setup.training.settings(len(setup.sequences)) | run.run_settings(args, setup.base)
+    found = setup.training.settings(len(setup.data.train)) | run.run_settings(args, setup.base)
     checkpoints = out / "checkpoints"
-    found |= {"data": data_tag(checkpoints, setup.sequences)}
+    found |= {"data": data_tag(checkpoints, setup.data.train)}
     state = {"step": 1, "losses": [1.0], "gradient_norms": [1.0], "served": []}
     (checkpoints / "step-000001").mkdir()
     place = checkpoints / "step-000001" / "state.json"
