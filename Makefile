@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test check docs peers setup clean
+.PHONY: quickstart test check docs peers benchmark setup clean
 
 quickstart: $(READY)
 	$(BIN)/python -m scenarios.quickstart
@@ -32,6 +32,10 @@ peers: $(READY)
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --constraint constraints.txt numpy tenseal \
 	  concrete-ml-extensions desilofhe
+
+# Everything that the pages quote of a machine like this one; about an hour, goes on where it was.
+benchmark: $(READY)
+	$(BIN)/python -m benchmarks.everything
 
 setup: $(READY)
 
