@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -317,12 +318,12 @@ class Trainer:
             batch = dp.batch(self._sequences)
         parts = torch.split(batch, config.micro_batch)
         predicted = max(1, counted(batch))
-        passes = [pool.submit(self._pass, part, predicted) for part in parts]
+        passes = deque(pool.submit(self._pass, part, predicted) for part in parts)
         total = 0.0
         sums: list[torch.Tensor] | None = None
         try:
-            for future in passes:
-                loss, gradients = future.result()
+            while passes:  # a pass holds its gradients
+                loss, gradients = passes.popleft().result()
                 total += loss
                 if sums is None:
                     sums = list(gradients)
