@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from backends.errors import Interrupted
+from backends.interrupts import leave_terminal
 from backends.ledger import TaintedError, WorkerLedger
 from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
@@ -406,19 +407,30 @@ def _lanes(pool: Executor) -> Iterator[Executor]:
 
 @contextmanager
 def stop_on_interrupt(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once."""
+    """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once.
+
+    So does a terminal that is closed, but where that is ignored, as by nohup. It is often told
+    twice: that is no second wish.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         if stop.is_set():
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         stop.set()
         on_stop()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
     finally:

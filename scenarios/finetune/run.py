@@ -33,6 +33,7 @@ from backends.nn.sources import Base
 from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, TrainingInterrupted
 from backends.options import STEPS
+from backends.places import named
 from backends.session import Usage
 from scenarios import record
 from scenarios.dp import dp_figures, dp_of, dp_plan, require_dp
@@ -427,7 +428,7 @@ class Finetune:
 
     def _page(self) -> Content:
         args = self.args
-        name = Path(args.weights).expanduser()
+        name = named(args.weights)
         model = name.resolve().name if name.exists() else args.weights
         title = f"Private fine-tuning of {model} on {args.data.resolve().name}"
         return content_of(title, self.figures, preset(args.preset), self.watch)
