@@ -44,6 +44,7 @@ from backends.nn.selfcheck import require_faithful
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 from backends.nn.sources import Base, HeldBase
 from backends.nn.trainer import TrainConfig, Trainer
+from backends.places import PlaceError
 from backends.session import Session, Usage, Workers, opened
 
 
@@ -70,8 +71,18 @@ class Public:
 
 
 def cache_directory() -> Path:
-    """Where prepared models are kept: $XDG_CACHE_HOME/private-lora, or ~/.cache/private-lora."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "private-lora"
+    """Where prepared models are kept: $XDG_CACHE_HOME/private-lora, or ~/.cache/private-lora.
+
+    Raises PlaceError for a user without a home.
+    """
+    try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise PlaceError(
+            "this user has no home directory to keep prepared models in; name another place, or "
+            "set XDG_CACHE_HOME"
+        ) from error
+    return place / "private-lora"
 
 
 def place_of(

@@ -140,7 +140,10 @@ def named(text: str | Path) -> Path:
     except UnicodeEncodeError as error:
         raise PlaceError(f"{_shown(name)} is no name in UTF-8; name another place") from error
     except RuntimeError as error:  # ~ of nobody
-        raise PlaceError(f"{_shown(name)}: {error}") from error
+        raise PlaceError(
+            f"{_shown(name)}: the home directory that ~ stands for is not known here; write the "
+            "path out"
+        ) from error
 
 
 def _make(path: Path, made: list[Path]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from backends.he.params import preset
 from backends.nn.dp import (
     CLIP,
+    LEAST_DELTA,
     DifferentialPrivacy,
     DpError,
     expected,
@@ -29,8 +30,8 @@ def add_dp_options(parser: argparse.ArgumentParser) -> None:
         "--preset exact (docs/dp.md)",
     )  # fmt: skip
     parser.add_argument(
-        "--dp-delta", type=Number(1e-30, 0.1), metavar="D",
-        help="its delta, below 1/n for n sequences (n^-1.1)",
+        "--dp-delta", type=Number(LEAST_DELTA, 0.1), metavar="D",
+        help=f"its delta, from {LEAST_DELTA:g}, below 1/n for n sequences (n^-1.1)",
     )  # fmt: skip
     parser.add_argument(
         "--dp-clip", type=Number(1e-9, 1e9), metavar="C",

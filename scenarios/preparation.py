@@ -27,7 +27,7 @@ from backends.nn.base import open_base
 from backends.nn.skeleton import LEAST_REMOTE, Skeleton, build_skeleton
 from backends.nn.sources import Base, RandomBase
 from backends.options import Number, place
-from backends.places import named, output_directory
+from backends.places import PlaceError, named, output_directory
 from backends.units import human_bytes
 from scenarios.estimate import Shape
 from scenarios.head import CHOICES, decided
@@ -110,6 +110,10 @@ def weights_text(text: str) -> str:
     not set, is neither.
     """
     place(text)
+    try:
+        named(text)
+    except PlaceError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -335,7 +335,8 @@ def train_with_bar(
             bar.write(why)
 
         def on_stop() -> None:  # in a signal's handler, amid whatever the bar prints
-            os.write(2, _FINISHING)
+            with suppress(OSError):  # nobody is there to read it
+                os.write(2, _FINISHING)
 
         if trace is None:
             return trainer.train(on_step, on_return, on_stop)
