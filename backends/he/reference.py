@@ -24,12 +24,12 @@ from backends.he.interface import (
     Payload,
     UnguardedError,
     WorkerCipher,
+    check_input,
     unchecked,
 )
 from backends.he.mlwe_owner import (
     ERROR_BYTES,
     WIDE,
-    check_input,
     token_scales,
 )
 from backends.he.params import ERROR_BOUND, MODULUS_BITS, NTT_PRIME, RING_DEGREE, Parameters
