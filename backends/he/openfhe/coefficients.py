@@ -1,8 +1,8 @@
 """OpenFHE's ciphertexts as numbers, and back: what travels is coefficients and nothing else.
 
 OpenFHE's own format has lengths, pointers and a whole crypto context in it, and its reader trusts
-them: a few wrong bytes make it ask for any amount of memory. So nothing that came off a wire is ever
-given to it. Each side has one ciphertext of its own written out once; of what arrives the
+them: a few wrong bytes make it ask for any amount of memory. So nothing that came off a wire is
+ever given to it. Each side has one ciphertext of its own written out once; of what arrives the
 coefficients are taken, mod q, and put into the place of those, and only that is read.
 
     a ciphertext's bytes    uint64[2, 2048], little endian: both polynomials
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from backends.he.openfhe.library import OpenFheError, openfhe
 
 _TAG = "private-lora"
-"""Of every key: OpenFHE writes it into ciphertexts, where a tag of its own would tell keys apart."""
+"""Of every key: OpenFHE writes it into ciphertexts, where one of its own would tell keys apart."""
 _WORD = 8
 
 
@@ -43,14 +43,12 @@ class CiphertextForm:
     """
 
     def __init__(self, context: Any, zero: Any, ring: int) -> None:
-        self._ring = ring
+        self._context, self._ring = context, ring
         self.nbytes = 2 * ring * _WORD
-        self._template = _written(context.Encrypt(fresh_key(context), zero))
-        places, self.modulus = self._find(self._template)
-        self._layouts = {len(self._template): places}
-        # One that was read has a context with more in it than one that was made.
-        again = _written(self.ciphertext(np.zeros((2, ring), np.uint64)))
-        self._layouts[len(again)], _ = self._find(again)
+        made = context.Encrypt(fresh_key(context), zero)
+        self._template = _written(made)
+        self._places, self.modulus = self._find(self._template)
+        self._nothing = context.EvalSub(made, made)
 
     def _find(self, data: bytes) -> tuple[list[int], int]:
         """Where each polynomial begins: behind its length, followed by the modulus.
@@ -78,15 +76,17 @@ class CiphertextForm:
         return places, moduli.pop()
 
     def coefficients(self, ciphertext: Any) -> NDArray[np.uint64]:
-        """uint64[2, ring] of a ciphertext of this context."""
+        """uint64[2, ring] of a ciphertext that this context made."""
         data = _written(ciphertext)
-        places = self._layouts[len(data)]
-        return np.stack([np.frombuffer(data, "<u8", self._ring, place) for place in places])
+        assert len(data) == len(self._template)
+        return np.stack([np.frombuffer(data, "<u8", self._ring, place) for place in self._places])
 
     def ciphertext(self, coefficients: NDArray[np.uint64]) -> Any:
         """A ciphertext with uint64[2, ring], each taken mod q."""
         data, fhe = bytearray(self._template), openfhe()
         residues = (coefficients % np.uint64(self.modulus)).astype("<u8")
-        for place, polynomial in zip(self._layouts[len(data)], residues, strict=True):
+        for place, polynomial in zip(self._places, residues, strict=True):
             data[place : place + self._ring * _WORD] = polynomial.tobytes()
-        return fhe.DeserializeCiphertextString(bytes(data), fhe.BINARY)
+        read = fhe.DeserializeCiphertextString(bytes(data), fhe.BINARY)
+        # What is read brings parameters of its own, with which every sum takes five times as long.
+        return self._context.EvalAdd(self._nothing, read)

@@ -1,10 +1,10 @@
 """The owner's half over OpenFHE: a key for every block, one ciphertext for every input.
 
-Encryption is with the secret key, which is never used again: its noise is smaller, and no public key
-exists. Keys and noise are of OpenFHE's own generator, which seeds itself from the operating system
-and takes no seed: ciphertexts cannot be reproduced, not even in a simulation. `simulated_randomness`
-speaks of what this project draws, the rows of the check. A key's memory is freed when its request
-has ended; that OpenFHE overwrites it, nobody promises.
+Encryption is with the secret key, which is never used again: its noise is smaller, and the public
+key that comes with it is thrown away. Keys and noise are of OpenFHE's own generator, which seeds
+itself from the operating system and takes no seed: ciphertexts cannot be reproduced, not even in a
+simulation. `simulated_randomness` speaks of what this project draws, the rows of the check. A key's
+memory is freed when its request has ended; that OpenFHE overwrites it, nobody promises.
 """
 
 from __future__ import annotations

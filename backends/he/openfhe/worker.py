@@ -47,10 +47,8 @@ class OpenFheWorker(WorkerCipher):
 
     def _sum(self, ciphertexts: list[Any], factors: list[int]) -> Any:
         """The sum of whole numbers times ciphertexts."""
-        multiply, add = (
-            self._scheme.context.EvalMultNoCheck,
-            self._scheme.context.EvalAddInPlaceNoCheck,
-        )
+        context = self._scheme.context
+        multiply, add = context.EvalMultNoCheck, context.EvalAddInPlaceNoCheck
         total = multiply(ciphertexts[0], factors[0])
         for ciphertext, factor in zip(ciphertexts[1:], factors[1:], strict=True):
             add(total, multiply(ciphertext, factor))
