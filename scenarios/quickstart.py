@@ -357,8 +357,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--trace", type=output_file, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
     add("--scheme", default=SCHEMES[0], choices=SCHEMES,
-        help="cipher: this project's own (mlwe), or OpenFHE's to compare with, which takes some "
-        "thousand times as long; see docs/extend.md")  # fmt: skip
+        help="cipher: this project's own (mlwe), or OpenFHE's to compare with, which takes minutes "
+        "a step; see docs/extend.md")  # fmt: skip
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)
