@@ -1,7 +1,7 @@
 """A small model fine-tuned through every scheme and in clear, over the whole protocol.
 
-    python -m benchmarks.openfhe_training --json F              clear, mlwe, OpenFHE's BFV and CKKS
-    python -m benchmarks.openfhe_training --schemes mlwe        what needs no OpenFHE
+    python -m benchmarks.openfhe_training --json F         clear, mlwe, OpenFHE's BFV and CKKS
+    python -m benchmarks.openfhe_training --schemes mlwe   what needs no OpenFHE
 
 A Llama of two layers with random weights and the quickstart's tokenizer learns the quickstart's
 text: few enough weights for a scheme that takes tens of microseconds for each of them. All runs
@@ -122,10 +122,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, "benchmarks.openfhe_training")
-    parser.add_argument(
-        "--schemes", nargs="+", choices=SCHEMES, default=SCHEMES, help="which (all)"
-    )
-    parser.add_argument("--steps", type=STEPS, default=8, help="of 4 x 256 tokens (8)")
+    add = parser.add_argument
+    add("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES, help="which (all)")
+    add("--steps", type=STEPS, default=8, help="of 4 x 256 tokens (8)")
     record.add_json_option(parser)
     return parser.parse(arguments)
 

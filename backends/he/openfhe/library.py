@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,10 +19,6 @@ class OpenFheError(UserError, RuntimeError):
 @cache
 def openfhe() -> Any:
     """The module. Raises OpenFheError when this interpreter cannot load it."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    # With one modulus there is nothing that its threads could share: they would only wait for each
-    # other, up to a hundred times as long as the work takes. Read when its OpenMP is loaded.
-    os.environ["OMP_NUM_THREADS"] = "1"
     try:
         return importlib.import_module("openfhe")
     except ImportError as error:
@@ -30,8 +28,25 @@ def openfhe() -> Any:
             "(glibc++ of Debian 12 and later) and 3.12 (of Ubuntu 24.04 and later): install the "
             "extra `openfhe` in one of these, or leave --scheme at mlwe"
         ) from error
+
+
+@cache
+def _openmp() -> Any:
+    """The OpenMP that OpenFHE runs on: its own, or torch's where that was loaded before."""
+    return ctypes.CDLL(importlib.import_module("openfhe.openfhe").__file__)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, what this thread asks of OpenFHE is computed in it.
+
+    With one modulus there is nothing to share. OpenMP's other threads would only be waited for, on
+    busy cores a hundred times as long as the work takes.
+    """
+    library = _openmp()
+    before = library.omp_get_max_threads()
+    library.omp_set_num_threads(1)
+    try:
+        yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        library.omp_set_num_threads(before)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from backends.he.entropy import Entropy
 from backends.he.integrity import Float64Array
 from backends.he.openfhe.coefficients import fresh_key
+from backends.he.openfhe.library import one_thread
 from backends.he.openfhe.scheme import OpenFheScheme, scheme
 from backends.he.scaled import ScaledOwner
 
@@ -33,6 +34,7 @@ class OpenFheOwner(ScaledOwner):
         self._exact = self._scheme.noise == 0
         self._count_lock = threading.Lock()
 
+    @one_thread()
     def _seal(self, message: Float64Array) -> tuple[NDArray[np.uint8], Any]:
         context, form = self._scheme.context, self._scheme.form
         tokens, inputs = message.shape
@@ -54,6 +56,7 @@ class OpenFheOwner(ScaledOwner):
             return context.MakePackedPlaintext(values.astype(np.int64))
         return context.MakeCKKSPackedPlaintext(values / self._scheme.scale)
 
+    @one_thread()
     def _open(self, key: Any, answer: NDArray[np.uint8], tokens: int, outputs: int) -> Float64Array:
         form, size = self._scheme.form, self._scheme.packing.block_tokens
         words = answer.view("<u8").reshape(len(key), outputs, 2, -1)

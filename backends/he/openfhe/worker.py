@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.interface import Payload, WorkerCipher
+from backends.he.openfhe.library import one_thread
 from backends.he.openfhe.scheme import scheme
 from backends.he.wire import Format
 
@@ -28,6 +29,7 @@ class OpenFheWorker(WorkerCipher):
     def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> NDArray[np.int64]:
         return (weight if forward else weight.T).astype(np.int64) + _SHIFT
 
+    @one_thread()
     def multiply(
         self, payload: Payload, tokens: int, matrix: NDArray[np.int64]
     ) -> NDArray[np.uint8]:
