@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from backends.he.conformance import CHECKS
+from backends.session import SCHEMES
 from docs import generate_figures
 from scenarios.whatif.checks import require_sound
 from scenarios.whatif.study import load_study
@@ -189,3 +190,16 @@ def test_the_page_has_every_check_of_the_suite() -> None:
         assert check.__doc__ is not None
         first = check.__doc__.partition("\n")[0]
         assert f"| `{check.__name__}` | {first} |" in page
+
+
+def test_openfhe_trains_as_clear_does() -> None:
+    """The table of extend.md is the recorded run's, whose losses agree within half a per cent."""
+    page = (DOCS / "extend.md").read_text()
+    runs = json.loads((RESULTS / "openfhe-training.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == ["clear", *SCHEMES]
+    for run in runs:
+        away = run["final_loss"] / runs[0]["final_loss"] - 1
+        assert abs(away) < 0.005
+        assert run["final_loss"] < runs[0]["base_loss"]
+        cells = run["name"], f"{run['final_loss']:.4f}", f"{run['gradient_norm_ratio']:.4f}"
+        assert f"| {' | '.join(cells)} |" in page
