@@ -28,7 +28,7 @@ from backends.nn.texts import RUN_FILES, RUN_FOLDERS
 from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.options import ALL, Modes, place
 from backends.places import PlaceError, output_directory, require_room, taken_bytes
-from backends.session import HERE, Session, Usage, Workers, opened
+from backends.session import HERE, SCHEMES, Session, Usage, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.line import LineWatch, waits_for, watched
 from scenarios.probe import LineProbe, Prober
@@ -201,10 +201,12 @@ def private_session(
     hint_bytes: int | None = None,
     ledger: WorkerLedger | None = None,
     workers: Workers = HERE,
+    scheme: str = SCHEMES[0],
 ) -> Iterator[PrivateSession]:
     """A session (see `opened`) whose line is watched, and probed before it is used.
 
-    trace  is told who did what when
+    trace   is told who did what when
+    scheme  see `opened`
     """
     watch, known = LineWatch(), []
 
@@ -218,7 +220,16 @@ def private_session(
             known[0].probe(prepared, skeleton.unasked)
 
     with opened(
-        skeleton, prepared, lanes, hooks, hardware, hint_bytes, ledger, workers, first=first
+        skeleton,
+        prepared,
+        lanes,
+        hooks,
+        hardware,
+        hint_bytes,
+        ledger,
+        workers,
+        first=first,
+        scheme=scheme,
     ):
         yield known[0]
 
