@@ -62,4 +62,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(OPENFHE) runs build/site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OPENFHE) .venv-peers runs build/site .mypy_cache .ruff_cache .pytest_cache .hypothesis
