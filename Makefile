@@ -5,10 +5,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# OpenFHE's wheels are for two interpreters only, so it has an environment of its own, without torch.
+OPENFHE ?= .venv-openfhe
+OPENFHE_PYTHON ?= $(firstword $(wildcard /usr/bin/python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test check docs peers setup clean
+.PHONY: quickstart test openfhe check docs peers benchmark setup clean
 
 quickstart: $(READY)
 	$(BIN)/python -m scenarios.quickstart
@@ -16,6 +19,19 @@ quickstart: $(READY)
 # A file's tests share what they set up, so a file goes to one process.
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@if [ -e $(OPENFHE)/.ready ]; then $(OPENFHE)/bin/python -m pytest tests/openfhe; \
+	else echo "OpenFHE: its tests were skipped; make openfhe makes the environment they run in"; fi
+
+openfhe: $(OPENFHE)/.ready
+
+$(OPENFHE)/.ready: pyproject.toml constraints.txt
+	@test -n "$(OPENFHE_PYTHON)" || { echo "OpenFHE: no CPython 3.10 found; name one by \
+	make openfhe OPENFHE_PYTHON=..."; exit 1; }
+	$(OPENFHE_PYTHON) -m venv $(OPENFHE)
+	$(OPENFHE)/bin/pip install --quiet --constraint constraints.txt openfhe numpy numba cryptography \
+	  pytest pytest-timeout
+	$(OPENFHE)/bin/python -c "import openfhe"
+	touch $(OPENFHE)/.ready
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -33,6 +49,10 @@ peers: $(READY)
 	.venv-peers/bin/pip install --quiet --constraint constraints.txt numpy tenseal \
 	  concrete-ml-extensions desilofhe
 
+# Everything that the pages quote of a machine like this one; about an hour, goes on where it was.
+benchmark: $(READY)
+	$(BIN)/python -m benchmarks.everything
+
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -42,4 +62,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build/site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OPENFHE) .venv-peers runs build/site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,6 +12,9 @@ CLIP = 0.1
 """What a sequence's gradient may weigh, with differential privacy. Small enough that nearly every
 one is clipped, as Li et al. (2022) advise for language models: Adam takes no notice of the scale,
 and the noise goes with it."""
+LEAST_DELTA = 1e-10
+"""The accountant cuts tails of losses off and adds what was in them to delta: up to some 1e-12 in
+long runs. A delta near that finds an epsilon that is true, and many times too large, or none."""
 HELD_OUT = 0.05
 """Share of the documents that are not trained on."""
 FLOATS = ("fp32", "bf16")

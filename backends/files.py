@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -265,18 +266,32 @@ def replacing_directory(path: Path) -> Iterator[Path]:
                     with file.open("rb") as opened:
                         os.fsync(opened.fileno())
             sync_directory(aside)
-            if path.exists():
-                # A directory cannot be replaced in one step; the old one goes last.
-                old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
-                path.rename(old)
-                aside.rename(path)
-                shutil.rmtree(old)
-            else:
-                aside.rename(path)
+            _take_place(aside, path)
             sync_directory(path.parent)
         finally:
             os.close(descriptor)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_place(aside: Path, path: Path) -> None:
+    """Rename onto a directory, which cannot be done in one step; the old one goes last.
+
+    Whoever else does so at the same time may come between the steps: the last one stays.
+    """
+    former = []
+    while True:
+        try:
+            aside.rename(path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
+        with suppress(FileNotFoundError):
+            path.rename(old)
+            former.append(old)
+    for old in former:
+        shutil.rmtree(old)
 
 
 def remove_directory(path: Path) -> None:

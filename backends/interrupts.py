@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
+from contextlib import suppress
 from types import FrameType
 
 INTERRUPTED = 130
@@ -20,6 +22,16 @@ def end_while_loading() -> None:
     ours = threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
+
+
+def leave_terminal() -> None:
+    """Have nothing written to a terminal that is gone: every print would raise."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

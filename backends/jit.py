@@ -11,14 +11,23 @@ one process at a time.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 from numba import njit
-from numba.core.caching import FunctionCache
+from numba.core.caching import (
+    CompileResultCacheImpl,
+    FunctionCache,
+    InTreeCacheLocator,
+    UserProvidedCacheLocator,
+    UserWideCacheLocator,
+)
 
 try:
     import fcntl
@@ -39,8 +48,26 @@ def _digest() -> str:
 _DIGEST = _digest()  # when this module is imported, hence of the code that this process runs
 
 
+log = logging.getLogger(__name__)
+
+
+class _AtHome(UserWideCacheLocator):  # type: ignore[misc]
+    """Numba's place in the home directory, where there is one: else it would make one named `~`."""
+
+    @classmethod
+    def from_function(cls, function: Any, file: Any) -> Any:
+        known = os.path.isabs(os.path.expanduser("~"))
+        return super().from_function(function, file) if known else None
+
+
+class _Places(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (UserProvidedCacheLocator, InTreeCacheLocator, _AtHome)
+
+
 class _Cache(FunctionCache):  # type: ignore[misc]
     """Numba's cache, filled by one process at a time."""
+
+    _impl_class = _Places
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -85,6 +112,17 @@ def specialised(function: Callable[..., Any], case: str, **names: Any) -> Callab
 def _compiled(function: Callable[..., Any], fast: set[str] | None = None) -> Callable[..., Any]:
     function.__qualname__ = f"{function.__qualname__}-{_DIGEST}"
     compiled: Any = njit(nogil=True, fastmath=fast or False)(function)
-    compiled._cache = _Cache(function)
+    try:
+        compiled._cache = _Cache(function)
+    except RuntimeError:  # neither this install nor a home can be written to
+        _say_once()
     result: Callable[..., Any] = compiled
     return result
+
+
+@cache
+def _say_once() -> None:
+    log.warning(
+        "no place is found to keep compiled kernels, so that each start compiles them anew; name a "
+        "directory of your own with NUMBA_CACHE_DIR"
+    )

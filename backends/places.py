@@ -32,8 +32,18 @@ class PlaceError(UserError, argparse.ArgumentTypeError):
 
 
 def cache_directory() -> Path:
-    """Where prepared models are kept: $XDG_CACHE_HOME/private-lora, or ~/.cache/private-lora."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "private-lora"
+    """Where prepared models are kept: $XDG_CACHE_HOME/private-lora, or ~/.cache/private-lora.
+
+    Raises PlaceError for a user without a home.
+    """
+    try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise PlaceError(
+            "this user has no home directory to keep prepared models in; name another place, or "
+            "set XDG_CACHE_HOME"
+        ) from error
+    return place / "private-lora"
 
 
 def output_directory(text: str | Path) -> Path:
@@ -145,7 +155,10 @@ def named(text: str | Path) -> Path:
     except UnicodeEncodeError as error:
         raise PlaceError(f"{_shown(name)} is no name in UTF-8; name another place") from error
     except RuntimeError as error:  # ~ of nobody
-        raise PlaceError(f"{_shown(name)}: {error}") from error
+        raise PlaceError(
+            f"{_shown(name)}: the home directory that ~ stands for is not known here; write the "
+            "path out"
+        ) from error
 
 
 def _make(path: Path, made: list[Path]) -> None:

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
+from backends.errors import UserError
 from backends.hardware import CPU, Hardware
 from backends.he.interface import Exactness, OwnerCipher, OwnerMatrix, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
+from backends.he.openfhe import NAMES as OPENFHE
+from backends.he.openfhe.library import openfhe
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.memory import give_back, keep_one_heap
@@ -145,10 +148,41 @@ class Session:
         self._client.linear(matrix, ones.numpy() if ones.device.type == "cpu" else ones)
 
 
+SCHEMES = ("mlwe", *OPENFHE)
+"""Ciphers by name: this project's own, and those it can be compared with in a whole run."""
+
+
+class SchemeError(UserError, ValueError):
+    """A cipher was chosen where it cannot run; the text says where it can."""
+
+
+def require_scheme(scheme: str, hardware: Hardware, workers: Workers) -> None:
+    """Raise SchemeError or OpenFheError where a session with this cipher cannot be had."""
+    if scheme == SCHEMES[0]:
+        return
+    if workers.addresses or hardware.gpu is not None:
+        raise SchemeError(
+            f"{scheme} is here to be compared with, on this machine's CPU, with the worker in this "
+            f"process; leave --worker out, or the scheme at {SCHEMES[0]}"
+        )
+    openfhe()
+
+
 def make_ciphers(
-    prepared: PreparedModel, hardware: Hardware, hint_bytes: int | None, workers: Workers
-) -> tuple[OwnerCipher, list[WorkerCipher]]:
-    """The owner's half, where `hardware` says, and beside it the worker's when it is here."""
+    prepared: PreparedModel, hardware: Hardware, hint_bytes: int | None, workers: Workers,
+    scheme: str = SCHEMES[0],
+) -> tuple[OwnerCipher, list[WorkerCipher]]:  # fmt: skip
+    """The owner's half, where `hardware` says, and beside it the worker's when it is here.
+
+    Raises what `require_scheme` does.
+    """
+    require_scheme(scheme, hardware, workers)
+    if scheme != SCHEMES[0]:
+        # Only here: who does without it need not have it.
+        from backends.he.openfhe.owner import OpenFheOwner
+        from backends.he.openfhe.worker import OpenFheWorker
+
+        return OpenFheOwner(scheme), [OpenFheWorker(scheme)]
     parameters, public = prepared.parameters, prepared.public_matrix()
     assert parameters is not None
     elsewhere = bool(workers.addresses)
@@ -177,6 +211,7 @@ def opened(
     workers: Workers = HERE,
     keep_bytes: int = 0,
     first: Callable[[Session], None] = lambda session: None,
+    scheme: str = SCHEMES[0],
 ) -> Iterator[Session]:
     """Connects the skeleton's remote linears to workers under real encryption.
 
@@ -186,13 +221,14 @@ def opened(
     ledger      who serves and who was caught, shared with whoever trains
     keep_bytes  memory for activations that do not change (`kept_activations`); 0 keeps none
     first       is called when the session works, before anything rests on it
+    scheme      one of SCHEMES; any but the first takes of the prepared model its weights alone
 
-    Raises what `backends.net.remote.connected` does, and CannotKeepError.
+    Raises what `make_ciphers` and `backends.net.remote.connected` do, and CannotKeepError.
     """
-    owner, here = make_ciphers(prepared, hardware, hint_bytes, workers)
+    owner, here = make_ciphers(prepared, hardware, hint_bytes, workers, scheme)
     prepared.guard(owner)
-    assert prepared.parameters is not None
-    audit = Audit(MlweWorker(), prepared.worker_matrices())
+    honest = MlweWorker() if owner.packing is None else here[0]
+    audit = Audit(honest, prepared.worker_matrices())
     with ExitStack() as stack:
         kept = None
         if keep_bytes:

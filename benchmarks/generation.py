@@ -60,8 +60,8 @@ def token_bytes(name: str) -> dict[str, int]:
     """Bytes of one generated token of MODEL under a preset, its head local."""
     work = trace_step(model_config(MODEL), 2, preset=name)
     forward = [work.matrices[index] for index in range(0, len(work.matrices), 2)]
-    up = sum(shape.up_bytes_per_token for shape in forward)
-    down = sum(shape.down_bytes_per_token for shape in forward)
+    up = sum(shape.up_bytes(1) for shape in forward)
+    down = sum(shape.down_bytes(1) for shape in forward)
     empty = bytes(SESSION_BYTES)
     frames = len(encode(Multiply(empty, 1, 0, 1, b""))) + len(encode(Product(empty, 1, b"")))
     around = frames * len(forward)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.table import rows as gpu_rows
+from docs import comparison_figures as comparison
 from docs.pages import between, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES, GPU_FIGURES, NOISE_FIGURES = "figures", "figures of a GPU", "figures of noise"
-THIN_FIGURES = "figures of thin ciphertexts"
+THIN_FIGURES, TRAINING_FIGURES = "figures of thin ciphertexts", "figures of training"
 """Names of a page's generated parts, in their markers."""
 
 
@@ -36,6 +37,11 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
             FIGURES: (quickstart, layer, llama, simulated),
         },
         ROOT / "docs" / "cipher.md": {FIGURES: (noise,)},
+        ROOT / "docs" / "comparison.md": {
+            FIGURES: (comparison.peers,),
+            TRAINING_FIGURES: (comparison.training,),
+        },
+        ROOT / "docs" / "machines.md": {FIGURES: (comparison.machines,)},
         ROOT / "docs" / "design.md": {
             GPU_FIGURES: (gpu_table, gpu_step, gpu_owner),
             FIGURES: (transport, two_processes),

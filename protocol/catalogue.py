@@ -12,23 +12,40 @@ from protocol.messages import DIGEST_BYTES, MAX_BODY_BYTES, OVERHEAD_BYTES
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """One direction of one frozen linear group."""
+    """One direction of one frozen linear group.
+
+    block_tokens  that travel together: fewer in a last block take as many bytes as all of one
+    """
 
     name: str
     in_features: int
     out_features: int
-    up_bytes_per_token: int
-    down_bytes_per_token: int
+    up_bytes_per_block: int
+    down_bytes_per_block: int
+    block_tokens: int = 1
 
     def __post_init__(self) -> None:
         for value in (
             self.in_features,
             self.out_features,
-            self.up_bytes_per_token,
-            self.down_bytes_per_token,
+            self.up_bytes_per_block,
+            self.down_bytes_per_block,
+            self.block_tokens,
         ):
             if value < 1:
                 raise ValueError(f"matrix {self.name!r}: sizes are at least 1")
+
+    def blocks(self, tokens: int) -> int:
+        """Of so many tokens."""
+        return -(-tokens // self.block_tokens)
+
+    def up_bytes(self, tokens: int) -> int:
+        """Payload bytes of a request."""
+        return self.up_bytes_per_block * self.blocks(tokens)
+
+    def down_bytes(self, tokens: int) -> int:
+        """Payload bytes of an answer."""
+        return self.down_bytes_per_block * self.blocks(tokens)
 
 
 @dataclass(frozen=True)
@@ -46,14 +63,14 @@ class Catalogue:
 
     def largest_frame(self, tokens: int) -> int:
         """Bytes that no frame of either side exceeds, requests having at most so many tokens."""
-        most = max(max(m.up_bytes_per_token, m.down_bytes_per_token) for m in self.matrices)
-        return OVERHEAD_BYTES + most * tokens
+        most = max(max(m.up_bytes(tokens), m.down_bytes(tokens)) for m in self.matrices)
+        return OVERHEAD_BYTES + most
 
     def tokens_max(self, matrix: int) -> int:
         """Tokens of one request whose frame, and whose answer's, can be encoded."""
         shape = self.matrices[matrix]
-        per_token = max(shape.up_bytes_per_token, shape.down_bytes_per_token)
-        return (MAX_BODY_BYTES - OVERHEAD_BYTES) // per_token
+        per_block = max(shape.up_bytes_per_block, shape.down_bytes_per_block)
+        return (MAX_BODY_BYTES - OVERHEAD_BYTES) // per_block * shape.block_tokens
 
     def both_bytes(self, matrix: int, tokens: int) -> int:
         """Payload bytes of a request and its answer together."""
@@ -61,8 +78,8 @@ class Catalogue:
 
     def up_bytes(self, matrix: int, tokens: int) -> int:
         """Payload bytes of a request."""
-        return self.matrices[matrix].up_bytes_per_token * tokens
+        return self.matrices[matrix].up_bytes(tokens)
 
     def down_bytes(self, matrix: int, tokens: int) -> int:
         """Payload bytes of an answer."""
-        return self.matrices[matrix].down_bytes_per_token * tokens
+        return self.matrices[matrix].down_bytes(tokens)

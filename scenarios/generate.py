@@ -53,7 +53,7 @@ from backends.session import Session, Workers, opened
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.options import add_preparation_options, add_worker_options
+from scenarios.options import add_preparation_options, add_worker_options, weights_text
 from scenarios.preparation import chosen_skeleton, prepared_for
 from scenarios.quickstart import BASE
 from scenarios.session import (
@@ -297,7 +297,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, "scenarios.generate", MODES)
     add = parser.add_argument
-    add("--model", "--weights", dest="weights", type=_base, default=str(BASE),
+    add("--model", "--weights", dest="weights", type=weights_text, default=str(BASE),
         metavar="DIR|FILE|ID",
         help="checkpoint: a directory, a GGUF file, or an id of the hub (the small Llama of this "
         "repository)")  # fmt: skip
@@ -321,11 +321,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_kernel_option(parser)
     record.add_json_option(parser)
     return parser.parse(arguments)
-
-
-def _base(text: str) -> str:
-    place(text)
-    return text
 
 
 def main() -> None:

@@ -15,6 +15,10 @@ from protocol.events import Effect, Event, FrameArrived, Send
 from protocol.messages import LocalFrame
 from sim.frames import call_of
 
+_UNDER_WAY_MAX = 4096
+"""Calls at once, of lanes and what their requests are split into: hundreds at most. Of those whose
+answer never comes, the oldest are forgotten."""
+
 
 @dataclass
 class LineWatch:
@@ -40,6 +44,8 @@ class LineWatch:
                     call = _call(effect.frame)
                     if call:
                         self._sent.setdefault(call, now)
+            while len(self._sent) > _UNDER_WAY_MAX:
+                del self._sent[next(iter(self._sent))]
 
 
 def _call(frame: bytes | bytearray | memoryview) -> int:

@@ -14,12 +14,14 @@ transformers, and is what llama.cpp's converter takes:
     python convert_hf_to_gguf.py merged --outfile merged.gguf
 
 An adapter of another model is refused: by the names and shapes of its numbers, and, where it names
-a base that is on this machine, by that base's files.
+another base that is on this machine (a directory, or what was downloaded of a hub's id), by that
+base's files. Where those cannot be compared, a line says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -36,15 +39,17 @@ from backends.errors import UserError
 from backends.files import replacing_directory
 from backends.nn.adapters import base_name, load_adapter, stated_base
 from backends.nn.base import Checkpoint, open_base
+from backends.nn.checkpoint_files import weight_files
 from backends.nn.sources import first_line
 from backends.options import ALL, Modes, Parser, place
-from backends.places import replaced_directory, require_room
+from backends.places import PlaceError, named, replaced_directory, require_room
 from backends.units import human_bytes
 from scenarios import record
 from scenarios.cli import clean_exit, one_line
 from scenarios.options import weights_text
 
 DTYPES = ("float32", "bfloat16", "float16")
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 TOKENIZER_FILES = (
     "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*",
@@ -77,8 +82,9 @@ def merge(
     _require_plain(weights, base)
     base.tokenizer()
     _require_own(base, adapter, weights)
-    size = sum(file.stat().st_size for file in base.directory.glob("*.safetensors"))
-    require_room(into, size, "the merged model", "choose another place with --into")
+    less = "" if dtype is None or dtype.itemsize == 2 else ", or leave --dtype out"
+    needed = _bytes_in(weight_files(base.directory), dtype)
+    require_room(into, needed, "the merged model", f"choose another place with --into{less}")
     model = _loaded(base, dtype)
     wrapped = load_adapter(model, adapter)
     _require_untied(wrapped)
@@ -95,7 +101,7 @@ def merge(
 
 
 def _require_plain(weights: str, base: Checkpoint) -> None:
-    if Path(weights).expanduser().is_file() or getattr(base.config, "quantization_config", None):
+    if named(weights).is_file() or getattr(base.config, "quantization_config", None):
         raise MergeError(
             f"{weights} is quantised: adding an adapter to rounded numbers would lose most of it; "
             "give the checkpoint in floating point that it was made from"
@@ -103,23 +109,50 @@ def _require_plain(weights: str, base: Checkpoint) -> None:
 
 
 def _require_own(base: Checkpoint, adapter: Path, weights: str) -> None:
-    """Raises MergeError when the base that an adapter names is here, and another one."""
-    named = stated_base(adapter)
-    if named is None or named in (weights, base_name(weights)):
+    """Raises MergeError when the base that an adapter names is here, and another one.
+
+    What cannot be known is said: a name is no proof of which files an adapter was trained on.
+    """
+    stated = stated_base(adapter)
+    if stated is None:
+        print("the adapter names no base; only names and shapes of its numbers were compared")
         return
-    try:
-        other = Path(named).expanduser()
-        here = (other / "config.json").is_file()
-    except (OSError, RuntimeError, ValueError):  # of another machine: no path here, or not ours
-        here = False
-    if not here:
-        told = one_line(f"the adapter says that its base is {named}; merging it with {weights}")
-        print(told)
+    same = stated in (weights, base_name(weights))
+    other = None if same else _here(stated)
+    if other is None:
+        print(one_line(
+            f"the adapter says that its base is {stated}; merging it with "
+            + ("that, as it is now" if same else weights)
+            + ": of its files only names and shapes were compared"
+        ))  # fmt: skip
     elif open_base(other).identity() != base.identity():
         raise MergeError(
-            f"{adapter} was trained on {named}, and {weights} is another model; give --model "
-            f"{named}"
+            f"{adapter} was trained on {stated}, and {weights} is another model; give --model "
+            f"{stated}"
         )
+
+
+def _here(stated: str) -> Path | None:
+    """Where a base lies on this machine: a directory, or what was downloaded of the hub's id."""
+    try:
+        if (named(stated) / "config.json").is_file():
+            return named(stated)
+        found = try_to_load_from_cache(stated, "config.json")
+    except (OSError, ValueError, PlaceError):  # of another machine: no path here, or not ours
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _bytes_in(files: Sequence[Path], dtype: torch.dtype | None) -> int:
+    """What these tensors take in this type; None is their own."""
+    total = 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                found = file.get_slice(name)
+                own = _ITEM_BYTES.get(found.get_dtype(), 4)
+                total += math.prod(found.get_shape()) * (own if dtype is None else dtype.itemsize)
+    return total
 
 
 def _loaded(base: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -11,10 +11,10 @@ import errno
 import os
 from pathlib import Path
 
-from backends.defaults import CLIP, LEAST_REMOTE, OWNER_TAG_BYTES
+from backends.defaults import CLIP, LEAST_DELTA, LEAST_REMOTE, OWNER_TAG_BYTES
 from backends.he.params import PRESETS
 from backends.options import Number, place
-from backends.places import cache_directory, named
+from backends.places import PlaceError, cache_directory, named
 
 HEADS = ("local", "remote")
 HEAD_CHOICES = (*HEADS, "auto")
@@ -96,6 +96,10 @@ def weights_text(text: str) -> str:
     not set, is neither.
     """
     place(text)
+    try:
+        named(text)
+    except PlaceError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 
@@ -142,8 +146,8 @@ def add_dp_options(parser: argparse.ArgumentParser) -> None:
         "--preset exact (docs/dp.md)",
     )  # fmt: skip
     parser.add_argument(
-        "--dp-delta", type=Number(1e-30, 0.1), metavar="D",
-        help="its delta, below 1/n for n sequences (n^-1.1)",
+        "--dp-delta", type=Number(LEAST_DELTA, 0.1), metavar="D",
+        help=f"its delta, from {LEAST_DELTA:g}, below 1/n for n sequences (n^-1.1)",
     )  # fmt: skip
     parser.add_argument(
         "--dp-clip", type=Number(1e-9, 1e9), metavar="C",

@@ -204,7 +204,7 @@ class Prober:
         shape, before = self._shapes[matrix], self._away()
         self._ask(matrix, tokens)
         seconds = self._away() - before
-        up, down = shape.up_bytes_per_token * tokens, shape.down_bytes_per_token * tokens
+        up, down = shape.up_bytes(tokens), shape.down_bytes(tokens)
         self._asked.append((matrix, tokens))
         self._bytes += up + down
         products = float(tokens) * shape.in_features * shape.out_features

@@ -29,6 +29,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from backends.files import remove_directory
+from backends.hardware import CPU
 from backends.he.matmul.choice import chosen_kernel
 from backends.he.params import preset
 from backends.nn.adapters import add_lora, base_name, save_adapter
@@ -44,6 +45,7 @@ from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from backends.options import LEARNING_RATE, RANK, SEED, STEPS, Parser, Whole
 from backends.places import output_directory, output_file
+from backends.session import SCHEMES, require_scheme
 from backends.units import human_bytes
 from scenarios import record, report
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
@@ -78,7 +80,7 @@ MODES = modes_with_workers(
     (
         "--steps", "--lanes", "--learning-rate", "--rank", "--seed", "--held-out", "--preset",
         "--owner-tag", "--cache", "--out", "--fresh", "--trace", "--worker", "--kernel",
-        "--json",
+        "--json", "--scheme",
     )
 )  # fmt: skip
 
@@ -128,6 +130,7 @@ class Quickstart:
         self.args = args
         self.out: Path = args.out
         self.workers = chosen_workers(args)
+        require_scheme(args.scheme, CPU, self.workers)
         self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
         self.base = open_base(BASE)
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
@@ -140,6 +143,7 @@ class Quickstart:
         self.figures: dict[str, Any] = {
             "steps": args.steps,
             "lanes": args.lanes,
+            "scheme": args.scheme,
             "kernel": chosen_kernel().name,
             "worker_elsewhere": bool(self.workers.addresses),
         }
@@ -150,10 +154,17 @@ class Quickstart:
 
     def _trainer(self, model: PeftModel, name: str, **more: Any) -> Trainer:
         identity = {"rank": self.args.rank, "base": self.base.identity(), "role": name}
+        if name == "private":
+            identity["scheme"] = self.args.scheme
         return Trainer(
             model, self.text.train, self.training, identity=identity,
             checkpoints=self.out / f"checkpoints-{name}", **more,
         )  # fmt: skip
+
+    def _complete(self, model: torch.nn.Module, when: str) -> None:
+        """A sample of text; none where a single token takes a worker as long as a whole block."""
+        if self.args.scheme == SCHEMES[0]:
+            self.figures[f"completion_{when}"] = completion(model, self.tokenizer)
 
     def _evaluate(self, model: torch.nn.Module) -> float:
         return evaluate(model, self.text.held_out, 4, self.args.held_out)
@@ -183,6 +194,7 @@ class Quickstart:
             self.watch,
             ledger=self.ledger,
             workers=self.workers,
+            scheme=self.args.scheme,
         )
         with stopped_untainted(trainer), session_of as session:
             before, done_before = session.usage(), trainer.progress.step
@@ -198,7 +210,7 @@ class Quickstart:
             used, steps = session.usage().since(before), len(losses) - done_before
             self._count(trainer, used, steps)
             self.figures["private_loss"] = self._evaluate(model)
-            self.figures["completion_after"] = completion(model, self.tokenizer)
+            self._complete(model, "after")
         trainer.require_untainted()
         self.figures["workers_caught"] = len(self.ledger.retired)
         adapter = self.out / "adapter"
@@ -221,7 +233,7 @@ class Quickstart:
         skeleton = build_skeleton(self.base)
         localise(skeleton, self.prepared)
         self.figures["base_loss"] = self._evaluate(skeleton.model)
-        self.figures["completion_before"] = completion(skeleton.model, self.tokenizer)
+        self._complete(skeleton.model, "before")
         model = self._lora(skeleton.model)
         trainer = self._trainer(model, "clear")
         losses = train_with_bar(trainer, "clear (to compare)")
@@ -247,11 +259,14 @@ class Quickstart:
         self.figures["losses"], self.figures["clear_losses"] = private, clear
         self.figures["total_s"] = time.perf_counter() - start
         self.figures["plot"] = str(self.out / "losses.png")
-        self.figures["page"] = str(self.out / "report.html")
+        own = self.args.scheme == SCHEMES[0]
+        if own:  # the page speaks of its parameters
+            self.figures["page"] = str(self.out / "report.html")
         text = summary(self.figures)
         print(text)  # before what a full disk may refuse
         report.write_text(self.out / "report.md", text)
-        write_page(self.out / "report.html", self._page())
+        if own:
+            write_page(self.out / "report.html", self._page())
         report.plot_losses(Path(self.figures["plot"]), private, clear, self.figures)
         # The run is complete: the next one is a new run, not a resumed one.
         self._drop_checkpoints()
@@ -282,6 +297,15 @@ def summary(f: dict[str, Any]) -> str:
             "| wire (hand-over between threads; the bytes stay in memory) "
             f"| {f['wire_s']:.1f} |\n| worker: products on ciphertexts | {f['worker_s']:.1f} |"
         )
+    sample = page = ""
+    if "page" in f:
+        page = f"\nAll of it as one page: {f['page']} (open it in a browser; it holds private text)"
+    if "completion_after" in f:
+        sample = f"""A completion of {PROMPT!r}:
+
+before: {f["completion_before"]!r}
+after:  {f["completion_after"]!r}
+"""
     return f"""
 # Private fine-tuning report
 
@@ -307,14 +331,9 @@ Traffic per trained token: {human_bytes(f["bytes_per_token_up"])} up, \
 
 Against the same int8 weights {exactness_line(f["products"])}.
 
-A completion of {PROMPT!r}:
-
-before: {f["completion_before"]!r}
-after:  {f["completion_after"]!r}
-
+{sample}
 Adapter: {f["adapter_dir"]} (load it with `peft.PeftModel.from_pretrained`)
-Loss curves: {f["plot"]}
-All of it as one page: {f["page"]} (open it in a browser; it holds private text)
+Loss curves: {f["plot"]}{page}
 """
 
 
@@ -337,6 +356,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--trace", type=output_file, metavar="FILE",
         help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
+    add("--scheme", default=SCHEMES[0], choices=SCHEMES,
+        help="cipher: this project's own (mlwe), or OpenFHE's to compare with, which takes minutes "
+        "a step; see docs/extend.md")  # fmt: skip
     add_worker_options(parser)
     add_kernel_option(parser)
     record.add_json_option(parser)

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -28,7 +28,7 @@ from backends.nn.texts import RUN_FILES, RUN_FOLDERS
 from backends.nn.trainer import Trainer, TrainingInterrupted
 from backends.options import ALL, Modes
 from backends.places import PlaceError, output_directory, require_room, taken_bytes
-from backends.session import HERE, Session, Usage, Workers, opened
+from backends.session import HERE, SCHEMES, Session, Usage, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.line import LineWatch, waits_for, watched
 from scenarios.probe import LineProbe, Prober
@@ -186,10 +186,12 @@ def private_session(
     hint_bytes: int | None = None,
     ledger: WorkerLedger | None = None,
     workers: Workers = HERE,
+    scheme: str = SCHEMES[0],
 ) -> Iterator[PrivateSession]:
     """A session (see `opened`) whose line is watched, and probed before it is used.
 
-    trace  is told who did what when
+    trace   is told who did what when
+    scheme  see `opened`
     """
     watch, known = LineWatch(), []
 
@@ -203,7 +205,16 @@ def private_session(
             known[0].probe(prepared, skeleton.unasked)
 
     with opened(
-        skeleton, prepared, lanes, hooks, hardware, hint_bytes, ledger, workers, first=first
+        skeleton,
+        prepared,
+        lanes,
+        hooks,
+        hardware,
+        hint_bytes,
+        ledger,
+        workers,
+        first=first,
+        scheme=scheme,
     ):
         yield known[0]
 
@@ -320,7 +331,8 @@ def train_with_bar(
             bar.write(why)
 
         def on_stop() -> None:  # in a signal's handler, amid whatever the bar prints
-            os.write(2, _FINISHING)
+            with suppress(OSError):  # nobody is there to read it
+                os.write(2, _FINISHING)
 
         if trace is None:
             return trainer.train(on_step, on_return, on_stop)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,11 @@ _LINES_A_MINUTE = 30
 as they like; the log's disk is not theirs to fill."""
 
 
+_PATIENCE_MS = 500.0
+_LETTERS_MAX = 500
+"""Of a message: six bytes each in JSON, and all within what a pipe takes at once."""
+
+
 def short(owner: str) -> str:
     """An owner as the log names it."""
     return owner[:16] or "unknown"
@@ -40,6 +46,7 @@ class EventLog:
         self._descriptor = descriptor
         self._lock = threading.Lock()
         self._minute_s = 0.0
+        self._stuck = False
         self._said, self._unsaid = Counter[str](), Counter[str]()
 
     def event(self, name: str, **facts: str | int | float) -> None:
@@ -49,9 +56,18 @@ class EventLog:
             line = json.dumps({"time": now, "event": name, **facts})
         else:
             line = " ".join([now, name, *(f"{key}={_plain(facts[key])}" for key in facts)])
-        # A full disk, or a reader that is gone, is no reason to serve nobody.
+        self._write(line.encode())
+
+    def _write(self, line: bytes) -> None:
+        """A full disk, or a reader that is gone or does not read, is no reason to serve nobody, nor
+        to miss a signal: what cannot be written soon is lost, and those after it do not wait."""
         with suppress(OSError):
-            os.write(self._descriptor, line.encode() + b"\n")
+            room = select.poll()
+            room.register(self._descriptor, select.POLLOUT)
+            self._stuck = not room.poll(0.0 if self._stuck else _PATIENCE_MS)
+            if not self._stuck:
+                # A pipe that has any room has it for this much.
+                os.write(self._descriptor, line[: select.PIPE_BUF - 1] + b"\n")
 
     def on_line(self, event: LineEvent) -> None:
         """What happened to a link."""
@@ -92,7 +108,8 @@ class _Through(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.event("message", level=record.levelname.lower(), text=record.getMessage())
+        text = record.getMessage()[:_LETTERS_MAX]
+        self._log.event("message", level=record.levelname.lower(), text=text)
 
 
 def capture_logging(log: EventLog, level: int) -> None:

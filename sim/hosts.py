@@ -163,7 +163,7 @@ class WorkerHost:
             if owner.recorded:
                 times = (queued_s, started_s, ended_s)
                 _record(world, f"{self.name}/gpu", shape.name, "worker", times, lane, call)
-            done(TaskDone(run.task, phantom(shape.down_bytes_per_token * tokens, tokens)))
+            done(TaskDone(run.task, phantom(shape.down_bytes(tokens), tokens)))
 
         cost = world.costs.multiply[work.matrix]
         self.device.submit_cost(cost.seconds, cost.demand, ended)
@@ -295,7 +295,7 @@ class OwnerHost:
         result: object
         if isinstance(work, Encrypt):
             name, cost = "encrypt", world.costs.encrypt[work.matrix]
-            result = (phantom(shape.up_bytes_per_token * work.tokens, work.tokens), None)
+            result = (phantom(shape.up_bytes(work.tokens), work.tokens), None)
         else:
             name, cost, result = "decrypt", world.costs.decrypt[work.matrix], None
         lane = self.lane_of(run.task)

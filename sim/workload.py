@@ -118,12 +118,12 @@ class Workload:
     @property
     def up_bytes(self) -> int:
         """Ciphertext bytes that one pass sends."""
-        return self.tokens * sum(shape.up_bytes_per_token for shape in self.linears)
+        return sum(shape.up_bytes(self.tokens) for shape in self.linears)
 
     @property
     def down_bytes(self) -> int:
         """Ciphertext bytes that one pass receives."""
-        return self.tokens * sum(shape.down_bytes_per_token for shape in self.linears)
+        return sum(shape.down_bytes(self.tokens) for shape in self.linears)
 
 
 def trace_step(
@@ -222,7 +222,7 @@ def _items(trace: LaneTrace, matrices: tuple[MatrixShape, ...]) -> tuple[Local |
 
 def limbs_of(shape: MatrixShape) -> int:
     """Base-256 digits of a value that the worker multiplies."""
-    return -(-shape.up_bytes_per_token // shape.in_features)
+    return -(-shape.up_bytes(1) // shape.in_features)
 
 
 def _ring_rows(features: int, tokens: int, rank: int) -> float:
@@ -262,7 +262,7 @@ def decrypt_work(shape: MatrixShape, tokens: int, parameters: Parameters) -> Wor
             "ring_row": _ring_rows(shape.out_features, tokens, parameters.rank),
             "value": (_OPENED + _CHECKED) * opened,
         },
-        hint + opened * 3 * 4 + tokens * shape.down_bytes_per_token,
+        hint + opened * 3 * 4 + shape.down_bytes(tokens),
     )
 
 
@@ -271,5 +271,5 @@ def multiply_work(shape: MatrixShape, tokens: int) -> Work:
     inputs, outputs, limbs = shape.in_features, shape.out_features, limbs_of(shape)
     return Work(
         {"int8_pair" if limbs == 2 else "int8": float(limbs * tokens * inputs * outputs)},
-        inputs * outputs + tokens * (shape.up_bytes_per_token + shape.down_bytes_per_token),
+        inputs * outputs + shape.up_bytes(tokens) + shape.down_bytes(tokens),
     )

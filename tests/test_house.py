@@ -24,7 +24,8 @@ ALLOWED = {
 SECRET_HOLDERS = {
     "backends.he.entropy", "backends.he.secret", "backends.he.verdict", "backends.he.integrity",
     "backends.he.check", "backends.he.hedge", "backends.net.audit", "backends.he.mlwe_owner",
-    "backends.he.reference", "backends.he.clear", "backends.he.cuda.owner",
+    "backends.he.reference", "backends.he.clear", "backends.he.direct", "backends.he.scaled",
+    "backends.he.openfhe.owner", "backends.he.cuda.owner",
     "backends.he.cuda.check", "backends.net.owner", "protocol.owner",
 }  # fmt: skip
 
@@ -97,7 +98,7 @@ def test_only_a_simulation_needs_simpy() -> None:
 SERVERS = (
     "scenarios.worker", "backends.serve", "backends.net.serving", "backends.net.listening",
     "backends.net.worker",
-    "backends.he.mlwe_worker", "backends.he.cuda.worker",
+    "backends.he.mlwe_worker", "backends.he.cuda.worker", "backends.he.openfhe.worker",
 )  # fmt: skip
 """What runs where the owner's text must never be."""
 OWNERS_ONLY = (

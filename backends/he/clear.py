@@ -6,105 +6,58 @@ Values travel as float32. Nothing here is private, and the name says so wherever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from backends.he.direct import DirectCheck, Expected
 from backends.he.entropy import Entropy, OsEntropy
-from backends.he.integrity import (
-    POOL,
-    Float64Array,
-    Honesty,
-    Judge,
-    Pool,
-    draw_rows,
-    survey,
-)
+from backends.he.integrity import Float64Array
 from backends.he.interface import (
     Encrypted,
     Float32Array,
-    NonFiniteInputError,
     OwnerCipher,
     OwnerMatrix,
     Payload,
     UnguardedError,
     WorkerCipher,
+    check_input,
+    require_finite,
 )
-from backends.he.wire import Format
+from backends.he.secret import UseOnce
+from backends.he.wire import CLEAR, Format
 
 
-@dataclass(frozen=True)
-class Sealed:
+class Sealed(UseOnce):
     """What an answer to T tokens is held against; without a check, only T."""
 
-    tokens: int
-    expected: Expected | None = field(repr=False)
+    def __init__(self, tokens: int, expected: Expected | None) -> None:
+        super().__init__()
+        self.tokens, self.expected = tokens, expected
+        self.begin_sealing()
 
-
-@dataclass(frozen=True)
-class Expected:
-    """For one request: the rows of the pool, float64[T, ROWS], and each token's unit float64[T]."""
-
-    check: ClearCheck
-    rows: NDArray[np.int64] = field(repr=False)
-    values: Float64Array = field(repr=False)
-    unit: Float64Array = field(repr=False)
-
-    def wipe(self) -> None:
-        """Overwrite it: where it goes the way of the ciphers', tests of these see more."""
-        for part in (self.rows, self.values, self.unit):
-            part[...] = 0
-
-
-class ClearCheck:
-    """The check of `integrity.py`; an honest worker's noise is the rounding of its float32 sums.
-
-    A sum of K products errs by about sqrt(K)*2^-24 of the root of the sum of their squares (Higham
-    and Mary 2019), so all N errors together, as a vector, by sqrt(K)*2^-24 * ||x||*||M|| at most,
-    and by 2^-149 each where numbers get that small. This is taken for the deviation; and as
-    roundings are no random numbers, the same for the same x, a mean may drift by as much.
-    """
-
-    def __init__(
-        self, name: str, weight: NDArray[np.int8], forward: bool, entropy: Entropy
-    ) -> None:
-        outputs, inputs = weight.shape if forward else weight.shape[::-1]
-        self._pool = Pool(entropy, outputs).whole()
-        found = survey(torch.from_numpy(self._pool), weight, forward, entropy)
-        self._projected = found.projected.numpy()
-        self._size = np.sqrt(inputs) * 2.0**-24 * np.linalg.norm(weight.astype(np.float64))
-        self._least = 2.0**-149 * inputs * outputs
-        honesty = Honesty(np.zeros(POOL), np.ones(POOL), drift=1.0)
-        self._judge = Judge(name, honesty)
-        self._entropy = entropy
-
-    def expect(self, values: Float32Array) -> Expected:
-        """For a request of float32[T, K]."""
-        wide, rows = values.astype(np.float64), draw_rows(self._entropy.fresh_key())
-        lengths = np.linalg.norm(wide, axis=1)
-        unit = self._size * lengths + self._least
-        return Expected(self, rows, wide @ self._projected[rows].T, unit)
-
-    def require(self, expected: Expected, answer: Float32Array, worker: str) -> None:
-        """Raise WrongAnswerError unless answer float32[T, N] fits."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            found = answer.astype(np.float64) @ self._pool[expected.rows].T.astype(np.float64)
-            differences = found - expected.values
-        self._judge.require(expected.rows, differences, worker, expected.unit)
+    def _erase(self) -> None:
+        if self.expected is not None:
+            self.expected.wipe()
 
 
 class ClearOwner(OwnerCipher):
     """Sends inputs as they are. Its only secrets are those of its checks.
 
+    An honest worker's error is the rounding of its float32 sums. A sum of K products errs by about
+    sqrt(K)*2^-24 of the root of the sum of their squares (Higham and Mary 2019), so all N errors
+    together, as a vector, by sqrt(K)*2^-24 * ||x||*||M|| at most, and by 2^-149 each where numbers
+    get that small.
+
     unverified  take answers for matrices that were never guarded, too
     """
+
+    packing = CLEAR
 
     def __init__(self, entropy: Entropy | None = None, unverified: bool = False) -> None:
         self._entropy = entropy if entropy is not None else OsEntropy()
         self._unverified = unverified
-        self._checks: dict[str, ClearCheck] = {}
+        self._checks: dict[str, DirectCheck] = {}
 
     @property
     def simulated_randomness(self) -> bool:
@@ -114,55 +67,58 @@ class ClearOwner(OwnerCipher):
         return "it does not encrypt"
 
     def guard(self, matrix: OwnerMatrix, weight: NDArray[np.int8], forward: bool) -> None:
-        self._checks[matrix.name] = ClearCheck(matrix.name, weight, forward, self._entropy)
+        self._checks[matrix.name] = DirectCheck(matrix.name, weight, forward, self._entropy)
 
     def up_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return 4 * tokens * matrix.in_features
+        return CLEAR.bytes_of(matrix.in_features, tokens)
 
     def down_bytes(self, matrix: OwnerMatrix, tokens: int) -> int:
-        return 4 * tokens * matrix.out_features
+        return CLEAR.bytes_of(matrix.out_features, tokens)
 
     def encrypt(self, x: Float32Array, matrix: OwnerMatrix) -> Encrypted:
-        if x.ndim != 2 or x.shape[1] != matrix.in_features:
-            raise ValueError(
-                f"{matrix.name}: takes [tokens, {matrix.in_features}], got {list(x.shape)}"
-            )
-        if not np.isfinite(x).all():
-            raise NonFiniteInputError(f"{matrix.name}: NaN or infinity in the input")
+        check_input(x, matrix)
         values = x * matrix.in_scale
-        check = self._checks.get(matrix.name)
-        expected = None if check is None else check.expect(values)
+        lengths = np.linalg.norm(values.astype(np.float64), axis=1)
+        require_finite(np.isfinite(lengths), matrix)
+        check, expected = self._checks.get(matrix.name), None
+        if check is not None:
+            expected = check.expect(values, _unit(check, lengths, matrix))
         return Encrypted(values.reshape(-1).view(np.uint8), Sealed(len(x), expected))
 
     def decrypt(
         self, sealed: Sealed, payload: Payload, matrix: OwnerMatrix, worker: str = ""
     ) -> Float32Array:
-        answer = np.frombuffer(payload, np.float32)
-        if answer.size != sealed.tokens * matrix.out_features:
-            raise ValueError(f"{matrix.name}: wrong number of bytes in an answer")
-        answer = answer.reshape(-1, matrix.out_features)
-        if sealed.expected is not None:
-            sealed.expected.check.require(sealed.expected, answer, worker)
-        elif not self._unverified:
-            raise UnguardedError(matrix.name)
-        self.discard(sealed)
+        data = np.frombuffer(payload, np.uint8)
+        CLEAR.require(data.size, matrix.out_features, sealed.tokens)
+        answer = data.view(np.float32).reshape(-1, matrix.out_features)
+        with sealed.opening():
+            if sealed.expected is not None:
+                sealed.expected.require(answer, worker)
+            elif not self._unverified:
+                raise UnguardedError(matrix.name)
         return answer * matrix.out_scale
 
     def discard(self, sealed: Sealed) -> None:
-        if sealed.expected is not None:
-            sealed.expected.wipe()
+        sealed.wipe()
+
+
+def _unit(check: DirectCheck, lengths: Float64Array, matrix: OwnerMatrix) -> Float64Array:
+    """float64[T]: how long an honest answer's errors are together."""
+    size = np.sqrt(matrix.in_features) * 2.0**-24 * check.norm
+    return size * lengths + 2.0**-149 * matrix.in_features * matrix.out_features
 
 
 class ClearWorker(WorkerCipher):
     """Multiplies float32 by the int8 weights, whatever the format."""
 
-    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> torch.Tensor:
-        operand = torch.from_numpy(weight.astype(np.float32))
-        return operand.t() if forward else operand
+    packing = CLEAR
 
-    def multiply(self, payload: Payload, tokens: int, matrix: torch.Tensor) -> NDArray[np.uint8]:
-        values = np.frombuffer(payload, np.float32)
-        if values.size != tokens * matrix.shape[0]:
-            raise ValueError("wrong number of bytes in a request")
-        x = torch.from_numpy(values.reshape(tokens, -1).copy())
-        return (x @ matrix).numpy().reshape(-1).view(np.uint8)
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> Float32Array:
+        return (weight.T if forward else weight).astype(np.float32)
+
+    def multiply(self, payload: Payload, tokens: int, matrix: Float32Array) -> NDArray[np.uint8]:
+        data = np.frombuffer(payload, np.uint8)
+        CLEAR.require(data.size, len(matrix), tokens)
+        with np.errstate(invalid="ignore", over="ignore"):  # of whatever was sent
+            answer = data.view(np.float32).reshape(tokens, -1) @ matrix
+        return answer.reshape(-1).view(np.uint8)

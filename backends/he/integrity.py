@@ -44,10 +44,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from backends import jit
@@ -55,6 +54,9 @@ from backends.he.entropy import Entropy, Keystream, random_bytes
 from backends.he.params import ERROR_BITS, Parameters
 from backends.he.wire import Format
 from protocol.errors import WrongAnswerError
+
+if TYPE_CHECKING:
+    import torch  # not when this is loaded: schemes on a CPU may do without
 
 POOL = 64
 """Secret rows of one matrix."""
@@ -128,6 +130,8 @@ class Survey:
 
 def survey(pool: torch.Tensor, weight: NDArray[np.int8], forward: bool, entropy: Entropy) -> Survey:
     """Multiply float32[POOL, N] by the matrix (the weight, or its transpose), where the pool is."""
+    import torch
+
     device, wide = pool.device, pool.double()
     rows, columns = weight.shape
     inputs, outputs = (columns, rows) if forward else (rows, columns)

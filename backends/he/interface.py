@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from backends.errors import UserError
 from backends.he.plan import MatrixPlan
-from backends.he.wire import Format
+from backends.he.wire import Format, Packing
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Payload: TypeAlias = "bytes | bytearray | memoryview | NDArray[np.uint8]"
@@ -45,6 +45,33 @@ def unchecked(
         return "it decrypts answers that nothing checks (unverified=True)"
     missing = [matrix.name for matrix in matrices if matrix.name not in guarded]
     return f"nothing guards {missing[0]} and {len(missing) - 1} more matrices" if missing else None
+
+
+def check_input(x: Values, matrix: OwnerMatrix) -> None:
+    """Raise ValueError unless x, an array or a tensor, is contiguous float32[T >= 1, K]."""
+    if x.ndim != 2 or x.shape[1] != matrix.in_features or x.shape[0] < 1:
+        raise ValueError(
+            f"{matrix.name}: takes [tokens, {matrix.in_features}], got {list(x.shape)}"
+        )
+    if isinstance(x, np.ndarray):
+        right = x.dtype == np.float32 and x.flags.c_contiguous
+    else:  # a tensor, of a library that ciphers on a CPU do without
+        right = str(x.dtype) == "torch.float32" and x.is_contiguous()
+    if not right:
+        raise ValueError(f"{matrix.name}: takes contiguous float32, got {x.dtype}")
+
+
+def require_finite(finite: NDArray[np.bool_], matrix: OwnerMatrix) -> None:
+    """Raise NonFiniteInputError unless the norms of all tokens, bool[T], are finite.
+
+    The message names the matrix and the token's position, never a value.
+    """
+    bad = np.flatnonzero(~finite)
+    if len(bad):
+        raise NonFiniteInputError(
+            f"{matrix.name}: NaN or infinity in token {bad[0]} ({len(bad)} of {len(finite)} "
+            "tokens); lower the learning rate or look at the data of this batch"
+        )
 
 
 class UnguardedError(RuntimeError):
@@ -127,10 +154,12 @@ class Exactness:
 class OwnerCipher(ABC):
     """The owner's half. Holds secrets; must never be reachable from worker code.
 
-    blocks  encrypted so far, each under a secret of its own
+    blocks   encrypted so far, each under a secret of its own
+    packing  how many bytes travel, where not each matrix's `Format` says it
     """
 
     blocks: int = 0
+    packing: Packing | None = None
 
     def exactness(self, matrices: Sequence[OwnerMatrix]) -> Exactness | None:
         """Of products with these matrices; None for a cipher that has no error."""
@@ -197,9 +226,11 @@ class WorkerCipher(ABC):
     """The worker's half: one public integer matrix product, no state, no secrets.
 
     launches  products it may work on at once; requests that come meanwhile are joined
+    packing   as the owner's
     """
 
     launches = 1
+    packing: Packing | None = None
 
     @abstractmethod
     def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> Any:

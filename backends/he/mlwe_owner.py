@@ -41,12 +41,13 @@ from backends.he.interface import (
     Encrypted,
     Exactness,
     Float32Array,
-    NonFiniteInputError,
     OwnerCipher,
     OwnerMatrix,
     Payload,
     UnguardedError,
     Values,
+    check_input,
+    require_finite,
     unchecked,
 )
 from backends.he.packing import pack_request, unpack_answer
@@ -595,20 +596,6 @@ def _grain(blocks: int) -> int:
     return max(1, _TILES_WORTH // blocks)
 
 
-def check_input(x: Values, matrix: OwnerMatrix) -> None:
-    """Raise ValueError unless x, an array or a tensor, is contiguous float32[T >= 1, K]."""
-    if x.ndim != 2 or x.shape[1] != matrix.in_features or x.shape[0] < 1:
-        raise ValueError(
-            f"{matrix.name}: takes [tokens, {matrix.in_features}], got {list(x.shape)}"
-        )
-    if isinstance(x, torch.Tensor):
-        right = x.dtype == torch.float32 and x.is_contiguous()
-    else:
-        right = x.dtype == np.float32 and x.flags.c_contiguous
-    if not right:
-        raise ValueError(f"{matrix.name}: takes contiguous float32, got {x.dtype}")
-
-
 def token_scales(
     norms: NDArray[np.float64], matrix: OwnerMatrix, parameters: Parameters, gain: float,
     factor: NDArray[np.float64], inverse: NDArray[np.float64],
@@ -623,16 +610,3 @@ def token_scales(
     require_finite(np.isfinite(norms), matrix)
     ratio = parameters.modulus / matrix.plan.format.modulus
     _scale_tokens(norms, matrix.plan.amplitude(parameters, gain), ratio, factor, inverse)
-
-
-def require_finite(finite: NDArray[np.bool_], matrix: OwnerMatrix) -> None:
-    """Raise NonFiniteInputError unless the norms of all tokens, bool[T], are finite.
-
-    The message names the matrix and the token's position, never a value.
-    """
-    bad = np.flatnonzero(~finite)
-    if len(bad):
-        raise NonFiniteInputError(
-            f"{matrix.name}: NaN or infinity in token {bad[0]} ({len(bad)} of {len(finite)} "
-            "tokens); lower the learning rate or look at the data of this batch"
-        )

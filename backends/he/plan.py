@@ -141,7 +141,13 @@ def plan_matrix(
     target: float = FORWARD_ERROR,
 ) -> MatrixPlan:  # fmt: skip
     """Plan for int8[outputs, inputs] with float32[outputs] scales (exact integer sums)."""
-    rows, _ = _norms(weight, None)
+    squares, absolutes = np.empty((2, len(weight)), np.int64)
+    block = max(1, _BLOCK_VALUES // weight.shape[1])
+    for start in range(0, len(weight), block):
+        wide = weight[start : start + block].astype(np.int64)
+        squares[start : start + block] = (wide**2).sum(axis=1)
+        absolutes[start : start + block] = np.abs(wide).sum(axis=1)
+    rows = Norms(squares, absolutes)
     return _plan(rows, out_scale, weight.shape[1], parameters, target)
 
 

@@ -8,7 +8,7 @@ and decrypted values with the fast backend bit for bit, from the same seed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,18 @@ from backends.he.interface import (
     Payload,
     UnguardedError,
     WorkerCipher,
+    check_input,
     unchecked,
 )
 from backends.he.mlwe_owner import (
     ERROR_BYTES,
     WIDE,
-    check_input,
     token_scales,
 )
 from backends.he.params import ERROR_BOUND, MODULUS_BITS, NTT_PRIME, RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.ring import EVALUATION_EXPONENTS, PSI
-from backends.he.secret import ternary
+from backends.he.secret import UseOnce, ternary
 from backends.he.wire import Format
 from protocol.errors import WrongAnswerError
 
@@ -84,13 +84,18 @@ def rows_of_tiles(tiles: NDArray[np.int32], count: int) -> NDArray[np.int64]:
     return rows[:count].astype(np.int64) % _Q
 
 
-@dataclass
-class _Sealed:
-    secrets: list[NDArray[np.int64]] = field(repr=False)  # one a block, NTT domain [rank, 256]
-    inverse_alpha: NDArray[np.float64] = field(repr=False)
-    sent: NDArray[np.uint8] = field(repr=False)
+class _Sealed(UseOnce):
+    """Secrets, one a block, int64[rank, 256] in the NTT domain; 1/alpha; and what was sent."""
 
-    def wipe(self) -> None:
+    def __init__(
+        self, secrets: list[NDArray[np.int64]], inverse_alpha: NDArray[np.float64],
+        sent: NDArray[np.uint8],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.secrets, self.inverse_alpha, self.sent = secrets, inverse_alpha, sent
+        self.begin_sealing()
+
+    def _erase(self) -> None:
         for secret in self.secrets:
             secret[...] = 0
         self.inverse_alpha[...] = 0
@@ -182,12 +187,21 @@ class ReferenceOwner(OwnerCipher):
         self, sealed: Any, payload: Payload, matrix: OwnerMatrix, worker: str = ""
     ) -> Float32Array:
         form = matrix.plan.format
-        p = form.modulus
         tokens, outputs = len(sealed.inverse_alpha), matrix.out_features
         if matrix.hint is None:
             raise ValueError(f"{matrix.name}: no hint; run the preparation first")
         answer = answer_values(payload, tokens, outputs, form)
-        self._verify(sealed, payload, matrix)
+        with sealed.opening():
+            self._verify(sealed, payload, matrix)
+            return self._opened(sealed, answer, matrix)
+
+    def _opened(
+        self, sealed: _Sealed, answer: NDArray[np.int64], matrix: OwnerMatrix
+    ) -> Float32Array:
+        """float32[T, N] of an answer's values int64[T, N]."""
+        form = matrix.plan.format
+        p, (tokens, outputs) = form.modulus, answer.shape
+        assert matrix.hint is not None
         out = np.empty((tokens, outputs), np.float32)
         for block, secret in enumerate(sealed.secrets):
             part = slice(block * _D, min(tokens, (block + 1) * _D))

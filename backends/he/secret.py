@@ -64,7 +64,7 @@ class UseOnce(ABC):
     def _erase(self) -> None:
         """Overwrite the secret."""
 
-    def _begin_sealing(self) -> None:
+    def begin_sealing(self) -> None:
         """Raises SecretReuseError the second time."""
         with self._changing:
             if self._use is not _Use.FRESH:
@@ -72,7 +72,7 @@ class UseOnce(ABC):
             self._use = _Use.SEALED
 
     @contextmanager
-    def _opened(self) -> Iterator[None]:
+    def opening(self) -> Iterator[None]:
         """Inside, the secret may open an answer; then it is wiped. An error leaves it sealed.
 
         Raises SecretReuseError unless the secret has sealed a message and opened none.
@@ -125,7 +125,7 @@ class BlockSecret(UseOnce):
 
         Raises SecretReuseError the second time.
         """
-        self._begin_sealing()
+        self.begin_sealing()
         return self._ntt
 
     @contextmanager
@@ -134,7 +134,7 @@ class BlockSecret(UseOnce):
 
         Raises SecretReuseError unless the secret has sealed a message and opened none.
         """
-        with self._opened():
+        with self.opening():
             yield self._ntt
 
     def _erase(self) -> None:

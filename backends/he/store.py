@@ -43,16 +43,16 @@ from backends.he.manifest import (
 from backends.he.params import Parameters
 from backends.he.plan import nominal_plan
 from backends.he.public import PublicMatrix
-from backends.he.wire import Format
+from backends.he.wire import CLEAR, Format, Packing
 from protocol.catalogue import Catalogue, MatrixShape
 
 
 def shapes_of(
-    groups: Sequence[GroupSpec], formats: Sequence[Format] | None
+    groups: Sequence[GroupSpec], formats: Sequence[Format] | Packing
 ) -> tuple[MatrixShape, ...]:
-    """Two matrices a group, forward and backward, and what a token of theirs takes on the wire.
+    """Two matrices a group, forward and backward, and what tokens of theirs take on the wire.
 
-    formats  of each; None where values travel in clear
+    formats  of each; or of all, where the scheme has no formats
     """
     shapes = []
     for index, group in enumerate(groups):
@@ -60,11 +60,14 @@ def shapes_of(
         for turn, (direction, (inputs, outputs)) in enumerate(
             (("forward", sizes), ("backward", sizes[::-1]))
         ):
-            up, down = _CLEAR_BYTES * inputs, _CLEAR_BYTES * outputs
-            if formats is not None:
-                form = formats[2 * index + turn]
+            if isinstance(formats, Packing):
+                block = formats.block_tokens
+                up, down = formats.bytes_of(inputs, block), formats.bytes_of(outputs, block)
+            else:
+                form, block = formats[2 * index + turn], 1
                 up, down = form.up_bytes(inputs), form.down_bytes(outputs)
-            shapes.append(MatrixShape(f"{group.name} {direction}", inputs, outputs, up, down))
+            name = f"{group.name} {direction}"
+            shapes.append(MatrixShape(name, inputs, outputs, up, down, block))
     return tuple(shapes)
 
 
@@ -79,13 +82,20 @@ def nominal_formats(groups: Sequence[GroupSpec], parameters: Parameters) -> list
     ]  # fmt: skip
 
 
-def catalogue_of(manifest: Manifest) -> Catalogue:
-    """What owner and worker agree on in the handshake."""
+def catalogue_of(manifest: Manifest, packing: Packing | None = None) -> Catalogue:
+    """What owner and worker agree on in the handshake.
+
+    packing  of a scheme without formats, which takes of a prepared model its weights alone
+    """
     parameters = manifest.parameters
-    digest = parameters.digest() if parameters else hashlib.sha256(b"clear").digest()
     specs = [entry.spec for entry in manifest.groups]
-    formats = manifest.formats if parameters else None
-    return Catalogue(manifest.model_digest, digest, shapes_of(specs, formats))
+    if packing is None and parameters is None:
+        packing = CLEAR
+    if packing is not None:
+        return Catalogue(manifest.model_digest, packing.digest, shapes_of(specs, packing))
+    assert parameters is not None
+    shapes = shapes_of(specs, manifest.formats)
+    return Catalogue(manifest.model_digest, parameters.digest(), shapes)
 
 
 def worker_matrices(manifest: Manifest, weights: Sequence[NDArray[np.int8]]) -> list[WorkerMatrix]:
@@ -99,7 +109,6 @@ def worker_matrices(manifest: Manifest, weights: Sequence[NDArray[np.int8]]) -> 
 _WORKER_ABSENT = (
     f"a worker needs {NAME} and worker/ of one, as `python -m scenarios.prepare` names them"
 )
-_CLEAR_BYTES = 4  # the `clear` backend sends float32
 _SLAB_BYTES = 1 << 20  # hashed, then looked at while the cache has it
 
 
@@ -259,9 +268,9 @@ class PreparedModel:
                 matrices.append(OwnerMatrix(name, in_scale, out_scale, plan, hint))
         return matrices
 
-    def catalogue(self) -> Catalogue:
-        """What owner and worker agree on in the handshake."""
-        return catalogue_of(self.manifest)
+    def catalogue(self, packing: Packing | None = None) -> Catalogue:
+        """What owner and worker agree on in the handshake; see `catalogue_of`."""
+        return catalogue_of(self.manifest, packing)
 
 
 def copy_worker_part(directory: Path, out: Path) -> None:

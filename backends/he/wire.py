@@ -16,10 +16,13 @@ An answer of T tokens with N outputs, of `down_bits` w:
     w = 8    uint8[T, N]
     else     uint8[T, N], the upper eight bits; then uint8[T, ceil(N*(w-8)/8)], the others, packed
              the same way
+
+All that is the module-LWE scheme's. Of another, `Packing` says how many bytes there are.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 UP_BITS = (16, 18, 20, 24)
@@ -103,3 +106,33 @@ class Format:
 
 
 EXACT = Format(24, 16)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sizes under a scheme that has no `Format`: the same for every input and result. Public.
+
+    digest        32 bytes of all that both sides must agree on
+    block_tokens  that share a ciphertext; a last block of fewer has the size of a whole one
+    value_bytes   of an input, or a result, of one block
+    """
+
+    digest: bytes
+    block_tokens: int
+    value_bytes: int
+
+    def bytes_of(self, values: int, tokens: int) -> int:
+        """Of a request of so many inputs, or an answer of so many results, for so many tokens."""
+        return -(-tokens // self.block_tokens) * values * self.value_bytes
+
+    def require(self, size: int, values: int, tokens: int) -> None:
+        """Raise ValueError unless that many bytes are `size`."""
+        expected = self.bytes_of(values, tokens)
+        if size != expected:
+            raise ValueError(
+                f"{values} values of {tokens} tokens have {expected} bytes, these have {size}"
+            )
+
+
+CLEAR = Packing(hashlib.sha256(b"clear").digest(), 1, 4)
+"""Without encryption: float32."""

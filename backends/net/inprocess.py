@@ -41,7 +41,7 @@ def in_process(
 
     `hooks` makes those of "owner" and each worker.
     """
-    catalogue = prepared.catalogue()
+    catalogue = prepared.catalogue(owner_cipher.packing)
     servers: dict[str, WorkerServer] = {}
 
     def transmit(worker: str, frame: Frame) -> None:

@@ -94,7 +94,7 @@ def connected(
             require_loopback(host)
     ledger = ledger or WorkerLedger()
     identities = _Identities(ledger)
-    catalogue = prepared.catalogue()
+    catalogue = prepared.catalogue(owner_cipher.packing)
     hooks = hooks or Hooks()
     backlog = Backlog(UNHANDLED_BYTES, hooks)
     client: OwnerClient

@@ -19,6 +19,7 @@ from backends.errors import UserError
 from backends.files import read_bounded, replacing_directory
 from backends.nn.remote import RemoteLinear
 from backends.options import RANK
+from backends.places import named
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -83,7 +84,7 @@ class AdapterError(UserError, RuntimeError):
 
 def base_name(weights: str) -> str:
     """How an adapter names its base: the whole path of what is here, or the hub's id as it is."""
-    place = Path(weights)
+    place = named(weights)
     return str(place.resolve()) if place.exists() else weights
 
 

@@ -47,6 +47,7 @@ from backends.nn.checkpoint_files import (
 from backends.nn.sources import Base, CheckpointError, Loaded, first_line, probe_tokens
 from backends.nn.tables import map_input_table, table_place
 from backends.nn.tokenizer import HubTokenizer, load_tokenizer
+from backends.places import PlaceError, named
 
 _GGUF = b"GGUF"
 
@@ -56,12 +57,14 @@ def open_base(place: str | Path) -> Checkpoint:
 
     Everything that can be known without reading the weights is checked. Raises CheckpointError.
     """
-    path = Path(place).expanduser()
     try:
+        path = named(place)
         if path.is_dir():
             return _directory(path)
         if path.is_file():
             return _file(path)
+    except PlaceError as error:
+        raise CheckpointError(str(error)) from error
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from backends.defaults import CLIP
+from backends.defaults import CLIP, LEAST_DELTA
 from backends.errors import UserError
 from backends.he.entropy import Keystream, OsEntropy
 from backends.nn.corpus import Sequences
@@ -50,6 +50,8 @@ ratio of gradient to noise for B from 8 to 256."""
 _DRAWS = 4
 """Gaussians a number of noise is made of, over sqrt(4): who would undo the rounding of one to find
 what it was added to has to know all of them (Holohan and Braghin 2021, as opacus has it)."""
+_AT_ONCE = 1 << 16
+"""Numbers of noise: what making them takes is several times as much as they are."""
 _BITS = 52  # of a uniform number, so that it plus a half is exact
 _MOST_TIMES = 20  # doublings of the sequences, looking for enough
 
@@ -63,7 +65,7 @@ class DifferentialPrivacy:
     """What an adapter may tell of any one sequence, after all steps of a run.
 
     epsilon  the budget
-    delta    below 1/n; None for n^-1.1, of n sequences
+    delta    from `LEAST_DELTA`, below 1/n; None for n^-1.1, of n sequences
     clip     the most that the gradient of a sequence's mean loss may weigh: its norm over all of
              the adapter
     """
@@ -75,8 +77,8 @@ class DifferentialPrivacy:
     def __post_init__(self) -> None:
         if not (0 < self.epsilon < math.inf and 0 < self.clip < math.inf):
             raise ValueError("epsilon and clip are positive and finite")
-        if self.delta is not None and not 0 < self.delta < 1:
-            raise ValueError(f"delta is between 0 and 1, not {self.delta}")
+        if self.delta is not None and not LEAST_DELTA <= self.delta < 1:
+            raise ValueError(f"delta is {LEAST_DELTA:g} at least and below 1, not {self.delta}")
 
     def delta_of(self, sequences: int) -> float:
         """Raises DpError for one that would let whole sequences be published."""
@@ -218,9 +220,11 @@ class Draws:
 
     def noise(self, shape: Sequence[int], deviation: float) -> torch.Tensor:
         """Independent Gaussians, float64[*shape]."""
-        gaussians = torch.special.ndtri(self._uniform(_DRAWS * math.prod(shape)))
-        total = gaussians.view(_DRAWS, *shape).sum(0)
-        return total * (deviation / math.sqrt(_DRAWS))
+        total = torch.zeros(math.prod(shape), dtype=torch.float64)
+        for part in torch.split(total, _AT_ONCE):
+            for _ in range(_DRAWS):
+                part += torch.special.ndtri(self._uniform(len(part)))
+        return total.mul_(deviation / math.sqrt(_DRAWS)).view(tuple(shape))
 
     def _uniform(self, count: int) -> torch.Tensor:
         """float64[count] between 0 and 1, from an AES-256-CTR stream of their own."""
@@ -229,9 +233,11 @@ class Draws:
             bits = stream.take(8 * count).view(np.uint64)
         finally:
             stream.wipe()
-        return torch.from_numpy(
-            ((bits >> np.uint64(64 - _BITS)).astype(np.float64) + 0.5) / 2.0**_BITS
-        )
+        bits >>= np.uint64(64 - _BITS)
+        found = bits.astype(np.float64)
+        found += 0.5
+        found /= 2.0**_BITS
+        return torch.from_numpy(found)
 
 
 class DpSteps:
@@ -297,7 +303,7 @@ class DpSteps:
         Over as many sequences as there are in the mean: how many there were is no one's business.
         """
         deviation, count = self.noise * self.privacy.clip, expected(self._batch)
-        return [
-            (total + self._draws.noise(total.shape, deviation).to(total.device)) / count
-            for total in sums
-        ]
+        for total in sums:  # in their own place, as each is twice the adapter
+            total += self._draws.noise(total.shape, deviation).to(total.device)
+            total /= count
+        return list(sums)

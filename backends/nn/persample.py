@@ -208,11 +208,21 @@ def clipped_sum(
     gradients  [B, ...] of each parameter, as `PerSample.of_each` gives them
     weights    float64[B]: what each sequence's gradient is multiplied with first
 
-    Float64, so that roundings of the sum are nothing beside the clip norm.
+    A sequence whose gradient is not finite adds nothing, as it has no direction to be clipped to:
+    so whatever it is, what it adds depends on it alone, and is no longer than `clip`. Float64, so
+    that roundings of the sum are nothing beside the clip norm.
     """
     squares = torch.stack(
         [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients]
     ).square()
     norms = squares.sum(0).sqrt() * weights
-    factors = weights * (clip / norms.clamp(min=clip))
+    whole = norms.isfinite()
+    factors = torch.where(whole, weights * (clip / norms.clamp(min=clip)), 0.0)
+    if not whole.all():  # nothing times infinity would be something
+        gradients = [torch.where(_beside(whole, g), g, 0.0) for g in gradients]
     return [torch.tensordot(factors, g.double(), 1) for g in gradients]
+
+
+def _beside(rows: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """[B] as [B, 1, ...], with as many dimensions as these."""
+    return rows.view(-1, *(1 for _ in gradients.shape[1:]))

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from backends.errors import Interrupted
+from backends.interrupts import leave_terminal
 from backends.ledger import TaintedError, WorkerLedger
 from backends.nn import checkpoint
 from backends.nn.adapters import config_text, trainable
@@ -319,12 +321,12 @@ class Trainer:
             batch = dp.batch(self._sequences)
         parts = torch.split(batch, config.micro_batch)
         predicted = max(1, counted(batch))
-        passes = [pool.submit(self._pass, part, predicted) for part in parts]
+        passes = deque(pool.submit(self._pass, part, predicted) for part in parts)
         total = 0.0
         sums: list[torch.Tensor] | None = None
         try:
-            for future in passes:
-                loss, gradients = future.result()
+            while passes:  # a pass holds its gradients
+                loss, gradients = passes.popleft().result()
                 total += loss
                 if sums is None:
                     sums = list(gradients)
@@ -407,19 +409,30 @@ def _lanes(pool: Executor) -> Iterator[Executor]:
 
 @contextmanager
 def stop_on_interrupt(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once."""
+    """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once.
+
+    So does a terminal that is closed, but where that is ignored, as by nohup. It is often told
+    twice: that is no second wish.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         if stop.is_set():
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         stop.set()
         on_stop()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
     finally:

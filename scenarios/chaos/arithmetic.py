@@ -103,8 +103,8 @@ class Arithmetic:
         ]
         shapes = tuple(
             replace(
-                shape, up_bytes_per_token=form.up_bytes(shape.in_features),
-                down_bytes_per_token=form.down_bytes(shape.out_features),
+                shape, up_bytes_per_block=form.up_bytes(shape.in_features),
+                down_bytes_per_block=form.down_bytes(shape.out_features),
             )
             for shape, form in zip(self.catalogue.matrices, formats, strict=True)
         )  # fmt: skip

@@ -146,7 +146,7 @@ class Wire:
         if seen.kind == MULTIPLY:
             require(seen.matrix < len(self._shapes), "a request for no matrix of the catalogue")
             require(seen.tokens == self._tokens, "a request with another number of tokens")
-            up = self._shapes[seen.matrix].up_bytes_per_token * seen.tokens
+            up = self._shapes[seen.matrix].up_bytes(seen.tokens)
             require(len(seen.body) == up, "a request larger or smaller than its catalogue entry")
             key, name = (seen.session, seen.request), digest(seen.body)
             first = self._payloads.setdefault(key, (name, seen.matrix))
@@ -174,7 +174,7 @@ class Wire:
             asked = self._payloads.get((seen.session, seen.request))
             require(asked is not None, "a worker answered what was never asked")
             assert asked is not None
-            down = self._shapes[asked[1]].down_bytes_per_token * self._tokens
+            down = self._shapes[asked[1]].down_bytes(self._tokens)
             require(len(seen.body) == down, "an answer larger or smaller than its catalogue entry")
         return seen
 

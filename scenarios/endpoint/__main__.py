@@ -26,7 +26,6 @@ import argparse
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -39,7 +38,7 @@ from backends.nn.base import open_base
 from backends.nn.sane import positions
 from backends.nn.tokenizer import Tokenizer
 from backends.options import RANK, SEQUENCE, TOKENS, Number, Parser, Whole, place
-from backends.places import output_directory
+from backends.places import named, output_directory
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
 from scenarios.endpoint.learner import Learner
 from scenarios.endpoint.requests import Limits
@@ -48,7 +47,7 @@ from scenarios.endpoint.server import EndpointError, Server, api_key, listen_add
 from scenarios.endpoint.service import About, Service
 from scenarios.endpoint.states import States
 from scenarios.generate import stops_of
-from scenarios.options import add_preparation_options, add_worker_options
+from scenarios.options import add_preparation_options, add_worker_options, weights_text
 from scenarios.quickstart import BASE
 from scenarios.session import (
     chosen_workers,
@@ -134,7 +133,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--listen", type=_listen, default="127.0.0.1:8420", metavar="HOST:PORT",
         help="where recipes find it, on this machine only; port 0 is any free one "
         "(127.0.0.1:8420)")  # fmt: skip
-    add("--model", "--weights", dest="weights", type=_base, default=str(BASE),
+    add("--model", "--weights", dest="weights", type=weights_text, default=str(BASE),
         metavar="DIR|FILE|ID",
         help="checkpoint: a directory, a GGUF file, or an id of the hub (the small Llama of this "
         "repository)")  # fmt: skip
@@ -162,17 +161,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_worker_options(parser)
     add_kernel_option(parser)
     args = parser.parse(arguments)
-    here = Path(args.weights).resolve()
-    named = here.name if here.is_dir() else here.stem if here.is_file() else args.weights
-    args.name = args.name or named
+    here = named(args.weights).resolve()
+    usual = here.name if here.is_dir() else here.stem if here.is_file() else args.weights
+    args.name = args.name or usual
     # The client loads it from a directory or the hub, and cannot from a GGUF file.
     args.tokenizer = str(here) if here.is_dir() else args.name if here.is_file() else args.weights
     return args
-
-
-def _base(text: str) -> str:
-    place(text)
-    return text
 
 
 def _listen(text: str) -> tuple[str, int]:

@@ -12,13 +12,12 @@ _MISSING: Any = object()
 class RequestError(Exception):
     """A request that is refused; the text, one line, is shown by the client.
 
-    status    of HTTP
-    model_id  of the training client whose data it was, if it was any
+    status  of HTTP
     """
 
-    def __init__(self, text: str, status: int = 400, model_id: str = "") -> None:
+    def __init__(self, text: str, status: int = 400) -> None:
         super().__init__(text)
-        self.status, self.model_id = status, model_id
+        self.status = status
 
 
 class Fields:

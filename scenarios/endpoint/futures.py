@@ -24,10 +24,15 @@ _DONE_MAX, _DONE_BYTES_MAX = 1024, 256 << 20
 
 @dataclass
 class Job:
-    """Some work: what does it, and what came of it."""
+    """Some work: what does it, and what came of it.
+
+    size   bytes that it holds until it is done
+    asked  whether anybody may ask what came of it
+    """
 
     work: Callable[[], Answer]
-    size: int
+    size: int = 0
+    asked: bool = True
     done: threading.Event = field(default_factory=threading.Event)
     answer: Answer = field(default_factory=dict)
 
@@ -42,31 +47,52 @@ class Queue:
         self._check = check
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._waiting: deque[Job] = deque()
-        self._bytes = 0
+        self._undone = self._bytes = 0
         self._changed = threading.Condition()
         self._closed = False
 
-    def add(
-        self, name: str, work: Callable[[], Answer], size: int = 0, always: bool = False
-    ) -> None:
+    def add(self, name: str, work: Callable[[], Answer], size: int = 0) -> None:
         """Put work in the queue, unless it is there already: whoever asks twice gets one result.
 
-        size    bytes that it holds until it is done
-        always  however much is waiting
+        Raises RequestError as `promise` does.
+        """
+        if not self.knows(name):
+            self.promise(name, size)
+            self.begin(name, work)
+
+    def promise(self, name: str, size: int) -> None:
+        """From now on who asks for this result waits for it; `begin` is to follow.
+
+        size  bytes that it holds until it is done
 
         Raises RequestError (429, which the client takes for a reason to wait) when too much is
         waiting.
         """
         with self._changed:
-            if name in self._jobs:
-                return
-            full = self._bytes + size > _WAITING_BYTES_MAX or len(self._waiting) >= _WAITING_MAX
-            if full and not always:
+            if self._undone >= _WAITING_MAX or self._bytes + size > _WAITING_BYTES_MAX:
                 raise RequestError("too much is waiting here already; wait for some of it", 429)
-            job = self._jobs[name] = Job(work, size)
-            self._waiting.append(job)
+            self._jobs[name] = Job(dict, size)
+            self._undone += 1
             self._bytes += size
+
+    def begin(self, name: str, work: Callable[[], Answer]) -> None:
+        """Put the work of a result that was promised in the queue."""
+        with self._changed:
+            job = self._jobs[name]
+            job.work = work
+            self._waiting.append(job)
             self._changed.notify_all()
+
+    def tidy(self, work: Callable[[], Answer]) -> None:
+        """Put work in the queue that nobody asks for: it counts for nothing, and leaves nothing."""
+        with self._changed:
+            self._waiting.append(Job(work, asked=False))
+            self._changed.notify_all()
+
+    def knows(self, name: str) -> bool:
+        """Whether a result of this name is here, or will be."""
+        with self._changed:
+            return name in self._jobs
 
     def find(self, name: str) -> Job:
         """Raises RequestError for one that is not here any more, or never was."""
@@ -87,7 +113,10 @@ class Queue:
                     return
                 job = self._waiting.popleft()
             job.answer = self._answer(job)
+            if not job.asked:
+                continue
             with self._changed:
+                self._undone -= 1
                 self._bytes -= job.size
                 job.work = dict
                 job.done.set()

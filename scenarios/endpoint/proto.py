@@ -29,9 +29,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 
 class ProtoError(ValueError):
-    """Bytes that are no such message; model_id is whose it was, as far as it was read."""
-
-    model_id = ""
+    """Bytes that are no such message."""
 
 
 @dataclass(frozen=True)
@@ -72,28 +70,43 @@ def read_pass(body: bytes) -> PassMessage:
     data: list[DatumMessage] = []
     old: dict[str, float | str] = {}
     config: dict[str, float | str] = {}
+    for number, value in _fields(body, budget):
+        if number == 1:
+            model_id = _text(value)
+        elif number == 2:
+            seq_id = _whole(value)
+        elif number == 3:
+            data.append(_datum(_bytes(value), budget))
+        elif number == 4:
+            loss_fn = _text(value)
+        elif number == 5:
+            name, held = _entry(_bytes(value), budget)
+            old[name] = _double(held)
+        elif number == 6:
+            forward_only = bool(_whole(value))
+        elif number == 7:
+            name, held = _entry(_bytes(value), budget)
+            config[name] = _setting(_bytes(held), budget)
+    return PassMessage(model_id, seq_id, data, loss_fn, config or old, forward_only)
+
+
+def read_address(body: bytes) -> tuple[str, int, bool]:
+    """(model_id, seq_id, forward_only) of a `ForwardBackwardRequest`, whatever its data are.
+
+    Of a message that is broken, as far as it can be read; 0 for a seq_id that was not found.
+    """
+    model_id, seq_id, forward_only = "", 0, False
     try:
-        for number, value in _fields(body, budget):
+        for number, value in _fields(body, [_FIELDS_MAX]):
             if number == 1:
                 model_id = _text(value)
             elif number == 2:
                 seq_id = _whole(value)
-            elif number == 3:
-                data.append(_datum(_bytes(value), budget))
-            elif number == 4:
-                loss_fn = _text(value)
-            elif number == 5:
-                name, held = _entry(_bytes(value), budget)
-                old[name] = _double(held)
             elif number == 6:
                 forward_only = bool(_whole(value))
-            elif number == 7:
-                name, held = _entry(_bytes(value), budget)
-                config[name] = _setting(_bytes(held), budget)
-    except ProtoError as error:
-        error.model_id = model_id
-        raise
-    return PassMessage(model_id, seq_id, data, loss_fn, config or old, forward_only)
+    except ProtoError:
+        forward_only = False
+    return model_id, seq_id, forward_only
 
 
 def write_outputs(logprobs: Sequence[NDArray[np.float32]], loss: float) -> bytes:

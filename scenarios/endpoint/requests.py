@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarios.endpoint.fields import Fields, RequestError
-from scenarios.endpoint.proto import DatumMessage, PassMessage, ProtoError, read_pass
+from scenarios.endpoint.proto import DatumMessage, ProtoError, read_pass
 
 LOSSES: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("target_tokens", "weights"),
@@ -213,15 +213,7 @@ def pass_of(body: bytes, limits: Limits) -> Pass:
     try:
         held = read_pass(body)
     except ProtoError as error:
-        raise RequestError(f"forward_backward: {error}", model_id=error.model_id) from error
-    try:
-        return _pass(held, limits)
-    except RequestError as error:
-        error.model_id = held.model_id
-        raise
-
-
-def _pass(held: PassMessage, limits: Limits) -> Pass:
+        raise RequestError(f"forward_backward: {error}") from error
     if not MODEL.fullmatch(held.model_id) or not 0 < held.seq_id <= _SEQ_MAX:
         raise RequestError("forward_backward needs the model_id and seq_id of a training client")
     wanted = LOSSES.get(held.loss_fn)

@@ -6,6 +6,7 @@ follow, with as many rows as were asked for. What comes after an answer's end is
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -74,14 +75,19 @@ class Sampler:
     def _end(self, row: Sequence[int], request: Sample) -> int | None:
         """How many tokens there are up to the first stop, it included; None without one."""
         stop = self._ends if request.stop is None else request.stop
+        found = next((n for n, token in enumerate(row, 1) if token in stop), None)
         texts = [each for each in stop if isinstance(each, str)]
-        if texts and not any(each in self._decode(row) for each in texts):
-            return None
-        for count in range(1, len(row) + 1):
-            # A text may end within a token, and begin some tokens before.
-            if row[count - 1] in stop or any(t in self._decode(row[:count]) for t in texts):
-                return count
-        return None
+        row = row[:found]
+
+        def said(count: int) -> bool:
+            words = self._decode(row[:count])
+            return any(text in words for text in texts)
+
+        if not texts or not said(len(row)):
+            return found
+        # A text may end within a token, and begin some tokens before: it is looked for in all of
+        # them, and halving finds where it is whole without reading every beginning.
+        return bisect_left(range(len(row)), True, lo=1, key=said)
 
     def _prompt_logprobs(self, model: PeftModel, prompt: NDArray[np.int64]) -> NDArray[np.float32]:
         ids = torch.zeros(1, self._learner.sequence, dtype=torch.long)

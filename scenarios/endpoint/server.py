@@ -7,8 +7,10 @@ import json
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,14 @@ _JSON = "application/json"
 _KEY_PREFIX = "tml-"
 """What the client demands of a key."""
 _KEY_LETTERS_LEAST = 24
-_CONNECTIONS_MAX = 256
+CONNECTIONS_MAX = 256
+FIRST_S = 10.0
+"""From a connection to the end of its first request with the key."""
 _SILENT_S = 75.0
+"""From an answer to the end of the next request: clients keep connections for a while."""
+_ROOM_S = 1.0
+_STRANGERS = (401, 403)
+"""What is answered to whoever has not the key, or is a page."""
 
 
 class EndpointError(UserError, ValueError):
@@ -80,6 +88,18 @@ def api_key(file: Path | None) -> str:
     return found
 
 
+@dataclass(frozen=True)
+class _Wait:
+    until: float
+    known: bool
+
+
+def _end(connection: socket.socket) -> None:
+    """Wake the thread that reads it, which then closes it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class Server(ThreadingHTTPServer):
     """A service under an address."""
 
@@ -90,7 +110,9 @@ class Server(ThreadingHTTPServer):
         host = address[0]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.service, self.key = service, key.encode()
-        self._room = threading.Semaphore(_CONNECTIONS_MAX)
+        self._room = threading.Semaphore(CONNECTIONS_MAX)
+        self._waits: dict[socket.socket, _Wait] = {}
+        self._lock = threading.Lock()
         try:
             super().__init__(address, _Handler)
         except OSError as error:
@@ -111,11 +133,41 @@ class Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """One more connection, if there is room."""
+        """One more connection; of those that have not shown the key, the oldest makes room."""
         if not self._room.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+            self._end_one()
+            if not self._room.acquire(timeout=_ROOM_S):
+                self.shutdown_request(request)
+                return
+        self.await_request(request, FIRST_S, known=False)
         super().process_request(request, client_address)
+
+    def _end_one(self) -> None:
+        with self._lock:
+            oldest = next((one for one, wait in self._waits.items() if not wait.known), None)
+            if oldest is not None:
+                _end(oldest)
+
+    def await_request(self, connection: socket.socket, seconds: float, known: bool) -> None:
+        """End this connection unless a whole request comes in so long a time.
+
+        known  whether it has shown the key
+        """
+        with self._lock:
+            self._waits[connection] = _Wait(time.monotonic() + seconds, known)
+
+    def came(self, connection: socket.socket) -> None:
+        """A whole request did."""
+        with self._lock:
+            self._waits.pop(connection, None)
+
+    def service_actions(self) -> None:
+        """Between connections, several times a second: end those whose time is over."""
+        now = time.monotonic()
+        with self._lock:
+            for connection, wait in self._waits.items():
+                if now > wait.until:
+                    _end(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """In a thread of its own."""
@@ -123,6 +175,11 @@ class Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._room.release()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.came(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke: the client comes again. Nothing is printed of what was in it."""
@@ -144,20 +201,18 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._require_allowed()
             body = self._body()
+            self.server.came(self.connection)
             status, answer = self.server.service.answer(self.command, self.path, body)
         except RequestError as error:
             # Of a body that was not read, the next request would be made.
-            self.close_connection = self.close_connection or error.status in (
-                401,
-                403,
-                411,
-                413,
-                415,
-            )
+            unread = error.status in (*_STRANGERS, 411, 413, 415)
+            self.close_connection = self.close_connection or unread
             status, answer = error.status, {"error": str(error), "category": "user"}
         except UserError as error:
             status, answer = 400, {"error": " ".join(str(error).split()), "category": "user"}
         self._reply(status, answer)
+        if status not in _STRANGERS:
+            self.server.await_request(self.connection, _SILENT_S, known=True)
 
     def _require_allowed(self) -> None:
         """A page in a browser of this machine names another host, or its origin; other users of

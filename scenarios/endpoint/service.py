@@ -7,16 +7,12 @@ by whoever calls `Queue.work`, in the order in which it came.
 from __future__ import annotations
 
 import re
-import secrets
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from scenarios.endpoint import requests
+from scenarios.endpoint.clients import Client, Clients, Sampling
 from scenarios.endpoint.fields import Fields, RequestError
 from scenarios.endpoint.futures import Answer, Queue
 from scenarios.endpoint.learner import Learner
@@ -27,10 +23,6 @@ from scenarios.endpoint.states import Kept, States
 
 _WAIT_S = 20.0
 """How long an answer to whoever asks for a result may take; after 45 s the client asks again."""
-_LOST_S = 120.0
-"""A session whose client has said nothing for so long gives its place to others; it says something
-every 10 s."""
-_SESSIONS_MAX, _SNAPSHOTS_MAX, _SAMPLERS_MAX = 256, 16, 4096
 
 Reply = tuple[int, Answer]
 Route = Callable[["Service", bytes], Reply]
@@ -52,35 +44,6 @@ class About:
     limits: Limits
 
 
-@dataclass
-class _Session:
-    heard: float
-    models: set[str] = field(default_factory=set)
-
-
-@dataclass
-class _Client:
-    """A training client.
-
-    slot     its adapter's name
-    rests_on workers of earlier runs, whose answers are in what it loaded
-    """
-
-    slot: str
-    lora: requests.Lora
-    last_seq: int = 0
-    rests_on: frozenset[str] = frozenset()
-
-
-@dataclass
-class _Sampling:
-    """What a sampling session samples from: what was saved, as it was when it was first asked for;
-    a copy in memory alone; or, without either, the base."""
-
-    path: StatePath | None = None
-    kept: Kept | None = None
-
-
 class Service:
     """The API over one learner.
 
@@ -94,12 +57,7 @@ class Service:
         self.about = about
         self.queue = Queue(check)
         self._learner, self._sampler, self._states = learner, sampler, states
-        self._lock = threading.RLock()
-        self._sessions: dict[str, _Session] = {}
-        self._clients: dict[str, _Client] = {}
-        self._samplers: OrderedDict[str, _Sampling] = OrderedDict()
-        self._loaded: OrderedDict[str, Kept] = OrderedDict()
-        self._slots = 0
+        self._here = Clients(self.queue, about.clients, learner.drop)
 
     def answer(self, method: str, path: str, body: bytes) -> Reply:
         """(status, message). Raises RequestError."""
@@ -150,24 +108,16 @@ class Service:
     def create_session(self, body: bytes) -> Reply:
         """A session; the longest unheard one goes when there are too many."""
         Fields.of(body, "create_session")
-        with self._lock:
-            if len(self._sessions) >= _SESSIONS_MAX:
-                self._finish(min(self._sessions, key=lambda s: self._sessions[s].heard))
-            name = f"session-{secrets.token_hex(16)}"
-            self._sessions[name] = _Session(time.monotonic())
-        return 200, {"session_id": name}
+        return 200, {"session_id": self._here.begin()}
 
     def heartbeat(self, body: bytes) -> Reply:
         """The client is alive."""
-        with self._lock:
-            self._session(requests.session_of(body)).heard = time.monotonic()
+        self._here.heard(requests.session_of(body))
         return 200, {}
 
     def finish(self, session: str) -> Reply:
         """The client has ended; its adapters are forgotten, what it saved stays."""
-        with self._lock:
-            if session in self._sessions:
-                self._finish(session)
+        self._here.finish(session)
         return 200, {}
 
     def get_info(self, body: bytes) -> Reply:
@@ -175,8 +125,7 @@ class Service:
         held = Fields.of(body, "get_info")
         name = held.text("model_id", requests.MODEL)
         held.end()
-        with self._lock:
-            client = self._client(name)
+        client = self._here.client(name)
         data = {
             "arch": self.about.architecture, "model_name": self.about.name,
             "tokenizer_id": self.about.tokenizer,
@@ -188,8 +137,7 @@ class Service:
 
     def get_sampler(self, name: str) -> Reply:
         """Of a sampling session."""
-        with self._lock:
-            path = self._sampling(name).path
+        path = self._here.sampling(name).path
         told = {} if path is None else {"model_path": str(path)}
         return 200, {"sampler_id": name, "base_model": self.about.name, **told}
 
@@ -198,10 +146,8 @@ class Service:
         session, place, path = requests.sampling_session_of(body, self.about.name)
         if path is not None:
             self._states.about(path)
-        with self._lock:
-            self._session(session)
-            name = f"{session}:sample:{place}"
-            self._remember(name, _Sampling(path))
+        name = f"{session}:sample:{place}"
+        self._here.new_sampler(session, name, path)
         return 200, {"sampling_session_id": name}
 
     def retrieve(self, body: bytes) -> Reply:
@@ -222,75 +168,68 @@ class Service:
             self._learner.create(slot, request.lora, request.seed)
             return {"model_id": request.model_id, "type": "create_model"}
 
-        return self._new_client(request.session, request.model_id, request.lora, work)
+        made = self._here.new_client(request.session, request.model_id, request.lora, work)
+        return _asked(made, request.model_id)
 
     def forward_backward(self, body: bytes) -> Reply:
         """Gradients, or losses alone."""
-        try:
-            request = requests.pass_of(body, self.about.limits)
-        except RequestError as error:
-            with self._lock:
-                refused = self._clients.get(error.model_id)
-            if refused is not None:
-                self._tidy(lambda: self._learner.spoil(refused.slot))
-            raise
 
-        def work() -> Answer:
+        def work(client: Client, lost: bool) -> Answer:
             self._states.require_trusted(client.rests_on)
             logprobs, loss = self._learner.run(client.slot, request)
             return write_outputs(logprobs, loss)
 
-        with self._lock:
-            client = self._client(request.model_id)
-            return self._in_turn(request.model_id, request.seq, work, len(body))
+        with self._here.asking(body, binary=True):
+            request = requests.pass_of(body, self.about.limits)
+            name = self._here.in_turn(request.model_id, request.seq, work, len(body))
+        return _asked(name, request.model_id)
 
     def optim_step(self, body: bytes) -> Reply:
         """A step with the gradients since the last."""
-        request = requests.step_of(body)
 
-        def work() -> Answer:
+        def work(client: Client, lost: bool) -> Answer:
             self._states.require_trusted(client.rests_on)
+            if lost:
+                self._learner.spoil(client.slot)
             self._learner.step(client.slot, request)
             return {"metrics": {}}
 
-        with self._lock:
-            client = self._client(request.model_id)
-            return self._in_turn(request.model_id, request.seq, work)
+        with self._here.asking(body):
+            request = requests.step_of(body)
+            name = self._here.in_turn(request.model_id, request.seq, work, settles=True)
+        return _asked(name, request.model_id)
 
     def save_weights(self, body: bytes) -> Reply:
         """Adapter and optimiser, to go on from."""
-        return self._save(requests.save_of(body, for_sampler=False))
+        return self._save(body, for_sampler=False)
 
     def save_for_sampler(self, body: bytes) -> Reply:
         """An adapter to sample from: on disk by a name, else in memory."""
-        return self._save(requests.save_of(body, for_sampler=True))
+        return self._save(body, for_sampler=True)
 
-    def _save(self, request: requests.Save) -> Reply:
-        session = request.model_id.partition(":")[0]
-
-        def work() -> Answer:
+    def _save(self, body: bytes, for_sampler: bool) -> Reply:
+        def work(client: Client, lost: bool) -> Answer:
             self._states.require_trusted(client.rests_on)
             lora = self._learner.lora(client.slot)
             moments = self._learner.moments(client.slot) if request.kind == "weights" else {}
             workers = client.rests_on | self._states.served
             kept = Kept(lora, self._learner.weights(client.slot), moments, workers)
             if request.name is None:
+                session = request.model_id.partition(":")[0]
                 name = f"{session}:sample:{request.sampler}"
-                with self._lock:
-                    self._remember(name, _Sampling(kept=kept))
+                self._here.remember(name, Sampling(kept=kept))
                 return {"sampling_session_id": name, "type": "save_weights_for_sampler"}
             path = StatePath(request.model_id, request.kind, request.name)
             self._states.save(path, kept, self._learner.config(lora), request.overwrite)
             return {"path": str(path)}
 
-        with self._lock:
-            client = self._client(request.model_id)
-            return self._in_turn(request.model_id, request.seq, work)
+        with self._here.asking(body):
+            request = requests.save_of(body, for_sampler)
+            asked = self._here.in_turn(request.model_id, request.seq, work)
+        return _asked(asked, request.model_id)
 
     def load_weights(self, body: bytes) -> Reply:
         """What was saved, into a training client or a new one."""
-        request = requests.load_of(body, self.about.name)
-        lora, _ = self._states.about(request.path)
 
         def work(slot: str) -> Answer:
             if request.session is not None:
@@ -299,31 +238,34 @@ class Service:
                 raise RequestError(f"{request.path} has another rank, or adapts other parts")
             kept = self._states.load(request.path, self._learner.shapes(lora), request.optimizer)
             self._learner.restore(slot, kept.weights, kept.moments)
-            with self._lock:
-                self._client(request.model_id).rests_on = kept.workers
+            self._here.client(request.model_id).rests_on = kept.workers
             return {"path": str(request.path), "model_id": request.model_id, "type": "load_weights"}
 
-        if request.session is not None:
-            return self._new_client(request.session, request.model_id, lora, work)
-        with self._lock:
-            slot = self._client(request.model_id).slot
-            return self._in_turn(request.model_id, request.seq, lambda: work(slot))
+        with self._here.asking(body):
+            request = requests.load_of(body, self.about.name)
+            lora, _ = self._states.about(request.path)
+            if request.session is not None:
+                name = self._here.new_client(request.session, request.model_id, lora, work)
+            else:
+                name = self._here.in_turn(
+                    request.model_id, request.seq, lambda client, lost: work(client.slot),
+                    settles=True,
+                )  # fmt: skip
+        return _asked(name, request.model_id)
 
     def sample(self, body: bytes) -> Reply:
         """Completions."""
         request = requests.sample_of(body, self.about.limits)
         name = f"{request.sampler}:{request.seq}"
         ids = [f"{name}:{place}" for place in range(request.count)]
-        with self._lock:
-            sampling = self._sampling(request.sampler)
+        sampling = self._here.sampling(request.sampler)
 
         def work() -> Answer:
             kept = sampling.kept
             if kept is None and sampling.path is not None:
                 shapes = self._learner.shapes(self._states.about(sampling.path)[0])
                 kept = self._states.load(sampling.path, shapes)
-                with self._lock:
-                    self._remember(request.sampler, _Sampling(sampling.path, kept))
+                self._here.remember(request.sampler, Sampling(sampling.path, kept))
             if kept is not None:
                 self._states.require_trusted(kept.workers)
             lora, weights = (None, {}) if kept is None else (kept.lora, kept.weights)
@@ -331,109 +273,14 @@ class Service:
 
         return self._queued(name, work, len(body), sample_sequence_ids=ids)
 
-    # Bookkeeping.
-
     def _queued(self, name: str, work: Callable[[], Answer], size: int = 0, **more: Any) -> Reply:
         self.queue.add(name, work, size)
         return 200, {"request_id": name, **more}
 
-    def _in_turn(self, model_id: str, seq: int, work: Callable[[], Answer], size: int = 0) -> Reply:
-        """Requests of one client are computed in their order, and each only once."""
-        client = self._client(model_id)
-        name = f"{model_id}:{seq}"
-        if seq > client.last_seq:
-            reply = self._queued(name, work, size, model_id=model_id)
-            client.last_seq = seq
-            return reply
-        self.queue.find(name)
-        return 200, {"request_id": name, "model_id": model_id}
 
-    def _session(self, name: str) -> _Session:
-        found = self._sessions.get(name)
-        if found is None:
-            raise RequestError("there is no such session; the endpoint was started anew?", 410)
-        return found
-
-    def _client(self, name: str) -> _Client:
-        found = self._clients.get(name)
-        if found is None:
-            raise RequestError("there is no such training client, or it has ended", 404)
-        return found
-
-    def _sampling(self, name: str) -> _Sampling:
-        found = self._samplers.get(name)
-        if found is None:
-            raise RequestError(
-                f"there is no such sampling client; copies of the last {_SNAPSHOTS_MAX} are kept, "
-                "and save_weights_for_sampler(name) keeps one for good", 404
-            )  # fmt: skip
-        return found
-
-    def _new_client(
-        self, session: str, model_id: str, lora: requests.Lora, work: Callable[[str], Answer]
-    ) -> Reply:
-        """A training client, whose adapter is made by `work`, told its name."""
-        with self._lock:
-            held = self._session(session)
-            if model_id not in self._clients:
-                self._require_room(session)
-                self._slots += 1
-                self._clients[model_id] = _Client(f"client{self._slots}", lora)
-                held.models.add(model_id)
-            slot = self._clients[model_id].slot
-            return self._queued(f"{model_id}:0", lambda: self._made(slot, work), model_id=model_id)
-
-    def _made(self, slot: str, work: Callable[[str], Answer]) -> Answer:
-        try:
-            return work(slot)
-        except BaseException:
-            with self._lock:
-                for name in [n for n, c in self._clients.items() if c.slot == slot]:
-                    del self._clients[name]
-            self._learner.drop(slot)
-            raise
-
-    def _require_room(self, session: str) -> None:
-        """For one more training client; those of clients that are gone make room."""
-        if len(self._clients) >= self.about.clients:
-            now = time.monotonic()
-            for name in [n for n, s in self._sessions.items() if now - s.heard > _LOST_S]:
-                if name != session:
-                    self._finish(name)
-        if len(self._clients) >= self.about.clients:
-            raise RequestError(
-                f"{self.about.clients} training clients are open: end one (`with ServiceClient() "
-                "as ...` does at its end), or start the endpoint with more --clients"
-            )
-
-    def _finish(self, session: str) -> None:
-        for name in self._sessions.pop(session).models:
-            client = self._clients.pop(name, None)
-            if client is not None:
-                self._tidy(partial(self._learner.drop, client.slot))
-        for sampler in [s for s in self._samplers if s.startswith(f"{session}:")]:
-            del self._samplers[sampler]
-
-    def _tidy(self, what: Callable[[], None]) -> None:
-        """In its turn; nobody asks what came of it."""
-
-        def work() -> Answer:
-            what()
-            return {}
-
-        self.queue.add(f"own-{secrets.token_hex(8)}", work, always=True)
-
-    def _remember(self, name: str, sampling: _Sampling) -> None:
-        """The oldest copies go; what is on disk is read anew then."""
-        self._samplers[name] = sampling
-        copies = [n for n, s in self._samplers.items() if s.kept is not None]
-        for old in copies[: max(0, len(copies) - _SNAPSHOTS_MAX)]:
-            if self._samplers[old].path is None:
-                del self._samplers[old]
-            else:
-                self._samplers[old].kept = None
-        while len(self._samplers) > _SAMPLERS_MAX:
-            self._samplers.popitem(last=False)
+def _asked(name: str, model_id: str) -> Reply:
+    """Of a training client's request, whose result is to be asked for by its name."""
+    return 200, {"request_id": name, "model_id": model_id}
 
 
 _V1 = "/api/v1/"

@@ -171,7 +171,7 @@ def _forward_bytes(workload: Workload) -> float:
 
     matrices = {i.matrix for i in workload.lane if isinstance(i, Linear) and not i.matrix % 2}
     shapes = [workload.matrices[matrix] for matrix in matrices]
-    return sum(shape.up_bytes_per_token + shape.down_bytes_per_token for shape in shapes)
+    return sum(shape.up_bytes(1) + shape.down_bytes(1) for shape in shapes)
 
 
 def _forward_share(workload: Workload) -> float:

@@ -29,6 +29,7 @@ from backends.nn.generate import complete
 from backends.nn.selfcheck import require_trainable
 from backends.nn.tokenizer import end_of_text
 from backends.nn.trainer import Trainer, TrainingInterrupted
+from backends.places import named
 from backends.session import Usage
 from scenarios import record
 from scenarios.costs import costs
@@ -346,7 +347,7 @@ class Finetune:
 
     def _page(self) -> Content:
         args = self.args
-        name = Path(args.weights).expanduser()
+        name = named(args.weights)
         model = name.resolve().name if name.exists() else args.weights
         title = f"Private fine-tuning of {model} on {args.data.resolve().name}"
         return content_of(title, self.figures, preset(args.preset), self.watch)

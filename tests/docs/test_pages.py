@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from backends.he.conformance import CHECKS
+from backends.session import SCHEMES
 from docs import generate_figures
 from scenarios.whatif.checks import require_sound
 from scenarios.whatif.study import load_study
@@ -93,7 +95,10 @@ def test_files_that_are_named_are_there(name: str) -> None:
 NAMED = {
     "tests/scenarios/test_families.py": ("FAMILIES", "MORE"),
     "tests/test_house.py": ("SERVERS", "SECRET_HOLDERS", "OWNERS_ONLY"),
-    "tests/he/test_wiping.py": ("def owners",),
+    "tests/he/test_conformance.py": (),
+    "backends/he/conformance.py": ("CHECKS",),
+    "backends/he/scaled.py": ("class ScaledOwner", "def _seal", "def _open"),
+    "backends/he/wire.py": ("class Packing",),
     "benchmarks/zoo/configs.py": ("RULES", "SPECIAL"),
     "backends/nn/skeleton.py": ("def build_skeleton",),
     "backends/nn/remote.py": ("def discover_groups",),
@@ -176,3 +181,25 @@ def test_results_that_are_named_are_there() -> None:
         for file in re.findall(r"benchmarks/results/([\w.-]+\.json)", page.read_text()):
             assert (RESULTS / file).is_file(), f"{page.name} names {file}"
     assert generate_figures.pages()
+
+
+def test_the_page_has_every_check_of_the_suite() -> None:
+    """By name, with the first line of what it asks."""
+    page = (DOCS / "extend.md").read_text()
+    for check in CHECKS:
+        assert check.__doc__ is not None
+        first = check.__doc__.partition("\n")[0]
+        assert f"| `{check.__name__}` | {first} |" in page
+
+
+def test_openfhe_trains_as_clear_does() -> None:
+    """The table of extend.md is the recorded run's, whose losses agree within half a per cent."""
+    page = (DOCS / "extend.md").read_text()
+    runs = json.loads((RESULTS / "openfhe-training.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == ["clear", *SCHEMES]
+    for run in runs:
+        away = run["final_loss"] / runs[0]["final_loss"] - 1
+        assert abs(away) < 0.005
+        assert run["final_loss"] < runs[0]["base_loss"]
+        cells = run["name"], f"{run['final_loss']:.4f}", f"{run['gradient_norm_ratio']:.4f}"
+        assert f"| {' | '.join(cells)} |" in page

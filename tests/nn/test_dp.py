@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from backends.defaults import LEAST_DELTA
 from backends.nn import dp
 from backends.nn.adapters import add_lora, trainable
 from backends.nn.checkpoint import ResumeError
@@ -150,6 +151,69 @@ def test_no_gradient_is_longer_than_the_clip_norm(
         if plain.norm() <= clip:
             assert torch.allclose(found, plain, rtol=1e-12, atol=0)
     assert flat(clipped_sum(gradients, weights, clip)).norm() <= len(scales) * clip * (1 + 1e-12)
+
+
+@QUICK
+@given(
+    broken=st.lists(st.integers(0, 4), max_size=5), seed=st.integers(0, 999),
+    with_=st.sampled_from([math.nan, math.inf, -math.inf, 3e38]), everywhere=st.booleans(),
+    weight=st.sampled_from([0.0, 1e-3, 1.0]), clip=st.sampled_from([1e-3, 1e3]),
+)  # fmt: skip
+def test_a_gradient_that_is_not_finite_adds_nothing(
+    broken: list[int], seed: int, with_: float, everywhere: bool, weight: float, clip: float
+) -> None:
+    """And leaves what the others add as it is, to the last bit; so does one that is only huge."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(5, *shape, generator=generator) for shape in ((3, 2), (4,))]
+    others = [row for row in range(5) if row not in broken]
+    weights = torch.full((5,), weight, dtype=torch.float64)
+    wanted = clipped_sum([g[others] for g in gradients], weights[others], clip)
+    for row in broken:
+        for gradient in gradients if everywhere else gradients[1:]:
+            gradient[row].view(-1)[0] = with_
+    found = clipped_sum(gradients, weights, clip)
+    assert all(part.isfinite().all() for part in found)
+    moved = flat(found) - flat(wanted)
+    if math.isfinite(with_):
+        assert moved.norm() <= len(set(broken)) * clip * (1 + 1e-9)
+    else:
+        assert moved.norm() <= 1e-12 * clip
+
+
+def test_a_step_with_a_sequence_of_no_gradient_is_one_of_the_others(llama: Tiny) -> None:
+    """It goes on, and the noise is the same; that of a loss without end is another matter."""
+    private = DpSteps(here(llama), 100, 3, replace(PRIVACY, delta=None))
+    batch = tokens(3, 8, 5)
+    of_each = private._per_sample.of_each
+
+    def broken(part: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        loss, gradients = of_each(part)
+        gradients[0][1] = math.nan
+        return loss, gradients
+
+    with private.adapted():
+        wanted = private.clipped(batch[[0, 2]])[1]
+        private._per_sample.of_each = broken  # type: ignore[method-assign]
+        _, found = private.clipped(batch)
+    assert (flat(found) - flat(wanted)).norm() <= 1e-5
+    assert all(part.isfinite().all() for part in private.released(found))
+
+
+def test_noise_takes_the_memory_that_the_page_says() -> None:
+    """What it is itself, and little beside."""
+    peak, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def most_bytes() -> int:
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", peak.read_text())[0])
+
+    if not (peak.is_file() and os.access(reset, os.W_OK)):
+        pytest.skip("needs Linux's account of this process's memory")
+    count, draws = 2_000_000, Draws()
+    draws.noise((1000,), 1.0)
+    reset.write_text("5")
+    before = most_bytes()
+    draws.noise((count // 2, 2), 1.0)
+    assert most_bytes() - before < 1.5 * 8 * count
 
 
 def test_noise_is_gaussian_of_the_stated_size() -> None:
@@ -306,6 +370,24 @@ def test_a_sampled_step_is_accounted_for(sequences: int, batch: int, noise: floa
     epsilon = spent(sequences, batch, 1, noise, 1e-3)
     assert one_step_delta(epsilon, sequences, batch, noise) <= 1e-3
     assert one_step_delta(epsilon / 6, sequences, batch, noise) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sequences", "steps", "noise"), [(10_000, 5000, 2.0), (1_000_000, 20_000, 1.0)]
+)
+def test_the_least_delta_is_one_that_the_accountant_can_tell(
+    sequences: int, steps: int, noise: float
+) -> None:
+    """From it on epsilon grows by as much for each tenth of delta; far below it is no use."""
+    tenths = [spent(sequences, 256, steps, noise, LEAST_DELTA * 10**n) for n in (2, 1, 0)]
+    assert tenths[2] - tenths[1] <= 1.1 * (tenths[1] - tenths[0])
+    assert spent(sequences, 256, steps, noise, 1e-3 * LEAST_DELTA) > 1.3 * tenths[2] or (
+        spent(sequences, 256, steps, noise, 1e-5 * LEAST_DELTA) == math.inf
+    )
+    for delta in (LEAST_DELTA / 2, 1e-12, 1e-30, 0.0, math.nan, 1.0):
+        with pytest.raises(ValueError, match="delta is 1e-10 at least"):
+            DifferentialPrivacy(8.0, delta)
+    DifferentialPrivacy(8.0, LEAST_DELTA)
 
 
 def test_noise_samples_and_fewer_steps_spend_less() -> None:

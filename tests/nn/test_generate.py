@@ -121,7 +121,7 @@ def test_a_token_sends_one_coefficient_an_input(llama: Tiny) -> None:
     assert steps[0] == steps[1] == steps[2]
     up, down, frames = steps[0]
     assert frames == len(forward)
-    payload = sum(shape.up_bytes_per_token for shape in forward)
+    payload = sum(shape.up_bytes(1) for shape in forward)
     assert payload < up < payload + 64 * frames
-    answers = sum(shape.down_bytes_per_token for shape in forward)
+    answers = sum(shape.down_bytes(1) for shape in forward)
     assert answers < down < answers + 64 * frames

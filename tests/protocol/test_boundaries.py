@@ -15,6 +15,7 @@ from protocol.errors import MisuseError, ProtocolError, VersionError
 from protocol.events import FailCall, LinearWanted, RunTask, Send, SetTimer, TaskDone
 from protocol.messages import (
     HEADER_BYTES,
+    MAX_BODY_BYTES,
     Bye,
     Farewell,
     Hello,
@@ -200,6 +201,21 @@ def test_no_frame_is_larger_than_the_largest() -> None:
     frames += [encode(message) for message, _ in BYTES]
     assert max(map(len, frames)) <= largest
     assert largest == HEADER_BYTES + 68 + 21
+
+
+def test_a_block_takes_the_same_bytes_however_full_it_is() -> None:
+    """Sizes, the largest frame, and how many tokens one can have at most."""
+    shape = MatrixShape("packed", 1, 1, 1 << 20, 300, block_tokens=4)
+    catalogue = Catalogue(MODEL, PARAMETERS, (shape,))
+    for tokens, blocks in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3)):
+        assert catalogue.up_bytes(0, tokens) == blocks << 20
+        assert catalogue.down_bytes(0, tokens) == blocks * 300
+        assert catalogue.largest_frame(tokens) == HEADER_BYTES + 68 + (blocks << 20)
+    most = catalogue.tokens_max(0)
+    assert most % 4 == 0
+    assert catalogue.largest_frame(most) <= MAX_BODY_BYTES < catalogue.largest_frame(most + 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        replace(shape, block_tokens=0)
 
 
 # --- settings ---------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_a_request_larger_than_the_window_goes_alone() -> None:
 
 def test_what_no_frame_can_hold_fails_before_it_is_encrypted() -> None:
     """A remote head of a large vocabulary reaches 1 GiB; the text says what would fit."""
-    wide = MatrixShape("head", 2, 2, up_bytes_per_token=5, down_bytes_per_token=1 << 20)
+    wide = MatrixShape("head", 2, 2, up_bytes_per_block=5, down_bytes_per_block=1 << 20)
     owner = Owner(SESSION, Catalogue(MODEL, PARAMETERS, (wide,)), ("w1",))
     most = (MAX_BODY_BYTES - OVERHEAD_BYTES) >> 20
     assert isinstance(owner.handle(LinearWanted(1, 0, most, ()), 0.0)[0], RunTask)

@@ -259,7 +259,7 @@ def test_the_only_request_of_all_may_be_larger_than_what_all_may_have() -> None:
 
 def test_a_worker_takes_no_more_tokens_than_a_frame_holds() -> None:
     """Whatever its configuration says: an answer over 1 GiB could not be encoded."""
-    wide = MatrixShape("head", 2, 2, up_bytes_per_token=5, down_bytes_per_token=1 << 20)
+    wide = MatrixShape("head", 2, 2, up_bytes_per_block=5, down_bytes_per_block=1 << 20)
     worker = Worker(Catalogue(MODEL, PARAMETERS, (wide,)), WorkerConfig(max_tokens=1 << 20))
     welcome = said(worker.handle(FrameArrived("o1", encode(HELLO)), 0.0))
     assert isinstance(welcome, Welcome)

@@ -61,8 +61,8 @@ CATALOGUE = Catalogue(
     MODEL,
     PARAMETERS,
     (
-        MatrixShape("layer.up", 1, 2, up_bytes_per_token=4, down_bytes_per_token=8),
-        MatrixShape("layer.down", 2, 1, up_bytes_per_token=4, down_bytes_per_token=8),
+        MatrixShape("layer.up", 1, 2, up_bytes_per_block=4, down_bytes_per_block=8),
+        MatrixShape("layer.down", 2, 1, up_bytes_per_block=4, down_bytes_per_block=8),
     ),
 )
 HELLO = Hello(SESSION, PARAMETERS, MODEL)

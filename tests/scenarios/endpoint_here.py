@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import http.client
 import json
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -37,6 +39,25 @@ TEXTS: Texts = [
     ([5, 17, 42, 8, 90], [17, 42, 8, 90, 3], [0.0, 0.0, 1.0, 1.0, 0.5]),
     ([61, 2, 2], [2, 2, 33], [1.0, 1.0, 1.0]),
 ]
+# What tinker 0.38.0 sends for TEXTS, and for a PPO step, but for the model and its turn.
+RECORDED = bytes.fromhex(
+    "1a84010a180a160a1405000000110000002a000000080000005a00000012260a0777656967687473121b0a14000000"
+    "00000000000000803f0000803f0000003f180122010512400a0d7461726765745f746f6b656e73122f0a2811000000"
+    "000000002a0000000000000008000000000000005a00000000000000030000000000000018022201051a640a100a0e"
+    "0a0c3d0000000200000002000000121e0a077765696768747312130a0c0000803f0000803f0000803f180122010312"
+    "300a0d7461726765745f746f6b656e73121f0a18020000000000000002000000000000002100000000000000180222"
+    "0103220d63726f73735f656e74726f7079"
+)
+PPO = bytes.fromhex(
+    "1a88010a100a0e0a0c05000000110000002a00000012210a0a616476616e746167657312130a0c0000803f000080bf"
+    "00000040180122010312300a0d7461726765745f746f6b656e73121f0a1811000000000000002a0000000000000008"
+    "000000000000001802220103121f0a086c6f6770726f627312130a0c000090c0000090c0000090c018012201032203"
+    "70706f2a1d0a12636c69705f6c6f775f7468726573686f6c6411cdccccccccccec3f3a1f0a12636c69705f6c6f775f"
+    "7468726573686f6c64120909cdccccccccccec3f"
+)
+FORWARD_ONLY = b"\x30\x01"
+ADAM = {"learning_rate": RATE, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.0,
+        "grad_clip_norm": 0.0}  # fmt: skip
 
 
 def theirs() -> PreTrainedModel:
@@ -159,3 +180,45 @@ def clear_losses(model: PeftModel, steps: int, texts: Texts = TEXTS) -> list[flo
             loss.backward()
             optimizer.step()
     return found
+
+
+def addressed(model_id: str, turn: int, rest: bytes) -> bytes:
+    """A binary request of this client, in its turn."""
+    return b"\x0a" + bytes([len(model_id)]) + model_id.encode() + b"\x10" + bytes([turn]) + rest
+
+
+def loss_of(answer: bytes) -> float:
+    """Of a ForwardBackwardOutput, whose last field is the metric."""
+    assert b"loss:sum" in answer[-19:]
+    return float(struct.unpack("<d", answer[-8:])[0])
+
+
+def part(number: int, content: bytes) -> bytes:
+    """A field of a binary message."""
+    size = len(content)
+    length = bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])
+    return bytes([number << 3 | 2]) + length + content
+
+
+def datum(tokens: list[int], targets: list[int], loss: bytes = b"cross_entropy") -> bytes:
+    """A request's data, with all weights one."""
+    text = part(1, part(1, np.array(tokens, "<i4").tobytes()))
+    tensor = part(1, np.array(targets, "<i8").tobytes()) + b"\x18\x02"
+    inputs = part(1, b"target_tokens") + part(2, tensor)
+    return part(3, part(1, text) + part(2, inputs)) + part(4, loss)
+
+
+def prompt_of(tokens: list[int], **more: Any) -> dict[str, Any]:
+    """Of a sample."""
+    return {
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": tokens}]},
+        "sampling_params": {"max_tokens": 4, "temperature": 0.0, "stop": []}, **more,
+    }  # fmt: skip
+
+
+@dataclass
+class Workers:
+    """What a session says of them."""
+
+    served: frozenset[str]
+    caught: dict[str, str]

@@ -29,6 +29,8 @@ def test_options_are_a_budget() -> None:
     assert dp_of(parsed("--dp-epsilon", "8")) == DifferentialPrivacy(8.0)
     words = ("--dp-epsilon", "2", "--dp-delta", "1e-6", "--dp-clip", "0.3")
     assert dp_of(parsed(*words)) == DifferentialPrivacy(2.0, 1e-6, 0.3)
+    least = parsed("--dp-epsilon", "2", "--dp-delta", "1e-10")
+    assert dp_of(least) == DifferentialPrivacy(2.0, 1e-10)
 
 
 def test_options_that_promise_nothing_are_refused() -> None:
@@ -41,7 +43,8 @@ def test_options_that_promise_nothing_are_refused() -> None:
 
 
 @pytest.mark.parametrize("words", [("--dp-epsilon", "0"), ("--dp-epsilon", "inf"),
-                                   ("--dp-delta", "0.5"), ("--dp-clip", "nan")])  # fmt: skip
+                                   ("--dp-delta", "0.5"), ("--dp-delta", "1e-12"),
+                                   ("--dp-delta", "0"), ("--dp-clip", "nan")])  # fmt: skip
 def test_numbers_that_are_no_budget_are_refused(
     words: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

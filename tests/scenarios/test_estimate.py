@@ -68,8 +68,8 @@ def test_a_probe_is_short_and_right(mb_s: float, rtt_s: float) -> None:
 
     def ask(matrix: int, tokens: int) -> None:
         shape, done, start = SHAPES[matrix], env.event(), env.now
-        down_bytes = tokens * shape.down_bytes_per_token
-        up.send(tokens * shape.up_bytes_per_token, lambda: down.send(down_bytes, done.succeed))
+        down_bytes = shape.down_bytes(tokens)
+        up.send(shape.up_bytes(tokens), lambda: down.send(down_bytes, done.succeed))
         env.run(done)
         clock.s += env.now - start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from backends.nn.adapters import AdapterError
+from backends.nn.adapters import AdapterError, base_name
 from backends.nn.base import open_base
 from backends.nn.sources import CheckpointError
 from backends.nn.tokenizer import TokenizerError
+from backends.places import PlaceError
 from scenarios.merge import MergeError, _require_own, merge, parse
 from tests.scenarios.commands import ROOT
 
@@ -110,16 +112,87 @@ def test_a_base_that_is_elsewhere_is_only_told(
     named: str, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever an adapter's file says of it."""
-    adapter = tmp_path / "adapter"
-    shutil.copytree(tuned, adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": named})
-    )
-    _require_own(open_base(TINY), adapter, str(TINY))
+    _require_own(open_base(TINY), naming(tuned, tmp_path / "adapter", named), str(TINY))
     said = capsys.readouterr().out
     assert "the adapter says that its base is" in said
     assert "\x1b" not in said
+
+
+def naming(tuned: Path, place: Path, base: str | None) -> Path:
+    """The adapter, which says that this is its base."""
+    shutil.copytree(tuned, place)
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": base})
+    )
+    return place
+
+
+@pytest.mark.parametrize("named", [None, "org/model", str(TINY)])
+def test_what_was_not_compared_is_said(
+    named: str | None, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter's word is none: neither the same name, nor a hub's id, nor silence."""
+    weights = str(TINY) if named is None else named
+    _require_own(open_base(TINY), naming(tuned, tmp_path / "adapter", named), weights)
+    assert "only names and shapes" in capsys.readouterr().out
+
+
+def test_what_was_downloaded_of_an_id_is_compared(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a directory would be; of an id that is not here, nothing is downloaded."""
+    twin = tmp_path / "snapshot"
+    shutil.copytree(TINY, twin)
+    monkeypatch.setattr(
+        "scenarios.merge.try_to_load_from_cache", lambda name, file: str(twin / file)
+    )
+    adapter = naming(tuned, tmp_path / "adapter", "org/model")
+    _require_own(open_base(TINY), adapter, str(TINY))
+    assert capsys.readouterr().out == ""
+    with (twin / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x3c")
+    with pytest.raises(MergeError, match=r"was trained on org/model, and .*; give --model org/mod"):
+        _require_own(open_base(TINY), adapter, str(TINY))
+
+
+@pytest.mark.parametrize("command", ["merge", "finetune.__main__", "endpoint.__main__", "generate"])
+def test_a_home_of_nobody_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a model is named, before anything is loaded; and for whoever comes from Python."""
+    parse_of = importlib.import_module(f"scenarios.{command}").parse
+    with pytest.raises(SystemExit):
+        parse_of(["--model", "~nobody-of-this-name/x"])
+    said = capsys.readouterr().err
+    assert "~nobody-of-this-name/x: the home directory that ~ stands for is not known" in said
+    assert "Traceback" not in said
+    with pytest.raises(CheckpointError, match="write the path out"):
+        open_base("~nobody-of-this-name/x")
+    with pytest.raises(PlaceError, match="write the path out"):
+        base_name("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "times", "mend"),
+    [
+        (None, 1, "--into$"), (torch.float16, 1, "--into$"), (torch.bfloat16, 1, "--into$"),
+        (torch.float32, 2, "--into, or leave --dtype out$"),
+    ],
+)  # fmt: skip
+def test_room_is_that_of_the_type_that_is_asked_for(
+    dtype: torch.dtype | None, times: int, mend: str, tuned: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The tiny Llama's numbers have two bytes each; no model is loaded where it does not fit."""
+    own = sum(t.nbytes for t in load_file(TINY / "model.safetensors").values())
+    free = shutil.disk_usage(tmp_path)._replace(free=times * own - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
+    monkeypatch.setattr("scenarios.merge._loaded", None)
+    with pytest.raises(PlaceError, match=f"the merged model needs .*{mend}"):
+        merge(str(TINY), tuned, tmp_path / "merged", dtype)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free._replace(free=times * own))
+    with pytest.raises(TypeError):  # nothing more is in its way
+        merge(str(TINY), tuned, tmp_path / "merged", dtype)
 
 
 def test_what_cannot_be_merged_is_said(

@@ -101,6 +101,13 @@ def test_text_of_a_model_stays_text(outline: Outline) -> None:
     assert set(names) == set(HOSTILE)
 
 
+def test_a_title_hides_nothing() -> None:
+    """It names a file, whose name may turn what stands around it, or hold a terminal's signs."""
+    text = page(Content("on \u202etxt.exe\x1b[31m\u200b"))
+    assert text.count("on \ufffdtxt.exe\u241b[31m\ufffd") == 2
+    assert not set("\u202e\x1b\u200b") & set(text)
+
+
 @pytest.mark.parametrize(
     ("name", "heading"),
     [

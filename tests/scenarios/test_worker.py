@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,8 @@ from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.tls import Tls
+from protocol.events import FrameArrived, Send, TimerFired
+from protocol.messages import SESSION_BYTES, Multiply, Product, encode
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from scenarios.line import LineWatch, watched
@@ -29,7 +35,7 @@ from scenarios.worker import State
 from scenarios.worker_log import EventLog
 from tests.net.test_inprocess import make
 from tests.net.test_remote_workers import copy_worker_part, right
-from tests.scenarios.commands import run
+from tests.scenarios.commands import ROOT, run
 from tests.scenarios.worker_process import WorkerProcess, running
 
 HASTY = OwnerConfig(hello_timeout_s=0.5, request_timeout_s=20, greetings_max=3)
@@ -265,6 +271,94 @@ def test_what_cannot_be_served_is_said_in_a_line(options: list[str], said: str) 
     text = run("scenarios.worker", *options, code=1)
     assert said in text
     assert "Traceback" not in text
+
+
+def test_calls_without_an_answer_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest first; those whose answer comes count as before."""
+    monkeypatch.setattr("scenarios.line._UNDER_WAY_MAX", 3)
+    watch, nobody = LineWatch(), bytes(SESSION_BYTES)
+
+    def sent(*calls: int) -> None:
+        watch.observe(
+            TimerFired("t"), [Send("w", encode(Multiply(nobody, n, 0, 1, b""))) for n in calls]
+        )
+
+    sent(*range(1, 100))
+    assert list(watch._sent) == [97, 98, 99]
+    for call in (1, 50, 96):
+        watch.observe(FrameArrived("w", encode(Product(nobody, call, b""))), [])
+    assert watch.away_s == 0.0
+    watch.observe(FrameArrived("w", encode(Product(nobody, 97, b""))), [])
+    assert watch.away_s > 0.0
+    assert list(watch._sent) == [98, 99]
+    sent(100, 98)  # again: it is under way since it was first sent
+    assert list(watch._sent) == [98, 99, 100]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_log_that_nobody_reads_holds_nobody_up(form: str) -> None:
+    """A pipe that is full; when it is read again, whole lines come again."""
+    reader, writer = os.pipe()
+    log = EventLog(form, writer)
+    begun = time.monotonic()
+    for _ in range(3000):
+        log.event("message", text="\u00fc" * 500)
+    assert time.monotonic() - begun < 5
+    with os.fdopen(reader, "rb") as read:
+        first = read.readline()
+        while len(read.peek(1)) and select.select([reader], [], [], 0)[0]:
+            read.readline()
+        log.event("again", text="x" * 100_000)
+        os.close(writer)
+        lines = read.read().splitlines()
+    assert first.endswith(b"\n")
+    assert all(len(line) < select.PIPE_BUF for line in lines)
+    assert b"again" in lines[-1]
+
+
+def test_a_second_signal_waits_for_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads what it writes there."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(select.PIPE_BUF))
+    os.set_blocking(writer, True)
+    ends: list[int] = []
+    monkeypatch.setattr("scenarios.worker.os._exit", ends.append)
+    state = State(EventLog("text", writer))
+    both = threading.Thread(
+        target=lambda: [state._signalled(signal.SIGTERM, None) for _ in range(2)], daemon=True
+    )
+    both.start()
+    both.join(5)
+    assert ends == [1]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_worker_whose_log_nobody_reads_ends(part: Path) -> None:
+    """When all is answered, as any other: its log's pipe is full."""
+    fill = "import os; os.set_blocking(1, False)\ntry:\n while 1: os.write(1, b'x' * 4096)\n"
+    fill += "except BlockingIOError: os.set_blocking(1, True)\n"
+    code = fill + "import scenarios.worker as w; w.main()"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--model", str(part), "--listen", f"127.0.0.1:{port}"],
+        stdout=subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_signal_that_another_thread_receives_is_heard() -> None:

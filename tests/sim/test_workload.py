@@ -204,7 +204,7 @@ def test_bytes_and_digits_follow_the_formats() -> None:
     assert {form.limbs for form in formats} == {2, 3}
     assert [group.name for group in workload.groups if group.precise] == [".lm_head"]
     both = workload.up_bytes + workload.down_bytes
-    head = sum(m.up_bytes_per_token + m.down_bytes_per_token for m in workload.matrices[-2:])
+    head = sum(m.up_bytes(1) + m.down_bytes(1) for m in workload.matrices[-2:])
     assert both / 256 - head <= 2.2e6
 
 

@@ -39,8 +39,15 @@ from backends.he.cuda.repair import TOKENS_AT_ONCE, astray, unwrap
 from backends.he.cuda.resident import Residents
 from backends.he.cuda.streams import Flag, Flags
 from backends.he.entropy import Entropy, RequestKeys
-from backends.he.interface import AnyPayload, Encrypted, OwnerMatrix, Values
-from backends.he.mlwe_owner import RingOwner, check_input, require_finite
+from backends.he.interface import (
+    AnyPayload,
+    Encrypted,
+    OwnerMatrix,
+    Values,
+    check_input,
+    require_finite,
+)
+from backends.he.mlwe_owner import RingOwner
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.public import PublicMatrix
 from backends.he.repair import edge, tolerance
@@ -82,7 +89,7 @@ class RequestSecrets(UseOnce):
 
         Raises SecretReuseError the second time.
         """
-        self._begin_sealing()
+        self.begin_sealing()
         return self._words
 
     @contextmanager
@@ -91,7 +98,7 @@ class RequestSecrets(UseOnce):
 
         Raises SecretReuseError unless they have sealed a message and opened none.
         """
-        with self._opened():
+        with self.opening():
             yield self._words
 
     def _erase(self) -> None:

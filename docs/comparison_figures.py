@@ -1,0 +1,103 @@
+"""The tables of docs/comparison.md and docs/machines.md, from benchmarks/results/*.json."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+MACHINES = RESULTS / "machines"
+KIND = "avx512vnni"
+"""The kind of machine that the comparison quotes."""
+
+
+def _spoken(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return "0"
+
+
+def _origin(figures: dict[str, Any]) -> str:
+    o = figures["origin"]
+    m = o["machine"]
+    return (
+        f"*`{o['command'].split(' --json')[0]}` on {m['cores']} cores of {m['processor']}, torch "
+        f"{m['torch']}, commit `{o['commit']}`, {o['date']}.*\n"
+    )
+
+
+def peers() -> str:
+    """One linear by everyone."""
+    figures = json.loads((MACHINES / KIND / "peers.json").read_text())
+    lines = [
+        "| who, how | server, a token | owner, a token | bytes up | bytes down | keys the server "
+        "needs | error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    kernels: set[str] = set()
+    for row in figures["rows"]:
+        name, scheme = row["name"], row["scheme"]
+        if name == "ours":
+            if scheme in kernels:
+                continue  # the fastest kernel of a preset comes first
+            kernels.add(scheme)
+        version = "" if name.startswith(("ours", "clear")) else f" {row['version']}"
+        reckoned = " (reckoned)" if row["extrapolated"] else ""
+        keys = f"{row['key_bytes'] / 1e6:.3g} MB" if row["key_bytes"] else "none"
+        lines.append(
+            f"| {name}{version}, {scheme} | {_spoken(row['server_s_per_token'])}{reckoned} "
+            f"| {_spoken(row['owner_s_per_token'])} | {row['up_bytes_per_token']:,.0f} "
+            f"| {row['down_bytes_per_token']:,.0f} | {keys} | {row['relative_error']:.2g} |"
+        )
+    told = (
+        f"\nA worker of ours under `thin` takes {figures['server_times_less']:,.0f} times less "
+        f"than {figures['fastest_peer']}, the fastest of the others, and "
+        f"{figures['server_over_clear']:.2f} times what clear torch takes at its best; "
+        f"{figures['bytes_ratio']:.2f} of the bytes of {figures['smallest_peer']} travel, which "
+        "sends the fewest of the others. *Reckoned*: some of the 2,048 outputs were computed, and "
+        "the time of all is in proportion.\n"
+    )
+    return "\n".join([*lines, told, _origin(figures)])
+
+
+def training() -> str:
+    """The same fine-tuning in clear, quantised, and privately."""
+    figures = json.loads((MACHINES / KIND / "training.json").read_text())
+    clear = figures["runs"][0]["final_loss"]
+    lines = [
+        "| run | held-out loss | against clear int8 | gradient norm |",
+        "| --- | --- | --- | --- |",
+    ]
+    for run in figures["runs"]:
+        lines.append(
+            f"| {run['name']} | {run['final_loss']:.4f} | {run['final_loss'] / clear - 1:+.2%} "
+            f"| {run['gradient_norm_ratio']:.3f} |"
+        )
+    return "\n".join([*lines, "", _origin(figures)])
+
+
+def machines() -> str:
+    """Each kind of machine: the headline of every measurement, and what it was before."""
+    parts = []
+    for place in sorted(path.parent for path in MACHINES.glob("*/history.jsonl")):
+        told = [json.loads(line) for line in (place / "history.jsonl").read_text().splitlines()]
+        last = json.loads((place / f"{told[-1]['name']}.json").read_text())["origin"]["machine"]
+        parts.append(f"## {place.name}\n\n{last['cores']} cores of {last['processor']}\n")
+        parts.append("| measurement | now | commit | before |\n| --- | --- | --- | --- |")
+        told.sort(key=lambda each: each["name"])  # stable: the oldest first within a name
+        for name, group in groupby(told, key=lambda each: each["name"]):
+            runs = list(group)
+            for key, value in runs[-1]["headline"].items():
+                before = [
+                    f"{run['headline'][key]:.4g} (`{run['commit'][:8]}`, {run['date']})"
+                    for run in runs[:-1] if key in run["headline"]
+                ]  # fmt: skip
+                parts.append(
+                    f"| {name}: {key} | {value:.4g} | `{runs[-1]['commit'][:8]}`, "
+                    f"{runs[-1]['date']} | {', '.join(before[-5:]) or 'none'} |"
+                )
+        parts.append("")
+    return "\n".join(parts)
