@@ -14,9 +14,10 @@ from numba.core.caching import InTreeCacheLocator
 from backends import jit
 from backends.he.verdict import owner_verdicts
 from backends.places import PlaceError, cache_directory
-from scenarios import generate, llama1b, prepare
+from scenarios import generate, prepare
 from scenarios.endpoint import __main__ as endpoint
 from scenarios.finetune import __main__ as finetune
+from scenarios.llama1b import __main__ as llama1b
 
 
 @pytest.fixture
