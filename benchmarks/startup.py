@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "finetune --help": ("-m", "scenarios.finetune", "--help"),
     "finetune, an unknown option": ("-m", "scenarios.finetune", "--modle", "x"),
+    "prepare --help": ("-m", "scenarios.prepare", "--help"),
+    "merge --help": ("-m", "scenarios.merge", "--help"),
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Row:
 
 def swim_lanes(spans: Sequence[Span]) -> list[Row]:
     """The five rows, from the owner's own layers down to the answers' way back."""
-    line = [s for s in spans if "->" in s.track]
+    line = [s for s in spans if "->" in s.track and s.kind]
     sides = [s for s in spans if "->" not in s.track]
     own = [s for s in sides if s.kind == "owner"]
     cipher = [s for s in own if "/cipher" in s.track]

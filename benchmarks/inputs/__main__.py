@@ -105,7 +105,7 @@ def _prepared(where: Path) -> None:
     arguments = ["--weights", str(where / "weights" / "good"), "--cache", str(where / "cache")]
     child = os.fork()
     if child == 0:  # a process of its own: what it computes with must not be forked
-        from scenarios import prepare
+        from scenarios.prepare import __main__ as prepare
 
         status = 1
         try:

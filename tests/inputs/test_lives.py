@@ -165,7 +165,7 @@ def test_two_runs_in_one_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "words"),
     [("finetune.__main__", "--model MODEL --data TEXT"), ("quickstart", ""),
-     ("llama1b", "--real-cpu --data TEXT"), ("generate", "--model MODEL --prompt x"),
+     ("llama1b.__main__", "--real-cpu --data TEXT"), ("generate", "--model MODEL --prompt x"),
      ("endpoint.__main__", "--model MODEL")],
 )  # fmt: skip
 def test_a_run_beside_another_reads_and_writes_nothing(

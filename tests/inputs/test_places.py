@@ -24,12 +24,14 @@ from backends.places import (
     require_room,
     taken_bytes,
 )
-from scenarios import certs, merge, prepare, quickstart, record
+from scenarios import certs, quickstart, record
 from scenarios.chaos import __main__ as chaos
 from scenarios.cli import one_line
 from scenarios.finetune import __main__ as finetune
 from scenarios.llama1b import __main__ as llama1b
+from scenarios.merge import __main__ as merge
 from scenarios.options import add_cache_option
+from scenarios.prepare import __main__ as prepare
 from scenarios.whatif import __main__ as whatif
 from sim import calibrate
 from tests.inputs.full import full

@@ -18,7 +18,8 @@ from backends.nn.base import open_base
 from backends.nn.sources import CheckpointError
 from backends.nn.tokenizer import TokenizerError
 from backends.places import PlaceError
-from scenarios.merge import MergeError, _require_own, merge, parse
+from scenarios.merge.__main__ import parse
+from scenarios.merge.run import MergeError, _require_own, merge
 from tests.scenarios.commands import ROOT
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
@@ -145,7 +146,7 @@ def test_what_was_downloaded_of_an_id_is_compared(
     twin = tmp_path / "snapshot"
     shutil.copytree(TINY, twin)
     monkeypatch.setattr(
-        "scenarios.merge.try_to_load_from_cache", lambda name, file: str(twin / file)
+        "scenarios.merge.run.try_to_load_from_cache", lambda name, file: str(twin / file)
     )
     adapter = naming(tuned, tmp_path / "adapter", "org/model")
     _require_own(open_base(TINY), adapter, str(TINY))
@@ -157,7 +158,7 @@ def test_what_was_downloaded_of_an_id_is_compared(
         _require_own(open_base(TINY), adapter, str(TINY))
 
 
-@pytest.mark.parametrize("command", ["merge", "finetune.__main__", "endpoint.__main__", "generate"])
+@pytest.mark.parametrize("command", ["merge.__main__", "finetune.__main__", "endpoint.__main__", "generate"])
 def test_a_home_of_nobody_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a model is named, before anything is loaded; and for whoever comes from Python."""
     parse_of = importlib.import_module(f"scenarios.{command}").parse
@@ -187,7 +188,7 @@ def test_room_is_that_of_the_type_that_is_asked_for(
     own = sum(t.nbytes for t in load_file(TINY / "model.safetensors").values())
     free = shutil.disk_usage(tmp_path)._replace(free=times * own - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
-    monkeypatch.setattr("scenarios.merge._loaded", None)
+    monkeypatch.setattr("scenarios.merge.run._loaded", None)
     with pytest.raises(PlaceError, match=f"the merged model needs .*{mend}"):
         merge(str(TINY), tuned, tmp_path / "merged", dtype)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: free._replace(free=times * own))

@@ -1,29 +1,9 @@
-"""Merge an adapter into its base model: one checkpoint, for whatever reads those.
-
-    python -m scenarios.merge --model DIR_OR_HUB_ID --adapter runs/finetune/adapter --into merged
-    python -m scenarios.merge --model DIR --adapter DIR --into merged --dtype float32
-
-`peft` does it (`merge_and_unload`), on the base as it was published: a private run has trained on
-8-bit weights of the same base, which are closer to it than people's usual 4-bit bases. Nothing is
-encrypted and no worker is asked. The base is in memory whole, in the type of numbers it has, or in
-that of --dtype.
-
---into gets config.json, safetensors, and the base's tokenizer files as they are. It loads with
-transformers, and is what llama.cpp's converter takes:
-
-    python convert_hf_to_gguf.py merged --outfile merged.gguf
-
-An adapter of another model is refused: by the names and shapes of its numbers, and, where it names
-another base that is on this machine (a directory, or what was downloaded of a hub's id), by that
-base's files. Where those cannot be compared, a line says so.
-"""
+"""Making one checkpoint of a base and an adapter."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,26 +21,15 @@ from backends.nn.adapters import base_name, load_adapter, stated_base
 from backends.nn.base import Checkpoint, open_base
 from backends.nn.checkpoint_files import weight_files
 from backends.nn.sources import first_line
-from backends.options import ALL, Modes, Parser, place
-from backends.places import PlaceError, named, replaced_directory, require_room
-from backends.units import human_bytes
-from scenarios import record
-from scenarios.cli import clean_exit, one_line
-from scenarios.options import weights_text
+from backends.places import PlaceError, named, require_room
+from scenarios.cli import one_line
 
-DTYPES = ("float32", "bfloat16", "float16")
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 TOKENIZER_FILES = (
     "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*",
 )  # fmt: skip
 """What belongs to a tokenizer in a checkpoint's directory."""
-
-MODES = Modes(
-    {},
-    lambda args: (),
-    dict.fromkeys(("--model", "--weights", "--adapter", "--into", "--dtype", "--json"), ALL),
-)  # fmt: skip
 
 
 class MergeError(UserError, ValueError):
@@ -197,44 +166,3 @@ def _figures(into: Path) -> dict[str, Any]:
             tensors += len(file.keys())
     files = sorted(path.name for path in into.iterdir())
     return {"into": str(into), "tensors": tensors, "bytes": size, "files": files}
-
-
-def _new_directory(text: str) -> Path:
-    """For an option's type: a place for a directory where nothing is."""
-    found = replaced_directory(text)
-    if found.exists() and any(found.iterdir()):
-        raise argparse.ArgumentTypeError(f"{found} holds something already; name a new directory")
-    return found
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(__doc__, "scenarios.merge", MODES)
-    add = parser.add_argument
-    add("--model", "--weights", dest="weights", type=weights_text, required=True,
-        metavar="DIR|ID", help="the base: a checkpoint's directory, or an id of the hub",
-    )  # fmt: skip
-    add("--adapter", type=place, required=True, metavar="DIR",
-        help="LoRA adapter, as a run or `peft` has saved it")  # fmt: skip
-    add("--into", type=_new_directory, required=True, metavar="DIR",
-        help="a new directory for the merged checkpoint")  # fmt: skip
-    add("--dtype", choices=DTYPES, help="type of its numbers (that of the base)")
-    record.add_json_option(parser)
-    return parser.parse(arguments)
-
-
-def main() -> None:
-    args = parse(sys.argv[1:])
-    with clean_exit():
-        dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        figures = merge(args.weights, args.adapter, args.into, dtype)
-        print(
-            f"{figures['into']}: {figures['tensors']} tensors in {figures['dtype']}, "
-            f"{human_bytes(figures['bytes'])}; {', '.join(figures['files'])}"
-        )
-        print("for llama.cpp: python convert_hf_to_gguf.py " + figures["into"])
-        record.write(args.json, figures)
-
-
-if __name__ == "__main__":
-    main()

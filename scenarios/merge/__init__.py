@@ -1,0 +1,1 @@
+"""One checkpoint of a base and an adapter."""
