@@ -329,9 +329,8 @@ class Finetune:
             tokens = len(self.usages) * setup.training.batch * args.sequence
             taken_s = sum(trainer.step_seconds)
             f |= usage_figures(used, taken_s, tokens, args.lanes)
-            each = (s / len(self.usages) for s in
-                    (taken_s, used.waited_s, used.owner_s, used.worker_s))  # fmt: skip
-            f["costs_s"] = costs(*each, args.lanes)
+            whole = costs(taken_s, used.waited_s, used.owner_s, used.worker_s, args.lanes)
+            f["costs_s"] = {part: s / len(self.usages) for part, s in whole.items()}
             f["micro_batch_tokens"] = args.micro_batch * args.sequence
             if args.lm_head == "local":
                 f["head_share"] = head_share(setup.shape, setup.hardware)

@@ -12,6 +12,7 @@ from scenarios.whatif.knobs import (
     Setting,
     SettingError,
     changed,
+    profile_of,
     values_of,
 )
 
@@ -41,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def setting_from(args: argparse.Namespace) -> Setting:
-    """The world of a command line. Raises SettingError."""
+    """The world of a command line. Raises SettingError, ProfileError."""
     bandwidth_bps, rtt_s, _ = NETWORKS[args.network]
     setting = Setting(
         tokens=args.tokens, sequence=args.sequence, lanes=args.lanes, steps=args.steps,
@@ -54,4 +55,6 @@ def setting_from(args: argparse.Namespace) -> Setting:
             if len(values) != 1:
                 raise SettingError(f"--{name} takes one value here; `scenarios.whatif` sweeps")
             setting = changed(setting, {name: values[0]})
+    for device in (setting.gpu, setting.owner_device):
+        profile_of(device)
     return replace(setting, head=args.lm_head)

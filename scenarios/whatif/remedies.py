@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from backends.options import LANES
 from scenarios.whatif.knobs import Setting, SettingError
@@ -54,24 +55,21 @@ def lines(found: list[Remedy]) -> list[str]:
 
 
 def _tried(setting: Setting, seed: int) -> Iterator[tuple[str, Callable[[], WorldConfig]]]:
-    def turned(**changes: object) -> Callable[[], WorldConfig]:
-        return lambda: world_of(
-            replace(setting, **changes),
-            record=False,
-            seed=seed,  # type: ignore[arg-type]
-        )
+    def turned(**changes: Any) -> Callable[[], WorldConfig]:
+        return lambda: world_of(replace(setting, **changes), record=False, seed=seed)
 
     def with_faster(side: str) -> Callable[[], WorldConfig]:
         def world() -> WorldConfig:
             config = world_of(setting, record=False, seed=seed)
             profile: DeviceProfile = getattr(config, side)
-            return replace(config, **{side: faster(profile)})  # type: ignore[arg-type]
+            changes: Any = {side: faster(profile)}
+            return replace(config, **changes)
 
         return world
 
     if setting.rtt_s > 0:
-        half = {"rtt_s": setting.rtt_s / 2, "far_rtt_s": setting.far_rtt_s / 2}
-        yield "half the round trip (--rtt)", turned(**half)
+        near = turned(rtt_s=setting.rtt_s / 2, far_rtt_s=setting.far_rtt_s / 2)
+        yield "half the round trip (--rtt)", near
     yield "twice the line (--bandwidth)", turned(bandwidth_bps=2 * setting.bandwidth_bps)
     if 2 * setting.lanes <= LANES.most:
         yield "twice the lanes (--lanes)", turned(lanes=2 * setting.lanes)

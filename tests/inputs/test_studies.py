@@ -123,7 +123,7 @@ def test_nothing_that_could_be_trained_is_an_answer_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rows are written; there is no picture of nothing, and it is said."""
-    monkeypatch.setattr("scenarios.whatif.study.measure", failing)
+    monkeypatch.setattr("scenarios.whatif.running.measure", failing)
     words = ["--sweep=lanes=1,2", "--set=model=gpt2", "--set=tokens=8", "--set=steps=1"]
     monkeypatch.setattr(
         sys, "argv", ["whatif", *words, "--processes=1", f"--out={tmp_path / 'out'}"]

@@ -158,7 +158,9 @@ def test_what_was_downloaded_of_an_id_is_compared(
         _require_own(open_base(TINY), adapter, str(TINY))
 
 
-@pytest.mark.parametrize("command", ["merge.__main__", "finetune.__main__", "endpoint.__main__", "generate"])
+@pytest.mark.parametrize(
+    "command", ["merge.__main__", "finetune.__main__", "endpoint.__main__", "generate"]
+)
 def test_a_home_of_nobody_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a model is named, before anything is loaded; and for whoever comes from Python."""
     parse_of = importlib.import_module(f"scenarios.{command}").parse
