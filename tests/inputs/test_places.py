@@ -32,6 +32,7 @@ from scenarios.llama1b import __main__ as llama1b
 from scenarios.merge import __main__ as merge
 from scenarios.options import add_cache_option
 from scenarios.prepare import __main__ as prepare
+from scenarios.prepare import run as preparing
 from scenarios.whatif import __main__ as whatif
 from sim import calibrate
 from tests.inputs.full import full
@@ -275,11 +276,11 @@ def test_a_worker_part_that_cannot_be_is_said_before_preparing(
         (part / ("manifest.json" if content == "manifest" else "notes")).write_text("{}")
     if content == "notes":
         with pytest.raises(Exception, match="no worker's part"):
-            prepare._require_free(part, here / "cache")
+            preparing._require_free(part, here / "cache")
     else:
-        prepare._require_free(part, here / "cache")
+        preparing._require_free(part, here / "cache")
     with pytest.raises(Exception, match="outside the cache"):
-        prepare._require_free(here / "cache" / "part", Path("cache"))
+        preparing._require_free(here / "cache" / "part", Path("cache"))
 
 
 def test_half_of_the_certificates_is_not_left(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_a_price_that_cannot_be(price: str, capsys: pytest.CaptureFixture[str]) 
     assert "--price-gb" in capsys.readouterr().err.splitlines()[-1]
 
 
-def failing(setting: Setting, prices: Prices) -> dict[str, object]:
+def failing(setting: Setting, prices: Prices, run: object) -> dict[str, object]:
     """A world in which nothing can be trained."""
     raise WorldError("the line loses everything")
 

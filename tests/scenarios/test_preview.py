@@ -17,6 +17,7 @@ from backends.nn.texts import DataError
 from backends.options import Parser
 from scenarios.finetune import __main__ as finetune
 from scenarios.llama1b import __main__ as llama1b
+from scenarios.llama1b.run import run_settings, set_up
 from scenarios.texts import _own, load_texts
 
 TINY = Path(__file__).parents[2] / "scenarios" / "assets" / "tiny-llama"
@@ -122,21 +123,21 @@ def test_another_run_leaves_the_tokens_of_the_one_that_is_there(
     usual = ["--real-cpu", f"--data={tmp_path / 'a.txt'}", f"--weights={TINY}", f"--out={out}",
              "--tokens=64", "--sequence=64", f"--cache={tmp_path / 'cache'}"]  # fmt: skip
     args = llama1b.parse(usual)
-    setup = run.set_up(args)
-    found = setup.training.settings(len(setup.data.train)) | run.run_settings(args, setup.base)
+    setup = set_up(args)
+    found = setup.training.settings(len(setup.data.train)) | run_settings(args, setup.base)
     checkpoints = out / "checkpoints"
     found |= {"data": data_tag(checkpoints, setup.data.train)}
     state = {"step": 1, "losses": [1.0], "gradient_norms": [1.0], "served": []}
     (checkpoints / "step-000001").mkdir()
     place = checkpoints / "step-000001" / "state.json"
     place.write_text(json.dumps(state | {"run": found | {"model": "x"}}))
-    run.set_up(args)  # is the same run
+    set_up(args)  # is the same run
     place.write_text(json.dumps(state | {"run": found | run}))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ResumeError, match=refused):
-        run.set_up(llama1b.parse([*usual, *words.split()]))
+        set_up(llama1b.parse([*usual, *words.split()]))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    run.set_up(llama1b.parse([*usual, *words.split(), "--fresh"]))
+    set_up(llama1b.parse([*usual, *words.split(), "--fresh"]))
 
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
