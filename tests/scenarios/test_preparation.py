@@ -40,7 +40,8 @@ def test_a_user_without_a_home(
     monkeypatch.setattr(Path, "home", classmethod(homeless))
     with pytest.raises(SystemExit, match="2"):
         asked()
-    assert "argument --cache: this user has no home directory" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --cache: this user has no home directory" in said
     with pytest.raises(SystemExit, match="0"):
         asked("--help")
     assert asked("--cache", str(tmp_path)) == tmp_path
