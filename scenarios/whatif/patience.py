@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from scenarios.options import HEADS
 from scenarios.whatif.knobs import Setting
 from scenarios.whatif.setting import warmup_of, world_of
-from sim.world import WorldConfig, WorldResult, simulate
+from sim.world import WorldConfig, WorldError, WorldResult, simulate
 
 SAID_FROM_S = 5.0
 """A simulation that takes less is not announced."""
@@ -19,7 +20,7 @@ TRIALS, TRIED_S = 8, 30.0
 """Worlds that are tried to tell what would help, and the most seconds that this may take."""
 _SHORT = 64
 """Micro-batches that are simulated before anybody could wonder: not worth a trial."""
-_BAR_AFTER_S = 2.0
+_BAR_AFTER_S, _TRIAL_S = 2.0, 1.0
 
 
 def watched(config: WorldConfig) -> WorldResult:
@@ -37,24 +38,42 @@ def passes(setting: Setting) -> int:
     return setting.owners * setting.lanes * (setting.steps + warmup_of(setting))
 
 
+class _EnoughError(Exception):
+    """A trial has lasted as long as it should."""
+
+
 def expected_s(settings: Sequence[Setting], processes: int = 1) -> float:
-    """Seconds that all of them will take, about: by one micro-batch of each model, tried."""
-    tried: dict[tuple[str, int, int, str], float] = {}
-    total_s = 0.0
+    """Seconds that all of them will take, about: the largest of each model is begun, and left."""
+    largest: dict[tuple[str, int, int, str], Setting] = {}
     for setting in settings:
-        count = passes(setting)
-        key = (setting.model, setting.tokens, setting.sequence, setting.head)
-        if key not in tried and count > _SHORT:
-            tried[key] = _trial_s(setting)
-        total_s += count * tried.get(key, 0.0)
+        held = largest.get(_kind(setting), setting)
+        largest[_kind(setting)] = max(held, setting, key=passes)
+    pass_s = {k: _pass_s(one) for k, one in largest.items() if passes(one) > _SHORT}
+    total_s = sum(passes(setting) * pass_s.get(_kind(setting), 0.0) for setting in settings)
     return total_s / processes
 
 
-def _trial_s(setting: Setting) -> float:
-    """Of one micro-batch, in a step of a few."""
-    head = "local" if setting.head == "auto" else setting.head
-    few = replace(setting, lanes=4, owners=1, workers=1, sites=1, steps=1, head=head)
-    config = world_of(few, record=False)
-    start = time.perf_counter()
-    simulate(config)
-    return (time.perf_counter() - start) / few.lanes * (2 if setting.head == "auto" else 1)
+def _kind(setting: Setting) -> tuple[str, int, int, str]:
+    return setting.model, setting.tokens, setting.sequence, setting.head
+
+
+def _pass_s(setting: Setting) -> float:
+    """Of one micro-batch, with as many others as the setting has."""
+    heads = HEADS if setting.head == "auto" else (setting.head,)
+    config = world_of(replace(setting, head=heads[0]), record=False)
+    start, part = time.perf_counter(), 0.0
+
+    def told(share: float) -> None:
+        nonlocal part
+        part = share
+        if time.perf_counter() - start > _TRIAL_S:
+            raise _EnoughError
+
+    try:
+        simulate(config, told)
+        part = 1.0
+    except _EnoughError:
+        pass
+    except WorldError:  # it will end early
+        return 0.0
+    return len(heads) * (time.perf_counter() - start) / (part * passes(setting))

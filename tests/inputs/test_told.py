@@ -155,12 +155,29 @@ def test_progress_is_told_from_nothing_to_all(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_estimate_counts_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial's time for each micro-batch of what is long; nothing is tried for what is short."""
-    monkeypatch.setattr(patience, "_trial_s", lambda setting: 0.5)
+    monkeypatch.setattr(patience, "_pass_s", lambda setting: 0.5)
     setting = changed(Setting(), SMALL | {"lanes": 50, "owners": 4, "steps": 3})
     assert passes(setting) == 4 * 50 * 4  # the step that several owners warm up with, too
     assert expected_s([setting]) == 400
     assert expected_s([setting, setting], processes=2) == 400
     assert expected_s([changed(Setting(), SMALL)]) == 0
+
+
+def test_a_trial_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has done by then is counted for the whole; a short one is what it took."""
+    clock = iter(float(n) for n in range(10_000))
+    monkeypatch.setattr(patience.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(patience, "_TRIAL_S", 3.0)
+
+    def begun(config: WorldConfig, told: Any) -> None:
+        for share in range(1, 101):
+            told(share / 100)
+
+    monkeypatch.setattr(patience, "simulate", begun)
+    setting = changed(Setting(), SMALL | {"lanes": 100})
+    assert patience._pass_s(setting) == pytest.approx(5 / (0.04 * 100))
+    monkeypatch.setattr(patience, "_TRIAL_S", 1e9)
+    assert patience._pass_s(setting) == pytest.approx(101 / 100)
 
 
 def test_a_long_simulation_is_announced(
