@@ -108,9 +108,11 @@ MEASUREMENTS = {
 
 def kind_of_machine(flags: Sequence[str]) -> str:
     """The name of its results' folder: the widest multiplying step that the processor has."""
-    for flag in ("avx512_vnni", "avx_vnni", "avx2", "asimddp"):
+    kinds = {"amx_int8": "amx", "avx512_vnni": "avx512vnni", "avx_vnni": "avxvnni",
+        "avx2": "avx2", "asimddp": "neon"}  # fmt: skip
+    for flag, kind in kinds.items():
         if flag in flags:
-            return flag.replace("_", "")
+            return kind
     return "generic"
 
 

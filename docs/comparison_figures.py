@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 MACHINES = RESULTS / "machines"
-KIND = "avx512vnni"
+KIND = "amx"
 """The kind of machine that the comparison quotes."""
 
 

@@ -174,15 +174,17 @@ class Prober:
         ping = min(pings, key=lambda sample: sample.seconds)
         samples: list[Sample] = []
         for tokens in TOKENS:
+            before = self._away()
             # Twice: the first opens the connection's window for the second.
             for _ in range(2):
                 samples = [self._time(matrix, tokens) for matrix in chosen]
+            now = self._away()
             grown = TOKENS[1] // TOKENS[0]
             size = 2 * grown * sum(sample.up + sample.down for sample in samples)
-            # Round trips do not grow: over a long line small products tell its rate badly.
-            took_s, waits_s = sum(s.seconds for s in samples), len(samples) * ping.seconds
-            next_s = 2 * (waits_s + grown * max(0.0, took_s - waits_s))
-            if self._away() - began + next_s > SECONDS_MAX or self._bytes + size > BYTES_MAX:
+            took_s, most_s = now - before, SECONDS_MAX - (now - began)
+            if self._bytes + size > BYTES_MAX:
+                break
+            if grown * took_s > most_s and not self._quick(samples, ping, grown, most_s / 2):
                 break
         # A real connection may open more slowly than the reckoning: on, while it gets faster.
         size, took_s = sum(s.up + s.down for s in samples), sum(s.seconds for s in samples)
@@ -199,6 +201,16 @@ class Prober:
             rtt_s, 1 / up, 1 / down, 1 / product, self._busy() - busy, tuple(self._asked),
             self._bytes, time.perf_counter() - start,
         )  # fmt: skip
+
+    def _quick(self, samples: Sequence[Sample], ping: Sample, grown: int, most_s: float) -> bool:
+        """Whether a request `grown` times as large still takes a round trip above all.
+
+        Over a long line that is fast, small products say little of its rate, and larger ones cost
+        little more. Over one that is slow they may also fill it up, lose packets and take seconds.
+        """
+        _, up, down, product = explained(samples, ping)
+        carried_s = [grown * (s.up * up + s.down * down + s.products * product) for s in samples]
+        return max(carried_s) < ping.seconds and len(samples) * 2 * ping.seconds < most_s
 
     def _time(self, matrix: int, tokens: int) -> Sample:
         shape, before = self._shapes[matrix], self._away()
