@@ -27,7 +27,7 @@ from typing import Any
 
 from backends.machine import commit, cpu_flags
 from backends.options import Parser
-from backends.options import place as directory
+from backends.places import output_directory
 from scenarios.cli import clean_exit
 
 Figures = dict[str, Any]
@@ -161,7 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=sorted(MEASUREMENTS), metavar="NAME",
         help=f"some of {', '.join(MEASUREMENTS)}")  # fmt: skip
-    add("--out", type=directory, default=OUT, metavar="DIR",
+    add("--out", type=output_directory, default=OUT, metavar="DIR",
         help="where results are kept (benchmarks/results/machines)")  # fmt: skip
     add("--fresh", action="store_true", help="take again what is there from this commit")
     add("--list", action="store_true", help="say what there is, and how long it takes")

@@ -133,6 +133,7 @@ ENTRIES = (
         "benchmarks.fidelity_network:require_line",
     ),
     _entry("benchmarks.network_owner", "benchmarks.network_owner:wait_for_quiet"),
+    _entry("benchmarks.everything", "benchmarks.everything:take"),
     _entry("benchmarks.floors", "benchmarks.floors:measure"),
     _entry("benchmarks.fuzz", "benchmarks.fuzz.__main__:run", module="benchmarks.fuzz.__main__"),
     _entry(
@@ -144,9 +145,14 @@ ENTRIES = (
     _entry("benchmarks.he_linear", "benchmarks.he_linear:Layer"),
     _entry("benchmarks.integrity", "benchmarks.integrity:attacks"),
     _entry("benchmarks.noise", "benchmarks.noise:measure"),
+    _entry("benchmarks.openfhe_training", "benchmarks.openfhe_training:Runs"),
+    _entry(
+        "benchmarks.peers", "benchmarks.peers.__main__:measure", module="benchmarks.peers.__main__"
+    ),
     _entry("benchmarks.quality", "benchmarks.quality:measure"),
     _entry("benchmarks.sim_speed", "benchmarks.sim_speed:measure"),
     _entry("benchmarks.startup", "benchmarks.startup:measure"),
+    _entry("benchmarks.training", "benchmarks.training:measure"),
     _entry(
         "benchmarks.thin", "benchmarks.thin.__main__:measure", module="benchmarks.thin.__main__"
     ),
