@@ -484,7 +484,7 @@ def wrapped(
     sent = owner.encrypt(torch.from_numpy(x).to(gpu.device) if local else x, matrix)
     assert np.array_equal(torch.as_tensor(sent.payload).cpu().numpy(), same.payload)
     answer = answer_to(case, same.payload, len(x))
-    inverse = same.sealed.inverse_alpha
+    inverse = same.sealed.inverse_alpha.copy()  # it is wiped when the answer was opened
     right, some = slow.decrypt(same.sealed, answer, matrix), np.flatnonzero(inverse)
     scaled = x[some].astype(np.float64) * matrix.in_scale / inverse[some, None]
     products = clear_products(scaled, case.weight, case.forward)
