@@ -137,9 +137,14 @@ ENTRIES = (
     _entry("benchmarks.gpu_host", "benchmarks.gpu_host:measure"),
     _entry("benchmarks.he_linear", "benchmarks.he_linear:Layer"),
     _entry("benchmarks.integrity", "benchmarks.integrity:attacks"),
+    _entry(
+        "benchmarks.load", "benchmarks.load.__main__:measure", module="benchmarks.load.__main__"
+    ),
     _entry("benchmarks.noise", "benchmarks.noise:measure"),
     _entry("benchmarks.quality", "benchmarks.quality:measure"),
-    _entry("benchmarks.sim_speed", "benchmarks.sim_speed:measure"),
+    _entry(
+        "benchmarks.sim_speed", "benchmarks.sim_speed:measure", "benchmarks.sim_speed:measure_site"
+    ),
     _entry(
         "benchmarks.thin", "benchmarks.thin.__main__:measure", module="benchmarks.thin.__main__"
     ),
