@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+
+from docs.pages import origin
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 MACHINES = RESULTS / "machines"
@@ -18,15 +19,6 @@ def _spoken(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return "0"
-
-
-def _origin(figures: dict[str, Any]) -> str:
-    o = figures["origin"]
-    m = o["machine"]
-    return (
-        f"*`{o['command'].split(' --json')[0]}` on {m['cores']} cores of {m['processor']}, torch "
-        f"{m['torch']}, commit `{o['commit']}`, {o['date']}.*\n"
-    )
 
 
 def peers() -> str:
@@ -60,7 +52,7 @@ def peers() -> str:
         "sends the fewest of the others. *Reckoned*: some of the 2,048 outputs were computed, and "
         "the time of all is in proportion.\n"
     )
-    return "\n".join([*lines, told, _origin(figures)])
+    return "\n".join([*lines, told, origin(figures)])
 
 
 def training() -> str:
@@ -76,7 +68,7 @@ def training() -> str:
             f"| {run['name']} | {run['final_loss']:.4f} | {run['final_loss'] / clear - 1:+.2%} "
             f"| {run['gradient_norm_ratio']:.3f} |"
         )
-    return "\n".join([*lines, "", _origin(figures)])
+    return "\n".join([*lines, "", origin(figures)])
 
 
 def machines() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu.table import rows as gpu_rows
 from docs import comparison_figures as comparison
-from docs.pages import between, rewrite
+from docs.pages import between, origin, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,21 +79,6 @@ def load(name: str) -> dict[str, Any]:
     """The figures of one run."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
-
-
-def origin(figures: dict[str, Any]) -> str:
-    """Where figures come from, as a line under their table."""
-    o = figures["origin"]
-    m = o["machine"]
-    if "gpu" in figures:
-        return (
-            f"*`{o['command'].split(' --json')[0]}` on one {m['gpu']}, {m['cores']} cores of "
-            f"{m['processor']}, torch {m['torch']}, commit `{o['commit']}`, {o['date']}.*\n"
-        )
-    return (
-        f"*`{o['command'].split(' --json')[0]}` on {m['cores']} cores of {m['processor']}, torch "
-        f"{m['torch']}, commit `{o['commit']}`, {o['date']}.*\n"
-    )
 
 
 def transport() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def between(page: str, begin: str, end: str, fresh: str) -> str:
@@ -33,3 +34,18 @@ def rewrite(
         else:
             path.write_text(fresh, encoding="utf-8")
     return stale
+
+
+def origin(figures: dict[str, Any]) -> str:
+    """Where figures come from, as a line under their table."""
+    o = figures["origin"]
+    m = o["machine"]
+    if "gpu" in figures:
+        return (
+            f"*`{o['command'].split(' --json')[0]}` on one {m['gpu']}, {m['cores']} cores of "
+            f"{m['processor']}, torch {m['torch']}, commit `{o['commit']}`, {o['date']}.*\n"
+        )
+    return (
+        f"*`{o['command'].split(' --json')[0]}` on {m['cores']} cores of {m['processor']}, torch "
+        f"{m['torch']}, commit `{o['commit']}`, {o['date']}.*\n"
+    )

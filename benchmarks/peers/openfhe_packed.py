@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # With one modulus its threads only wait for each other; read when its OpenMP is loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import openfhe
+from numpy.typing import NDArray
 
 from benchmarks.peers.problem import (
     SIDE,
@@ -52,7 +53,7 @@ def _bfv() -> Row:
     context.Enable(openfhe.LEVELEDSHE)
     keys = context.KeyGen()
     tokens = context.GetRingDimension()
-    x, table = inputs(tokens), weights()
+    x = inputs(tokens)
     codes, scale = rounded(x)
     encrypt_s, sent = seconds(lambda: [
         context.Encrypt(keys.secretKey, context.MakePackedPlaintext(column.tolist()))
@@ -73,24 +74,14 @@ def _bfv() -> Row:
                     context.EvalAddInPlace(sums[side], product)
         return context.EvalSub(*sums)
 
-    multiply_s = on_every_core(
-        lambda core: [output(table[core * OUTPUTS + n]) for n in range(OUTPUTS)]
-    )
-    answer = output(table[0])
-
-    def opened() -> Any:
+    def opened(answer: Any) -> Any:
         plain = context.Decrypt(keys.secretKey, answer)
         plain.SetLength(tokens)
         return np.array(plain.GetPackedValue(), np.float64)[:, None] * scale
 
-    decrypt_s, found = seconds(opened)
-    return Row(
-        "OpenFHE", version("openfhe"), "BFV, packed", tokens,
-        multiply_s * SIDE / (OUTPUTS * cores()) / tokens, (encrypt_s + decrypt_s * SIDE) / tokens,
-        _size(sent[0]) * SIDE / tokens, _size(answer) * SIDE / tokens, _size(context),
-        relative_error(found, x, table[:1]), True,
-        f"ring degree {tokens}, a process for each core, {OUTPUTS * cores()} of {SIDE} outputs",
-    )  # fmt: skip
+    return _measured(
+        "BFV, packed", context, x, encrypt_s, sent, output, opened, f"ring degree {tokens}"
+    )
 
 
 def _ckks() -> Row:
@@ -105,7 +96,7 @@ def _ckks() -> Row:
         context.Enable(feature)
     keys = context.KeyGen()
     tokens = context.GetRingDimension() // 2
-    x, table = inputs(tokens), weights()
+    x = inputs(tokens)
     encrypt_s, sent = seconds(lambda: [
         context.Encrypt(keys.publicKey, context.MakeCKKSPackedPlaintext(column.tolist()))
         for column in x.T.astype(np.float64)
@@ -115,22 +106,38 @@ def _ckks() -> Row:
         # Scaled down: the last modulus holds 10 bits beyond the scale.
         return context.EvalLinearWSum(sent, (row / 1024).tolist())
 
-    multiply_s = on_every_core(
-        lambda core: [output(table[core * OUTPUTS + n]) for n in range(OUTPUTS)]
-    )
-    answer = output(table[0])
-
-    def opened() -> Any:
+    def opened(answer: Any) -> Any:
         plain = context.Decrypt(keys.secretKey, answer)
         plain.SetLength(tokens)
         return np.array(plain.GetRealPackedValue())[:, None] * 1024
 
-    decrypt_s, found = seconds(opened)
+    return _measured(
+        "CKKS, packed",
+        context,
+        x,
+        encrypt_s,
+        sent,
+        output,
+        opened,
+        f"EvalLinearWSum, {tokens} slots",
+    )
+
+
+def _measured(
+    scheme: str, context: Any, x: NDArray[np.float32], encrypt_s: float, sent: list[Any],
+    output: Callable[[Any], Any], opened: Callable[[Any], Any], note: str,
+) -> Row:  # fmt: skip
+    """A scheme's row, of the products that `output` makes of a row of the weights."""
+    tokens, table = len(x), weights()
+    multiply_s = on_every_core(
+        lambda core: [output(table[core * OUTPUTS + n]) for n in range(OUTPUTS)]
+    )
+    answer = output(table[0])
+    decrypt_s, found = seconds(lambda: opened(answer))
     return Row(
-        "OpenFHE", version("openfhe"), "CKKS, packed", tokens,
+        "OpenFHE", version("openfhe"), scheme, tokens,
         multiply_s * SIDE / (OUTPUTS * cores()) / tokens, (encrypt_s + decrypt_s * SIDE) / tokens,
         _size(sent[0]) * SIDE / tokens, _size(answer) * SIDE / tokens, _size(context),
         relative_error(found, x, table[:1]), True,
-        f"EvalLinearWSum, {tokens} slots, a process for each core, {OUTPUTS * cores()} of {SIDE} "
-        "outputs",
+        f"{note}, a process for each core, {OUTPUTS * cores()} of {SIDE} outputs",
     )  # fmt: skip
