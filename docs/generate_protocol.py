@@ -29,7 +29,7 @@ _BODY = {
     messages.Welcome: messages._WELCOME,
     messages.Multiply: messages._MULTIPLY,
     messages.Product: messages._PRODUCT,
-    messages.Refuse: messages._REFUSE,
+    messages.Refuse: messages._BUSY,
     messages.Bye: None,
     messages.Farewell: None,
 }

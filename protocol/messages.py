@@ -8,8 +8,8 @@ Rules
   * A payload on a GPU may stay there for a receiver in the same process: a `LocalFrame` is a
     frame in two pieces. No transport carries one, and nothing else makes one.
 
-The header, and the body of Refuse, keep their layout in every version: so two sides can tell each
-other that they speak different ones.
+The header, and the body of Refuse up to its reason, keep their layout in every version: so two
+sides can tell each other that they speak different ones.
 
 Header, 28 bytes, little endian: magic "PFTL", version u8, kind u8, zero u16, session 16 bytes
 (the owner's incarnation, fresh random bytes at every start), body length u32.
@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 
 from protocol.errors import ProtocolError, VersionError
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"PFTL"
 SESSION_BYTES = 16
 DIGEST_BYTES = 32
@@ -36,6 +36,7 @@ HEADER_BYTES = _HEADER.size
 _MULTIPLY = struct.Struct("<QII")
 _PRODUCT = struct.Struct("<Q")
 _REFUSE = struct.Struct("<QH")
+_BUSY = struct.Struct("<QHI")
 _DIGESTS = struct.Struct("<32s32s")
 _WELCOME = struct.Struct("<32s32sI")
 
@@ -160,15 +161,21 @@ class Product:
 
 @dataclass(frozen=True)
 class Refuse:
-    """Worker will not answer a request (or, with request 0, will not open the session)."""
+    """Worker will not answer a request (or, with request 0, will not open the session).
+
+    after_ms  of BUSY: milliseconds until it is worth asking again; 0 where nobody knows
+    """
 
     session: bytes
     request: int
     reason: Reason
+    after_ms: int = 0
 
     def __post_init__(self) -> None:
         _check_session(self.session)
         _check_unsigned(self.request, 64, "request")
+        _check_unsigned(self.after_ms, 32, "after_ms")
+        _require(self.reason is Reason.BUSY or not self.after_ms, "only BUSY says when")
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,8 @@ def encode(message: Message) -> Frame:
             fixed, payload = _PRODUCT.pack(message.request), message.payload
         case Refuse():
             fixed = _REFUSE.pack(message.request, message.reason)
+            if message.after_ms:
+                fixed = _BUSY.pack(message.request, message.reason, message.after_ms)
         case Bye() | Farewell():
             pass
     on_host = _on_host(payload)
@@ -285,8 +294,12 @@ def _decode_body(kind: int, session: bytes, body: memoryview, detached: Payload 
             (request,) = _PRODUCT.unpack_from(body)
             return Product(session, request, payload)
         case 5:
-            request, reason = _REFUSE.unpack(body)
-            return Refuse(session, request, Reason(reason))
+            if len(body) != _BUSY.size:
+                request, reason = _REFUSE.unpack(body)
+                return Refuse(session, request, Reason(reason))
+            request, reason, after_ms = _BUSY.unpack(body)
+            _require(after_ms > 0, "a time to come back in is not 0")
+            return Refuse(session, request, Reason(reason), after_ms)
         case 6 | 7:
             if len(body):
                 raise ProtocolError("a closing message has no body")

@@ -445,10 +445,14 @@ class Owner:
         call = self._in_flight(peer, refuse.request)
         if call is None:
             return [Dropped(peer.name, "refusal of no call in flight")]
+        if refuse.after_ms and peer.heard_s > call.refused_s:
+            # Its quota is used by other calls of this owner: it serves, and this one's turn comes.
+            call.refusals = 0
         call.refusals += 1
+        call.refused_s = self._now
         call.refused_by.add(peer.name)
         if refuse.reason in _RETRIED and call.refusals < self._config.refusals_max:
-            return self._retry(call)
+            return self._retry(call, refuse.after_ms / 1e3)
         name = self._catalogue.matrices[call.matrix].name
         text = f"refused {name}: {REFUSAL_TEXT[refuse.reason]}"
         if call.refusals >= self._config.refusals_max:
@@ -458,8 +462,11 @@ class Owner:
         peer.why_lost = f"it {text}"
         return self._step(peer, Input.CONTRADICTED)
 
-    def _retry(self, call: Call) -> list[Effect]:
-        """Another worker at once, or the same one a little later. Either way it is alive."""
+    def _retry(self, call: Call, after_s: float) -> list[Effect]:
+        """Another worker at once, or the same one a little later. Either way it is alive.
+
+        after_s  what it says that it is worth waiting, at least; not believed beyond reason
+        """
         chosen = self._fleet.choose(call, self._fleet.loads(), call.refused_by)
         timer = f"call:{call.id}"
         # Each other worker is tried once without delay; after that everybody is given time.
@@ -467,7 +474,8 @@ class Owner:
             return [CancelTimer(timer), *self._pass_on(call, chosen), *self._pump()]
         call.attempts = 0
         waits = 1 + call.refusals - len(call.refused_by)
-        return [SetTimer(timer, self._config.doubled(self._config.retry_s, waits))]
+        delay_s = self._config.doubled(self._config.retry_s, waits)
+        return [SetTimer(timer, max(delay_s, min(after_s, self._config.timeout_s_max)))]
 
     def _orphan(self, peer: Peer) -> list[Effect]:
         effects: list[Effect] = []

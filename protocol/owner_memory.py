@@ -36,9 +36,10 @@ class OwnerConfig:
     wait_s_max         no wait is longer
     attempts_max       sendings without an answer before a worker is lost
     greetings_max      the same for Hello
-    retry_s            first wait after BUSY or FAILED; it doubles too
+    retry_s            first wait after BUSY or FAILED; it doubles too; longer where BUSY says so
     refusals_max       BUSY or FAILED answers, or waits in vain for an answer where another worker
-                       could be asked, before a call fails
+                       could be asked, before a call fails; BUSY with a time counts anew after every
+                       answer of that worker
     revive_s           until a lost worker is greeted again; it doubles every time it is lost
                        without an answer, up to revive_s_max
     window             requests in flight per worker
@@ -126,7 +127,8 @@ class Peer:
 class Call:
     """One linear a lane waits for. `sealed` opens the answer to `frame`; both live until it has.
 
-    size  bytes of the request's and the answer's payloads
+    size       bytes of the request's and the answer's payloads
+    refused_s  when it was refused last
     """
 
     id: int
@@ -140,5 +142,6 @@ class Call:
     sent_s: float = 0.0
     attempts: int = 0
     refusals: int = 0
+    refused_s: float = 0.0
     refused_by: set[str] = field(default_factory=set)
     silences: int = 0

@@ -7,17 +7,20 @@ memory therefore loses nothing: the owner greets again and sends the same bytes.
 Rules
   * One session per peer, the one of its latest Hello; anything under another id is refused.
   * A request is checked against the catalogue before a byte of it is used.
-  * Requests and bytes in work are bounded, a peer's and all peers'; beyond that the answer is BUSY.
+  * Requests, bytes in work and bytes over time are bounded, those of a client, however many peers
+    it has, and of all; beyond that the answer is BUSY, with the time to come back in.
 
 In sync with: owner.py (the other side), messages.py, docs/protocol.md (drawn from TRANSITIONS).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from enum import Enum
 
+from protocol.admission import Admission, Quota
 from protocol.catalogue import Catalogue
 from protocol.errors import MisuseError, ProtocolError, VersionError
 from protocol.events import (
@@ -98,18 +101,16 @@ TRANSITIONS: dict[tuple[State, Input], tuple[State, str]] = {
 class WorkerConfig:
     """Limits a worker sets.
 
-    max_tokens                of one request
-    max_in_flight, max_bytes  requests of one peer in work, and bytes of them and their answers; a
-                              peer's only request may be larger
-    max_bytes_all             the same bytes of all peers together
-    max_peers                 sessions; a peer that is new takes the place of one that has ended, or
-    idle_s                    has had nothing in work and said nothing for so long
+    max_tokens    of one request
+    quota         of one client, and of all, see `Quota`
+    max_sessions  of one client
+    max_peers     sessions of all; a peer that is new takes the place of one that has ended, or
+    idle_s        whose client has had nothing in work, and that has said nothing, for so long
     """
 
     max_tokens: int = 4096
-    max_in_flight: int = 64
-    max_bytes: int = 512 << 20
-    max_bytes_all: int = 4 << 30
+    quota: Quota = field(default_factory=Quota)
+    max_sessions: int = 64
     max_peers: int = 1024
     idle_s: float = 3600.0
 
@@ -128,31 +129,27 @@ class _Job:
     request: int
     matrix: int
     tokens: int
-
-
-@dataclass
-class _Work:
-    """Of one peer, or of all: requests, and bytes of them and of their answers."""
-
-    requests: int = 0
-    size: int = 0
-
-    def add(self, requests: int, size: int) -> None:
-        self.requests += requests
-        self.size += size
+    begun_s: float = field(compare=False)
 
 
 class Worker:
-    """`handle(event, now) -> effects`. Holds no secret and no weight: the driver multiplies."""
+    """`handle(event, now) -> effects`. Holds no secret and no weight: the driver multiplies.
 
-    def __init__(self, catalogue: Catalogue, config: WorkerConfig | None = None) -> None:
-        self._catalogue = catalogue
+    client_of  whose a peer is; each is its own without it
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        config: WorkerConfig | None = None,
+        client_of: Callable[[str], str] = lambda peer: peer,
+    ) -> None:
+        self._catalogue, self._client_of = catalogue, client_of
         self._config = config or WorkerConfig()
+        self._admission = Admission(self._config.quota)
         self._sessions: dict[str, _Session] = {}
         self._jobs: dict[int, _Job] = {}
         self._in_work: set[_Job] = set()
-        self._work: dict[str, _Work] = {}
-        self._all = _Work()
         self._next_task = 1
         self._now = 0.0
         count = range(len(catalogue.matrices))
@@ -237,16 +234,9 @@ class Worker:
         except KeyError:
             raise MisuseError(f"no task {task} is running") from None
         self._in_work.remove(job)
-        self._count(job, -1)
+        size = self._catalogue.both_bytes(job.matrix, job.tokens)
+        self._admission.end(self._client_of(job.peer), size, job.begun_s, self._now)
         return job
-
-    def _count(self, job: _Job, sign: int) -> None:
-        size = sign * self._catalogue.both_bytes(job.matrix, job.tokens)
-        theirs = self._work.setdefault(job.peer, _Work())
-        theirs.add(sign, size)
-        self._all.add(sign, size)
-        if not theirs.requests:
-            del self._work[job.peer]
 
     def _objection(self, hello: Hello) -> Reason | None:
         if hello.parameters_digest != self._catalogue.parameters_digest:
@@ -258,9 +248,7 @@ class Worker:
     # --- actions --------------------------------------------------------------------------
 
     def _welcome(self, peer: str, session: _Session, hello: Hello) -> list[Effect]:
-        if peer not in self._sessions and len(self._sessions) >= self._config.max_peers:
-            self._sessions.pop(self._over() or "", None)
-        if peer not in self._sessions and len(self._sessions) >= self._config.max_peers:
+        if peer not in self._sessions and not self._has_room(self._client_of(peer)):
             session.state = State.ABSENT
             return [Send(peer, encode(Refuse(hello.session, 0, Reason.BUSY)))]
         session.id = hello.session
@@ -273,13 +261,24 @@ class Worker:
         )
         return [Send(peer, encode(welcome))]
 
-    def _over(self) -> str | None:
+    def _has_room(self, client: str) -> bool:
+        """Whether a client may have one more session, maybe in place of one that is over."""
+        theirs = [name for name in self._sessions if self._client_of(name) == client]
+        if len(theirs) >= self._config.max_sessions:
+            return self._sessions.pop(self._over(theirs) or "", None) is not None
+        if len(self._sessions) >= self._config.max_peers:
+            return self._sessions.pop(self._over(self._sessions) or "", None) is not None
+        return True
+
+    def _over(self, names: Iterable[str]) -> str | None:
         """A peer whose session has ended, or else the one silent longest, if long enough."""
         silent = None
-        for name, session in self._sessions.items():
+        for name in names:
+            session = self._sessions[name]
             if session.state is State.ENDED:
                 return name
-            idle = name not in self._work and self._now - session.heard_s >= self._config.idle_s
+            works = self._admission.working(self._client_of(name))
+            idle = not works and self._now - session.heard_s >= self._config.idle_s
             if idle and (silent is None or session.heard_s < self._sessions[silent].heard_s):
                 silent = name
         return silent
@@ -303,36 +302,36 @@ class Worker:
         return [Send(peer, encode(Farewell(bye.session)))]
 
     def _compute(self, peer: str, session: _Session, message: Multiply) -> list[Effect]:
-        job = _Job(peer, session.id, message.request, message.matrix, message.tokens)
+        job = _Job(peer, session.id, message.request, message.matrix, message.tokens, self._now)
         # Tasks outlive sessions: a peer that comes back under the same one finds its work going on.
         if job in self._in_work:
             return [Dropped(peer, "duplicate of a request in work")]
-        reason = self._fault_of(peer, message)
+        reason = self._fault_of(message)
         if reason is not None:
             return [Send(peer, encode(Refuse(message.session, message.request, reason)))]
+        # Of this client, under any session: a new Hello or connection does not stop old tasks.
+        client = self._client_of(peer)
+        size = self._catalogue.both_bytes(message.matrix, message.tokens)
+        wait_s = self._admission.wait_s(client, size, self._now)
+        if wait_s is not None:
+            after_ms = math.ceil(1e3 * wait_s)
+            busy = Refuse(message.session, message.request, Reason.BUSY, after_ms)
+            return [Send(peer, encode(busy))]
         task, self._next_task = self._next_task, self._next_task + 1
         self._jobs[task] = job
         self._in_work.add(job)
-        self._count(job, 1)
+        self._admission.begin(client, size, self._now)
         work = MultiplyCiphertext(message.matrix, message.tokens, message.payload)
         return [RunTask(task, work)]
 
-    def _fault_of(self, peer: str, message: Multiply) -> Reason | None:
+    def _fault_of(self, message: Multiply) -> Reason | None:
         if message.matrix >= len(self._catalogue.matrices):
             return Reason.UNKNOWN_MATRIX
         if not 1 <= message.tokens <= self._max_tokens:
             return Reason.TOO_MANY_TOKENS
         if len(message.payload) != self._catalogue.up_bytes(message.matrix, message.tokens):
             return Reason.WRONG_SIZE
-        return Reason.BUSY if self._is_busy(peer, message) else None
-
-    def _is_busy(self, peer: str, message: Multiply) -> bool:
-        # Of this peer, under any session: a new Hello or connection does not stop old tasks.
-        theirs, config = self._work.get(peer, _Work()), self._config
-        size = self._catalogue.both_bytes(message.matrix, message.tokens)
-        too_large = theirs.requests and theirs.size + size > config.max_bytes
-        too_much = self._all.requests and self._all.size + size > config.max_bytes_all
-        return bool(too_large or too_much or theirs.requests >= config.max_in_flight)
+        return None
 
     def _answer(self, peer: str, session: _Session, job: _Job, result: Payload) -> list[Effect]:
         if len(result) != self._catalogue.down_bytes(job.matrix, job.tokens):

@@ -11,6 +11,9 @@ ca.pem stands for. Then, where the text is:
 
     python -m scenarios.llama1b --real-cpu --worker gpu.example:7443 --tls certs/owner ...
 
+Owners share it fairly: those that always ask for something get the same bytes each, and requests
+for the same layer are computed together. --owner-... say what one may have at once and over time.
+
 A worker holds no secret and keeps nothing. SIGTERM or Ctrl-C drains it: no more links, BUSY to new
 requests, then, when the requests in hand are answered or after --drain-s, the end with status 0; a
 second signal ends it at once, with status 1. Owners find it again when it is back, or go on with
@@ -28,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import queue
 import signal
@@ -48,8 +52,9 @@ from backends.net.listening import Limits
 from backends.net.pages import StatusPages
 from backends.net.serving import Service, serving
 from backends.net.tls import Tls, require_loopback
-from backends.options import ALL, SECONDS, Modes, Parser, Whole, place
+from backends.options import ALL, SECONDS, Modes, Number, Parser, Whole, place
 from backends.serve import require_parameters, worker_cipher
+from protocol.admission import Quota
 from protocol.worker import WorkerConfig
 from scenarios.cli import add_kernel_option, choose_kernel, clean_exit
 from scenarios.worker_log import FORMATS, EventLog, capture_logging
@@ -66,7 +71,8 @@ MODES = Modes(
     | dict.fromkeys(
         (
             "--model", "--listen", "--tls", "--backend", "--max-tokens", "--links-per-owner",
-            "--links", "--drain-s", "--metrics", "--log-format", "--verbose",
+            "--links", "--owner-requests", "--owner-mb", "--owner-mb-per-s", "--drain-s",
+            "--metrics", "--log-format", "--verbose",
         ),
         ALL,
     ),
@@ -90,6 +96,12 @@ def cipher_of(args: argparse.Namespace, parameters: Parameters) -> tuple[WorkerC
     if kernel is not None and kernel.warning:
         logging.warning("%s", kernel.warning)
     return worker_cipher(parameters, args.backend, kernel)
+
+
+def quota_of(args: argparse.Namespace) -> Quota:
+    """What one owner may have in hand, and over time."""
+    rate = math.inf if args.owner_mb_per_s is None else 1e6 * args.owner_mb_per_s
+    return Quota(args.owner_requests, round(1e6 * args.owner_mb), bytes_per_s=rate)
 
 
 def warn_of_expiry(directory: Path, end: datetime) -> None:
@@ -194,7 +206,7 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
         try:
             service = stack.enter_context(
                 serving(
-                    part, cipher, host, port, tls, WorkerConfig(max_tokens=args.max_tokens),
+                    part, cipher, host, port, tls, WorkerConfig(args.max_tokens, quota_of(args)),
                     limits, counts=counts, tell=log.on_line, on_crash=state.end,
                 )
             )  # fmt: skip
@@ -243,6 +255,13 @@ def parsed() -> argparse.Namespace:
     add("--links-per-owner", type=LINKS, default=4, metavar="N",
         help="links of one certificate; an owner's process opens one (4)")  # fmt: skip
     add("--links", type=LINKS, default=64, metavar="N", help="of all together (64)")
+    add("--owner-requests", type=Whole(1, 100_000), default=64, metavar="N",
+        help="requests of one owner in hand, over all its links (64)")  # fmt: skip
+    add("--owner-mb", type=Number(1, 1 << 20), default=512.0, metavar="MB",
+        help="of those and their answers (512)")  # fmt: skip
+    add("--owner-mb-per-s", type=Number(0.001, 1e6), metavar="MB",
+        help="requests and answers of one owner over time, with a burst of two seconds; beyond "
+        "it is told when to come back (no limit)")  # fmt: skip
     add("--drain-s", type=SECONDS, default=20.0, metavar="S",
         help="seconds to finish the requests in hand when told to stop (20)")  # fmt: skip
     add("--metrics", type=with_host, metavar="[HOST:]PORT",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import TypeAlias
 
 MSS_BYTES = 1460
@@ -55,7 +56,8 @@ class Pipe:
     """One direction of a link. Rates and capacities in here are bytes/s."""
 
     __slots__ = (
-        "capacity", "carried", "ends", "link", "load", "mark", "routes", "spare", "up", "weight"
+        "capacity", "carried", "crowded", "ends", "flows", "link", "load", "mark", "routes", "spare",
+        "up", "weight"
     )  # fmt: skip
 
     def __init__(self, ends: tuple[str, str], link: Link) -> None:
@@ -65,6 +67,8 @@ class Pipe:
         self.capacity = link.bandwidth_bps / 8
         # Busy routes; a dict, because a set would be walked in another order in every process.
         self.routes: dict[Route, None] = {}
+        self.flows = 0  # on all its routes
+        self.crowded = 0  # of its busy routes, those in a crowd
         self.load = 0.0  # what its busy routes could ask of it at most
         self.carried = 0  # bytes of frames that were sent whole
         self.mark = 0
@@ -76,8 +80,8 @@ class Route:
     """The way from one host to another, and the flows on it, which all have the same rate."""
 
     __slots__ = (
-        "cap", "delay_s", "ends_at", "flows", "jitters_s", "level", "limit", "mark", "narrowest",
-        "pair", "pipes", "rate", "since"
+        "cap", "crowd", "delay_s", "ends_at", "flows", "jitters_s", "level", "limit", "mark",
+        "narrowest", "offset", "pair", "pipes", "rate", "since"
     )  # fmt: skip
 
     def __init__(self, pair: tuple[str, str], pipes: tuple[Pipe, ...]) -> None:
@@ -90,6 +94,8 @@ class Route:
         self.ends_at = math.inf
         self.limit = 0.0
         self.mark = 0
+        self.crowd: Crowd | None = None
+        self.offset = 0.0  # its level less the crowd's
         self.measure()
 
     def measure(self) -> None:
@@ -106,6 +112,94 @@ class Route:
         """Give its flows what they were due since the last change."""
         self.level += self.rate * (now - self.since)
         self.since = now
+
+
+class Crowd:
+    """Many routes that meet in one full link, and that nothing else holds back.
+
+    All their flows have the same rate, so one level serves them all: a route's is this one and the
+    route's offset. A flow that starts or ends changes the rate of all others, and costs no more
+    than a step in a heap.
+
+    bound  a rate that nothing else holds a flow back from; the true one may have become larger
+    """
+
+    __slots__ = ("_count", "bound", "ends", "level", "pipe", "rate", "since")
+
+    def __init__(self, pipe: Pipe, now: float) -> None:
+        self.pipe = pipe
+        self.level = 0.0
+        self.rate = 0.0
+        self.since = now
+        self.bound = math.inf
+        self.ends: list[tuple[float, int, Route]] = []  # a heap: level, order, route
+        self._count = 0
+
+    def advance(self, now: float) -> None:
+        """Give all flows what they were due since the last change."""
+        self.level += self.rate * (now - self.since)
+        self.since = now
+
+    def add(self, route: Route) -> None:
+        """A route with flows and a level of its own joins."""
+        route.crowd = self
+        route.offset = route.level - self.level
+        for pipe in route.pipes:
+            pipe.crowded += 1
+        self.renew(route)
+
+    def remove(self, route: Route) -> None:
+        """A route leaves, with the level it has now."""
+        self.read(route)
+        route.crowd = None
+        for pipe in route.pipes:
+            pipe.crowded -= 1
+
+    def read(self, route: Route) -> None:
+        """Write what a route has by now into it."""
+        route.level = self.level + route.offset
+        route.rate, route.since = self.rate, self.since
+
+    def renew(self, route: Route) -> None:
+        """A route's flows have changed: note when its first ends, and what may hold it back."""
+        self._count += 1
+        heappush(self.ends, (route.flows[0][0] - route.offset, self._count, route))
+        held = [pipe.capacity / pipe.flows for pipe in route.pipes if pipe is not self.pipe]
+        self.bound = min([self.bound, route.cap, *held])
+
+    def share(self) -> bool:
+        """Renew the rate; False where something else holds a flow back by now."""
+        self.rate = self.pipe.capacity / self.pipe.flows
+        if self.rate <= self.bound:
+            return True
+        self.bound = min(
+            min([route.cap, *(p.capacity / p.flows for p in route.pipes if p is not self.pipe)])
+            for route in self.pipe.routes
+        )
+        return self.rate <= self.bound
+
+    def closed(self, route: Route) -> bool:
+        """Whether all that a route competes with is in this crowd."""
+        return all(
+            pipe.load <= pipe.capacity or pipe.crowded == len(pipe.routes) for pipe in route.pipes
+        )
+
+    def first(self) -> Route | None:
+        """The route whose flow ends first."""
+        while self.ends:
+            level, _, route = self.ends[0]
+            if route.crowd is self and route.flows and route.flows[0][0] - route.offset == level:
+                return route
+            heappop(self.ends)
+        return None
+
+    @property
+    def ends_at(self) -> float:
+        """When the next flow ends, if nothing changes until then."""
+        route = self.first()
+        if route is None or not self.rate:
+            return math.inf
+        return self.since + max(0.0, self.ends[0][0] - self.level) / self.rate
 
 
 def fill(routes: list[Route], tight: list[Pipe]) -> None:

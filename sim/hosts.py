@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backends.he.params import preset
+from protocol.admission import Quota
 from protocol.events import (
     Abort,
     Decrypt,
@@ -134,7 +135,7 @@ class WorkerHost:
         self._world = world
         self.processor = processor or Processor(world.env, world.config.worker.cores)
         self.device = Device(world.env, self.name, world.config.worker, self.processor, servers=1)
-        unlimited = WorkerConfig(1 << 20, 1 << 16, max_bytes=1 << 60, max_bytes_all=1 << 60)
+        unlimited = WorkerConfig(1 << 20, Quota(1 << 16, size=1 << 60, size_all=1 << 60))
         machine = Worker(world.catalogue, unlimited)
         self._actor = Actor(world.env, self.name, machine, self._transmit, self._perform)
         self._asked = ("", 0)

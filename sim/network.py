@@ -17,6 +17,8 @@ How it is kept fast:
   a heap, however many are under way.
 - A link direction whose busy routes cannot fill it together, each limited by its own narrowest
   link, holds nobody back. Only routes that meet in an overloaded direction are worked out together.
+- Where many routes meet in one full link and nothing else holds them back, as at a site with many
+  owners, all have the same rate: they are a `Crowd`, in which a change costs a step in a heap.
 - One SimPy event waits for the next flow to end. When that flow is slowed down the event stays,
   finds nothing to do and waits again; when another will end earlier, a new event takes over. Such
   events that came to nothing may move the clock past the last arrival of a run.
@@ -33,12 +35,16 @@ from typing import TYPE_CHECKING
 
 import networkx
 
-from sim.flows import Link, Pipe, Route, fill
+from sim.flows import Crowd, Link, Pipe, Route, fill
 
 if TYPE_CHECKING:
     import simpy
 
 __all__ = ["Link", "Network", "describe", "star", "two_sites"]
+
+
+CROWD = 24
+"""Routes that are worth a crowd."""
 
 
 class Network:
@@ -69,6 +75,8 @@ class Network:
             self._pipes[b, a] = Pipe((b, a), link)
         self._routes: dict[tuple[str, str], Route] = {}
         self._busy: dict[Route, None] = {}
+        self._loose: dict[Route, None] = {}  # of these, those in no crowd
+        self._crowds: dict[Crowd, None] = {}
         self._started = 0
         self._sharings = 0
         self._generation = 0
@@ -103,11 +111,14 @@ class Network:
         late_s = 0.0
         for mean_s in route.jitters_s:
             late_s += self._rng.expovariate(1 / mean_s)
-        if route.flows:
+        if route.crowd is not None:
+            route.crowd.advance(now)
+            route.crowd.read(route)
+        elif route.flows:
             route.advance(now)
         else:
-            self._busy[route] = None
-            route.level = 0.0
+            self._busy[route] = self._loose[route] = None
+            route.level = route.rate = 0.0
             route.since = now
             for pipe in route.pipes:
                 pipe.routes[route] = None
@@ -116,7 +127,10 @@ class Network:
         self._started += 1
         ends = route.level + size_bytes
         heappush(route.flows, (ends, self._started, size_bytes, late_s, arrived, left))
-        self._share((route,))
+        for pipe in route.pipes:
+            pipe.flows += 1
+        if not self._crowded(route, now):
+            self._share((route,))
         self._watch()
 
     def fillable(self, source: str, target: str) -> float:
@@ -171,6 +185,7 @@ class Network:
     def moved_bytes(self) -> dict[tuple[str, str], float]:
         """Bytes each link direction (from, to) has carried until now."""
         now = self._env.now
+        self._read_crowds()
         moved = {pipe.ends: float(pipe.carried) for pipe in self._pipes.values()}
         for route in self._busy:
             level = route.level + route.rate * (now - route.since)
@@ -181,6 +196,7 @@ class Network:
 
     def rates_bps(self) -> list[tuple[str, str, float]]:
         """(source, target, bits/s) of every frame under way, those of one route together."""
+        self._read_crowds()
         return [(*route.pair, 8 * route.rate) for route in self._busy for _ in route.flows]
 
     def _check_host(self, name: str) -> None:
@@ -218,6 +234,8 @@ class Network:
 
     def _relink(self, a: str, b: str) -> None:
         """A link has changed: measure all routes again, share all links again."""
+        for crowd in list(self._crowds):
+            self._dissolve(crowd)
         for pipe in self._directions(a, b):
             pipe.capacity = pipe.link.bandwidth_bps / 8 if pipe.up else 0.0
         for route in {**self._busy, **dict.fromkeys(self._routes.values())}:
@@ -227,12 +245,64 @@ class Network:
         self._share(self._busy)
         self._watch()
 
+    def _crowded(self, route: Route, now: float) -> bool:
+        """Renew the rates where a route that has one flow more is, or comes, into a crowd."""
+        crowd = route.crowd
+        if crowd is None:
+            crowd = next((c for c in self._crowds if c.pipe in route.pipes), None)
+            if crowd is None:
+                return False
+            crowd.advance(now)
+            del self._loose[route]
+            crowd.add(route)
+        else:
+            crowd.renew(route)
+        if crowd.closed(route) and crowd.share():
+            return True
+        self._dissolve(crowd)
+        return False
+
+    def _dissolve(self, crowd: Crowd) -> None:
+        """Its routes are shared one by one again."""
+        crowd.advance(self._env.now)
+        del self._crowds[crowd]
+        for route in crowd.pipe.routes:
+            crowd.remove(route)
+            self._loose[route] = None
+
+    def _read_crowds(self) -> None:
+        """Write into the routes of crowds what they have by now."""
+        for crowd in self._crowds:
+            crowd.advance(self._env.now)
+            for route in crowd.pipe.routes:
+                crowd.read(route)
+
+    def _gather(self, routes: Sequence[Route], tight: Sequence[Pipe]) -> bool:
+        """Make these routes, which compete for the tight pipes, a crowd, if they are one."""
+        for pipe in tight:
+            if len(pipe.routes) < len(routes):
+                continue
+            rate = pipe.capacity / pipe.flows
+            if any(other.flows * rate > other.capacity for other in tight):
+                continue
+            if any(route.limit < rate for route in routes):
+                continue
+            crowd = Crowd(pipe, self._env.now)
+            for route in routes:
+                crowd.add(route)
+                del self._loose[route]
+            self._crowds[crowd] = None
+            if crowd.share():
+                return True
+            self._dissolve(crowd)
+        return False
+
     def _share(self, changed: Iterable[Route]) -> None:
         """Renew the rates of these routes, and of all they compete with, directly or not."""
         now = self._env.now
         self._sharings = turn = self._sharings + 1
         for first in changed:
-            if first.mark == turn or not first.flows:
+            if first.mark == turn or not first.flows or first.crowd is not None:
                 continue
             first.mark = turn
             routes, tight = [first], []
@@ -242,6 +312,8 @@ class Network:
                         pipe.mark = turn
                         tight.append(pipe)
                         for other in pipe.routes:
+                            if other.crowd is not None:
+                                self._dissolve(other.crowd)
                             if other.mark != turn:
                                 other.mark = turn
                                 routes.append(other)
@@ -249,6 +321,8 @@ class Network:
                 route.advance(now)
                 limit = route.narrowest / len(route.flows)
                 route.limit = limit if limit < route.cap else route.cap
+            if len(routes) >= CROWD and self._gather(routes, tight):
+                continue
             if tight:
                 fill(routes, tight)
             else:
@@ -260,7 +334,9 @@ class Network:
 
     def _watch(self) -> None:
         """Have an event by the time the next flow ends."""
-        ends_at = min([route.ends_at for route in self._busy], default=math.inf)
+        ends_at = min([route.ends_at for route in self._loose], default=math.inf)
+        for crowd in self._crowds:
+            ends_at = min(ends_at, crowd.ends_at)
         if ends_at < self._wake_at:
             self._generation += 1
             self._wake_at = ends_at
@@ -274,18 +350,13 @@ class Network:
         self._wake_at = math.inf
         changed: list[Route] = []
         departed: list[Callable[[], None]] = []
-        for route in [route for route in self._busy if route.ends_at <= now]:
+        for crowd in list(self._crowds):
+            changed += self._end_in(crowd, departed)
+        for route in [route for route in self._loose if route.ends_at <= now]:
             # `ends_at` decides, not the level: rounding may have left a sliver of a byte.
-            level = route.level = route.flows[0][0]
+            route.level = route.flows[0][0]
             route.since = now
-            while route.flows and route.flows[0][0] <= level:
-                _, _, size_bytes, late_s, arrived, left = heappop(route.flows)
-                if left is not None:
-                    departed.append(left)
-                for pipe in route.pipes:
-                    pipe.carried += size_bytes
-                timeout = self._env.timeout(route.delay_s + late_s, arrived)
-                timeout.callbacks.append(_deliver)
+            self._end_flows(route, departed)
             changed.append(route)
             if not route.flows:
                 changed += self._retire(route)
@@ -294,10 +365,52 @@ class Network:
         for left in departed:
             left()
 
+    def _end_in(self, crowd: Crowd, departed: list[Callable[[], None]]) -> list[Route]:
+        """End what is due in a crowd; the routes to share anew, where it is none any more."""
+        now, ended = self._env.now, False
+        while crowd.ends_at <= now:
+            route = crowd.first()
+            assert route is not None
+            # When it ends decides, not the level, as above.
+            crowd.level, crowd.since = crowd.ends[0][0], now
+            crowd.read(route)
+            route.level = route.flows[0][0]
+            self._end_flows(route, departed)
+            ended = True
+            if route.flows:
+                crowd.renew(route)
+            else:
+                crowd.remove(route)
+                self._loose[route] = None
+                self._retire(route)
+            if not crowd.pipe.routes:
+                del self._crowds[crowd]
+                return []
+            crowd.share()
+        if not ended:
+            return []
+        routes = list(crowd.pipe.routes)
+        if len(routes) >= CROWD // 2 and crowd.share():
+            return []
+        self._dissolve(crowd)
+        return routes
+
+    def _end_flows(self, route: Route, departed: list[Callable[[], None]]) -> None:
+        """Take off a route the flows that have got all they were due."""
+        while route.flows and route.flows[0][0] <= route.level:
+            _, _, size_bytes, late_s, arrived, left = heappop(route.flows)
+            if left is not None:
+                departed.append(left)
+            for pipe in route.pipes:
+                pipe.carried += size_bytes
+                pipe.flows -= 1
+            timeout = self._env.timeout(route.delay_s + late_s, arrived)
+            timeout.callbacks.append(_deliver)
+
     def _retire(self, route: Route) -> list[Route]:
         """Take a route without flows off its links; returns who may go faster now."""
         faster: list[Route] = []
-        del self._busy[route]
+        del self._busy[route], self._loose[route]
         for pipe in route.pipes:
             del pipe.routes[route]
             if pipe.load > pipe.capacity:

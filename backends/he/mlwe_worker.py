@@ -11,7 +11,9 @@ How both travel is the matrix's format (`wire.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,19 @@ class MlweWorker(WorkerCipher):
         return LoadedMatrix(self._kernel.pack(weight, forward), format)
 
     def multiply(self, payload: Payload, tokens: int, matrix: LoadedMatrix) -> NDArray[np.uint8]:
+        return self.multiply_many([(payload, tokens)], matrix)[0]
+
+    def multiply_many(
+        self, requests: Sequence[tuple[Payload, int]], matrix: LoadedMatrix
+    ) -> list[NDArray[np.uint8]]:
+        """One product for all: where each has few tokens, reading the weight is what it costs."""
         packed, wire = matrix.packed, matrix.format
-        planes = unpack_request(np.frombuffer(payload, np.uint8), tokens, packed.inputs, wire)
-        return pack_answer(self._kernel.answer(planes, packed, wire.dropped_bits), wire)
+        planes = [
+            unpack_request(np.frombuffer(payload, np.uint8), tokens, packed.inputs, wire)
+            for payload, tokens in requests
+        ]
+        joined = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=1)
+        answers = self._kernel.answer(joined, packed, wire.dropped_bits)
+        ends = list(accumulate(tokens for _, tokens in requests))
+        parts = np.split(answers, ends[:-1]) if len(ends) > 1 else [answers]
+        return [pack_answer(part, wire) for part in parts]

@@ -82,7 +82,8 @@ class Counts:
         self.requests = self.tokens = self.products = self.dropped = 0
         self.in_hand = self.links = self.links_opened = 0
         self.bytes_in = self.bytes_out = 0
-        self.busy_s = 0.0
+        self.launches = 0
+        self.busy_s = self.waited_s = 0.0
         self.refusals: Counter[str] = Counter(dict.fromkeys(LABELS, 0))
 
     def observe(self, event: Event, effects: Sequence[Effect]) -> None:
@@ -113,7 +114,13 @@ class Counts:
     def multiplied(self, seconds: float) -> None:
         """A launch has taken so long, with however many requests in it."""
         with self._lock:
+            self.launches += 1
             self.busy_s += seconds
+
+    def waited(self, seconds: float) -> None:
+        """Requests that are computed now have waited so long together."""
+        with self._lock:
+            self.waited_s += seconds
 
     def put_off(self, arrived: int, answered: int) -> None:
         """A request was answered BUSY without the machine, of and with so many bytes."""
@@ -142,6 +149,10 @@ class Counts:
                 ("tokens_total", "counter", "Tokens of the requests taken.", self.tokens),
                 ("busy_seconds_total", "counter", "Seconds in products, over all threads.",
                  round(self.busy_s, 6)),
+                ("launches_total", "counter", "Products made, of one request or several joined.",
+                 self.launches),
+                ("waited_seconds_total", "counter", "Seconds that requests waited to be computed.",
+                 round(self.waited_s, 6)),
                 ("received_bytes_total", "counter", "Bytes of frames received.", self.bytes_in),
                 ("sent_bytes_total", "counter", "Bytes of frames sent.", self.bytes_out),
                 ("dropped_frames_total", "counter",

@@ -7,6 +7,9 @@ are called on the loop's thread and must not block.
 Handing a task to the pool and its result back costs two changes of thread, which for a request of
 one token is as much as the task. So a small one may run on the loop's own thread, when it is all
 that there is to do: nothing waits in the queue, and nothing in the pool.
+
+Where tasks are joined (`Joined`) the pool is given one turn a task, and each turn takes as many as
+there are to take together: so a turn may find nothing left, and none waits without one.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from protocol.errors import WrongAnswerError
 from protocol.events import (
@@ -73,6 +77,19 @@ class Meter:
             return sum(self.busy_s.values())
 
 
+class Joined(Protocol):
+    """Which of the tasks that wait are computed next, and together. Called from several threads."""
+
+    def put(self, task: int, work: Task) -> None:
+        """One more waits."""
+
+    def take(self) -> list[int]:
+        """Those to be computed now; they wait no more. Empty when none does."""
+
+    def compute(self, works: Sequence[Task]) -> Sequence[object]:
+        """One result each. Of a ValueError it is not known whose it is."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """Who wants to see what a side does. Times are seconds of `time.perf_counter`.
@@ -97,6 +114,7 @@ class MachineLoop:
               text, anything else TaskFailed with its type named
     threads   of the pool
     small     whether a task may run on the loop's thread; not asked where the pool has several
+    joined    computes the tasks of the pool, several together, in its own order
     transmit  hands (peer, frame) to the transport
     report    receives every effect that is not about frames, tasks or timers
     on_crash  receives an exception the machine itself raised; the loop has then stopped
@@ -116,10 +134,11 @@ class MachineLoop:
         observe: Callable[[Event, Sequence[Effect]], None] = lambda event, effects: None,
         on_task: Callable[[int, Task, float, float], None] = lambda task, work, start, end: None,
         small: Callable[[Task], bool] = lambda task: False,
+        joined: Joined | None = None,
     ) -> None:
         self.meter = Meter()
         self._machine = machine
-        self._compute = compute
+        self._compute, self._joined = compute, joined
         self._transmit = transmit
         self._report = report
         self._on_crash = on_crash
@@ -216,7 +235,13 @@ class MachineLoop:
                 self._report(effect)
 
     def _give_to_pool(self, task: int) -> None:
-        self._pooled = self._pool.submit(self._perform, task)
+        if self._joined is None:
+            self._pooled = self._pool.submit(self._perform, task)
+            return
+        work = self._waiting.get(task)
+        if work is not None:
+            self._joined.put(task, work)
+            self._pooled = self._pool.submit(self._perform_joined, self._joined)
 
     def _may_run_here(self, work: Task) -> bool:
         idle = self._events.empty() and (self._pooled is None or self._pooled.done())
@@ -224,20 +249,41 @@ class MachineLoop:
 
     def _perform(self, task: int) -> None:
         work = self._waiting.pop(task, None)
-        if work is None:  # cancelled
-            return
+        if work is not None:  # not cancelled
+            self._run_tasks([(task, work)], lambda works: [self._compute(works[0])])
+
+    def _perform_joined(self, joined: Joined) -> None:
+        taken = ((task, self._waiting.pop(task, None)) for task in joined.take())
+        tasks = [(task, work) for task, work in taken if work is not None]
+        if tasks:
+            self._run_tasks(tasks, joined.compute)
+
+    def _run_tasks(
+        self, tasks: list[tuple[int, Task]], compute: Callable[[list[Task]], Sequence[object]]
+    ) -> None:
+        """Compute and post the ends of tasks that are computed together."""
         start = time.perf_counter()
         try:
-            result = self._compute(work)
+            results = compute([work for _, work in tasks])
+            if len(results) != len(tasks):
+                raise RuntimeError(f"{len(results)} results for {len(tasks)} tasks")
         except WrongAnswerError as error:
-            self.post(AnswerRejected(task, str(error)))
+            for task, _ in tasks:
+                self.post(AnswerRejected(task, str(error)))
         except ValueError as error:
-            self.post(TaskFailed(task, str(error)))
+            if len(tasks) > 1:  # one of them is at fault: only that one must hear of it
+                for one in tasks:
+                    self._run_tasks([one], compute)
+                return
+            self.post(TaskFailed(tasks[0][0], str(error)))
         except Exception as error:
-            self.post(TaskFailed(task, f"{type(work).__name__} failed: {type(error).__name__}"))
-            log.error("%s failed: %s", type(work).__name__, _where(error))
+            name = type(tasks[0][1]).__name__
+            for task, _ in tasks:
+                self.post(TaskFailed(task, f"{name} failed: {type(error).__name__}"))
+            log.error("%s failed: %s", name, _where(error))
         else:
             end = time.perf_counter()
-            self.meter.add_task(type(work).__name__, end - start)
-            self.post(TaskDone(task, result))
-            self._on_task(task, work, start, end)
+            for (task, work), result in zip(tasks, results, strict=True):
+                self.meter.add_task(type(work).__name__, (end - start) / len(tasks))
+                self.post(TaskDone(task, result))
+                self._on_task(task, work, start, end)

@@ -53,7 +53,6 @@ def serving(
     tls: Tls | None,
     config: WorkerConfig | None = None,
     limits: Limits | None = None,
-    threads: int | None = None,
     hooks: Hooks | None = None,
     counts: Counts | None = None,
     tell: Callable[[LineEvent], None] = lambda event: None,
@@ -86,7 +85,7 @@ def serving(
         lambda peer: server.lost(peer), limits, on_line, backlog.full,
     )  # fmt: skip
     server = WorkerServer(
-        part.catalogue, part.matrices, cipher, listener.send, config, threads,
+        part.catalogue, part.matrices, cipher, listener.send, config,
         replace(hooks, observe=backlog.observe), counts, tell, on_crash,
     )  # fmt: skip
     server.start()

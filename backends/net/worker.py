@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 from backends.he.interface import WorkerCipher, WorkerMatrix, carried
 from backends.net.counts import REFUSED, Counts, LineEvent, guarded, small_message
-from backends.net.joining import Joiner
 from backends.net.loop import Hooks, MachineLoop, Meter
 from protocol.catalogue import Catalogue
 from protocol.errors import ProtocolError
@@ -29,6 +28,7 @@ from protocol.events import (
     TaskDone,
     TaskFailed,
 )
+from protocol.fair import FairQueue
 from protocol.messages import (
     Frame,
     Hello,
@@ -43,12 +43,65 @@ from protocol.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
 
-_WAITING = 4
-"""Requests a launch may have waiting for it, on threads of their own."""
 _NOBODY = ""
 """A peer that does not exist: the loss of one means nothing, but that all before it was handled."""
 _REASONS_TOLD = 4096
 """Peers whose refusals are remembered, so that each is told once."""
+
+
+def client_of(peer: str) -> str:
+    """Whose link a peer is: links of one certificate are one client."""
+    return peer.partition("#")[0]
+
+
+class _Fair:
+    """Requests that wait for the cipher: a fair share for each client, one matrix at a time.
+
+    multiply   (matrix, requests (payload, tokens)) -> an answer each
+    client_of  whose a task is
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        max_tokens: int,
+        multiply: Callable[[int, list[tuple[Payload, int]]], Sequence[Payload]],
+        client_of: Callable[[int], str],
+        counts: Counts,
+    ) -> None:
+        self._catalogue, self._multiply, self._client_of = catalogue, multiply, client_of
+        self._queue: FairQueue[int] = FairQueue(max_tokens)
+        self._lock = threading.Lock()
+        self._since: dict[int, float] = {}
+        self._counts = counts
+
+    def put(self, task: int, work: Task) -> None:
+        assert isinstance(work, MultiplyCiphertext)
+        size = self._catalogue.both_bytes(work.matrix, work.tokens)
+        with self._lock:
+            self._since[task] = time.monotonic()
+            self._queue.push(task, self._client_of(task), work.matrix, work.tokens, size)
+
+    def take(self) -> list[int]:
+        with self._lock:
+            tasks, now = self._queue.pop(), time.monotonic()
+            waited_s = sum(now - self._since.pop(task) for task in tasks)
+        self._counts.waited(waited_s)
+        return tasks
+
+    def forget(self, task: int) -> None:
+        """It has been cancelled."""
+        with self._lock:
+            self._queue.remove(task)
+            self._since.pop(task, None)
+
+    def compute(self, works: Sequence[Task]) -> Sequence[object]:
+        matrix, requests = 0, []
+        for work in works:
+            assert isinstance(work, MultiplyCiphertext)
+            matrix = work.matrix
+            requests.append((work.payload, work.tokens))
+        return [carried(answer) for answer in self._multiply(matrix, requests)]
 
 
 class WorkerServer:
@@ -56,7 +109,6 @@ class WorkerServer:
 
     matrices  in the catalogue's order
     reply     sends (peer, frame) back
-    threads   that compute; more than the cipher's launches lets requests wait and be joined
     counts    where to count what it does
     tell      is told why a peer was refused something, once for each peer and reason
     on_crash  is told that it cannot go on, see `failure`
@@ -69,7 +121,6 @@ class WorkerServer:
         cipher: WorkerCipher,
         reply: Callable[[str, Frame], None],
         config: WorkerConfig | None = None,
-        threads: int | None = None,
         hooks: Hooks | None = None,
         counts: Counts | None = None,
         tell: Callable[[LineEvent], None] = lambda event: None,
@@ -87,17 +138,16 @@ class WorkerServer:
         self._cipher = cipher
         self._matrices = [cipher.load(m.weight, m.forward, m.format) for m in matrices]
         config, self._hooks = config or WorkerConfig(), hooks or Hooks()
-        self._joiner = Joiner(
-            self._multiply, cipher.launches, lambda request: request[1], config.max_tokens
-        )
-        if threads is None:
-            threads = 1 if cipher.launches == 1 else _WAITING * cipher.launches
-        self._loop = MachineLoop(
-            "worker", Worker(catalogue, config), self._compute, reply, self._report,
-            self._crashed, threads, self._observe, self._hooks.on_task,
-            lambda task: task.tokens == 1,
-        )  # fmt: skip
         self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
+        self._fair = _Fair(
+            catalogue, config.max_tokens, self._multiply,
+            lambda task: client_of(self._in_work[task]), self.counts,
+        )  # fmt: skip
+        self._loop = MachineLoop(
+            "worker", Worker(catalogue, config, client_of), self._compute, reply, self._report,
+            self._crashed, cipher.launches, self._observe, self._hooks.on_task,
+            lambda task: task.tokens == 1, self._fair,
+        )  # fmt: skip
 
     @property
     def meter(self) -> Meter:
@@ -173,6 +223,7 @@ class WorkerServer:
                 self._in_work.pop(task, None)
             case PeerLost(peer):
                 for task in [task for task, whose in self._in_work.items() if whose == peer]:
+                    self._fair.forget(task)
                     self._loop.cancel(task)
 
     def _notice_refusal(self, event: Event, effect: Send) -> None:
@@ -188,12 +239,11 @@ class WorkerServer:
             assert isinstance(asked, Hello)
             ours = self._catalogue.model_digest
             detail = f"it asks for model {asked.model_digest.hex()}, this one is {ours.hex()}"
-        owner = effect.peer.partition("#")[0]
+        owner = client_of(effect.peer)
         self._tell(LineEvent(REFUSED, owner, message.reason.name.lower(), detail))
 
     def _compute(self, task: Task) -> object:
-        assert isinstance(task, MultiplyCiphertext)
-        return carried(self._joiner.run(task.matrix, (task.payload, task.tokens)))
+        return self._fair.compute([task])[0]
 
     def _multiply(self, matrix: int, requests: list[tuple[Payload, int]]) -> Sequence[Payload]:
         start = time.perf_counter()

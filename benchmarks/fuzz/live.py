@@ -30,8 +30,8 @@ from backends.net.listening import Limits
 from backends.net.remote import connected
 from backends.net.tls import Tls
 from benchmarks.fuzz.verdict import Verdict, memory_bytes
+from protocol.admission import Quota
 from protocol.owner_memory import OwnerConfig
-from protocol.worker import WorkerConfig
 from scenarios.certs import Authority
 
 MAX_TOKENS = 1024
@@ -68,7 +68,7 @@ class Bounds:
         """
         if self.growth is not None:
             return self.growth
-        limits, in_flight = Limits(), WorkerConfig().max_in_flight
+        limits, in_flight = Limits(), Quota().requests
         links = min(limits.links, limits.links_each * (len(EVIL) + 2))
         unsent = max(limits.unsent_bytes, 2 * frame_max)
         each = (1 + in_flight) * frame_max + unsent + (1 << 20)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from benchmarks.fuzz.inputs import Frames, stream
 from benchmarks.fuzz.verdict import Verdict, memory_bytes
+from protocol.admission import Quota
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.errors import ProtocolError
 from protocol.events import (
@@ -71,7 +72,7 @@ _LIFE = 1500
 """Inputs that a worker's machine sees before the next one takes its place."""
 _OWNER_LIFE = 300
 """The same for an owner's: its hostile workers are soon retired."""
-_LIMITS = WorkerConfig(max_tokens=64, max_in_flight=2, max_peers=6)
+_LIMITS = WorkerConfig(max_tokens=64, quota=Quota(requests=2), max_peers=6)
 _HOSTILE_PEERS = 7
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import simpy
 
+from protocol.admission import Quota
 from protocol.events import Effect, Event, MultiplyCiphertext, RunTask, TaskDone, TaskFailed
 from protocol.worker import Worker, WorkerConfig
 from scenarios.chaos.arithmetic import Arithmetic
@@ -56,7 +57,7 @@ class WorkerHost:
         self.actor.reborn(self._machine())
 
     def _machine(self) -> Worker:
-        config = WorkerConfig(max_in_flight=self._options.in_flight_max)
+        config = WorkerConfig(quota=Quota(requests=self._options.in_flight_max))
         return Worker(self._arithmetic.catalogue, config)
 
     def _observe(self, actor: str, now: float, event: Event, effects: Sequence[Effect]) -> None:

@@ -1,212 +1,258 @@
-"""Joined requests: everyone gets their own answer, whoever leads and whenever they come."""
+"""Joined requests at a real worker: everyone gets their own answer, whoever waits with whom."""
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.net.joining import Joiner
+from backends.he.interface import WorkerCipher, WorkerMatrix
+from backends.he.mlwe_worker import MlweWorker
+from backends.he.wire import EXACT
+from backends.net.worker import WorkerServer
+from protocol.catalogue import Catalogue, MatrixShape
+from protocol.messages import Hello, Multiply, Product, Reason, Refuse, Welcome, decode, encode
+from protocol.worker import WorkerConfig
 
 PATIENCE_S = 10.0
+DIGEST, SESSION = bytes(32), bytes(16)
+CATALOGUE = Catalogue(DIGEST, DIGEST, tuple(MatrixShape(f"m{i}", 1, 1, 4, 4) for i in range(4)))
+BROKEN, MALFORMED = 250, 251
+"""First bytes of payloads: the whole product fails, or only this request is wrong."""
 
 
-class Gate:
-    """A multiply_many that waits to be let through, and remembers what it was asked."""
+class Tagged(WorkerCipher):
+    """Answers say which matrix computed them, and of which request. Waits for `allowed`, if any."""
 
-    def __init__(self) -> None:
-        self.batches: list[tuple[str, list[int]]] = []
-        self.started = threading.Semaphore(0)
-        self.allowed = threading.Semaphore(0)
+    def __init__(self, launches: int = 1, wait: bool = True) -> None:
+        self.launches = launches
+        self.batches: list[tuple[int, list[int]]] = []
+        self.started, self.allowed = threading.Semaphore(0), threading.Semaphore(0)
+        self.wait = wait
+        self.most = self.under_way = 0
+        self.pauses = random.Random(0)
         self._lock = threading.Lock()
 
-    def __call__(self, key: str, requests: list[int]) -> list[str]:
+    def load(self, weight: Any, forward: bool, format: Any) -> int:
+        return int(weight[0, 0])
+
+    def multiply(self, payload: Any, tokens: int, matrix: int) -> Any:
+        return self.multiply_many([(payload, tokens)], matrix)[0]
+
+    def multiply_many(self, requests: Sequence[tuple[Any, int]], matrix: int) -> list[Any]:
+        payloads = [bytes(payload) for payload, _ in requests]
         with self._lock:
-            self.batches.append((key, list(requests)))
+            self.batches.append((matrix, [payload[1] for payload in payloads]))
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            pause_s = self.pauses.choice((0, 0, 0.0003, 0.001))
         self.started.release()
-        assert self.allowed.acquire(timeout=PATIENCE_S)
-        return [f"{key}{request}" for request in requests]
+        if self.wait:
+            assert self.allowed.acquire(timeout=PATIENCE_S)
+        else:
+            time.sleep(pause_s)
+        with self._lock:
+            self.under_way -= 1
+        if any(payload[0] == MALFORMED for payload in payloads):
+            raise ValueError("malformed")
+        if any(payload[0] == BROKEN for payload in payloads):
+            raise MemoryError("device")
+        tag = bytes((matrix,))
+        return [np.frombuffer(tag + payload[1:4] + payload[4:], np.uint8) for payload in payloads]
 
 
 class Crowd:
-    """Threads that ask one joiner, in a known order of arrival."""
+    """Owners who ask one worker, each over a link of its own, in a known order of arrival."""
 
-    def __init__(self, joiner: Joiner[str, int, str]) -> None:
-        self._joiner = joiner
-        self._pool = ThreadPoolExecutor(16)
+    def __init__(self, cipher: WorkerCipher, max_tokens: int = 10) -> None:
+        matrices = [
+            WorkerMatrix(np.full((1, 1), i, np.int8), True, EXACT)
+            for i in range(len(CATALOGUE.matrices))
+        ]
+        self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self.server = WorkerServer(
+            CATALOGUE, matrices, cipher,
+            lambda peer, frame: self.answers.put((peer, decode(frame))),
+            WorkerConfig(max_tokens=max_tokens),
+        )  # fmt: skip
+        self.server.start()
+        self._met: set[str] = set()
 
-    def ask(self, key: str, request: int) -> Future[str]:
-        """Ask, and return once the request either runs or waits."""
-        before = len(self._joiner._waiting), self._joiner._free
-        answer = self._pool.submit(self._joiner.run, key, request)
-        end = time.monotonic() + PATIENCE_S
-        while (len(self._joiner._waiting), self._joiner._free) == before:
-            assert time.monotonic() < end
+    def ask(self, who: str, request: int, matrix: int, tokens: int = 2, fate: int = 0) -> None:
+        """One request; its payload begins with its fate and its number."""
+        if who not in self._met:
+            self._met.add(who)
+            self.server.deliver(who, encode(Hello(SESSION, DIGEST, DIGEST)))
+            assert isinstance(self.answers.get(timeout=PATIENCE_S)[1], Welcome)
+        payload = bytes((fate, request, 0, 0)) + bytes(4 * (tokens - 1))
+        self.server.deliver(who, encode(Multiply(SESSION, request, matrix, tokens, payload)))
+
+    def waits(self, requests: int) -> None:
+        """Until so many wait for the cipher."""
+        until = time.monotonic() + PATIENCE_S
+        while len(self.server._fair._queue) != requests:
+            assert time.monotonic() < until
             time.sleep(0.001)
-        return answer
+
+    def get(self, count: int) -> dict[tuple[str, int], Any]:
+        """So many answers, by who asked and what."""
+        got = (self.answers.get(timeout=PATIENCE_S) for _ in range(count))
+        return {(who, message.request): message for who, message in got}
 
 
-def test_an_idle_device_is_used_at_once() -> None:
-    """Nobody waits for company."""
-    joiner: Joiner[str, int, str] = Joiner(
-        lambda key, requests: [f"{key}{r}" for r in requests], 1, lambda r: 1, 10
-    )
-    assert joiner.run("a", 1) == "a1"
-    assert joiner.run("b", 2) == "b2"
+def batches(cipher: Tagged, asked: list[tuple[str, int, int, int]], max_tokens: int = 10) -> Any:
+    """What is computed together of (who, request, matrix, tokens) that come while one runs."""
+    crowd = Crowd(cipher, max_tokens)
+    crowd.ask("first#1", 99, 3, 2)
+    assert cipher.started.acquire(timeout=PATIENCE_S)
+    for who, request, matrix, tokens in asked:
+        crowd.ask(who, request, matrix, tokens)
+    crowd.waits(len(asked))
+    cipher.allowed.release(1 + len(asked))
+    crowd.get(1 + len(asked))
+    crowd.server.stop()
+    return cipher.batches[1:]
 
 
 def test_what_piles_up_is_joined_by_matrix() -> None:
     """While one runs, the rest wait; the oldest leads those of its matrix, then the others."""
-    gate = Gate()
-    crowd = Crowd(Joiner(gate, 1, lambda r: 1, 10))
-    asked = [("a", 0), ("b", 1), ("a", 2), ("b", 3), ("c", 4)]
-    answers = [crowd.ask(key, request) for key, request in asked]
-    gate.allowed.release(4)
-    assert [a.result(PATIENCE_S) for a in answers] == [f"{k}{r}" for k, r in asked]
-    assert gate.batches == [("a", [0]), ("b", [1, 3]), ("a", [2]), ("c", [4])]
+    asked = [("a#1", 1, 0, 2), ("b#2", 2, 1, 2), ("c#3", 3, 0, 2), ("d#4", 4, 1, 2)]
+    assert batches(Tagged(), asked) == [(0, [1, 3]), (1, [2, 4])]
 
 
-def test_a_batch_is_no_larger_than_allowed() -> None:
-    """In order of arrival, as many as fit; what is larger by itself runs alone."""
-    gate = Gate()
-    crowd = Crowd(Joiner(gate, 1, lambda r: r, 10))
-    answers = [crowd.ask("a", size) for size in (1, 4, 6, 1, 25, 2)]
-    gate.allowed.release(5)
-    assert [a.result(PATIENCE_S) for a in answers] == ["a1", "a4", "a6", "a1", "a25", "a2"]
-    assert [requests for _, requests in gate.batches] == [[1], [4, 6], [1], [25], [2]]
+def test_a_product_is_no_larger_than_allowed() -> None:
+    """As many as fit, in order."""
+    asked = [(f"o{i}#{i}", i, 0, tokens) for i, tokens in enumerate((4, 6, 2, 10, 2))]
+    assert batches(Tagged(), asked) == [(0, [0, 1]), (0, [2]), (0, [3]), (0, [4])]
 
 
-def test_as_many_run_at_once_as_there_are_slots() -> None:
-    """Two run, the third waits for either."""
-    gate = Gate()
-    crowd = Crowd(Joiner(gate, 2, lambda r: 1, 10))
-    answers = [crowd.ask("a", request) for request in range(3)]
+def test_an_owner_with_many_links_and_requests_is_one_of_two() -> None:
+    """The other's one request is not behind all of them."""
+    flood = [(f"flood#{i % 3}", i, i % 3, 9) for i in range(9)]
+    order = [who for _, requests in batches(Tagged(), [*flood, ("one#9", 50, 3, 2)])
+             for who in requests]  # fmt: skip
+    assert order.index(50) <= 1
+
+
+def test_an_idle_worker_computes_at_once_and_as_many_as_it_has_places() -> None:
+    """Nobody waits for company; the third of two places waits for either."""
+    cipher = Tagged(launches=2)
+    crowd = Crowd(cipher)
+    for request in range(3):
+        crowd.ask("ann#1", request, request)
     for _ in range(2):
-        assert gate.started.acquire(timeout=PATIENCE_S)
-    assert not gate.started.acquire(timeout=0.05)
-    gate.allowed.release(3)
-    assert [a.result(PATIENCE_S) for a in answers] == ["a0", "a1", "a2"]
+        assert cipher.started.acquire(timeout=PATIENCE_S)
+    assert not cipher.started.acquire(timeout=0.05)
+    cipher.allowed.release(3)
+    assert len(crowd.get(3)) == 3
+    crowd.server.stop()
 
 
-def test_an_error_reaches_its_batch_and_no_other() -> None:
-    """And the slot is free again after it."""
-    gate = Gate()
-
-    def fails_joined(key: str, requests: list[int]) -> list[str]:
-        results = gate(key, requests)
-        if len(requests) > 1:
-            raise MemoryError("too much")
-        return results
-
-    joiner: Joiner[str, int, str] = Joiner(fails_joined, 1, lambda r: 1, 10)
-    crowd = Crowd(joiner)
-    answers = [crowd.ask(key, request) for key, request in (("a", 0), ("a", 1), ("a", 2), ("b", 3))]
-    gate.allowed.release(4)
-    assert answers[0].result(PATIENCE_S) == "a0"
-    for answer in answers[1:3]:
-        with pytest.raises(MemoryError):
-            answer.result(PATIENCE_S)
-    assert answers[3].result(PATIENCE_S) == "b3"
-    assert joiner.run("b", 4) == "b4"
+@pytest.mark.parametrize(("fate", "failed"), [(BROKEN, {1, 2}), (MALFORMED, {1})])
+def test_a_fault_reaches_whom_it_concerns(fate: int, failed: set[int]) -> None:
+    """The device's fault all of its product, a malformed request only its owner; nobody else."""
+    cipher = Tagged()
+    crowd = Crowd(cipher)
+    crowd.ask("ann#1", 0, 3)
+    assert cipher.started.acquire(timeout=PATIENCE_S)
+    crowd.ask("ann#1", 1, 0, fate=fate)
+    crowd.ask("ben#2", 2, 0)
+    crowd.ask("cat#3", 3, 1)
+    crowd.waits(3)
+    cipher.allowed.release(6)
+    got = crowd.get(4)
+    refused = {request for (_, request), told in got.items() if isinstance(told, Refuse)}
+    assert refused == failed
+    assert all(m.reason is Reason.FAILED for m in got.values() if isinstance(m, Refuse))
+    crowd.server.stop()
 
 
-def test_a_malformed_request_fails_alone() -> None:
-    """A ValueError of a batch is traced to the request that caused it."""
-    gate = Gate()
-
-    def refuses_odd(key: str, requests: list[int]) -> list[str]:
-        results = gate(key, requests)
-        if any(request % 2 for request in requests):
-            raise ValueError("odd")
-        return results
-
-    crowd = Crowd(Joiner(refuses_odd, 1, lambda r: 1, 10))
-    answers = [crowd.ask("a", request) for request in (0, 2, 3, 4)]
-    gate.allowed.release(5)
-    assert [answers[i].result(PATIENCE_S) for i in (0, 1, 3)] == ["a0", "a2", "a4"]
-    with pytest.raises(ValueError, match="odd"):
-        answers[2].result(PATIENCE_S)
-
-
-def test_a_wrong_number_of_results_is_an_error() -> None:
+def test_a_cipher_that_gives_too_few_answers_has_failed() -> None:
     """Never somebody else's answer."""
-    joiner: Joiner[str, int, str] = Joiner(lambda key, requests: [], 1, lambda r: 1, 10)
-    with pytest.raises(RuntimeError, match="0 results for 1"):
-        joiner.run("a", 1)
+
+    class Short(Tagged):
+        def multiply_many(self, requests: Sequence[tuple[Any, int]], matrix: int) -> list[Any]:
+            return super().multiply_many(requests, matrix)[1:]
+
+    crowd = Crowd(Short(wait=False))
+    crowd.ask("ann#1", 1, 0)
+    assert crowd.get(1)["ann#1", 1] == Refuse(SESSION, 1, Reason.FAILED)
+    crowd.server.stop()
 
 
-def test_no_slots_are_refused() -> None:
-    """They would wait forever."""
-    with pytest.raises(ValueError, match="slots"):
-        Joiner(lambda key, requests: requests, 0, lambda r: 1, 10)
+def test_who_leaves_leaves_no_work_behind() -> None:
+    """Not in the queue either, and others' requests are computed as before."""
+    cipher = Tagged()
+    crowd = Crowd(cipher)
+    crowd.ask("ann#1", 0, 3)
+    assert cipher.started.acquire(timeout=PATIENCE_S)
+    for request in range(1, 5):
+        crowd.ask("gone#2", request, 0)
+    crowd.ask("ben#3", 9, 0)
+    crowd.waits(5)
+    crowd.server.lost("gone#2")
+    crowd.waits(1)
+    cipher.allowed.release(6)
+    assert set(crowd.get(2)) == {("ann#1", 0), ("ben#3", 9)}
+    assert cipher.batches == [(3, [0]), (0, [9])]
+    assert not crowd.server._fair._since
+    crowd.server.stop()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     asked=st.lists(
-        st.tuples(st.integers(0, 2), st.integers(1, 6), st.integers(0, 9)), min_size=1, max_size=40
+        st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(2, 6), st.integers(0, 11)),
+        min_size=1, max_size=40,
     ),
-    threads=st.integers(1, 8),
-    slots=st.integers(1, 3),
-    max_size=st.integers(1, 12),
-    seed=st.integers(0, 2**16),
-)
+    launches=st.integers(1, 3),
+)  # fmt: skip
 def test_everyone_gets_their_own_answer(
-    asked: list[tuple[int, int, int]], threads: int, slots: int, max_size: int, seed: int
+    asked: list[tuple[int, int, int, int]], launches: int
 ) -> None:
-    """Whatever the timing: own answers and errors, batches within their limits, nobody lost.
+    """Whatever the timing: own answers and refusals, nobody lost, no more at once than places.
 
-    asked  (matrix, size, fate): fate 0 is a malformed request, 1 makes its whole batch fail
+    asked  (owner, matrix, tokens, fate): fate 0 is a malformed request, 1 makes its product fail
     """
-    pauses = random.Random(seed)
-    lock = threading.Lock()
-    under_way = 0
-    served: list[int] = []
+    cipher = Tagged(launches, wait=False)
+    crowd = Crowd(cipher)
+    fates = {0: MALFORMED, 1: BROKEN}
+    for number, (owner, matrix, tokens, fate) in enumerate(asked):
+        crowd.ask(f"o{owner}#{owner}", number, matrix, tokens, fates.get(fate, 0))
+    got = crowd.get(len(asked))
+    crowd.server.stop()
+    assert cipher.most <= launches
+    for number, (owner, matrix, tokens, fate) in enumerate(asked):
+        answer = got[f"o{owner}#{owner}", number]
+        if isinstance(answer, Refuse):
+            broken = any(m == matrix and f == 1 for _, m, _, f in asked)
+            assert fate == 0 or broken
+            continue
+        assert isinstance(answer, Product)
+        assert fate > 1
+        assert bytes(answer.payload) == bytes((matrix, number, 0, 0)) + bytes(4 * (tokens - 1))
 
-    def multiply_many(key: int, requests: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-        nonlocal under_way
-        with lock:
-            under_way += 1
-            assert under_way <= slots
-            pause_s = pauses.choice([0, 0, 0.0003, 0.001])
-        assert len(requests) == 1 or sum(size for _, size, _ in requests) <= max_size
-        time.sleep(pause_s)
-        with lock:
-            under_way -= 1
-        if any(fate == 0 for _, _, fate in requests):
-            raise ValueError("malformed")
-        if any(fate == 1 for _, _, fate in requests):
-            raise MemoryError("device")
-        with lock:
-            served.extend(number for number, _, _ in requests)
-        return [(key, number) for number, _, _ in requests]
 
-    joiner: Joiner[int, tuple[int, int, int], tuple[int, int]] = Joiner(
-        multiply_many, slots, lambda request: request[1], max_size
-    )
-
-    def ask(number: int) -> tuple[int, int] | str:
-        key, size, fate = asked[number]
-        try:
-            return joiner.run(key, (number, size, fate))
-        except (ValueError, MemoryError) as error:
-            return str(error)
-
-    with ThreadPoolExecutor(threads) as pool:
-        answers = [pool.submit(ask, number) for number in range(len(asked))]
-        for number, (answer, (key, _, fate)) in enumerate(zip(answers, asked, strict=True)):
-            outcome = answer.result(PATIENCE_S)
-            if fate == 0:
-                assert outcome in ("malformed", "device")
-            elif fate == 1:
-                assert outcome == "device"
-            else:
-                assert outcome in ((key, number), "device")
-    assert len(served) == len(set(served))
-    assert joiner._free == slots
-    assert not joiner._waiting
+def test_a_cpu_gives_each_request_the_bits_that_it_has_alone() -> None:
+    """Joined with others, of other lengths."""
+    draw = np.random.default_rng(3)
+    worker = MlweWorker()
+    weight = draw.integers(-127, 128, (40, 24), np.int8)
+    for forward in (True, False):
+        matrix = worker.load(weight, forward, EXACT)
+        inputs = 24 if forward else 40
+        requests = [
+            (draw.integers(0, 256, EXACT.limbs * tokens * inputs, np.uint8), tokens)
+            for tokens in (1, 5, 2, 9)
+        ]
+        together = worker.multiply_many(requests, matrix)
+        for (payload, tokens), answer in zip(requests, together, strict=True):
+            np.testing.assert_array_equal(answer, worker.multiply(payload, tokens, matrix))

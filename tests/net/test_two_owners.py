@@ -42,7 +42,7 @@ def test_requests_of_two_owners_share_launches(tmp_path_factory: Any) -> None:
     owners = {name: MlweOwner(parameters, prepared.public_matrix()) for name in ("ann", "ben")}
     catalogue = prepared.catalogue()
     server = WorkerServer(
-        catalogue, prepared.worker_matrices(), cipher, threads=8,
+        catalogue, prepared.worker_matrices(), cipher,
         reply=lambda peer, frame: clients[peer].deliver("worker", frame),
     )  # fmt: skip
     server.start()

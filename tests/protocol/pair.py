@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from protocol.admission import Quota
 from protocol.errors import ProtocolError
 from protocol.events import (
     Abort,
@@ -92,7 +93,7 @@ class World:
         self.names = tuple(names)
         self.config = config
         self.placement = placement or Placement.everywhere(self.names, len(toys.CATALOGUE.matrices))
-        self.worker_config = WorkerConfig(max_in_flight=max_in_flight)
+        self.worker_config = WorkerConfig(quota=Quota(requests=max_in_flight))
         self.workers = {name: Worker(toys.CATALOGUE, self.worker_config) for name in names}
         self.wire: list[tuple[str, str, bytes]] = []
         self.tasks: list[tuple[str, int, Task]] = []

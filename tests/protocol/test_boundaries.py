@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from protocol import messages
+from protocol.admission import Quota
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.errors import MisuseError, ProtocolError, VersionError
 from protocol.events import FailCall, LinearWanted, RunTask, Send, SetTimer, TaskDone
@@ -68,6 +69,10 @@ BYTES: tuple[tuple[Message, str], ...] = (
         Refuse(ID, 258, Reason.FAILED),
         "05 0000" + "73" * 16 + "0a000000" + "0201000000000000 0900",
     ),
+    (
+        Refuse(ID, 258, Reason.BUSY, 772),
+        "05 0000" + "73" * 16 + "0e000000" + "0201000000000000 0800 04030000",
+    ),
     (Bye(ID), "06 0000" + "73" * 16 + "00000000"),
     (Farewell(ID), "07 0000" + "73" * 16 + "00000000"),
 )
@@ -76,7 +81,7 @@ BYTES: tuple[tuple[Message, str], ...] = (
 @pytest.mark.parametrize(("message", "after_version"), BYTES)
 def test_frames_are_these_bytes(message: Message, after_version: str) -> None:
     """Written out once by hand: two releases of one version must understand each other."""
-    frame = bytes.fromhex("5046544c 01" + after_version)
+    frame = bytes.fromhex("5046544c 02" + after_version)
     assert encode(message) == frame
     assert decode(frame) == message
     assert announced_bytes(frame[:HEADER_BYTES]) == len(frame) - HEADER_BYTES
@@ -180,12 +185,12 @@ def test_another_version_is_told_by_its_session(message: Message) -> None:
     """One less and one more; only a Refuse is read."""
     frame = encode(message)
     assert isinstance(frame, bytes)
-    for version in (0, 2):
+    for version in (1, 3):
         other = frame[:4] + bytes((version,)) + frame[5:]
         if isinstance(message, Refuse):
             assert decode(other) == message
             continue
-        with pytest.raises(VersionError, match=f"version {version}, this side speaks 1") as told:
+        with pytest.raises(VersionError, match=f"version {version}, this side speaks 2") as told:
             decode(other)
         assert told.value.session == ID
 
@@ -320,7 +325,7 @@ def test_a_request_at_every_bound_is_computed() -> None:
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_work_and_sessions_are_bounded_exactly(most: int) -> None:
     """So many requests of a peer, so many peers; one more is BUSY."""
-    desk = WorkerDesk(WorkerConfig(max_in_flight=most, max_peers=most))
+    desk = WorkerDesk(WorkerConfig(quota=Quota(requests=most), max_peers=most))
     for number in range(most):
         assert isinstance(decode(one(desk.hear(HELLO, f"o{number}"), Send).frame), Welcome)
     assert decode(one(desk.hear(HELLO, "late"), Send).frame) == Refuse(SESSION, 0, Reason.BUSY)
@@ -328,7 +333,7 @@ def test_work_and_sessions_are_bounded_exactly(most: int) -> None:
     tasks = {one(desk.ask(number, peer="o0"), RunTask).task for number in range(most)}
     assert len(tasks) == most
     told = decode(one(desk.ask(most, peer="o0"), Send).frame)
-    assert told == Refuse(SESSION, most, Reason.BUSY)
+    assert told == Refuse(SESSION, most, Reason.BUSY, 250)
 
 
 def test_a_forgetting_worker_gets_exactly_as_many_greetings() -> None:

@@ -229,6 +229,8 @@ def test_a_payload_is_a_read_only_view(message: Multiply | Product) -> None:
         lambda: Multiply(ID, 1, 0, U32 + 1, b""),
         lambda: Product(ID, -1, b""),
         lambda: Refuse(ID, -1, Reason.BUSY),
+        lambda: Refuse(ID, 1, Reason.BUSY, U32 + 1),
+        lambda: Refuse(ID, 1, Reason.FAILED, 1),
         lambda: Bye(b""),
         lambda: Farewell(ID + b"s"),
     ],
@@ -244,7 +246,7 @@ def test_the_header_is_28_bytes_and_fixed() -> None:
     frame = encode(Multiply(ID, 2, 3, 4, b"\xff"))
     assert HEADER_BYTES == 28
     assert frame.hex() == (
-        "5046544c" "01" "03" "0000" + ID.hex() + "11000000"
+        "5046544c" "02" "03" "0000" + ID.hex() + "11000000"
         "0200000000000000" "03000000" "04000000" "ff"
     )  # fmt: skip
 

@@ -151,6 +151,34 @@ def test_a_lone_worker_that_refuses_is_given_time(reason: Reason) -> None:
     assert desk.owner.state("w1") is State.READY
 
 
+def test_a_busy_worker_is_asked_again_when_it_says() -> None:
+    """Not before; no earlier than without a word, and not as late as a liar may like."""
+    config = OwnerConfig(retry_s=0.5, timeout_s_max=30.0, slow_bytes_per_s=inf)
+    desk = OwnerDesk(config=config).open()
+    desk.ask()
+    for after_ms, delay_s in ((7250, 7.25), (1, 1.0), ((1 << 32) - 1, 30.0)):
+        told = desk.refuse(Reason.BUSY, after_ms=after_ms)
+        assert told == [SetTimer("call:1", delay_s)]
+        desk.fire("call:1")
+
+
+def test_a_quota_fails_no_call_while_it_serves_others() -> None:
+    """However often one is put off; one that serves nobody is believed `refusals_max` times."""
+    desk = OwnerDesk(config=OwnerConfig(refusals_max=3)).open()
+    desk.ask(call=1)
+    for other in range(2, 12):
+        desk.ask(call=other)
+        desk.now += 1.0
+        assert one(desk.refuse(Reason.BUSY, after_ms=100), SetTimer)
+        desk.fire("call:1")
+        desk.now += 1.0
+        desk.product(other)
+    for _ in range(2):
+        assert not all_of(desk.refuse(Reason.BUSY, after_ms=100), FailCall)
+        desk.fire("call:1")
+    assert one(desk.refuse(Reason.BUSY, after_ms=100), FailCall).call == 1
+
+
 def test_each_other_worker_is_tried_once_at_once_before_anyone_is_given_time() -> None:
     """All four; then, after retry_s, which doubles, one of those that did not refuse last."""
     desk = OwnerDesk(FOUR, OwnerConfig(retry_s=0.5, refusals_max=100)).open()

@@ -12,7 +12,9 @@ import pytest
 
 import protocol
 
-ALLOWED = {"__future__", "collections.abc", "dataclasses", "enum", "struct", "typing"}
+ALLOWED = {
+    "__future__", "collections.abc", "dataclasses", "enum", "heapq", "math", "struct", "typing"
+}  # fmt: skip
 WORLDS = ("sim", "backends", "scenarios", "simpy", "torch", "numpy", "asyncio", "random", "socket")
 """What would tie the machines to one world, or make two runs differ."""
 CLOCKS_AND_THREADS = ("time", "threading", "os")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from protocol.admission import Quota
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.errors import MisuseError
 from protocol.events import (
@@ -225,34 +226,70 @@ def test_a_failed_computation_is_refused_without_its_reason() -> None:
     assert all_of(desk.ask(1), RunTask)
 
 
+def is_busy(effects: list[Effect], request: int) -> bool:
+    """Whether a request is put off, and told when to come again."""
+    told = said(effects)
+    assert isinstance(told, Refuse)
+    return (told.request, told.reason, told.after_ms > 0) == (request, Reason.BUSY, True)
+
+
+def test_links_of_one_client_share_its_quota() -> None:
+    """However many it has, and whichever ends meanwhile; sessions are counted likewise."""
+    config = WorkerConfig(quota=Quota(requests=2), max_sessions=2)
+    desk = WorkerDesk(config, client_of=lambda peer: peer.partition("#")[0])
+    desk.open("ann#1").open("ann#2").open("ben#3")
+    assert all_of(desk.ask(1, peer="ann#1"), RunTask)
+    task = one(desk.ask(1, peer="ann#2"), RunTask).task
+    assert is_busy(desk.ask(2, peer="ann#1"), 2)
+    assert all_of(desk.ask(1, peer="ben#3"), RunTask)
+    assert said(desk.hear(HELLO, "ann#4")) == Refuse(SESSION, 0, Reason.BUSY)
+    desk.do(PeerLost("ann#2"))
+    assert isinstance(said(desk.hear(HELLO, "ann#4")), Welcome)
+    assert is_busy(desk.ask(2, peer="ann#4"), 2), "its lost link's work still goes on"
+    desk.do(TaskDone(task, bytes(8)))
+    assert all_of(desk.ask(2, peer="ann#4"), RunTask)
+
+
+def test_a_client_over_its_rate_is_told_when_to_come_back() -> None:
+    """And is taken then: 12 bytes a token here, 12 a second, and no burst."""
+    desk = WorkerDesk(WorkerConfig(quota=Quota(bytes_per_s=12.0, burst_s=0.0))).open()
+    assert all_of(desk.ask(1, tokens=3), RunTask)
+    told = said(desk.ask(2))
+    assert told == Refuse(SESSION, 2, Reason.BUSY, 3000)
+    desk.now += 2.9
+    assert is_busy(desk.ask(2), 2)
+    desk.now += 0.2
+    assert all_of(desk.ask(2), RunTask)
+
+
 def test_requests_in_work_are_bounded() -> None:
     """One too many is refused as BUSY; an end makes room."""
-    desk = WorkerDesk(WorkerConfig(max_in_flight=2)).open()
+    desk = WorkerDesk(WorkerConfig(quota=Quota(requests=2))).open()
     task = one(desk.ask(1), RunTask).task
     desk.ask(2)
-    assert said(desk.ask(3)) == Refuse(SESSION, 3, Reason.BUSY)
+    assert is_busy(desk.ask(3), 3)
     desk.do(TaskDone(task, bytes(8)))
     assert all_of(desk.ask(3), RunTask)
 
 
 def test_bytes_in_work_are_bounded() -> None:
     """Of one peer and of all, 12 a token here; what would be the only one is taken all the same."""
-    desk = WorkerDesk(WorkerConfig(max_bytes=24, max_bytes_all=60)).open("o1").open("o2")
+    desk = WorkerDesk(WorkerConfig(quota=Quota(size=24, size_all=60))).open("o1").open("o2")
     large = one(desk.ask(1, tokens=4), RunTask).task
-    assert said(desk.ask(2)) == Refuse(SESSION, 2, Reason.BUSY), "of this peer"
+    assert is_busy(desk.ask(2), 2), "of this peer"
     assert all_of(desk.ask(1, peer="o2"), RunTask), "60 of all, the bound itself"
-    assert said(desk.ask(2, peer="o2")) == Refuse(SESSION, 2, Reason.BUSY), "of all"
+    assert is_busy(desk.ask(2, peer="o2"), 2), "of all"
     desk.do(TaskDone(large, bytes(32)))
     assert all_of(desk.ask(2, peer="o2"), RunTask), "24 of this peer, the bound itself"
-    assert said(desk.ask(3, peer="o2")) == Refuse(SESSION, 3, Reason.BUSY)
+    assert is_busy(desk.ask(3, peer="o2"), 3)
     assert all_of(desk.ask(2), RunTask)
 
 
 def test_the_only_request_of_all_may_be_larger_than_what_all_may_have() -> None:
     """Or the largest legal request could never be served."""
-    desk = WorkerDesk(WorkerConfig(max_bytes=1, max_bytes_all=1)).open("o1").open("o2")
+    desk = WorkerDesk(WorkerConfig(quota=Quota(size=1, size_all=1))).open("o1").open("o2")
     task = one(desk.ask(1, tokens=9), RunTask).task
-    assert said(desk.ask(1, peer="o2")) == Refuse(SESSION, 1, Reason.BUSY)
+    assert is_busy(desk.ask(1, peer="o2"), 1)
     desk.do(TaskFailed(task, "toy"))
     assert all_of(desk.ask(1, peer="o2"), RunTask)
 
@@ -350,7 +387,7 @@ def test_events_that_are_not_a_workers_are_misuse() -> None:
 @pytest.mark.parametrize("how", ["new session", "new connection"])
 def test_a_peer_cannot_get_around_the_bound_on_work(how: str) -> None:
     """Tasks still running count, whichever session they were asked under."""
-    desk = WorkerDesk(WorkerConfig(max_in_flight=2))
+    desk = WorkerDesk(WorkerConfig(quota=Quota(requests=2)))
     running = 0
     for turn in range(5):
         if how == "new connection":

@@ -6,7 +6,7 @@ it cannot read, and only the holder of the mask reads the product, once it has f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -164,7 +164,7 @@ def clear(matrix: int, x: Sequence[int]) -> tuple[int, ...]:
 
 
 class OwnerDesk:
-    """An owner; the test plays its driver and its workers."""
+    """An owner; the test plays its driver and its workers, and says what time it is."""
 
     def __init__(
         self,
@@ -175,10 +175,11 @@ class OwnerDesk:
     ) -> None:
         self.owner = Owner(SESSION, CATALOGUE, peers, config, placement, retired)
         self.peers = peers
+        self.now = 0.0
 
     def do(self, event: Event) -> list[Effect]:
         """Hand over one event."""
-        return self.owner.handle(event, 0.0)
+        return self.owner.handle(event, self.now)
 
     def hear(self, message: Message, peer: str = "w1") -> list[Effect]:
         """Hand over a message of a worker."""
@@ -205,9 +206,11 @@ class OwnerDesk:
         """A worker answers with the right number of bytes."""
         return self.hear(Product(SESSION, call, bytes(8 * tokens)), peer)
 
-    def refuse(self, reason: Reason, call: int = 1, peer: str = "w1") -> list[Effect]:
+    def refuse(
+        self, reason: Reason, call: int = 1, peer: str = "w1", after_ms: int = 0
+    ) -> list[Effect]:
         """A worker refuses a call, or with call 0 its session."""
-        return self.hear(Refuse(SESSION, call, reason), peer)
+        return self.hear(Refuse(SESSION, call, reason, after_ms), peer)
 
     def reject(self, call: int = 1, peer: str = "w1") -> list[Effect]:
         """A worker answers, and the answer is found wrong; returns what the finding led to."""
@@ -252,14 +255,19 @@ def owner_in(state: State, attempts_max: int = 3) -> OwnerDesk:
 
 
 class WorkerDesk:
-    """A worker; the test plays its driver and the owners."""
+    """A worker; the test plays its driver and the owners, and says what time it is."""
 
-    def __init__(self, config: WorkerConfig | None = None) -> None:
-        self.worker = Worker(CATALOGUE, config)
+    def __init__(
+        self,
+        config: WorkerConfig | None = None,
+        client_of: Callable[[str], str] = lambda peer: peer,
+    ) -> None:
+        self.worker = Worker(CATALOGUE, config, client_of)
+        self.now = 0.0
 
     def do(self, event: Event) -> list[Effect]:
         """Hand over one event."""
-        return self.worker.handle(event, 0.0)
+        return self.worker.handle(event, self.now)
 
     def hear(self, message: Message, peer: str = "o1") -> list[Effect]:
         """Hand over a message of an owner."""

@@ -93,15 +93,17 @@ def test_the_page_works_as_it_is_written(tmp_path: Path) -> None:
     assert not (home / "certs" / "worker").exists()
 
 
-@pytest.mark.parametrize("language", ["ini", "dockerfile"])
+@pytest.mark.parametrize("kind", ["unit", "container"])
 def test_the_unit_and_the_container_start_a_worker(
-    language: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their options are those of the command."""
-    ((_, text),) = blocks(language)
-    words = shlex.split(" ".join(re.findall(r'"([^"]*)"', text)))
-    if language == "ini":
+    if kind == "unit":
+        ((_, text),) = blocks("ini")
         words = shlex.split(next(line for line in text.splitlines() if "ExecStart=" in line))
+    else:
+        text = (ROOT / "deploy" / "Containerfile").read_text()
+        words = shlex.split(" ".join(re.findall(r'"([^"]*)"', text)))
     module = words.index("scenarios.worker")
     monkeypatch.setattr(sys, "argv", ["worker", *words[module + 1 :]])
     args = worker.parsed()

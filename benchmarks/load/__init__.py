@@ -1,0 +1,1 @@
+"""Many owners at one live worker: speed, fairness, and that each gets what it gets alone."""
