@@ -56,8 +56,8 @@ class Pipe:
     """One direction of a link. Rates and capacities in here are bytes/s."""
 
     __slots__ = (
-        "capacity", "carried", "crowded", "ends", "flows", "link", "load", "mark", "routes", "spare",
-        "up", "weight"
+        "capacity", "carried", "crowded", "ends", "flows", "link", "load", "mark", "routes",
+        "spare", "up", "weight"
     )  # fmt: skip
 
     def __init__(self, ends: tuple[str, str], link: Link) -> None:

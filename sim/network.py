@@ -129,8 +129,7 @@ class Network:
         heappush(route.flows, (ends, self._started, size_bytes, late_s, arrived, left))
         for pipe in route.pipes:
             pipe.flows += 1
-        if not self._crowded(route, now):
-            self._share((route,))
+        self._share(self._crowded(route, now))
         self._watch()
 
     def fillable(self, source: str, target: str) -> float:
@@ -245,30 +244,34 @@ class Network:
         self._share(self._busy)
         self._watch()
 
-    def _crowded(self, route: Route, now: float) -> bool:
-        """Renew the rates where a route that has one flow more is, or comes, into a crowd."""
-        crowd = route.crowd
-        if crowd is None:
-            crowd = next((c for c in self._crowds if c.pipe in route.pipes), None)
-            if crowd is None:
-                return False
+    def _crowded(self, route: Route, now: float) -> list[Route]:
+        """Renew the rates of a crowd that a route with one flow more is in, or comes into.
+
+        The routes that are to be shared one by one: none, or it, or all that were a crowd.
+        """
+        crowds = [crowd for crowd in self._crowds if crowd.pipe in route.pipes]
+        if not crowds:
+            return [route]
+        crowd = crowds[0]
+        if route.crowd is None:
             crowd.advance(now)
             del self._loose[route]
             crowd.add(route)
         else:
             crowd.renew(route)
-        if crowd.closed(route) and crowd.share():
-            return True
-        self._dissolve(crowd)
-        return False
+        if len(crowds) == 1 and crowd.closed(route) and crowd.share():
+            return []
+        return [route for crowd in crowds for route in self._dissolve(crowd)]
 
-    def _dissolve(self, crowd: Crowd) -> None:
-        """Its routes are shared one by one again."""
+    def _dissolve(self, crowd: Crowd) -> list[Route]:
+        """Its routes, which are to be shared one by one again."""
         crowd.advance(self._env.now)
         del self._crowds[crowd]
-        for route in crowd.pipe.routes:
+        routes = [route for route in crowd.pipe.routes if route.crowd is crowd]
+        for route in routes:
             crowd.remove(route)
             self._loose[route] = None
+        return routes
 
     def _read_crowds(self) -> None:
         """Write into the routes of crowds what they have by now."""
@@ -312,11 +315,11 @@ class Network:
                         pipe.mark = turn
                         tight.append(pipe)
                         for other in pipe.routes:
-                            if other.crowd is not None:
-                                self._dissolve(other.crowd)
-                            if other.mark != turn:
-                                other.mark = turn
-                                routes.append(other)
+                            crowd = other.crowd
+                            for one in [other] if crowd is None else self._dissolve(crowd):
+                                if one.mark != turn:
+                                    one.mark = turn
+                                    routes.append(one)
             for route in routes:
                 route.advance(now)
                 limit = route.narrowest / len(route.flows)
@@ -372,7 +375,7 @@ class Network:
             route = crowd.first()
             assert route is not None
             # When it ends decides, not the level, as above.
-            crowd.level, crowd.since = crowd.ends[0][0], now
+            crowd.level, crowd.since = max(crowd.level, crowd.ends[0][0]), now
             crowd.read(route)
             route.level = route.flows[0][0]
             self._end_flows(route, departed)
@@ -389,11 +392,9 @@ class Network:
             crowd.share()
         if not ended:
             return []
-        routes = list(crowd.pipe.routes)
-        if len(routes) >= CROWD // 2 and crowd.share():
+        if len(crowd.pipe.routes) >= CROWD // 2 and crowd.share():
             return []
-        self._dissolve(crowd)
-        return routes
+        return self._dissolve(crowd)
 
     def _end_flows(self, route: Route, departed: list[Callable[[], None]]) -> None:
         """Take off a route the flows that have got all they were due."""

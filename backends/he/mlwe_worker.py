@@ -47,12 +47,17 @@ class MlweWorker(WorkerCipher):
         return LoadedMatrix(self._kernel.pack(weight, forward), format)
 
     def multiply(self, payload: Payload, tokens: int, matrix: LoadedMatrix) -> NDArray[np.uint8]:
-        return self.multiply_many([(payload, tokens)], matrix)[0]
+        return self._answers([(payload, tokens)], matrix)[0]
 
     def multiply_many(
         self, requests: Sequence[tuple[Payload, int]], matrix: LoadedMatrix
     ) -> list[NDArray[np.uint8]]:
         """One product for all: where each has few tokens, reading the weight is what it costs."""
+        return self._answers(requests, matrix)
+
+    def _answers(
+        self, requests: Sequence[tuple[Payload, int]], matrix: LoadedMatrix
+    ) -> list[NDArray[np.uint8]]:
         packed, wire = matrix.packed, matrix.format
         planes = [
             unpack_request(np.frombuffer(payload, np.uint8), tokens, packed.inputs, wire)

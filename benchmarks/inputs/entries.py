@@ -144,13 +144,18 @@ ENTRIES = (
     _entry("benchmarks.gpu_host", "benchmarks.gpu_host:measure"),
     _entry("benchmarks.he_linear", "benchmarks.he_linear:Layer"),
     _entry("benchmarks.integrity", "benchmarks.integrity:attacks"),
+    _entry(
+        "benchmarks.load", "benchmarks.load.__main__:measure", module="benchmarks.load.__main__"
+    ),
     _entry("benchmarks.noise", "benchmarks.noise:measure"),
     _entry("benchmarks.openfhe_training", "benchmarks.openfhe_training:Runs"),
     _entry(
         "benchmarks.peers", "benchmarks.peers.__main__:measure", module="benchmarks.peers.__main__"
     ),
     _entry("benchmarks.quality", "benchmarks.quality:measure"),
-    _entry("benchmarks.sim_speed", "benchmarks.sim_speed:measure"),
+    _entry(
+        "benchmarks.sim_speed", "benchmarks.sim_speed:measure", "benchmarks.sim_speed:measure_site"
+    ),
     _entry("benchmarks.startup", "benchmarks.startup:measure"),
     _entry("benchmarks.training", "benchmarks.training:measure"),
     _entry(

@@ -40,6 +40,8 @@ from protocol.events import (
 _HEADER = struct.Struct("<4sBBH16sI")
 HELLO, WELCOME, MULTIPLY, PRODUCT, REFUSE, BYE, FAREWELL = range(1, 8)
 _FIXED = {HELLO: 64, WELCOME: 68, REFUSE: 10, BYE: 0, FAREWELL: 0}
+_TIMED_REFUSAL = 14
+"""Bytes of a refusal that says when to come back."""
 _CHI_SQUARE_MOST = 700.0
 """For 255 degrees of freedom: honest bytes exceed this with probability below 1e-40."""
 _WORD = 4
@@ -75,14 +77,15 @@ def read(frame: Any) -> Seen | None:
         return None
     magic, version, kind, zero, session, size = _HEADER.unpack_from(data)
     body = data[_HEADER.size :]
-    if (magic, version, zero, size) != (b"PFTL", 1, 0, len(body)):
+    if (magic, version, zero, size) != (b"PFTL", 2, 0, len(body)):
         return None
     if kind == MULTIPLY and size >= 16:
         request, matrix, tokens = struct.unpack_from("<QII", body)
         return Seen(kind, session, request, matrix, tokens, body[16:])
     if kind == PRODUCT and size >= 8:
         return Seen(kind, session, struct.unpack_from("<Q", body)[0], body=body[8:])
-    if _FIXED.get(kind) != size:
+    timed = kind == REFUSE and size == _TIMED_REFUSAL
+    if _FIXED.get(kind) != size and not timed:
         return None
     request = struct.unpack_from("<Q", body)[0] if kind == REFUSE else 0
     return Seen(kind, session, request, body=body)
@@ -91,7 +94,7 @@ def read(frame: Any) -> Seen | None:
 def _in_this_version(frame: Any) -> bytes:
     """A refusal of any version as one of this; other frames as they are."""
     data = bytes(frame)
-    return data[:4] + b"\x01" + data[5:] if data[5:6] == bytes([REFUSE]) else data
+    return data[:4] + b"\x02" + data[5:] if data[5:6] == bytes([REFUSE]) else data
 
 
 def digest(data: Any) -> str:

@@ -110,5 +110,5 @@ class WorkerHost:
 
 def refusal(session: bytes, request: int, reason: int) -> bytes:
     """A Refuse frame, laid out by hand."""
-    head = b"PFTL\x01\x05\x00\x00" + session + (10).to_bytes(4, "little")
+    head = b"PFTL\x02\x05\x00\x00" + session + (10).to_bytes(4, "little")
     return head + request.to_bytes(8, "little") + reason.to_bytes(2, "little")

@@ -158,7 +158,7 @@ class _Stream:
                 self._stop("a connection begins with something else than a preface")
         while self._begun and self._frames and len(self._left) >= _HEADER.size:
             magic, version, kind, _, session, size = _HEADER.unpack_from(self._left)
-            if (magic, version) != (b"PFTL", 1):
+            if (magic, version) != (b"PFTL", 2):
                 self._stop("a frame begins with something else than a header")
                 return
             if len(self._left) < _HEADER.size + size:

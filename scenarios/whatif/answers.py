@@ -5,6 +5,7 @@ until     how far a knob can go until a figure has grown by a factor
 cheaper   which of two knobs buys speed for less
 against   what one choice costs against another, over everything else that varies
 worth     from which line on private is faster than clear on the owner's own machine
+buy       for each value of one knob, which of the others to turn up next (`buying.py`)
 """
 
 from __future__ import annotations
@@ -427,10 +428,18 @@ def _rate(tokens_per_s: float) -> str:
     )
 
 
+def _buy(study: Study, rows: Sequence[Row], knobs: Sequence[str], per: str, **more: Any) -> Answer:
+    """What to buy next."""
+    from scenarios.whatif.buying import bought  # which is made of what is above
+
+    return bought(study, rows, knobs, per, **more)
+
+
 _KINDS: Mapping[str, Callable[..., Answer]] = {
     "effects": _effects,
     "until": _until,
     "cheaper": _cheaper,
     "against": _against,
     "worth": _worth,
+    "buy": _buy,
 }

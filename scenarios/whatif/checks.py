@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from scenarios.whatif.knobs import SettingError, key_called, values_of
+from scenarios.whatif.knobs import KEYS, SettingError, key_called, values_of
 from scenarios.whatif.study import VALUES, Study, varying
 
 SETTINGS_MOST = 20_000
@@ -73,6 +73,16 @@ def _listed(study: Study, value: Any) -> str | None:
     return None
 
 
+def _knob(study: Study, value: Any) -> str | None:
+    return None if isinstance(value, str) and value in KEYS else "it is no knob"
+
+
+def _several(study: Study, value: Any) -> str | None:
+    if not isinstance(value, list) or not value:
+        return "it is a list of knobs"
+    return next((f"{knob!r} is no knob" for knob in value if _knob(study, knob)), None)
+
+
 _ANSWERS: Mapping[str, tuple[Mapping[str, Check], tuple[str, ...]]] = {
     "effects": ({"value": _figure, "at": _standing}, ()),
     "until": ({"knob": _varies, "value": _figure, "factor": _factor}, ("knob",)),
@@ -81,6 +91,9 @@ _ANSWERS: Mapping[str, tuple[Mapping[str, Check], tuple[str, ...]]] = {
         {"knob": _varies, "value": _figure, "what": _text, "remedy": _varies}, ("knob",),
     ),
     "worth": ({}, ()),
+    "buy": (
+        {"knobs": _several, "per": _knob, "value": _figure, "least": _factor}, ("knobs", "per"),
+    ),
 }  # fmt: skip
 """Options of each kind of answer, and those that it cannot do without."""
 _PLOT: Mapping[str, Check] = {
@@ -113,6 +126,12 @@ def require_sound(study: Study) -> None:
         raise SettingError("[answer] of kind 'cheaper': one and other are the two knobs that vary")
     if kind == "worth" and "bandwidth" not in varying(study):
         raise SettingError("[answer] of kind 'worth': bandwidth must vary")
+    if kind == "buy":
+        others = set(varying(study)) - {*options["knobs"], options["per"]}
+        if others:
+            raise SettingError(
+                f"[answer] of kind 'buy': {min(others)} varies too; put it among knobs"
+            )
     _check(study, "[plot]", study.plot, _PLOT)
     _check_axes(study)
 

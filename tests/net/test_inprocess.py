@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from backends.he.clear import ClearOwner
 from backends.he.entropy import SeededEntropy
-from backends.he.interface import OwnerCipher, Payload
+from backends.he.interface import OwnerCipher, Payload, WorkerCipher
 from backends.he.manifest import GroupSpec
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
@@ -244,6 +244,8 @@ def test_a_lying_worker_ends_the_call_with_its_name_and_the_layer(model: Prepare
 class Liar(MlweWorker):
     """Answers in the right shape, with another product."""
 
+    multiply_many = WorkerCipher.multiply_many  # one by one
+
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
         return np.roll(super().multiply(payload, tokens, matrix), 2)
 
@@ -357,6 +359,8 @@ def test_asking_after_the_end_is_an_error(model: PreparedModel) -> None:
 
 class Nudger(MlweWorker):
     """Changes the last bit of one result: less than the cipher's own noise."""
+
+    multiply_many = WorkerCipher.multiply_many  # one by one
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
         answer = super().multiply(payload, tokens, matrix)

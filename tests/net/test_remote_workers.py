@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backends.he.interface import Payload
+from backends.he.interface import Payload, WorkerCipher
 from backends.he.manifest import PreparationError
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
@@ -56,6 +56,8 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Slow(MlweWorker):
     """Multiplies when it is told to."""
 
+    multiply_many = WorkerCipher.multiply_many  # one by one
+
     def __init__(self) -> None:
         super().__init__()
         self.asked, self.go = threading.Event(), threading.Event()
@@ -68,6 +70,8 @@ class Slow(MlweWorker):
 
 class Liar(MlweWorker):
     """Another product of the right size."""
+
+    multiply_many = WorkerCipher.multiply_many  # one by one
 
     def multiply(self, payload: Payload, tokens: int, matrix: Any) -> NDArray[np.uint8]:
         return np.roll(super().multiply(payload, tokens, matrix), 2)
@@ -200,6 +204,60 @@ def test_a_restarted_worker_is_found_again(model: PreparedModel, certs: Path) ->
         first.close()
         stack.enter_context(serving(part, cipher, "127.0.0.1", service.port, Tls(certs / "w0")))
         assert right(model, client)
+
+
+def test_workers_restart_one_after_another_without_a_lost_call(
+    model: PreparedModel, certs: Path
+) -> None:
+    """Each drains, ends and comes back at its address while lanes ask: no call of theirs fails."""
+    part = WorkerPart.open(model.directory)
+    names = ("w0", "w1")
+    with ExitStack() as stack:
+
+        def start(name: str, port: int = 0) -> tuple[ExitStack, Service]:
+            life = stack.enter_context(ExitStack())
+            tls = Tls(certs / name)
+            return life, life.enter_context(serving(part, MlweWorker(), "127.0.0.1", port, tls))
+
+        lives = {name: start(name) for name in names}
+        owner = MlweOwner(preset("exact"), model.public_matrix())
+        model.guard(owner)
+        addresses = [f"localhost:{lives[name][1].port}" for name in names]
+        client = stack.enter_context(
+            connected(model, owner, addresses, Tls(certs / "owner"), PATIENT, 3)
+        )
+        over = threading.Event()
+        results: list[bool] = []
+
+        def lane(rows: int) -> None:
+            while not over.is_set():
+                try:
+                    results.append(right(model, client, rows))
+                except RemoteLinearError:
+                    results.append(False)
+
+        lanes = [threading.Thread(target=lane, args=(rows,)) for rows in (1, 2, 3)]
+        for thread in lanes:
+            thread.start()
+        for name in names:
+            life, service = lives[name]
+            assert service.drain(10)
+            life.close()
+            before = len(results)
+            _until(lambda before=before: len(results) > before + 20)  # type: ignore[misc]
+            lives[name] = start(name, service.port)
+            _until(lambda name=name: lives[name][1].server.counts.products > 5)  # type: ignore[misc]
+        over.set()
+        for thread in lanes:
+            thread.join()
+        assert all(results)
+
+
+def _until(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_liar_is_known_by_its_key(model: PreparedModel, certs: Path, tmp_path: Path) -> None:

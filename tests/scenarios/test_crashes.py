@@ -72,7 +72,7 @@ def payload(values: NDArray[np.int64]) -> bytes:
 def multiply(session: bytes, number: int, values: NDArray[np.int64], matrix: int = 0) -> bytes:
     """A Multiply frame."""
     body = struct.pack("<QII", number, matrix, len(values)) + payload(values)
-    return struct.pack("<4sBBH16sI", b"PFTL", 1, 3, 0, session, len(body)) + body
+    return struct.pack("<4sBBH16sI", b"PFTL", 2, 3, 0, session, len(body)) + body
 
 
 PREFACE = struct.pack("<4sBBH16s", b"PLNK", 1, 0, 0, bytes(16))

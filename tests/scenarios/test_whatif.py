@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scenarios.timeline import busy_s
 from scenarios.whatif import quantities
 from scenarios.whatif.answers import answer
+from scenarios.whatif.checks import require_sound
 from scenarios.whatif.clear import clear_speed, needed_gb
 from scenarios.whatif.knobs import KEYS, Prices, Setting, SettingError, changed, values_of
 from scenarios.whatif.quantities import Form
@@ -241,6 +242,54 @@ def test_until_finds_the_last_value_before_the_factor() -> None:
     assert found.mark == {"owners": 4}
     assert "x2.50" in found.text
     assert answer(study, rows[:2]).headline.startswith("4 owners and more")
+
+
+SITE = Study(
+    "t", "?", {}, {"owners": [1, 100], "workers": [1, 4], "site-bandwidth": [1e9, 1e10, 1e11]},
+    answer={"kind": "buy", "knobs": ["workers", "site-bandwidth"], "per": "owners"},
+)  # fmt: skip
+
+
+def test_buying_takes_what_helps_most_until_nothing_does() -> None:
+    """For one owner nothing; for a hundred first the line, as far as it helps, then GPUs."""
+
+    def row(setting: Setting) -> dict[str, Any]:
+        line_s = setting.owners / (setting.site_bps / 1e9)
+        gpu_s = 0.1 * setting.owners / setting.workers
+        step_s = max(50.0, line_s + gpu_s + 45)
+        zero = [f"path_{part}" for part in PARTS]
+        zero += ["line_up_busy", "line_down_busy", "site_busy", "gpu_utilisation"]
+        facts = vars(setting) | dict.fromkeys(zero, 0.0)
+        return facts | {"step_p50_s": step_s, "cost_per_million_tokens": 1}
+
+    require_sound(SITE)
+    found = answer(SITE, [row(setting) for setting in SITE.settings()])
+    one, many = found.facts["purchases"]
+    assert (one["owners"], one["steps"]) == (1, [])
+    assert [(step["buy"], step["to"]) for step in many["steps"]] == [
+        ("site-bandwidth", 1e10), ("site-bandwidth", 1e11), ("workers", 4),
+    ]  # fmt: skip
+    assert many["steps"][0]["better"] == pytest.approx(155 / 65)
+    assert "100 owners: site-bandwidth 10 Gb/s (x2.4)" in found.headline
+    fixed = SITE.with_sweeps([], ["workers=4"])
+    require_sound(fixed)
+    assert answer(fixed, [row(setting) for setting in fixed.settings()]).facts["purchases"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"knobs": ["workers"]}, "site-bandwidth varies too"),
+        ({"knobs": []}, "a list of knobs"),
+        ({"knobs": ["gpus", "site-bandwidth"]}, "'gpus' is no knob"),
+        ({"per": "owner"}, "it is no knob"),
+        ({"least": 1.0}, "above 1"),
+    ],
+)
+def test_a_purchase_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    """Before anything is simulated."""
+    with pytest.raises(SettingError, match=message):
+        require_sound(replace(SITE, answer={**SITE.answer, **options}))
 
 
 def test_cheaper_compares_doublings() -> None:

@@ -22,9 +22,9 @@ import sys, time
 import backends.serve as serve
 import scenarios.worker as worker
 class Slow(serve.MlweWorker):
-    def multiply(self, payload, tokens, matrix):
+    def multiply_many(self, requests, matrix):
         time.sleep({seconds})
-        return super().multiply(payload, tokens, matrix)
+        return super().multiply_many(requests, matrix)
 serve.MlweWorker = Slow
 worker.main()
 """

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
+from unittest.mock import patch
 
 import networkx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sim import network
 from sim.flows import MATHIS, MSS_BYTES
 from sim.network import Link, star
 from tests.sim.slow_network import (
@@ -119,6 +122,37 @@ def test_a_frame_costs_few_events() -> None:
     assert steps <= 400 * (1 + 1 + 2.5)
 
 
+CROWDS = st.sampled_from([2, network.CROWD])
+
+
+def crowds_of(routes: int) -> Any:
+    """Routes share one rate from so few on, where nothing else holds them back."""
+    return patch.object(network, "CROWD", routes)
+
+
+def test_a_site_with_many_owners_is_shared_in_a_crowd() -> None:
+    """As one by one: 60 owners, frames of all sizes that come and go, on one full line."""
+
+    def arrivals(crowd: int) -> tuple[dict[str, float], int]:
+        rng, most = random.Random(5), 0
+        owners = [f"owner{i}" for i in range(60)]
+        world = World(star(owners, ["worker"], Link(16e6, 0.001), Link(32e6, 0)))
+        for i in range(300):
+            size = rng.randrange(1, 40_000)
+            world.send(str(i), owners[rng.randrange(60)], "worker", size, at_s=rng.random())
+        with crowds_of(crowd):
+            while world.env.peek() < math.inf:
+                world.env.step()
+                most = max([most, *(len(c.pipe.routes) for c in world.network._crowds)])
+        return world.arrived_s, most
+
+    one_by_one, none = arrivals(1000)
+    crowded, most = arrivals(network.CROWD)
+    assert none == 0
+    assert most > network.CROWD
+    assert crowded == pytest.approx(one_by_one, rel=1e-9)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_rates_are_max_min_fair(data: st.DataObject) -> None:
@@ -128,7 +162,8 @@ def test_rates_are_max_min_fair(data: st.DataObject) -> None:
     world = World(graph)
     for i, frame in enumerate(frames):
         world.send(str(i), frame.source, frame.target, 10**9)
-    world.env.run(until=0.01)
+    with crowds_of(data.draw(CROWDS)):
+        world.env.run(until=0.01)
     got = sorted(world.network.rates_bps())
     pairs = sorted((frame.source, frame.target) for frame in frames)
     assert [(source, target) for source, target, _ in got] == pairs
@@ -148,9 +183,9 @@ def test_rates_are_max_min_fair(data: st.DataObject) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(cases())
+@given(cases(), CROWDS)
 def test_arrivals_are_those_of_the_reference(
-    case: tuple[networkx.Graph, list[Frame], list[Change]],
+    case: tuple[networkx.Graph, list[Frame], list[Change]], crowd: int
 ) -> None:
     """Also while links change, are cut and healed; every byte sent is a byte delivered, once."""
     graph, frames, changes = case
@@ -159,7 +194,8 @@ def test_arrivals_are_those_of_the_reference(
         world.at(change.at_s, lambda change=change: apply(world, change))
     for i, frame in enumerate(frames):
         world.send(str(i), frame.source, frame.target, frame.size_bytes, frame.at_s)
-    world.run()
+    with crowds_of(crowd):
+        world.run()
     expected = reference(graph, frames, changes)
     got = [world.arrived_s.get(str(i), math.inf) for i in range(len(frames))]
     assert got == pytest.approx(expected, rel=1e-6)
@@ -175,25 +211,26 @@ def test_arrivals_are_those_of_the_reference(
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.floats(0.01, 1.5))
+@given(cases(), st.floats(0.01, 1.5), CROWDS)
 def test_bytes_under_way_are_counted(
-    case: tuple[networkx.Graph, list[Frame], list[Change]], until_s: float
+    case: tuple[networkx.Graph, list[Frame], list[Change]], until_s: float, crowd: int
 ) -> None:
     """At any moment no link has carried more than it could, and a path's links carry alike."""
     graph, frames, _ = case
     world = World(graph)
     for i, frame in enumerate(frames):
         world.send(str(i), frame.source, frame.target, frame.size_bytes, frame.at_s)
-    world.env.run(until=until_s)
-    moved = world.network.moved_bytes
-    for (a, b), size_bytes in moved.items():
-        most = graph.edges[a, b]["link"].bandwidth_bps / 8 * until_s
-        assert 0 <= size_bytes <= most * (1 + 1e-9) + 1e-6
-    world.env.run(until=until_s + 0.001)
-    after = world.network.moved_bytes
-    assert all(after[edge] >= moved[edge] for edge in moved)
-    for rate in world.network.rates_bps():
-        assert rate[2] > 0
+    with crowds_of(crowd):
+        world.env.run(until=until_s)
+        moved = world.network.moved_bytes
+        for (a, b), size_bytes in moved.items():
+            most = graph.edges[a, b]["link"].bandwidth_bps / 8 * until_s
+            assert 0 <= size_bytes <= most * (1 + 1e-9) + 1e-6
+        world.env.run(until=until_s + 0.001)
+        after = world.network.moved_bytes
+        assert all(after[edge] >= moved[edge] for edge in moved)
+        for rate in world.network.rates_bps():
+            assert rate[2] > 0
 
 
 def test_progress_of_one_frame() -> None:
