@@ -25,7 +25,7 @@ Item = TypeVar("Item", bound=Hashable)
 _FORGET = 1024
 """Clients that are remembered before those are forgotten whose past matters least."""
 _DEAD = 64
-"""Entries that wait no more and are still held, at least, before they are looked for."""
+"""Requests that have come, at least, before those are looked for that wait no more."""
 
 
 @dataclass(order=True)
@@ -53,7 +53,7 @@ class FairQueue(Generic[Item]):
         self._waiting: dict[Item, _Entry[Item]] = {}
         self._ends: dict[str, int] = {}
         self._clock = 0
-        self._number = 0
+        self._number = self._compacted = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -82,7 +82,7 @@ class FairQueue(Generic[Item]):
 
     def pop(self) -> list[Item]:
         """What is to be computed next, all of one matrix, the leader first; empty for nothing."""
-        if len(self._all) > 2 * len(self._waiting) + _DEAD:
+        if self._number - self._compacted > 2 * len(self._waiting) + _DEAD:
             self._compact()
         while self._all and self._all[0].item is None:
             heappop(self._all)
@@ -98,7 +98,8 @@ class FairQueue(Generic[Item]):
         return batch
 
     def _batch(self, leader: _Entry[Item]) -> list[Item]:
-        same, batch, room = self._of[leader.matrix], [], self._max_tokens
+        same, room = self._of[leader.matrix], self._max_tokens
+        batch: list[Item] = []
         while same:
             entry = same[0]
             if entry.item is not None:
@@ -122,7 +123,8 @@ class FairQueue(Generic[Item]):
         self._ends = {client: end for end, client in ends}
 
     def _compact(self) -> None:
-        """Let go of entries that wait no more, deep in the heaps."""
+        """Let go of entries that wait no more, deep in the heaps; not at every turn."""
+        self._compacted = self._number
         self._all = [entry for entry in self._all if entry.item is not None]
         heapify(self._all)
         self._of = {}

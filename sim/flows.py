@@ -149,9 +149,9 @@ class Crowd:
         self.renew(route)
 
     def remove(self, route: Route) -> None:
-        """A route leaves, with the level it has now."""
+        """A route leaves, with the level it has now; when its flow ends is not known yet."""
         self.read(route)
-        route.crowd = None
+        route.crowd, route.ends_at = None, math.inf
         for pipe in route.pipes:
             pipe.crowded -= 1
 

@@ -86,12 +86,16 @@ class Crowd:
         self.server.start()
         self._met: set[str] = set()
 
-    def ask(self, who: str, request: int, matrix: int, tokens: int = 2, fate: int = 0) -> None:
-        """One request; its payload begins with its fate and its number."""
+    def meet(self, who: str) -> None:
+        """An owner greets, once, while nobody waits for an answer."""
         if who not in self._met:
             self._met.add(who)
             self.server.deliver(who, encode(Hello(SESSION, DIGEST, DIGEST)))
             assert isinstance(self.answers.get(timeout=PATIENCE_S)[1], Welcome)
+
+    def ask(self, who: str, request: int, matrix: int, tokens: int = 2, fate: int = 0) -> None:
+        """One request; its payload begins with its fate and its number."""
+        self.meet(who)
         payload = bytes((fate, request, 0, 0)) + bytes(4 * (tokens - 1))
         self.server.deliver(who, encode(Multiply(SESSION, request, matrix, tokens, payload)))
 
@@ -225,6 +229,8 @@ def test_everyone_gets_their_own_answer(
     cipher = Tagged(launches, wait=False)
     crowd = Crowd(cipher)
     fates = {0: MALFORMED, 1: BROKEN}
+    for owner in range(4):
+        crowd.meet(f"o{owner}#{owner}")
     for number, (owner, matrix, tokens, fate) in enumerate(asked):
         crowd.ask(f"o{owner}#{owner}", number, matrix, tokens, fates.get(fate, 0))
     got = crowd.get(len(asked))
