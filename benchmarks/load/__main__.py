@@ -46,9 +46,10 @@ from scenarios.cli import clean_exit
 
 PROCESSES = 4
 """That owners share. One of them is killed, with all of its owners, where owners die."""
-CLOSE = 0.2
-"""Relative error that a product may have; the thin cipher's is a few per cent."""
-CYCLES = 5
+CLOSE = 0.7
+"""Relative error that a product may have. The thin cipher's is up to 0.5 before it has seen
+results, and another owner's answer is off by more than 1; what is worse the cipher's own check finds."""
+CYCLES = 2
 """Times that owners die and others come."""
 
 
@@ -274,8 +275,8 @@ def main() -> None:
     parser = Parser(__doc__, "benchmarks.load")
     add = parser.add_argument
     add("--owners", type=Whole(1, 64), default=16, help="at once (16)")
-    add("--width", type=Whole(64, 8192), default=1024, help="of the layer (1024)")
-    add("--tokens", type=TOKENS, default=4, help="of a request (4)")
+    add("--width", type=Whole(64, 8192), default=2048, help="of the layer (2048)")
+    add("--tokens", type=TOKENS, default=1, help="of a request (1)")
     add("--lanes", type=LANES, default=1, help="requests that an owner has under way (1)")
     add(
         "--rounds", type=Whole(1, 100_000), default=100, help="times each matrix is asked for (100)"
