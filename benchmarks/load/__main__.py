@@ -48,7 +48,7 @@ PROCESSES = 4
 """That owners share. One of them is killed, with all of its owners, where owners die."""
 CLOSE = 0.7
 """Relative error that a product may have. The thin cipher's is up to 0.5 before it has seen
-results, and another owner's answer is off by more than 1; what is worse the cipher's own check finds."""
+results, and another owner's answer is off by more than 1."""
 CYCLES = 2
 """Times that owners die and others come."""
 
