@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from scenarios.whatif.answers import Answer, Row, groups, limit_of, of, say, varying, words_of
-from scenarios.whatif.setting import shown
-from scenarios.whatif.study import Study
+from scenarios.whatif.answers import Answer, Row, groups, limit_of, of, say, words_of
+from scenarios.whatif.knobs import shown
+from scenarios.whatif.study import Study, varying
 
 
 def bought(
