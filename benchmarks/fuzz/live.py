@@ -61,7 +61,7 @@ class Bounds:
     def growth_bytes(self, frame_max: int) -> int:
         """By how much the worker may grow over what it took before the attack.
 
-        For each link that the owners here may have: a frame that arrives, `max_in_flight` in work,
+        For each link that the owners here may have: a frame that arrives, `Quota.requests` in work,
         answers that wait to be read, and 1 MiB for two threads and two TLS connections. For all:
         1 MiB for each handshake under way, frames that wait to be handled, and 64 MiB of slack for
         allocators that keep what was freed.

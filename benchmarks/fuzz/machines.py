@@ -164,7 +164,7 @@ class WorkerStage:
 
     def _count(self, peer: str) -> None:
         count = sum(self._whose[task] == peer for task in self._running)
-        if count > _LIMITS.max_in_flight:
+        if count > _LIMITS.quota.requests:
             self._verdict.memory(f"{count} products of {peer} in work")
 
     def plausible(self) -> tuple[str, str, bytes]:

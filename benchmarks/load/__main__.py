@@ -46,9 +46,8 @@ from scenarios.cli import clean_exit
 
 PROCESSES = 4
 """That owners share. One of them is killed, with all of its owners, where owners die."""
-CLOSE = 0.7
-"""Relative error that a product may have. The thin cipher's is up to 0.5 before it has seen
-results, and another owner's answer is off by more than 1."""
+CLOSE = 0.05
+"""Relative error that a product may have: another owner's answer is off by more than 1."""
 CYCLES = 2
 """Times that owners die and others come."""
 

@@ -19,7 +19,8 @@ from backends.he.preparation import prepare
 from backends.he.store import PreparedModel
 from scenarios.certs import Authority
 
-PRESET = "thin"
+PRESET = "exact"
+"""Whose products are near the clear ones from the first on, so that a strange one is seen."""
 
 
 def groups_of(width: int) -> list[GroupSpec]:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from backends.he.interface import Encrypted, OwnerCipher
 from backends.he.store import WorkerPart
+from backends.he.wire import Packing
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.tls import Tls
@@ -39,8 +40,8 @@ class Public:
 
     known: Catalogue
 
-    def catalogue(self) -> Catalogue:
-        """Of the model."""
+    def catalogue(self, packing: Packing | None = None) -> Catalogue:
+        """Of the model; a cipher that replays has no packing of its own."""
         return self.known
 
     def owner_matrices(self) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,9 +22,10 @@ from benchmarks.fuzz.campaign import attack_worker
 from benchmarks.fuzz.inputs import Frames, stream
 from benchmarks.fuzz.live import Bounds, Scene
 from benchmarks.fuzz.verdict import Verdict
+from protocol.admission import Admission
 from protocol.errors import ProtocolError
 from protocol.events import CancelTimer, Effect
-from protocol.messages import Bye, Message, Product, Reason, decode
+from protocol.messages import Bye, Message, Product, decode
 from protocol.owner import Owner
 from protocol.owner_memory import Peer
 from protocol.owner_tables import Input
@@ -101,13 +101,7 @@ def test_a_slow_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_worker_without_a_bound_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes in all that it is given."""
-    fault_of = Worker._fault_of
-
-    def never_busy(*words: Any) -> Reason | None:
-        found = fault_of(*words)
-        return None if found is Reason.BUSY else found
-
-    monkeypatch.setattr(Worker, "_fault_of", never_busy)
+    monkeypatch.setattr(Admission, "wait_s", lambda *_: None)
     verdict = Verdict()
     machines.throw_at_worker(0, COUNT, verdict)
     assert verdict.found["memory_over_bound"] > 0
