@@ -18,6 +18,7 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import Parameters
 from backends.he.store import WorkerPart
 from backends.net.addresses import address_of
+from backends.net.devices import OneDevice
 from backends.net.serving import Service, serving
 from backends.net.tls import Tls, require_loopback
 
@@ -81,7 +82,13 @@ def serve(
     part = model if isinstance(model, WorkerPart) else WorkerPart.open(Path(model))
     cipher, _ = worker_cipher(require_parameters(part), backend)
     stop = stop or threading.Event()
-    with serving(part, cipher, host, port, certificates, on_crash=stop.set) as service:
+    with serving(
+        OneDevice.holding(part, cipher),
+        host,
+        port,
+        certificates,
+        on_crash=stop.set,
+    ) as service:
         on_ready(service)
         with suppress(KeyboardInterrupt):
             while not stop.wait(_LOOK_S):

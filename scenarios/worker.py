@@ -48,6 +48,7 @@ from backends.he.params import Parameters
 from backends.he.store import WorkerPart
 from backends.net.addresses import address_of
 from backends.net.counts import Counts
+from backends.net.devices import OneDevice
 from backends.net.listening import Limits
 from backends.net.pages import StatusPages
 from backends.net.serving import Service, serving
@@ -206,8 +207,9 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
         try:
             service = stack.enter_context(
                 serving(
-                    part, cipher, host, port, tls, WorkerConfig(args.max_tokens, quota_of(args)),
-                    limits, counts=counts, tell=log.on_line, on_crash=state.end,
+                    OneDevice.holding(part, cipher), host, port, tls,
+                    WorkerConfig(args.max_tokens, quota_of(args)), limits,
+                    counts=counts, tell=log.on_line, on_crash=state.end,
                 )
             )  # fmt: skip
         except OSError as error:

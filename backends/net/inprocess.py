@@ -12,6 +12,7 @@ from backends.he.interface import OwnerCipher, WorkerCipher
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.audit import Audit
+from backends.net.devices import OneDevice
 from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
@@ -63,9 +64,7 @@ def in_process(
     for index, cipher in enumerate(worker_ciphers):
         name = worker_name(index)
         servers[name] = WorkerServer(
-            catalogue,
-            prepared.worker_matrices(),
-            cipher,
+            OneDevice(catalogue, cipher, prepared.worker_matrices()),
             reply=lambda _peer, frame, name=name: client.deliver(name, frame),  # type: ignore[misc]
             config=worker_config,
             hooks=hooks(name),

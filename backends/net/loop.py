@@ -9,7 +9,8 @@ one token is as much as the task. So a small one may run on the loop's own threa
 that there is to do: nothing waits in the queue, and nothing in the pool.
 
 Where tasks are joined (`Joined`) the pool is given one turn a task, and each turn takes as many as
-there are to take together: so a turn may find nothing left, and none waits without one.
+there are to take together, again and again until nothing is left that may begin: so a turn may find
+nothing, and none waits without one.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ class Joined(Protocol):
         """One more waits."""
 
     def take(self) -> list[int]:
-        """Those to be computed now; they wait no more. Empty when none does."""
+        """Those to be computed now; they wait no more. Empty when there are none."""
+
+    def done(self, tasks: Sequence[int]) -> None:
+        """What was taken is computed, or given up."""
 
     def compute(self, works: Sequence[Task]) -> Sequence[object]:
         """One result each. Of a ValueError it is not known whose it is."""
@@ -153,6 +157,7 @@ class MachineLoop:
         self._timers: list[tuple[float, int, str]] = []
         self._armed: dict[str, int] = {}
         self._timer_count = 0
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name=f"{name}-loop", daemon=True)
 
     def start(self) -> None:
@@ -173,6 +178,7 @@ class MachineLoop:
         self._events.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        self._stopped = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _run(self) -> None:
@@ -253,10 +259,14 @@ class MachineLoop:
             self._run_tasks([(task, work)], lambda works: [self._compute(works[0])])
 
     def _perform_joined(self, joined: Joined) -> None:
-        taken = ((task, self._waiting.pop(task, None)) for task in joined.take())
-        tasks = [(task, work) for task, work in taken if work is not None]
-        if tasks:
-            self._run_tasks(tasks, joined.compute)
+        while not self._stopped and (taken := joined.take()):
+            found = [(task, self._waiting.pop(task, None)) for task in taken]
+            tasks = [(task, work) for task, work in found if work is not None]
+            try:
+                if tasks:
+                    self._run_tasks(tasks, joined.compute)
+            finally:
+                joined.done(taken)
 
     def _run_tasks(
         self, tasks: list[tuple[int, Task]], compute: Callable[[list[Task]], Sequence[object]]

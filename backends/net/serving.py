@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from backends.he.interface import WorkerCipher
-from backends.he.store import WorkerPart
 from backends.net.backlog import Backlog
 from backends.net.counts import Counts, LineEvent
+from backends.net.devices import Devices
 from backends.net.listening import Limits, Listener
 from backends.net.loop import Hooks
 from backends.net.tls import Tls
@@ -46,8 +45,7 @@ class Service:
 
 @contextmanager
 def serving(
-    part: WorkerPart,
-    cipher: WorkerCipher,
+    devices: Devices,
     host: str,
     port: int,
     tls: Tls | None,
@@ -60,6 +58,7 @@ def serving(
 ) -> Iterator[Service]:
     """A worker that serves owners who connect, until the end of the `with`.
 
+    devices   hold the matrices
     tls       None serves in plain text, on loopback only
     counts    where to count what it does
     tell      is told of links that open or end and of all that is refused, on any thread
@@ -81,11 +80,11 @@ def serving(
             backlog.handled(frame)
 
     listener = Listener(
-        host, port, tls, part.catalogue.largest_frame(config.max_tokens), deliver,
+        host, port, tls, devices.catalogue.largest_frame(config.max_tokens), deliver,
         lambda peer: server.lost(peer), limits, on_line, backlog.full,
     )  # fmt: skip
     server = WorkerServer(
-        part.catalogue, part.matrices, cipher, listener.send, config,
+        devices, listener.send, config,
         replace(hooks, observe=backlog.observe), counts, tell, on_crash,
     )  # fmt: skip
     server.start()

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 
-from backends.he.interface import WorkerCipher, WorkerMatrix, carried
 from backends.net.counts import REFUSED, Counts, LineEvent, guarded, small_message
+from backends.net.devices import Devices, Queues
 from backends.net.loop import Hooks, MachineLoop, Meter
-from protocol.catalogue import Catalogue
 from protocol.errors import ProtocolError
 from protocol.events import (
     Dropped,
     Effect,
     Event,
     FrameArrived,
-    MultiplyCiphertext,
     PeerLost,
     RunTask,
     Send,
@@ -28,12 +25,10 @@ from protocol.events import (
     TaskDone,
     TaskFailed,
 )
-from protocol.fair import FairQueue
 from protocol.messages import (
     Frame,
     Hello,
     Multiply,
-    Payload,
     Reason,
     Refuse,
     decode,
@@ -54,60 +49,10 @@ def client_of(peer: str) -> str:
     return peer.partition("#")[0]
 
 
-class _Fair:
-    """Requests that wait for the cipher: a fair share for each client, one matrix at a time.
-
-    multiply   (matrix, requests (payload, tokens)) -> an answer each
-    client_of  whose a task is
-    """
-
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        max_tokens: int,
-        multiply: Callable[[int, list[tuple[Payload, int]]], Sequence[Payload]],
-        client_of: Callable[[int], str],
-        counts: Counts,
-    ) -> None:
-        self._catalogue, self._multiply, self._client_of = catalogue, multiply, client_of
-        self._queue: FairQueue[int] = FairQueue(max_tokens)
-        self._lock = threading.Lock()
-        self._since: dict[int, float] = {}
-        self._counts = counts
-
-    def put(self, task: int, work: Task) -> None:
-        assert isinstance(work, MultiplyCiphertext)
-        size = self._catalogue.both_bytes(work.matrix, work.tokens)
-        with self._lock:
-            self._since[task] = time.monotonic()
-            self._queue.push(task, self._client_of(task), work.matrix, work.tokens, size)
-
-    def take(self) -> list[int]:
-        with self._lock:
-            tasks, now = self._queue.pop(), time.monotonic()
-            waited_s = sum(now - self._since.pop(task) for task in tasks)
-        self._counts.waited(waited_s)
-        return tasks
-
-    def forget(self, task: int) -> None:
-        """It has been cancelled."""
-        with self._lock:
-            self._queue.remove(task)
-            self._since.pop(task, None)
-
-    def compute(self, works: Sequence[Task]) -> Sequence[object]:
-        matrix, requests = 0, []
-        for work in works:
-            assert isinstance(work, MultiplyCiphertext)
-            matrix = work.matrix
-            requests.append((work.payload, work.tokens))
-        return [carried(answer) for answer in self._multiply(matrix, requests)]
-
-
 class WorkerServer:
     """Serves products of ciphertexts with matrices.
 
-    matrices  in the catalogue's order
+    devices   hold the matrices
     reply     sends (peer, frame) back
     counts    where to count what it does
     tell      is told why a peer was refused something, once for each peer and reason
@@ -116,9 +61,7 @@ class WorkerServer:
 
     def __init__(
         self,
-        catalogue: Catalogue,
-        matrices: Sequence[WorkerMatrix],
-        cipher: WorkerCipher,
+        devices: Devices,
         reply: Callable[[str, Frame], None],
         config: WorkerConfig | None = None,
         hooks: Hooks | None = None,
@@ -126,27 +69,22 @@ class WorkerServer:
         tell: Callable[[LineEvent], None] = lambda event: None,
         on_crash: Callable[[], None] = lambda: None,
     ) -> None:
-        if len(matrices) != len(catalogue.matrices):
-            raise ValueError(
-                f"{len(matrices)} matrices; the catalogue has {len(catalogue.matrices)}"
-            )
+        catalogue = devices.catalogue
         self.counts, self.failure = counts or Counts(), ""
         self._catalogue, self._reply, self._tell = catalogue, reply, guarded(tell)
         self._on_crash = on_crash
         self._told: set[tuple[str, Reason]] = set()
         self._draining, self._finished = threading.Event(), threading.Event()
-        self._cipher = cipher
-        self._matrices = [cipher.load(m.weight, m.forward, m.format) for m in matrices]
         config, self._hooks = config or WorkerConfig(), hooks or Hooks()
         self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
-        self._fair = _Fair(
-            catalogue, config.max_tokens, self._multiply,
+        self._queues = Queues(
+            config.max_tokens, devices,
             lambda task: client_of(self._in_work[task]), self.counts,
         )  # fmt: skip
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config, client_of), self._compute, reply, self._report,
-            self._crashed, cipher.launches, self._observe, self._hooks.on_task,
-            lambda task: task.tokens == 1, self._fair,
+            self._crashed, devices.count * devices.each, self._observe, self._hooks.on_task,
+            lambda task: devices.here and task.tokens == 1, self._queues,
         )  # fmt: skip
 
     @property
@@ -223,7 +161,7 @@ class WorkerServer:
                 self._in_work.pop(task, None)
             case PeerLost(peer):
                 for task in [task for task, whose in self._in_work.items() if whose == peer]:
-                    self._fair.forget(task)
+                    self._queues.forget(task)
                     self._loop.cancel(task)
 
     def _notice_refusal(self, event: Event, effect: Send) -> None:
@@ -243,13 +181,7 @@ class WorkerServer:
         self._tell(LineEvent(REFUSED, owner, message.reason.name.lower(), detail))
 
     def _compute(self, task: Task) -> object:
-        return self._fair.compute([task])[0]
-
-    def _multiply(self, matrix: int, requests: list[tuple[Payload, int]]) -> Sequence[Payload]:
-        start = time.perf_counter()
-        answers = self._cipher.multiply_many(requests, self._matrices[matrix])
-        self.counts.multiplied(time.perf_counter() - start)
-        return answers
+        return self._queues.compute([task])[0]
 
     def _report(self, effect: Effect) -> None:
         if isinstance(effect, Dropped):

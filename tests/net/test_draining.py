@@ -13,6 +13,7 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel, WorkerPart
 from backends.he.wire import EXACT
 from backends.net.counts import LineEvent
+from backends.net.devices import OneDevice
 from backends.net.listening import Limits
 from backends.net.serving import serving
 from backends.net.tls import dial
@@ -38,7 +39,7 @@ class Driven:
         self.told: list[LineEvent] = []
         self.crashed = threading.Event()
         self.server = WorkerServer(
-            model.catalogue(), model.worker_matrices(), self.slow,
+            OneDevice(model.catalogue(), self.slow, model.worker_matrices()),
             lambda peer, frame: self.answers.put(decode(frame)),
             tell=self.told.append, on_crash=self.crashed.set,
         )  # fmt: skip
@@ -81,7 +82,7 @@ def test_what_is_put_off_does_not_wait(model: PreparedModel) -> None:
     part = WorkerPart.open(model.directory)
     payload = bytes(part.catalogue.up_bytes(0, 600))
     with serving(
-        part, MlweWorker(), "127.0.0.1", 0, None,
+        OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None,
         limits=Limits(unhandled_bytes=len(payload)),
     ) as service:  # fmt: skip
         incoming, outgoing, _ = dial("127.0.0.1", service.port, None)

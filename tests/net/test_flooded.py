@@ -23,6 +23,7 @@ from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
 from backends.net import listening
 from backends.net.backlog import Backlog
+from backends.net.devices import OneDevice
 from backends.net.link import Link
 from backends.net.listening import Limits, Listener
 from backends.net.loop import Hooks
@@ -283,7 +284,14 @@ def test_the_narrowest_limits_still_serve(model: PreparedModel) -> None:
     owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     with (
-        serving(part, MlweWorker(), "127.0.0.1", 0, None, None, limits) as service,
+        serving(
+            OneDevice.holding(part, MlweWorker()),
+            "127.0.0.1",
+            0,
+            None,
+            None,
+            limits,
+        ) as service,
         connected(model, owner, [f"127.0.0.1:{service.port}"], None) as client,
     ):
         for rows in range(1, 9):
@@ -311,7 +319,8 @@ def test_work_of_a_peer_that_is_gone_is_given_up(model: PreparedModel) -> None:
     part, cipher = WorkerPart.open(model.directory), Held()
     answers: queue.Queue[tuple[str, Any]] = queue.Queue()
     server = WorkerServer(
-        part.catalogue, part.matrices, cipher, lambda peer, got: answers.put((peer, decode(got)))
+        OneDevice.holding(part, cipher),
+        lambda peer, got: answers.put((peer, decode(got))),
     )
     server.start()
     catalogue = part.catalogue

@@ -25,6 +25,7 @@ from backends.he.reference import ReferenceOwner
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
 from backends.net.audit import Audit
+from backends.net.devices import OneDevice
 from backends.net.inprocess import in_process
 from backends.net.loop import Hooks
 from backends.net.owner import (
@@ -70,7 +71,9 @@ class Wire:
         self.up: list[bytes] = []
         self.down: list[bytes] = []
         self.drop_products = 0
-        self.server = WorkerServer(catalogue, model.worker_matrices(), MlweWorker(), self._down)
+        self.server = WorkerServer(
+            OneDevice(catalogue, MlweWorker(), model.worker_matrices()), self._down
+        )
         self.client = OwnerClient(
             catalogue, model.owner_matrices(), self.cipher, ["worker"], self._up, config
         )
@@ -220,7 +223,7 @@ def test_a_worker_of_another_model_is_refused_with_a_reason(
     other = make(tmp_path, seed=1)
     wire = Wire(model)
     wire.server = WorkerServer(
-        other.catalogue(), other.worker_matrices(), MlweWorker(),
+        OneDevice(other.catalogue(), MlweWorker(), other.worker_matrices()),
         wire._down,
     )  # fmt: skip
     with wire, pytest.raises(RemoteLinearError, match=r"holds another model.*--weights"):
@@ -236,7 +239,9 @@ def test_a_lying_worker_ends_the_call_with_its_name_and_the_layer(model: Prepare
         answer = isinstance(decode(frame), Product)
         honest(peer, frame[:-40] + bytes(40) if answer else frame)
 
-    wire.server = WorkerServer(model.catalogue(), model.worker_matrices(), MlweWorker(), lie)
+    wire.server = WorkerServer(
+        OneDevice(model.catalogue(), MlweWorker(), model.worker_matrices()), lie
+    )
     with wire, pytest.raises(RemoteLinearError, match=r"layer forward.*broken or lying"):
         wire.client.linear(0, np.ones((1, 24), np.float32))
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from backends.he.interface import WorkerCipher, WorkerMatrix
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.wire import EXACT
+from backends.net.devices import OneDevice
 from backends.net.worker import WorkerServer
 from protocol.catalogue import Catalogue, MatrixShape
 from protocol.messages import Hello, Multiply, Product, Reason, Refuse, Welcome, decode, encode
@@ -79,7 +80,7 @@ class Crowd:
         ]
         self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.server = WorkerServer(
-            CATALOGUE, matrices, cipher,
+            OneDevice(CATALOGUE, cipher, matrices),
             lambda peer, frame: self.answers.put((peer, decode(frame))),
             WorkerConfig(max_tokens=max_tokens),
         )  # fmt: skip
@@ -102,7 +103,7 @@ class Crowd:
     def waits(self, requests: int) -> None:
         """Until so many wait for the cipher."""
         until = time.monotonic() + PATIENCE_S
-        while len(self.server._fair._queue) != requests:
+        while len(self.server._queues) != requests:
             assert time.monotonic() < until
             time.sleep(0.001)
 
@@ -207,7 +208,7 @@ def test_who_leaves_leaves_no_work_behind() -> None:
     cipher.allowed.release(6)
     assert set(crowd.get(2)) == {("ann#1", 0), ("ben#3", 9)}
     assert cipher.batches == [(3, [0]), (0, [9])]
-    assert not crowd.server._fair._since
+    assert not crowd.server._queues._since
     crowd.server.stop()
 
 

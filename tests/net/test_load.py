@@ -9,6 +9,7 @@ import pytest
 
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import WorkerPart
+from backends.net.devices import OneDevice
 from backends.net.serving import serving
 from backends.net.tls import Tls
 from benchmarks.load.made import load_recordings, make_place, save_recordings
@@ -26,7 +27,12 @@ def test_owners_find_their_own_answers_and_no_others(
     recordings[3] = replace(recordings[3], answer=changed)
     save_recordings(tmp_path / "owner1.npz", recordings)
     part = WorkerPart.open(tmp_path / "model")
-    with serving(part, MlweWorker(), "localhost", 0, Tls(tmp_path / "worker")) as service:
+    with serving(
+        OneDevice.holding(part, MlweWorker()),
+        "localhost",
+        0,
+        Tls(tmp_path / "worker"),
+    ) as service:
         names = [f"owner{i}" for i in range(3)]
         with owners_at(tmp_path, f"localhost:{service.port}", names, 2) as owners:
             work_all(owners, rounds=2, lanes=2)

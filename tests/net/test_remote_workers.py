@@ -25,6 +25,7 @@ from backends.he.store import PreparedModel, WorkerPart
 from backends.ledger import WorkerLedger
 from backends.net import remote
 from backends.net.addresses import AddressError, address_of
+from backends.net.devices import OneDevice
 from backends.net.dialling import WorkerUnreachableError
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
@@ -86,7 +87,14 @@ def line(
     with ExitStack() as stack:
         part = WorkerPart.open(model.directory)
         services = [
-            stack.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / name)))
+            stack.enter_context(
+                serving(
+                    OneDevice.holding(part, cipher),
+                    "127.0.0.1",
+                    0,
+                    Tls(certs / name),
+                )
+            )
             for name, cipher in workers
         ]
         owner = MlweOwner(preset("exact"), model.public_matrix())
@@ -196,13 +204,22 @@ def test_a_restarted_worker_is_found_again(model: PreparedModel, certs: Path) ->
     model.guard(owner)
     with ExitStack() as stack:
         first = ExitStack()
-        service = first.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / "w0")))
+        service = first.enter_context(
+            serving(OneDevice.holding(part, cipher), "127.0.0.1", 0, Tls(certs / "w0"))
+        )
         client = stack.enter_context(
             connected(model, owner, [f"localhost:{service.port}"], Tls(certs / "owner"), PATIENT)
         )
         assert right(model, client)
         first.close()
-        stack.enter_context(serving(part, cipher, "127.0.0.1", service.port, Tls(certs / "w0")))
+        stack.enter_context(
+            serving(
+                OneDevice.holding(part, cipher),
+                "127.0.0.1",
+                service.port,
+                Tls(certs / "w0"),
+            )
+        )
         assert right(model, client)
 
 
@@ -217,7 +234,9 @@ def test_workers_restart_one_after_another_without_a_lost_call(
         def start(name: str, port: int = 0) -> tuple[ExitStack, Service]:
             life = stack.enter_context(ExitStack())
             tls = Tls(certs / name)
-            return life, life.enter_context(serving(part, MlweWorker(), "127.0.0.1", port, tls))
+            return life, life.enter_context(
+                serving(OneDevice.holding(part, MlweWorker()), "127.0.0.1", port, tls)
+            )
 
         lives = {name: start(name) for name in names}
         owner = MlweOwner(preset("exact"), model.public_matrix())
@@ -298,7 +317,7 @@ def _stranger(model: PreparedModel, certs: Path, stranger: Path) -> Iterator[Own
     owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     with (
-        serving(part, cipher, "127.0.0.1", 0, Tls(stranger)) as service,
+        serving(OneDevice.holding(part, cipher), "127.0.0.1", 0, Tls(stranger)) as service,
         connected(
             model, owner, [f"localhost:{service.port}"], Tls(certs / "owner"), PATIENT
         ) as client,
@@ -356,14 +375,21 @@ def test_an_address_keeps_its_key_for_a_session(model: PreparedModel, certs: Pat
     owner = MlweOwner(preset("exact"), model.public_matrix())
     model.guard(owner)
     first = ExitStack()
-    service = first.enter_context(serving(part, cipher, "127.0.0.1", 0, Tls(certs / "w0")))
+    service = first.enter_context(
+        serving(OneDevice.holding(part, cipher), "127.0.0.1", 0, Tls(certs / "w0"))
+    )
     address = f"localhost:{service.port}"
     with connected(model, owner, [address], Tls(certs / "owner"), PATIENT) as client:
         assert right(model, client)
         identity = client._identity_of(address)
         first.close()
         with (
-            serving(part, cipher, "127.0.0.1", service.port, Tls(certs / "w1")) as other,
+            serving(
+                OneDevice.holding(part, cipher),
+                "127.0.0.1",
+                service.port,
+                Tls(certs / "w1"),
+            ) as other,
             pytest.raises(RemoteLinearError, match="answers under another key than before"),
         ):
             right(model, client)
@@ -419,7 +445,7 @@ def test_a_worker_that_starts_a_little_later_is_waited_for(
 
         def start() -> None:
             stack.enter_context(
-                serving(part, MlweWorker(), "localhost", port,
+                serving(OneDevice.holding(part, MlweWorker()), "localhost", port,
                         Tls(certs / "w0"))
             )  # fmt: skip
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
+from backends.net.devices import OneDevice
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
 from tests.nn.conftest import Tiny, make_tiny
@@ -42,7 +43,7 @@ def test_requests_of_two_owners_share_launches(tmp_path_factory: Any) -> None:
     owners = {name: MlweOwner(parameters, prepared.public_matrix()) for name in ("ann", "ben")}
     catalogue = prepared.catalogue()
     server = WorkerServer(
-        catalogue, prepared.worker_matrices(), cipher,
+        OneDevice(catalogue, cipher, prepared.worker_matrices()),
         reply=lambda peer, frame: clients[peer].deliver("worker", frame),
     )  # fmt: skip
     server.start()

@@ -18,6 +18,7 @@ from backends.he.openfhe import NAMES, scheme
 from backends.he.openfhe.library import OpenFheError, openfhe
 from backends.he.openfhe.owner import OpenFheOwner
 from backends.he.openfhe.worker import OpenFheWorker
+from backends.net.devices import OneDevice
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
 from docs.skeleton_backend import matrix_of
@@ -132,7 +133,9 @@ def test_the_protocol_runs_over_it(name: str) -> None:
     )
     weight = WorkerMatrix(case.weight, True, facts.plan.format)
     servers.append(
-        WorkerServer(catalogue, [weight], Liar(name), lambda _, f: client.deliver("worker", f))
+        WorkerServer(
+            OneDevice(catalogue, Liar(name), [weight]), lambda _, f: client.deliver("worker", f)
+        )
     )
     servers[0].start()
     client.start()

@@ -17,6 +17,7 @@ from backends.he.matmul.choice import chosen_kernel
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.params import preset
 from backends.he.store import WorkerPart
+from backends.net.devices import OneDevice
 from backends.net.serving import serving
 from backends.nn.adapters import add_lora
 from backends.nn.skeleton import build_skeleton
@@ -132,7 +133,7 @@ def _session(cache: Path) -> Iterator[tuple[PrivateSession, Trainer]]:
     prepared, _ = prepared_for(skeleton, preset("exact"), cache)
     part = WorkerPart.open(prepared.directory)
     with (
-        serving(part, MlweWorker(), "127.0.0.1", 0, None) as service,
+        serving(OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None) as service,
         private_session(
             skeleton, prepared, 1, workers=Workers((f"127.0.0.1:{service.port}",))
         ) as session,
