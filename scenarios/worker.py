@@ -3,6 +3,7 @@
     python -m scenarios.worker --model DIR --listen 0.0.0.0:7443 --tls certs/worker
     python -m scenarios.worker --model DIR --listen localhost:7443            this machine only
     python -m scenarios.worker --model DIR --listen 0.0.0.0:7443 --tls DIR --backend cuda
+    python -m scenarios.worker --model DIR --listen 0.0.0.0:7443 --tls DIR --ray head:6379
 
 DIR is a prepared model, as `python -m scenarios.prepare` makes it, or of that only manifest.json
 and the folder worker/ (int8 weights, 1 GB for the 1B). Certificates for a first try come from
@@ -38,17 +39,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 from backends.errors import UserError
 from backends.he.descriptors import require_descriptors
-from backends.he.interface import WorkerCipher
-from backends.he.params import Parameters
 from backends.he.store import WorkerPart
 from backends.net.addresses import address_of
 from backends.net.counts import Counts
-from backends.net.devices import OneDevice
+from backends.net.devices import Devices, OneDevice
 from backends.net.listening import Limits
 from backends.net.pages import StatusPages
 from backends.net.serving import Service, serving
@@ -66,14 +66,14 @@ LINKS = Whole(1, 10_000)
 """Each takes two connections, and their threads."""
 
 MODES = Modes(
-    {"cpu": "--backend cpu"},
-    lambda args: (args.backend,),
-    {"--kernel": ("cpu",)}
+    {"own-cpu": "--backend cpu without --ray", "ray": "--ray"},
+    lambda args: ("ray",) if args.ray else (f"own-{args.backend}",),
+    {"--kernel": ("own-cpu",), "--shards": ("ray",), "--release": ("ray",)}
     | dict.fromkeys(
         (
             "--model", "--listen", "--tls", "--backend", "--max-tokens", "--links-per-owner",
             "--links", "--owner-requests", "--owner-mb", "--owner-mb-per-s", "--drain-s",
-            "--metrics", "--log-format", "--verbose",
+            "--metrics", "--log-format", "--verbose", "--ray",
         ),
         ALL,
     ),
@@ -84,19 +84,64 @@ class ListenError(UserError):
     """The worker cannot listen where it was told to."""
 
 
+class MissingRayError(UserError):
+    """Ray is not installed."""
+
+
 class WorkerFailedError(UserError):
     """The worker stopped by a mistake of its own."""
 
 
-def cipher_of(args: argparse.Namespace, parameters: Parameters) -> tuple[WorkerCipher, str]:
-    """What multiplies, and its name.
+def devices_of(args: argparse.Namespace, log: EventLog, stack: ExitStack) -> tuple[Devices, str]:
+    """What multiplies, loaded, and its name.
 
-    Raises GpuError for `cuda` without a usable GPU, KernelError for one that cannot run here.
+    Raises PreparationError for a model that is none, GpuError for `cuda` without a usable GPU,
+    KernelError for one that cannot run here, and ClusterError of `--ray`.
     """
+    if args.ray:
+        return shards_of(args, log, stack)
+    part = WorkerPart.open(args.model)
     kernel = choose_kernel(args.kernel) if args.backend == "cpu" else None
     if kernel is not None and kernel.warning:
         logging.warning("%s", kernel.warning)
-    return worker_cipher(parameters, args.backend, kernel)
+    cipher, name = worker_cipher(require_parameters(part), args.backend, kernel)
+    return OneDevice.holding(part, cipher), name
+
+
+def shards_of(args: argparse.Namespace, log: EventLog, stack: ExitStack) -> tuple[Devices, str]:
+    """The same of shards on a Ray cluster, which is left when `stack` ends."""
+    part = WorkerPart.open(args.model, range(0))
+    require_parameters(part)
+    cluster = joined(args.ray)
+    stack.callback(cluster.leave)
+    shards = cluster.RayShards(
+        part, args.model, args.shards, args.backend,
+        lambda what: log.event("waiting", what=what),
+    )  # fmt: skip
+    return shards, f"{shards.name}, {shards.count} shards"
+
+
+def joined(address: str) -> ModuleType:
+    """`backends.cluster.devices`, in a Ray cluster that it has joined.
+
+    Raises ClusterError when there is none, MissingRayError where Ray is not installed.
+    """
+    try:
+        cluster = import_module("backends.cluster.devices")
+    except ModuleNotFoundError as error:
+        raise MissingRayError("--ray needs Ray: pip install 'private-lora[ray]'") from error
+    cluster.connect(address)
+    return cluster
+
+
+def release(args: argparse.Namespace, log: EventLog) -> None:
+    """End the shards of a model on a Ray cluster."""
+    part = WorkerPart.open(args.model, range(0))
+    cluster = joined(args.ray)
+    try:
+        log.event("released", shards="ended" if cluster.release(part) else "there were none")
+    finally:
+        cluster.leave()
 
 
 def quota_of(args: argparse.Namespace) -> Quota:
@@ -199,15 +244,14 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
     state, counts = State(log), Counts()
     with status_pages(args.metrics, counts, state) as pages, ExitStack() as stack:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
-        part = WorkerPart.open(args.model)
-        cipher, multiplies = cipher_of(args, require_parameters(part))
+        devices, multiplies = devices_of(args, log, stack)
         limits = Limits(min(args.links_per_owner, args.links), args.links)
         require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
         state.listen_to_signals()
         try:
             service = stack.enter_context(
                 serving(
-                    OneDevice.holding(part, cipher), host, port, tls,
+                    devices, host, port, tls,
                     WorkerConfig(args.max_tokens, quota_of(args)), limits,
                     counts=counts, tell=log.on_line, on_crash=state.end,
                 )
@@ -218,8 +262,9 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
         log.event(
             "listening", address=f"{host}:{service.port}",
             tls="mutual-1.3" if tls else "none, this machine only",
-            model=part.catalogue.model_digest.hex(), multiplies=multiplies,
-            groups=len(part.groups), weight_bytes=sum(w.nbytes for w in part.weights),
+            model=devices.catalogue.model_digest.hex(), multiplies=multiplies,
+            matrices=len(devices.catalogue.matrices),
+            weight_bytes=sum(m.in_features * m.out_features for m in devices.catalogue.matrices[::2]),
         )  # fmt: skip
         state.wait_for_end()
         drain(service, args.drain_s, log)
@@ -253,6 +298,13 @@ def parsed() -> argparse.Namespace:
     add("--listen", default="localhost:7443", metavar="HOST:PORT", help="where (localhost:7443)")
     add("--tls", type=place, metavar="DIR", help="this side's ca.pem, cert.pem and key.pem")
     add("--backend", choices=("cpu", "cuda"), default="cpu", help="what multiplies (cpu)")
+    add("--ray", nargs="?", const="auto", metavar="HOST:PORT",
+        help="spread the layers over a Ray cluster that runs: its head, or this machine's without "
+        "HOST:PORT; DIR lies on every machine of it")  # fmt: skip
+    add("--shards", type=Whole(1, 10_000), metavar="N",
+        help="parts of the model, on a GPU or CPU each (one for each GPU or machine)")  # fmt: skip
+    add("--release", action="store_true",
+        help="only end the shards of this model, which outlive their front doors")  # fmt: skip
     add("--max-tokens", type=Whole(1, 1 << 20), default=4096, help="of one request (4096)")
     add("--links-per-owner", type=LINKS, default=4, metavar="N",
         help="links of one certificate; an owner's process opens one (4)")  # fmt: skip
@@ -285,7 +337,7 @@ def main() -> None:
     log = EventLog(args.log_format)
     capture_logging(log, logging.INFO if args.verbose else logging.WARNING)
     with clean_exit():
-        run(args, log)
+        (release if args.release else run)(args, log)
 
 
 if __name__ == "__main__":

@@ -98,11 +98,14 @@ def catalogue_of(manifest: Manifest, packing: Packing | None = None) -> Catalogu
     return Catalogue(manifest.model_digest, parameters.digest(), shapes)
 
 
-def worker_matrices(manifest: Manifest, weights: Sequence[NDArray[np.int8]]) -> list[WorkerMatrix]:
-    """Every matrix of the catalogue as a worker knows it, from the weight of each group."""
+def worker_matrices(
+    manifest: Manifest, weights: Sequence[NDArray[np.int8]], first: int = 0
+) -> list[WorkerMatrix]:
+    """Matrices as a worker knows them, of groups from number `first` on, of these weights."""
     return [
-        WorkerMatrix(weights[index // 2], index % 2 == 0, form)
-        for index, form in enumerate(manifest.formats)
+        WorkerMatrix(weight, turn == 0, manifest.formats[2 * index + turn])
+        for index, weight in enumerate(weights, start=first)
+        for turn in (0, 1)
     ]
 
 
@@ -309,28 +312,35 @@ class WorkerPart:
 
     Its weights are those the manifest names; whether they are any good is the owner's to know. An
     owner needs all of the model (`PreparedModel`): it multiplies some requests itself.
+
+    groups, catalogue  of the whole model
+    weights, matrices  of the groups that it was opened with: int8[N, K], forward and backward
     """
 
-    def __init__(self, manifest: Manifest, weights: list[NDArray[np.int8]]) -> None:
+    def __init__(self, manifest: Manifest, weights: list[NDArray[np.int8]], first: int = 0) -> None:
         self.parameters = manifest.parameters
         self.groups = [entry.spec for entry in manifest.groups]
         self.weights = weights
-        self.matrices = worker_matrices(manifest, weights)
+        self.matrices = worker_matrices(manifest, weights, first)
         self.catalogue = catalogue_of(manifest)
 
     @classmethod
-    def open(cls, directory: Path) -> WorkerPart:
+    def open(cls, directory: Path, groups: range | None = None) -> WorkerPart:
         """Map the weights and compare them with their digests; nothing of an owner is looked at.
+
+        groups  whose weights; None for all of them
 
         Raises PreparationError when a file is missing, damaged or of another shape, or when this
         process may not have so many files open.
         """
         mend = f"copy {NAME} and worker/ of a prepared model to {directory} again"
         manifest = read_manifest(directory, _WORKER_ABSENT, mend)
-        require_descriptors(len(manifest.groups))
+        groups = range(len(manifest.groups)) if groups is None else groups
+        require_descriptors(len(groups))
         weights = []
-        for index, entry in enumerate(manifest.groups):
+        for index in groups:
+            entry = manifest.groups[index]
             stored = map_stored(directory, index, entry, "weight", manifest.rank, mend)
             stored.read()
             weights.append(stored.values)
-        return cls(manifest, weights)
+        return cls(manifest, weights, groups.start)

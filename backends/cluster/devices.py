@@ -1,0 +1,197 @@
+"""The front door's side: shards as Ray actors, found or made, and asked for products.
+
+Ciphertexts go from here to the shard and back, through the object stores of the two machines; Ray's
+head sees none. A shard that dies, or whose machine does, is started again by Ray where there is
+room, and what it was asked is asked again: a product is a pure function of the request.
+
+The actors and their placement are detached: they outlive this process, so that a second front door,
+or the next one, finds them loaded. `release` ends them.
+
+In sync with: docs/many-gpus.md.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
+from ray.util import get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from backends.cluster.shard import Shard, split
+from backends.errors import UserError
+from backends.he.interface import AnyPayload
+from backends.he.store import WorkerPart
+from backends.net.addresses import AddressError, address_of
+from backends.net.devices import Devices
+
+NAMESPACE = "private-lora"
+_REACH_S, _ROOM_S, _LOAD_S = 5.0, 60.0, 1800.0
+_KINDS = {"cpu": "CPU", "cuda": "GPU"}
+"""Of which a shard reserves one. On a CPU it uses all cores, whatever it reserves."""
+
+
+class ClusterError(UserError):
+    """The cluster cannot be reached, has no room, or holds something else."""
+
+
+def connect(address: str) -> None:
+    """Join a Ray cluster that runs: HOST:PORT of its head, or "auto" for the one of this machine.
+
+    Raises ClusterError when there is none, AddressError for an address that is none.
+    """
+    try:
+        if address != "auto":  # Ray itself tries for minutes, and then ends the process
+            socket.create_connection(address_of(address), _REACH_S).close()
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    except AddressError:
+        raise
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({type(error).__name__}); start one with `ray "
+            "start --head`, have every machine join it, and say where its head is"
+        ) from error
+
+
+def leave() -> None:
+    """Leave the cluster. Shards stay."""
+    ray.shutdown()
+
+
+class RayShards(Devices):
+    """The shards of a model on the cluster that this process has joined.
+
+    part       of the model; its weights need not be open here
+    directory  where the same part lies on every machine of the cluster
+    shards     how many; None for one on each GPU, or on each machine
+    backend    "cpu" or "cuda"
+    tell       is told what it waits for
+
+    name       what multiplies
+
+    Raises ClusterError when there is no room, when the cluster has this model in another number of
+    shards, or when one cannot load.
+    """
+
+    each, here = 2, False  # one is computed while the next is on its way
+
+    def __init__(
+        self,
+        part: WorkerPart,
+        directory: Path,
+        shards: int | None = None,
+        backend: str = "cpu",
+        tell: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.catalogue, kind = part.catalogue, _KINDS[backend]
+        digest = self.catalogue.model_digest
+        try:
+            spans = split([g.in_features * g.total_out for g in part.groups], shards or _room(kind))
+        except ValueError as error:
+            raise ClusterError(f"{error}; ask for fewer") from error
+        self.count = len(spans)
+        self._of = [device for device, span in enumerate(spans) for _ in range(2 * len(span))]
+        tell(f"room for {self.count} shards, a {kind} each")
+        place = _placed(_name(digest), self.count, kind)
+        self._shards: list[Any] = []
+        for i, span in enumerate(spans):
+            actor: Any = ray.remote(Shard)
+            actor = actor.options(
+                name=f"{_name(digest)}-{i}", lifetime="detached", get_if_exists=True,
+                max_restarts=-1, max_task_retries=-1,
+                num_cpus=float(kind == "CPU"), num_gpus=float(kind == "GPU"),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, i),
+            )  # fmt: skip
+            self._shards.append(
+                actor.remote(str(directory), digest, span.start, span.stop, backend)
+            )
+        tell(f"{self.count} shards to load")
+        self.name = _loaded(self._shards, _name(digest))
+
+    def of(self, matrix: int) -> int:
+        return self._of[matrix]
+
+    def multiply(
+        self, matrix: int, requests: Sequence[tuple[AnyPayload, int]]
+    ) -> Sequence[AnyPayload]:
+        ask: Any = self._shards[self._of[matrix]].multiply.options(num_returns=len(requests))
+        found = ask.remote(
+            matrix, [tokens for _, tokens in requests],
+            *(np.frombuffer(payload, np.uint8) for payload, _ in requests),
+        )  # fmt: skip
+        try:
+            answers: Sequence[AnyPayload] = ray.get(found if len(requests) > 1 else [found])
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise ValueError("a shard refuses a request") from None
+            raise
+        return answers
+
+
+def release(part: WorkerPart) -> bool:
+    """End the shards of a model, whoever made them; False when there were none."""
+    try:
+        place = get_placement_group(_name(part.catalogue.model_digest))
+    except ValueError:
+        return False
+    remove_placement_group(place)  # and every actor in it
+    return True
+
+
+def _name(model_digest: bytes) -> str:
+    return f"shards-{model_digest.hex()[:16]}"
+
+
+def _room(kind: str) -> int:
+    """Shards that the cluster has room for: one on each GPU, or each machine with a CPU to give."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    each = [int(node["Resources"].get(kind, 0)) for node in nodes if node["Alive"]]
+    count = sum(each) if kind == "GPU" else sum(has > 0 for has in each)
+    if not count:
+        raise ClusterError(f"no machine of the cluster has a {kind} to give")
+    return count
+
+
+def _placed(name: str, count: int, kind: str) -> PlacementGroup:
+    """Room for the shards, each where the others are not if possible: found, or made."""
+    try:
+        place = placement_group([{kind: 1.0}] * count, "SPREAD", name, lifetime="detached")
+    except RaySystemError:  # the name is taken: another front door came first
+        place = get_placement_group(name)
+    if place.bundle_count != count or set(place.bundle_specs[0]) != {kind}:
+        raise ClusterError(
+            f"the cluster has this model in {place.bundle_count} shards, each with "
+            f"{place.bundle_specs[0]}; ask for the same, or end them first with --release"
+        )
+    if not place.wait(_ROOM_S):
+        remove_placement_group(place)
+        raise ClusterError(
+            f"the cluster has no room for {count} shards with a {kind} each; add machines, ask for "
+            "fewer --shards, or --release another model"
+        )
+    return place
+
+
+def _loaded(shards: Sequence[Any], name: str) -> str:
+    """What multiplies, once all have loaded. Shards of which one cannot are all ended."""
+    try:
+        names: list[str] = ray.get([shard.name.remote() for shard in shards], timeout=_LOAD_S)
+        return names[0]
+    except GetTimeoutError:
+        why = f"it has not loaded within {_LOAD_S:.0f} s"
+    except RayActorError as error:  # the text of what ended it comes last
+        why = str(error).strip().splitlines()[-1]
+    remove_placement_group(get_placement_group(name))
+    raise ClusterError(f"a shard cannot load: {why}")

@@ -1,0 +1,76 @@
+"""One shard of a model: some of its layers, mapped from a worker's part that lies on its machine.
+
+Knows nothing of Ray, which runs it as an actor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from platform import node
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.he.manifest import PreparationError
+from backends.he.store import WorkerPart
+from backends.serve import require_parameters, worker_cipher
+
+
+def split(sizes: Sequence[int], parts: int) -> list[range]:
+    """Neighbours together: so many ranges of `sizes`, none empty, about the same sum in each.
+
+    Raises ValueError for more parts than sizes, or none.
+    """
+    if not 1 <= parts <= len(sizes):
+        raise ValueError(f"{len(sizes)} layers cannot be {parts} shards")
+    sums = [0, *accumulate(sizes)]
+    cuts = [0]
+    for part in range(1, parts):
+        share = sums[-1] * part / parts
+        allowed = range(cuts[-1] + 1, len(sizes) - (parts - part) + 1)
+        cuts.append(min(allowed, key=lambda i: abs(sums[i] - share)))
+    return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
+
+
+class Shard:
+    """Multiplies with the matrices of some groups.
+
+    directory      of a worker's part, on this machine
+    model_digest   of the model that it must hold
+    first, last    groups, the last not included
+    backend        "cpu" or "cuda"
+
+    Raises PreparationError where the part is missing, damaged or of another model, GpuError and
+    KernelError as `worker_cipher`.
+    """
+
+    def __init__(
+        self, directory: str, model_digest: bytes, first: int, last: int, backend: str
+    ) -> None:
+        part = WorkerPart.open(Path(directory), range(first, last))
+        if part.catalogue.model_digest != model_digest:
+            raise PreparationError(
+                f"{directory} on {node()} is of another model; copy it there again"
+            )
+        self._cipher, self._name = worker_cipher(require_parameters(part), backend)
+        self._matrices = {
+            2 * first + i: self._cipher.load(matrix.weight, matrix.forward, matrix.format)
+            for i, matrix in enumerate(part.matrices)
+        }
+
+    def name(self) -> str:
+        """What multiplies. Answered once all is loaded."""
+        return self._name
+
+    def multiply(
+        self, matrix: int, tokens: Sequence[int], *payloads: NDArray[np.uint8]
+    ) -> list[NDArray[np.uint8]]:
+        """An answer for each payload of so many tokens.
+
+        Raises ValueError where one has the wrong number of bytes.
+        """
+        requests = [(p.data, t) for p, t in zip(payloads, tokens, strict=True)]
+        answers = self._cipher.multiply_many(requests, self._matrices[matrix])
+        return [np.asarray(answer) for answer in answers]
