@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ class Watch:
             time.sleep(_WATCHED_S)
 
 
-def _private(size: Size, place: Path, more: list[str]) -> dict[str, Any]:
+def private_run(size: Size, place: Path, more: list[str]) -> dict[str, Any]:
     """One private run; its figures, and its own peak memory."""
     figures = place / "figures.json"
     command = [sys.executable, "-m", "scenarios.llama1b", "--real-cpu"]
@@ -116,10 +116,10 @@ def _clear(size: Size) -> dict[str, Any]:
 
 
 @contextmanager
-def worker_at(model: Path, certs: Path) -> Iterator[str]:
-    """A worker in a process of its own; where it is."""
+def worker_at(model: Path, certs: Path, more: Sequence[str] = ()) -> Iterator[str]:
+    """A worker in a process of its own, whose command is told `more`; where it is."""
     command = [sys.executable, "-m", "scenarios.worker", "--model", str(model)]
-    command += ["--listen", "localhost:0", "--tls", str(certs / "worker")]
+    command += ["--listen", "localhost:0", "--tls", str(certs / "worker"), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -133,6 +133,14 @@ def worker_at(model: Path, certs: Path) -> Iterator[str]:
         process.wait(30)
 
 
+def prepared(size: Size, place: Path, more: Sequence[str] = ()) -> Path:
+    """The model, prepared; where. more: for `scenarios.prepare`."""
+    figures = place / "prepared.json"
+    command = [sys.executable, "-m", "scenarios.prepare", "--json", str(figures)]
+    subprocess.run([*command, *size.model_options(), *more], check=True)
+    return Path(json.loads(figures.read_text())["directory"])
+
+
 def measure(size: Size) -> dict[str, Any]:
     """Runs of the wanted kinds in turn; medians over steps and rounds.
 
@@ -144,19 +152,15 @@ def measure(size: Size) -> dict[str, Any]:
         authority = Authority()
         authority.issue(place / "owner")
         authority.issue(place / "worker", ["localhost"])
-        figures = place / "prepared.json"
-        command = [sys.executable, "-m", "scenarios.prepare", "--json", str(figures)]
-        command += size.model_options()
-        subprocess.run(command, check=True)
-        model = Path(json.loads(figures.read_text())["directory"])
+        model = prepared(size, place)
         for turn in range(size.rounds):
             print(f"round {turn + 1} of {size.rounds}", flush=True)
             if "one" in runs:
-                runs["one"].append(_private(size, place, []))
+                runs["one"].append(private_run(size, place, []))
             if "two" in runs:
                 with worker_at(model, place) as address:
                     more = ["--worker", address, "--tls", str(place / "owner")]
-                    runs["two"].append(_private(size, place, more))
+                    runs["two"].append(private_run(size, place, more))
             if "clear" in runs:
                 runs["clear"].append(_clear(size))
     return _summary(size, runs)

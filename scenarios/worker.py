@@ -259,12 +259,12 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
         except OSError as error:
             raise _cannot_listen("--listen", args.listen, error) from error
         state.service, state.serving = service, not state.ending()
+        held = devices.catalogue.matrices
         log.event(
             "listening", address=f"{host}:{service.port}",
             tls="mutual-1.3" if tls else "none, this machine only",
             model=devices.catalogue.model_digest.hex(), multiplies=multiplies,
-            matrices=len(devices.catalogue.matrices),
-            weight_bytes=sum(m.in_features * m.out_features for m in devices.catalogue.matrices[::2]),
+            matrices=len(held), weight_bytes=sum(m.in_features * m.out_features for m in held[::2]),
         )  # fmt: skip
         state.wait_for_end()
         drain(service, args.drain_s, log)

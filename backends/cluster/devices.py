@@ -12,8 +12,10 @@ In sync with: docs/many-gpus.md.
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ def connect(address: str) -> None:
     try:
         if address != "auto":  # Ray itself tries for minutes, and then ends the process
             socket.create_connection(address_of(address), _REACH_S).close()
+        # It warns of what is wanted: that shards end with their placement.
+        logging.getLogger("ray.actor").setLevel(logging.ERROR)
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except AddressError:
         raise
@@ -132,7 +136,7 @@ class RayShards(Devices):
             *(np.frombuffer(payload, np.uint8) for payload, _ in requests),
         )  # fmt: skip
         try:
-            answers: Sequence[AnyPayload] = ray.get(found if len(requests) > 1 else [found])
+            answers: Sequence[AnyPayload] = ray.get(found)
         except RayTaskError as error:
             if isinstance(error.cause, ValueError):
                 raise ValueError("a shard refuses a request") from None
@@ -142,12 +146,27 @@ class RayShards(Devices):
 
 def release(part: WorkerPart) -> bool:
     """End the shards of a model, whoever made them; False when there were none."""
-    try:
-        place = get_placement_group(_name(part.catalogue.model_digest))
-    except ValueError:
+    name = _name(part.catalogue.model_digest)
+    place = _found(name)
+    if place is None:
         return False
-    remove_placement_group(place)  # and every actor in it
+    _end(name, place)
     return True
+
+
+def _found(name: str) -> PlacementGroup | None:
+    try:
+        return get_placement_group(name)
+    except ValueError:
+        return None
+
+
+def _end(name: str, place: PlacementGroup) -> None:
+    """Every shard, for good, and then its room: without that they would be started again."""
+    for i in range(place.bundle_count):
+        with suppress(ValueError):  # it was never made
+            ray.kill(ray.get_actor(f"{name}-{i}"))
+    remove_placement_group(place)
 
 
 def _name(model_digest: bytes) -> str:
@@ -166,10 +185,12 @@ def _room(kind: str) -> int:
 
 def _placed(name: str, count: int, kind: str) -> PlacementGroup:
     """Room for the shards, each where the others are not if possible: found, or made."""
-    try:
-        place = placement_group([{kind: 1.0}] * count, "SPREAD", name, lifetime="detached")
-    except RaySystemError:  # the name is taken: another front door came first
-        place = get_placement_group(name)
+    place = _found(name)
+    if place is None:
+        try:
+            place = placement_group([{kind: 1.0}] * count, "SPREAD", name, lifetime="detached")
+        except RaySystemError:  # another front door came first, a moment ago
+            place = get_placement_group(name)
     if place.bundle_count != count or set(place.bundle_specs[0]) != {kind}:
         raise ClusterError(
             f"the cluster has this model in {place.bundle_count} shards, each with "
@@ -193,5 +214,5 @@ def _loaded(shards: Sequence[Any], name: str) -> str:
         why = f"it has not loaded within {_LOAD_S:.0f} s"
     except RayActorError as error:  # the text of what ended it comes last
         why = str(error).strip().splitlines()[-1]
-    remove_placement_group(get_placement_group(name))
+    _end(name, get_placement_group(name))
     raise ClusterError(f"a shard cannot load: {why}")

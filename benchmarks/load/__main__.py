@@ -3,6 +3,7 @@
     python -m benchmarks.load --owners 16 --json FILE          two minutes
     python -m benchmarks.load --owners 16 --churn --json FILE  and owners that die, and new ones
     python -m benchmarks.load --owners 16 --soak 1800 --json FILE
+    python -m benchmarks.load --ray --kill --json FILE          a cluster of this machine instead
 
 The worker is a process as a user starts it, over mutual TLS 1.3 on loopback, with one layer of a
 small Llama, of random weights. An owner has the protocol's machine, a link and a certificate of its
@@ -18,6 +19,9 @@ really encrypt, and compare what they decrypt with the product in clear.
     wrong, lost           answers that differ; requests that were never answered
     rss_growth_mb         the worker's private memory: at the soak's end over after its first fifth
     errors                of a soak: answers that differ, or never came to owners that lived
+    ray_ratio             a step with one shard on Ray, over a step with the worker itself
+    ray_pause_s           longest time without a byte after a node, and its shard, was killed
+    ray_same_adapter      that training's adapter is as near to undisturbed ones as those are
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.store import PreparedModel
 from backends.net.remote import connected
 from backends.net.tls import Tls
-from backends.options import LANES, TOKENS, Number, Parser, Whole
+from backends.options import ALL, LANES, TOKENS, Modes, Number, Parser, Whole
+from benchmarks.load import cluster
 from benchmarks.load.live import Group, LiveWorker, live_worker
 from benchmarks.load.made import clear_product, make_place
 from scenarios import record
@@ -49,6 +54,7 @@ PROCESSES = 4
 CLOSE = 0.05
 """Relative error that a product may have: another owner's answer is off by more than 1."""
 CYCLES = 2
+RAY_STEPS, KILL_STEPS = 4, 40
 """Times that owners die and others come."""
 
 
@@ -270,8 +276,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def measure_cluster(args: argparse.Namespace) -> dict[str, Any]:
+    """What Ray costs, and what a node that dies does."""
+    figures = cluster.ratio(RAY_STEPS, args.repeats)
+    return figures | (cluster.kill(KILL_STEPS) if args.kill else {})
+
+
+MODES = Modes(
+    {"ray": "--ray", "load": "a run without --ray"},
+    lambda args: ("ray",) if args.ray else ("load",),
+    {"--kill": ("ray",)}
+    | dict.fromkeys(
+        ("--owners", "--width", "--tokens", "--lanes", "--rounds", "--encrypting", "--churn",
+         "--soak"), ("load",)
+    )
+    | dict.fromkeys(("--repeats", "--ray", "--json"), ALL),
+)  # fmt: skip
+
+
 def main() -> None:
-    parser = Parser(__doc__, "benchmarks.load")
+    parser = Parser(__doc__, "benchmarks.load", MODES)
     add = parser.add_argument
     add("--owners", type=Whole(1, 64), default=16, help="at once (16)")
     add("--width", type=Whole(64, 8192), default=2048, help="of the layer (2048)")
@@ -284,10 +308,12 @@ def main() -> None:
     add("--encrypting", type=Whole(1, 8), default=2, help="owners that really encrypt (2)")
     add("--churn", action="store_true", help="owners die while they work, and new ones come")
     add("--soak", type=Number(10, 86_400), default=0.0, metavar="SECONDS", help="and so long of it")
+    add("--ray", action="store_true", help="what shards on a Ray cluster cost, and nothing else")
+    add("--kill", action="store_true", help="and what happens when a node of it dies")
     record.add_json_option(parser)
     args = parser.parse()
     with clean_exit():
-        figures = measure(args)
+        figures = measure_cluster(args) if args.ray else measure(args)
     for name, value in figures.items():
         print(f"{name:<24}{value}")
     record.write(args.json, figures)

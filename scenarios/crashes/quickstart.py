@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,16 @@ class Outcome:
 
 
 class Run:
-    """One quickstart: an owner, a worker, and a line between them, over TLS."""
+    """One quickstart: an owner, a worker, and a line between them, over TLS.
 
-    def __init__(self, place: Path, certificates: Path, cache: Path, steps: int) -> None:
+    worker  what more the worker's command is told
+    """
+
+    def __init__(
+        self, place: Path, certificates: Path, cache: Path, steps: int, worker: Sequence[str] = ()
+    ) -> None:
         self._place, self._certificates, self._cache = place, certificates, cache
-        self._steps, self._cold = steps, Cold()
+        self._steps, self._cold, self._told = steps, Cold(), worker
         self._port = free_port()
         self.line = Line(self._port)
         place.mkdir(parents=True)
@@ -70,7 +76,7 @@ class Run:
         self._worker = self._cold.start(
             "scenarios.worker",
             ["--model", str(model), "--listen", f"{HOST}:{self._port}",
-             "--tls", str(self._certificates / "worker"), "--verbose"],
+             "--tls", str(self._certificates / "worker"), "--verbose", *self._told],
             self._place / "worker.log",
         )  # fmt: skip
         return self._worker
@@ -183,16 +189,21 @@ def compare(undisturbed: list[Outcome], disturbed: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(
-    certificates: Path, place: Path, seed: int, steps: int
-) -> tuple[dict[str, Any], str | None]:
-    """The three runs: the figures, and one line about what was found, if anything."""
-    cache = place / "cache"
-    log = place / "prepare.log"
+def prepare_base(place: Path) -> Path:
+    """The cache with the quickstart's model, prepared. Raises Failure when that goes wrong."""
+    cache, log = place / "cache", place / "prepare.log"
     place.mkdir(parents=True, exist_ok=True)
     child = Cold().start("scenarios.prepare", ["--weights", str(_BASE), "--cache", str(cache)], log)
     if wait(child, _STUCK_S) != 0:
         raise Failure(f"no model could be prepared; see {log}")
+    return cache
+
+
+def run(
+    certificates: Path, place: Path, seed: int, steps: int
+) -> tuple[dict[str, Any], str | None]:
+    """The three runs: the figures, and one line about what was found, if anything."""
+    cache = prepare_base(place)
     outcomes: list[Outcome] = []
     disturber = Disturber()
     with tqdm(total=3, unit="run", desc="quickstart") as bar:
