@@ -89,7 +89,7 @@ def simulated_parts(workload: Workload, profile: DeviceProfile) -> dict[str, flo
     return {
         "layers": sum(c.seconds for c in costs.layers if c) + costs.update.seconds,
         "cipher": sum(costs.encrypt[m].seconds + costs.decrypt[m].seconds for m in asked),
-        "products": sum(costs.multiply[m].seconds for m in asked),
+        "products": sum(costs.multiply(m, workload.tokens).seconds for m in asked),
         "rest": 0.0,
     }
 

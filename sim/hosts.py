@@ -29,6 +29,7 @@ from protocol.events import (
     Start,
     TaskDone,
 )
+from protocol.fair import FairQueue
 from protocol.messages import SESSION_BYTES
 from protocol.owner import Owner
 from protocol.owner_tables import State
@@ -108,13 +109,21 @@ class Costs:
         shapes = workload.matrices
         self.encrypt = [one(owner, encrypt_work(m, tokens, parameters), "encrypt") for m in shapes]
         self.decrypt = [one(owner, decrypt_work(m, tokens, parameters), "decrypt") for m in shapes]
-        self.multiply = [one(worker, multiply_work(m, tokens), "multiply") for m in shapes]
+        self._worker, self._shapes = worker, shapes
+        self._products: dict[tuple[int, int], Cost] = {}
         self.layers = [
             None if isinstance(item, Linear) else _chain(owner, item.parts, "local")
             for item in workload.lane
         ]
         more = (lanes - 1) * workload.accumulate
         self.update = _chain(owner, (workload.update, more), "update")
+
+    def multiply(self, matrix: int, tokens: int) -> Cost:
+        """A worker's product of so many tokens, of whichever requests."""
+        if (matrix, tokens) not in self._products:
+            work = multiply_work(self._shapes[matrix], tokens)
+            self._products[matrix, tokens] = Cost(*self._worker.cost(work, "multiply"))
+        return self._products[matrix, tokens]
 
 
 def _chain(profile: DeviceProfile, parts: Sequence[Work], task: str) -> Cost:
@@ -126,8 +135,20 @@ def _chain(profile: DeviceProfile, parts: Sequence[Work], task: str) -> Cost:
     return Cost(seconds, min(sum(s * demand for s, demand in costs) / seconds, profile.cores))
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request that waits for a worker's device."""
+
+    owner: OwnerHost
+    call: int
+    work: MultiplyCiphertext
+    queued_s: float
+    done: Callable[[TaskEnd], None]
+
+
 class WorkerHost:
-    """A worker's machine and its device."""
+    """A worker's machine and its device: which requests it computes next, and which together, the
+    real queue decides."""
 
     def __init__(self, world: World, index: int, processor: Processor | None) -> None:
         self.name = f"worker{index}"
@@ -139,6 +160,9 @@ class WorkerHost:
         machine = Worker(world.catalogue, unlimited)
         self._actor = Actor(world.env, self.name, machine, self._transmit, self._perform)
         self._asked = ("", 0)
+        self._queue: FairQueue[int] = FairQueue(WorkerConfig().max_tokens)
+        self._waiting: dict[int, _Asked] = {}
+        self._computing = False
 
     def arrive(self, peer: str, frame: bytes) -> None:
         """A frame of an owner has arrived."""
@@ -156,18 +180,37 @@ class WorkerHost:
     def _perform(self, run: RunTask, done: Callable[[TaskEnd], None]) -> None:
         work, world = run.work, self._world
         assert isinstance(work, MultiplyCiphertext)
-        shape, tokens = world.config.workload.matrices[work.matrix], work.tokens
-        owner, call = world.owners[self._asked[0]], self._asked[1]
-        lane = owner.lane_of(call)
+        peer, call = self._asked
+        shape = world.config.workload.matrices[work.matrix]
+        self._waiting[run.task] = _Asked(world.owners[peer], call, work, world.env.now, done)
+        size = shape.up_bytes(work.tokens) + shape.down_bytes(work.tokens)
+        self._queue.push(run.task, peer, work.matrix, work.tokens, size)
+        if not self._computing:
+            self._compute_next()
 
-        def ended(queued_s: float, started_s: float, ended_s: float) -> None:
-            if owner.recorded:
-                times = (queued_s, started_s, ended_s)
-                _record(world, f"{self.name}/gpu", shape.name, "worker", times, lane, call)
-            done(TaskDone(run.task, phantom(shape.down_bytes(tokens), tokens)))
+    def _compute_next(self) -> None:
+        tasks = self._queue.pop()
+        self._computing = bool(tasks)
+        if not tasks:
+            return
+        asked = {task: self._waiting.pop(task) for task in tasks}
+        works = [one.work for one in asked.values()]
+        cost = self._world.costs.multiply(works[0].matrix, sum(work.tokens for work in works))
 
-        cost = world.costs.multiply[work.matrix]
+        def ended(_: float, started_s: float, ended_s: float) -> None:
+            self._compute_next()
+            for task, one in asked.items():
+                self._answer(task, one, started_s, ended_s)
+
         self.device.submit_cost(cost.seconds, cost.demand, ended)
+
+    def _answer(self, task: int, one: _Asked, started_s: float, ended_s: float) -> None:
+        world, tokens = self._world, one.work.tokens
+        shape = world.config.workload.matrices[one.work.matrix]
+        if one.owner.recorded:
+            times, lane = (one.queued_s, started_s, ended_s), one.owner.lane_of(one.call)
+            _record(world, f"{self.name}/gpu", shape.name, "worker", times, lane, one.call)
+        one.done(TaskDone(task, phantom(shape.down_bytes(tokens), tokens)))
 
 
 class OwnerHost:
