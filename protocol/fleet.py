@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol.owner_memory import Call, OwnerConfig, Peer
 from protocol.owner_tables import CallState, State
@@ -16,17 +17,18 @@ _SLOWER = 8
 """A worker may be so many times slower than the fastest other one, and is waited for."""
 
 
-@dataclass
-class Load:
+class Load(NamedTuple):
     """What is in flight to one worker: requests, and bytes of them and of their answers."""
 
     requests: int = 0
     size: int = 0
 
-    def add(self, call: Call) -> None:
-        """One request more."""
-        self.requests += 1
-        self.size += call.size
+    def more(self, call: Call) -> Load:
+        """With one request more."""
+        return Load(self.requests + 1, self.size + call.size)
+
+
+_IDLE = Load()
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class Fleet:
 
     def loads(self) -> dict[str, Load]:
         """What is in flight to every worker that is ready."""
-        found = {peer.name: Load() for peer in self.peers.values() if peer.state is State.READY}
+        ready = [peer.name for peer in self.peers.values() if peer.state is State.READY]
+        found = dict.fromkeys(ready, _IDLE)
         for call in self.calls.values():
             if call.state is CallState.IN_FLIGHT and call.peer in found:
-                found[call.peer].add(call)
+                found[call.peer] = found[call.peer].more(call)
         return found
 
     def choose(self, call: Call, loads: Mapping[str, Load], but: Container[str] = ()) -> str | None:

@@ -364,7 +364,7 @@ class Owner:
                 continue
             chosen = self._fleet.choose(call, loads)
             if chosen is not None:
-                loads[chosen].add(call)
+                loads[chosen] = loads[chosen].more(call)
                 effects += self._dispatch(call, chosen)
         return effects
 

@@ -76,6 +76,9 @@ class Network:
         self._routes: dict[tuple[str, str], Route] = {}
         self._busy: dict[Route, None] = {}
         self._loose: dict[Route, None] = {}  # of these, those in no crowd
+        # When each of those ends next, and ends that it no longer has: told by `Route.ends_at`.
+        self._ends: list[tuple[float, int, Route]] = []
+        self._ends_seen = 0
         self._crowds: dict[Crowd, None] = {}
         self._started = 0
         self._sharings = 0
@@ -333,11 +336,22 @@ class Network:
             for route in routes:
                 rate = route.rate
                 left = route.flows[0][0] - route.level
-                route.ends_at = now + left / rate if rate else math.inf
+                ends_at = now + left / rate if rate else math.inf
+                if ends_at != route.ends_at:
+                    route.ends_at = ends_at
+                    self._ends_seen += 1
+                    heappush(self._ends, (ends_at, self._ends_seen, route))
+
+    def _next_end(self) -> float:
+        """When the next flow of a route in no crowd ends."""
+        ends = self._ends
+        while ends and not (ends[0][0] == ends[0][2].ends_at and ends[0][2] in self._loose):
+            heappop(ends)
+        return ends[0][0] if ends else math.inf
 
     def _watch(self) -> None:
         """Have an event by the time the next flow ends."""
-        ends_at = min([route.ends_at for route in self._loose], default=math.inf)
+        ends_at = self._next_end()
         for crowd in self._crowds:
             ends_at = min(ends_at, crowd.ends_at)
         if ends_at < self._wake_at:
@@ -355,9 +369,12 @@ class Network:
         departed: list[Callable[[], None]] = []
         for crowd in list(self._crowds):
             changed += self._end_in(crowd, departed)
-        for route in [route for route in self._loose if route.ends_at <= now]:
+        due: dict[Route, None] = {}
+        while self._next_end() <= now:
+            due[heappop(self._ends)[2]] = None
+        for route in due:
             # `ends_at` decides, not the level: rounding may have left a sliver of a byte.
-            route.level = route.flows[0][0]
+            route.level, route.ends_at = route.flows[0][0], math.inf
             route.since = now
             self._end_flows(route, departed)
             changed.append(route)
