@@ -2,6 +2,7 @@
 
     python -m benchmarks.fidelity --json benchmarks/results/fidelity.json
     python -m benchmarks.fidelity --network --json benchmarks/results/fidelity-network.json
+    python -m benchmarks.fidelity --load --json benchmarks/results/fidelity-load.json
 
 The real side trains through the in-process driver: the quickstart's model, and two layers of the
 Llama-3.2-1B's width with random weights, with 1, 2 and 4 lanes of 64 and 256 tokens. The
@@ -11,6 +12,9 @@ round after round, so that a machine that changes speed changes both, and on bot
 half of what nothing else disturbed counts; the plain median of all steps is recorded beside it.
 
 Rounds go on until every case has enough steps during which nothing else ran, or the time is up.
+
+With --load, owners ask a worker of one core what they encrypted before, 2 to 16 of them at once (two
+cores; five minutes). See `benchmarks/fidelity_load.py`.
 
 With --network, owner and worker are two processes in network namespaces of their own, joined by a
 line of 100 Mb/s or 1 Gb/s and a round trip of 1, 20 or 80 ms, over TLS (root; Linux with tun and a
@@ -38,7 +42,7 @@ from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import Base, RandomBase
 from backends.nn.trainer import TrainConfig, Trainer
 from backends.options import ALL, SECONDS, TIMES, Modes, Number, Parser, place
-from benchmarks import fidelity_network
+from benchmarks import fidelity_load, fidelity_network
 from benchmarks.fidelity_network import NoLineError
 from benchmarks.steps import Steps
 from scenarios import record
@@ -62,13 +66,15 @@ ENOUGH = 5
 """Undisturbed steps of every case that end the rounds."""
 
 MODES = Modes(
-    {"here": "a run in this process (without --network)", "network": "--network"},
-    lambda args: ("network",) if args.network else ("here",),
     {
-        "--minutes": ("here",), "--network": ALL, "--cache": ALL, "--json": ALL,
-        **dict.fromkeys(
-            ("--rounds", "--seconds", "--patience", "--congestion", "--profile"), ("network",)
-        ),
+        "here": "a run in this process (without --network)", "network": "--network",
+        "load": "--load",
+    },
+    lambda args: ("network",) if args.network else ("load",) if args.load else ("here",),
+    {
+        "--minutes": ("here",), "--network": ("network", "here"), "--load": ("load", "here"),
+        "--cache": ("here", "network"), "--json": ALL, "--profile": ("network", "load"),
+        **dict.fromkeys(("--rounds", "--seconds", "--patience", "--congestion"), ("network",)),
     },
 )  # fmt: skip
 
@@ -183,7 +189,9 @@ def main() -> None:
     parser = Parser(__doc__, "benchmarks.fidelity", MODES)
     parser.add_argument("--minutes", type=Number(0.01, 1440), default=6.0,
         help="time limit of the rounds (6)")  # fmt: skip
-    parser.add_argument("--network", action="store_true", help="over real lines, see above")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--network", action="store_true", help="over real lines, see above")
+    ways.add_argument("--load", action="store_true", help="a worker with many owners, see above")
     group = parser.add_argument_group("with --network")
     group.add_argument("--rounds", type=TIMES, default=1, help="visits to every line (1)")
     group.add_argument("--seconds", type=SECONDS, default=20.0,
@@ -192,8 +200,9 @@ def main() -> None:
         help="seconds that a cell waits for other processes to end (60)")  # fmt: skip
     group.add_argument("--congestion", default="cubic", metavar="NAME",
         help="TCP's congestion control at both ends (cubic, as most systems have)")  # fmt: skip
-    group.add_argument("--profile", type=place, metavar="FILE",
-        help="one core's profile, of an earlier `taskset -c 0 python -m sim.calibrate --out FILE`",
+    parser.add_argument("--profile", type=place, metavar="FILE",
+        help="with --network or --load: one core's profile, of an earlier `taskset -c 0 python -m "
+        "sim.calibrate --out FILE`",
     )  # fmt: skip
     add_cache_option(parser)
     record.add_json_option(parser)
@@ -202,6 +211,10 @@ def main() -> None:
         with clean_exit(NoLineError, ProfileError):
             use_kernel(None)
             fidelity_network.run(args)
+        return
+    if args.load:
+        with clean_exit(NoLineError, ProfileError):
+            fidelity_load.run(args)
         return
     with clean_exit():
         kernel = use_kernel(None)

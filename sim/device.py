@@ -20,7 +20,8 @@ Kinds of operations (the keys of `Work.operations` and `DeviceProfile.rates`):
     ring_row   one output row of one block's ring arithmetic: rank products and one inverse NTT
     value      one element of a ciphertext that is made, opened or checked
     wire       one byte of a frame that is sent or received over TLS, on one core; a profile without
-               such a rate takes it for free
+               such a rate takes it for free. Its overhead, "frame", is of a frame of any size:
+               a profile need not have it
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ class WorldConfig:
     graph      a topology of one's own, with hosts owner0.. and worker0..; else a star
     placement  which worker holds which matrix; without one every worker holds all, and each
                owner prefers another one
+    together   all owners are on one machine, and share its cores
     steps      steps every owner takes and that count, after `warmup` that do not
     stagger    start owners at drawn moments of their first step instead of all at once
     streams    one connection from each side to each of the others, on which frames follow each
@@ -83,6 +84,7 @@ class WorldConfig:
     graph: nx.Graph | None = None
     placement: Placement | None = None
     in_process: bool = False
+    together: bool = False
     steps: int = 3
     warmup: int = 0
     seed: int = 0
@@ -184,10 +186,14 @@ class World:
             for i in range(config.owners):
                 self.network.set_direction("internet", f"owner{i}", down)
         self._streams: dict[tuple[str, str], Stream] = {}
-        processor = Processor(self.env, config.owner.cores) if config.in_process else None
+        shared = config.in_process or config.together
+        processor = Processor(self.env, config.owner.cores) if shared else None
         self.workers = {
             host.name: host
-            for host in (WorkerHost(self, i, processor) for i in range(config.workers))
+            for host in (
+                WorkerHost(self, i, processor if config.in_process else None)
+                for i in range(config.workers)
+            )
         }
         recorded = config.owners if config.record_owners is None else config.record_owners
         self.owners = {
@@ -259,7 +265,11 @@ class World:
         They encrypt, copy and decrypt while the frame is on its way, as far as they keep up.
         """
         costs = [
-            (host.processor, size / profile.rates["wire"], min(1.0, profile.cores))
+            (
+                host.processor,
+                size / profile.rates["wire"] + profile.overhead_s.get("frame", 0.0),
+                min(1.0, profile.cores),
+            )
             for host, profile in (self._host(source), self._host(target))
             if "wire" in profile.rates
         ]

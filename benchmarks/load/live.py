@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +31,11 @@ class LiveWorker:
         found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.M)
         return 1024 * sum(map(int, found)) / 1e6
 
+    def processor_s(self) -> float:
+        """Processor time that it has used so far, in ticks of proc(5)."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def count(self, name: str) -> float:
         """One of its counters."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as page:
@@ -40,12 +46,13 @@ class LiveWorker:
 
 
 @contextmanager
-def live_worker(place: Path) -> Iterator[LiveWorker]:
-    """`python -m scenarios.worker` over TLS on loopback, drained at the end.
+def live_worker(place: Path, core: int | None = None) -> Iterator[LiveWorker]:
+    """`python -m scenarios.worker` over TLS on loopback, drained at the end; on one core, if said.
 
     Raises RuntimeError when it does not start, or does not end as it should.
     """
-    command = [sys.executable, "-m", "scenarios.worker", "--model", str(place / "model")]
+    command = [*on_core(core), sys.executable, "-m", "scenarios.worker"]
+    command += ["--model", str(place / "model")]
     command += ["--listen", "localhost:0", "--tls", str(place / "worker"), "--metrics", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -67,14 +74,27 @@ def live_worker(place: Path) -> Iterator[LiveWorker]:
             raise RuntimeError(f"the worker ended with status {process.returncode}")
 
 
+def on_core(core: int | None) -> list[str]:
+    """What a command begins with to stay on a core; nothing for None."""
+    return [] if core is None else ["taskset", "-c", str(core)]
+
+
 class Group:
     """Some owners in one process, see `owners`; they begin when told to."""
 
     def __init__(
-        self, place: Path, worker: str, names: Sequence[str], tokens: int, rounds: int, lanes: int
-    ) -> None:
+        self, place: Path, worker: str, names: Sequence[str], tokens: int, rounds: int, lanes: int,
+        core: int | None = None,
+    ) -> None:  # fmt: skip
         self.names = names
-        command = [sys.executable, "-m", "benchmarks.load.owners", str(place), worker]
+        command = [
+            *on_core(core),
+            sys.executable,
+            "-m",
+            "benchmarks.load.owners",
+            str(place),
+            worker,
+        ]
         command += [str(tokens), str(rounds), str(lanes), *names]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -106,5 +126,5 @@ class Group:
         told, _ = self._process.communicate()
         found = [json.loads(line) for line in told.splitlines()]
         silent = set(self.names) - {one["name"] for one in found}
-        nothing = {"right": 0, "wrong": 0, "lost": 1, "seconds": float("nan")}
+        nothing = {"right": 0, "wrong": 0, "lost": 1, "seconds": float("nan"), "rounds_s": []}
         return found + [{"name": name, **nothing} for name in sorted(silent)]

@@ -6,7 +6,8 @@ An owner here has the protocol's machine, a link and a certificate of its own, a
 encrypted before (`made.Recording`), so that the processor is the worker's. It asks for every matrix
 in turn, `ROUNDS` times in each lane, and compares each answer with the one it got alone, bit for
 bit. Prints "ready" when all have been welcomed, begins when a line comes on its standard input, and
-prints one JSON object an owner as it ends.
+prints one JSON object an owner as it ends: `processor_s` is its process's, `rounds_s` are the
+seconds of its rounds, one lane after the other.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class Owner:
         self._x = np.zeros((tokens, 1), np.float32)
         self._lock = threading.Lock()
         self.right = self.wrong = self.lost = 0
-        self.seconds = 0.0
+        self.seconds = self.processor_s = 0.0
+        self.rounds_s: list[float] = []
 
     def welcomed(self) -> None:
         """Until the worker has answered a request."""
@@ -103,19 +105,22 @@ class Owner:
 
     def work(self, rounds: int, lanes: int) -> None:
         """Ask for every matrix so often in each lane, and say how it went."""
-        start = time.perf_counter()
+        start, processor_s = time.perf_counter(), time.process_time()
         threads = [threading.Thread(target=self._lane, args=(rounds,)) for _ in range(lanes)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         self.seconds = time.perf_counter() - start
-        facts = ("name", "right", "wrong", "lost", "seconds")
+        self.processor_s = time.process_time() - processor_s
+        facts = ("name", "right", "wrong", "lost", "seconds", "processor_s", "rounds_s")
         print(json.dumps({fact: getattr(self, fact) for fact in facts}), flush=True)
 
     def _lane(self, rounds: int) -> None:
         right = wrong = lost = 0
+        took_s = []
         for _ in range(rounds):
+            start = time.perf_counter()
             for matrix, recording in enumerate(self._recordings):
                 try:
                     answer = self._client.linear(matrix, self._x)
@@ -124,7 +129,9 @@ class Owner:
                     continue
                 same = np.array_equal(answer, recording.answer)
                 right, wrong = right + same, wrong + (not same)
+            took_s.append(time.perf_counter() - start)
         with self._lock:
+            self.rounds_s += took_s
             self.right, self.wrong, self.lost = (
                 self.right + right, self.wrong + wrong, self.lost + lost,
             )  # fmt: skip
