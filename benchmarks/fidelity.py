@@ -13,8 +13,8 @@ half of what nothing else disturbed counts; the plain median of all steps is rec
 
 Rounds go on until every case has enough steps during which nothing else ran, or the time is up.
 
-With --load, owners ask a worker of one core what they encrypted before, 2 to 16 of them at once (two
-cores; five minutes). See `benchmarks/fidelity_load.py`.
+With --load, 2 to 16 owners at once ask a worker of one core, with ciphertexts made before (two
+cores; ten minutes). See `benchmarks/fidelity_load.py`.
 
 With --network, owner and worker are two processes in network namespaces of their own, joined by a
 line of 100 Mb/s or 1 Gb/s and a round trip of 1, 20 or 80 ms, over TLS (root; Linux with tun and a

@@ -42,6 +42,7 @@ from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType
+from urllib.parse import urlsplit
 
 from backends.errors import UserError
 from backends.he.descriptors import require_descriptors
@@ -50,6 +51,7 @@ from backends.net.addresses import address_of
 from backends.net.counts import Counts
 from backends.net.devices import Devices, OneDevice
 from backends.net.listening import Limits
+from backends.net.loop import Hooks
 from backends.net.pages import StatusPages
 from backends.net.serving import Service, serving
 from backends.net.tls import Tls, require_loopback
@@ -73,7 +75,7 @@ MODES = Modes(
         (
             "--model", "--listen", "--tls", "--backend", "--max-tokens", "--links-per-owner",
             "--links", "--owner-requests", "--owner-mb", "--owner-mb-per-s", "--drain-s",
-            "--metrics", "--log-format", "--verbose", "--ray",
+            "--metrics", "--log-format", "--verbose", "--ray", "--traces",
         ),
         ALL,
     ),
@@ -84,8 +86,8 @@ class ListenError(UserError):
     """The worker cannot listen where it was told to."""
 
 
-class MissingRayError(UserError):
-    """Ray is not installed."""
+class MissingError(UserError):
+    """What an option needs is not installed."""
 
 
 class WorkerFailedError(UserError):
@@ -121,15 +123,30 @@ def shards_of(args: argparse.Namespace, log: EventLog, stack: ExitStack) -> tupl
     return shards, f"{shards.name}, {shards.count} shards"
 
 
+def extra(module: str, option: str, name: str) -> ModuleType:
+    """A module that needs what not every worker has. Raises MissingError where it is not there."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingError(f"{option} needs more: pip install 'private-lora[{name}]'") from error
+
+
+def traced(endpoint: str | None, devices: Devices, stack: ExitStack) -> Hooks | None:
+    """What sends OpenTelemetry spans to an endpoint, until `stack` ends; None without one."""
+    if endpoint is None:
+        return None
+    spans = extra("backends.net.spans", "--traces", "traces").Spans(devices.catalogue, endpoint)
+    stack.callback(spans.close)
+    hooks: Hooks = spans.hooks
+    return hooks
+
+
 def joined(address: str) -> ModuleType:
     """`backends.cluster.devices`, in a Ray cluster that it has joined.
 
-    Raises ClusterError when there is none, MissingRayError where Ray is not installed.
+    Raises ClusterError when there is none, MissingError where Ray is not installed.
     """
-    try:
-        cluster = import_module("backends.cluster.devices")
-    except ModuleNotFoundError as error:
-        raise MissingRayError("--ray needs Ray: pip install 'private-lora[ray]'") from error
+    cluster = extra("backends.cluster.devices", "--ray", "ray")
     cluster.connect(address)
     return cluster
 
@@ -245,6 +262,7 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
     with status_pages(args.metrics, counts, state) as pages, ExitStack() as stack:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
         devices, multiplies = devices_of(args, log, stack)
+        hooks = traced(args.traces, devices, stack)
         limits = Limits(min(args.links_per_owner, args.links), args.links)
         require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
         state.listen_to_signals()
@@ -252,7 +270,7 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
             service = stack.enter_context(
                 serving(
                     devices, host, port, tls,
-                    WorkerConfig(args.max_tokens, quota_of(args)), limits,
+                    WorkerConfig(args.max_tokens, quota_of(args)), limits, hooks,
                     counts=counts, tell=log.on_line, on_crash=state.end,
                 )
             )  # fmt: skip
@@ -321,10 +339,21 @@ def parsed() -> argparse.Namespace:
     add("--metrics", type=with_host, metavar="[HOST:]PORT",
         help="serve /metrics, /healthz and /readyz there, over plain HTTP to whoever can reach it "
         "(on 127.0.0.1 when only a port is given); nothing without")  # fmt: skip
+    add("--traces", type=collector, metavar="URL",
+        help="send OpenTelemetry spans of requests there, as http://localhost:4318/v1/traces; they "
+        "name no owner")  # fmt: skip
     add("--log-format", choices=FORMATS, default="text", help="of a line an event (text)")
     add("--verbose", action="store_true", help="also say which frames are dropped, and why")
     add_kernel_option(parser)
     return parser.parse()
+
+
+def collector(text: str) -> str:
+    """Where OTLP over HTTP is taken."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address like http://HOST:4318/v1/traces")
+    return text
 
 
 def with_host(text: str) -> str:

@@ -97,7 +97,7 @@ def test_only_a_simulation_needs_simpy() -> None:
 
 SERVERS = (
     "scenarios.worker", "backends.serve", "backends.net.serving", "backends.net.listening",
-    "backends.net.worker", "backends.cluster.devices",
+    "backends.net.worker", "backends.cluster.devices", "backends.net.spans",
     "backends.he.mlwe_worker", "backends.he.cuda.worker", "backends.he.openfhe.worker",
 )  # fmt: skip
 """What runs where the owner's text must never be."""

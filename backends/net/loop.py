@@ -101,7 +101,8 @@ class Hooks:
     They are told of private values too, and must keep numbers and names only.
 
     observe  (event, effects), on the loop's thread, before the effects take effect
-    on_task  (task, work, started, ended) of a compute task, on its thread
+    on_task  (task, work, started, ended) of a compute task, on its thread, before its end is an
+             event
     on_call  (call, asked, answered) of a lane's remote linear, on the lane's thread
     """
 
@@ -295,5 +296,5 @@ class MachineLoop:
             end = time.perf_counter()
             for (task, work), result in zip(tasks, results, strict=True):
                 self.meter.add_task(type(work).__name__, (end - start) / len(tasks))
-                self.post(TaskDone(task, result))
                 self._on_task(task, work, start, end)
+                self.post(TaskDone(task, result))
