@@ -96,7 +96,7 @@ NAMED = {
     "tests/scenarios/test_families.py": ("FAMILIES", "MORE"),
     "tests/test_house.py": ("SERVERS", "SECRET_HOLDERS", "OWNERS_ONLY"),
     "tests/he/test_conformance.py": (),
-    "backends/he/conformance.py": ("CHECKS",),
+    "backends/he/conformance/__init__.py": ("CHECKS",),
     "backends/he/scaled.py": ("class ScaledOwner", "def _seal", "def _open"),
     "backends/he/wire.py": ("class Packing",),
     "benchmarks/zoo/configs.py": ("RULES", "SPECIAL"),

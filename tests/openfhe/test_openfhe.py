@@ -49,12 +49,13 @@ def test_openfhe_conforms(name: str, check: Callable[[Scheme], None]) -> None:
 def test_bfv_is_exact() -> None:
     """To the last integer, at the largest result there can be, of many inputs."""
     case = Case(scheme_of("openfhe-bfv"), 300, 2)
-    x = case.weight[:1].astype(np.float32) * np.float32(0.37)  # along a row: as large as can be
+    # Along a row, as large as can be.
+    x = (case.weight[:1] / case.matrix.in_scale * 0.37).astype(np.float32)
     sent, answer = case.ask(x)
     owner = case.owner
     assert isinstance(owner, OpenFheOwner)
     found = owner._open(sent.sealed.key, answer, 1, 2)
-    message = np.rint(x.astype(np.float64) / sent.sealed.inverse[:, None])
+    message = np.rint(x.astype(np.float64) * case.matrix.in_scale / sent.sealed.inverse[:, None])
     assert np.array_equal(found, message @ case.weight.T.astype(np.float64))
     assert np.abs(found).max() > 0.9 * scheme.BFV_PLAIN / 2
 
