@@ -140,7 +140,8 @@ class Bench:
 
     def __init__(self, patch: pytest.MonkeyPatch, place: Path) -> None:
         self.found: dict[str, tuple[dict[str, Any] | None, int]] = {
-            "transport": ({"goodput_mb_s": 900.0}, 0), "peers": ({"bytes_ratio": 0.3}, 0),
+            "transport": ({"goodput_mb_s": 450.0, "plain_goodput_mb_s": 900.0}, 0),
+            "peers": ({"bytes_ratio": 0.3}, 0),
             "fidelity": ({"median_error": 0.1, "worst_error": 0.2}, 0),
         }  # fmt: skip
         self.taken: list[str] = []
@@ -208,7 +209,7 @@ def test_what_is_there_from_this_commit_is_not_measured_again(
     assert len(told) == 12
     assert told[0] == {
         "name": "transport", "date": "2026-01-01", "commit": "abc", "machine": Bench.HERE,
-        "headline": {"MB/s of payload": 900.0},
+        "headline": {"payload a second over plain text's": 0.5},
     }  # fmt: skip
     for nameless in ("def-dirty", "unknown"):
         bench.move(nameless)
@@ -275,15 +276,15 @@ def test_a_page_sets_each_machine_against_itself(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of more cores has another table, and is no earlier figure of this one."""
-    for commit, cores, speed in (("abc", 2, 900.0), ("abc", 4, 1800.0), ("def", 2, 901.0)):
+    for commit, cores, speed in (("abc", 2, 0.5), ("abc", 4, 0.75), ("def", 2, 0.625)):
         bench.move(commit, cores)
-        bench.found["transport"] = ({"goodput_mb_s": speed}, 0)
+        bench.found["transport"] = ({"goodput_mb_s": speed, "plain_goodput_mb_s": 1.0}, 0)
         bench.go()
     monkeypatch.setattr(comparison_figures, "MACHINES", bench.place)
     two, four = comparison_figures.machines().split("4 cores of one")
     assert "2 cores of one" in two
-    assert "| 901 | `def`, 2026-01-01 | 900 (`abc`, 2026-01-01) |" in two
-    assert "| 1800 | `abc`, 2026-01-01 | none |" in four
+    assert "| 0.625 | `def`, 2026-01-01 | 0.5 (`abc`, 2026-01-01) |" in two
+    assert "| 0.75 | `abc`, 2026-01-01 | none |" in four
 
 
 def test_a_library_that_says_a_lot_is_not_stopped(
