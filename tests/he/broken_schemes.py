@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -419,6 +420,62 @@ class FirstIsEnough(SkeletonOwner):
         return super().weakness(matrices[:1])
 
 
+class Forward(SkeletonWorker):
+    """Cannot tell the directions of a square apart."""
+
+    def load(self, weight: Any, forward: bool, form: Any) -> Any:
+        return super().load(weight, forward or weight.shape[0] == weight.shape[1], form)
+
+
+class Worn(SkeletonOwner):
+    """Believes what is said twice."""
+
+    def decrypt(self, sealed: Any, payload: Any, *a: Any) -> Any:
+        try:
+            return super().decrypt(sealed, payload, *a)
+        except WrongAnswerError:
+            if sealed.__dict__.get("told") != bytes(payload):
+                sealed.told = bytes(payload)
+                raise
+            sealed.expected, self._unverified = None, True
+            return super().decrypt(sealed, payload, *a)
+
+
+class Trusting(SkeletonOwner):
+    """Checks nobody who has been right for long."""
+
+    def decrypt(self, sealed: Any, *a: Any) -> Any:
+        self.right = self.__dict__.get("right", 0) + 1
+        if self.right > 20:
+            sealed.expected, self._unverified = None, True
+        return super().decrypt(sealed, *a)
+
+
+class Diarist(SkeletonOwner):
+    """Keeps the last input."""
+
+    def encrypt(self, x: Any, matrix: Any) -> Encrypted:
+        self.last = np.array(x)
+        return super().encrypt(x, matrix)
+
+
+class OneKeyARequest(SkeletonOwner):
+    """Has one key for all tokens of a request."""
+
+    def _random(self, *shape: int) -> NDArray[np.uint64]:
+        if len(shape) > 2 or shape[1] != DIMENSION:
+            return super()._random(*shape)
+        return np.repeat(super()._random(1, DIMENSION), shape[0], axis=0)
+
+
+class Logger(SkeletonOwner):
+    """Logs how large inputs are."""
+
+    def encrypt(self, x: Any, matrix: Any) -> Encrypted:
+        logging.getLogger("scheme").warning("a norm of %f", np.abs(x).max())
+        return super().encrypt(x, matrix)
+
+
 BROKEN: list[tuple[type, Callable[[Scheme], None]]] = [
     (OffByALittle, conformance.products_are_right),
     (TakesNothingForSomething, conformance.products_are_right_at_any_scale),
@@ -465,4 +522,10 @@ BROKEN: list[tuple[type, Callable[[Scheme], None]]] = [
     (Remembers, conformance.old_answers_are_refused),
     (Partly, conformance.a_lie_anywhere_is_found),
     (FirstIsEnough, conformance.nothing_unchecked_is_delivered),
+    (Forward, conformance.products_are_right),
+    (Worn, conformance.old_answers_are_refused),
+    (Trusting, conformance.honest_workers_stay_trusted),
+    (Diarist, conformance.a_sealed_value_opens_once),
+    (OneKeyARequest, conformance.requests_are_fresh),
+    (Logger, conformance.errors_tell_nothing),
 ]

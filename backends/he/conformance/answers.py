@@ -116,7 +116,7 @@ def old_answers_are_refused(scheme: Scheme) -> None:
     asked = [case.ask(each) for each in x]
     delivers(case, *asked[0], x[0])
     wrong = ((1, 0, "an old answer"), (1, 2, "another's answer"), (2, 1, "another's answer"))
-    for to, of, what in wrong:
+    for to, of, what in wrong * 3:  # who insists is not right
         told = asked[of][1]
         refused(lambda t=to, a=told: case.open(asked[t][0], a), WrongAnswerError, what)  # type: ignore[misc]
     for sent, answer, each in ((*asked[1], x[1]), (*asked[2], x[2])):
@@ -206,9 +206,11 @@ def nothing_unchecked_is_delivered(scheme: Scheme) -> None:
 
 
 def honest_workers_stay_trusted(scheme: Scheme) -> None:
-    """Many answers, whose errors the check sums up."""
+    """Many answers, whose errors the check sums up; the next lie is found all the same."""
     case = Case(scheme)
     for _ in range(20):
         x = case.inputs(7)
         sent, answer = case.ask(x)
         delivers(case, sent, answer, x)
+    sent, answer = case.ask(case.inputs(7))
+    refused(lambda: case.open(sent, answer[::-1].copy()), WrongAnswerError, "an answer reversed")

@@ -13,10 +13,10 @@ from backends.he.interface import NonFiniteInputError
 
 
 def products_are_right(scheme: Scheme) -> None:
-    """Both directions, one token and many, a ragged last block, one input, one output."""
+    """Both directions, also of a square; one token and many, a ragged last block, one input."""
     for inputs, outputs, tokens, forward in (
         (12, 10, 5, True), (10, 12, 5, False), (1, 3, 2, True), (40, 1, 1, True),
-        (3, 2, scheme.block + 3, True),
+        (7, 7, 3, True), (7, 7, 3, False), (3, 2, scheme.block + 3, True),
     ):  # fmt: skip
         case = Case(scheme, inputs, outputs, forward)
         x = case.inputs(tokens)

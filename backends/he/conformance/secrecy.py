@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -29,8 +33,9 @@ def a_sealed_value_opens_once(scheme: Scheme) -> None:
         public.append(sent.payload)
         private = list(_private(sent.sealed, public))
         assert private, "a sealed value holds nothing that could be wiped"
-        copies = [_raw(each) for each in private]
-        ends(sent, answer)
+        copies = [_raw(each) for each in (*private, x)]
+        found = ends(sent, answer)
+        copies += [] if found is None else [_raw(found)]
         left = [*private, *_private(sent.sealed, [*public, *held(case.owner)])]
         assert not any(_raw(each).strip(b"\0") for each in left), "something of a request is left"
         refused(lambda s=sent, a=answer: case.open(s, a), SecretReuseError, "an answer again")  # type: ignore[misc]
@@ -38,7 +43,7 @@ def a_sealed_value_opens_once(scheme: Scheme) -> None:
         kept = [_raw(each) for each in held(case.owner)]
         for copy in copies:
             known = _telling(copy) and any(copy in each for each in kept)
-            assert not known, "the owner keeps something of a request"
+            assert not known, "the owner keeps something of a request, or of its result"
 
 
 def _private(sealed: Any, public: list[Any]) -> Iterator[Any]:
@@ -113,6 +118,11 @@ def _without_a_key(sent: Encrypted, private: list[Any]) -> None:
 def _with_other_keys(one: list[Any], other: list[Any]) -> None:
     """Raise AssertionError where something is sealed that another request has in it, too."""
     theirs = [_words(_raw(each)) for each in other]
+    for each in other:
+        mine = np.unique(_words(_raw(each)))
+        if len(mine) >= 4:
+            again = len(mine) < 0.9 * len(_words(_raw(each)))
+            assert not again, "tokens of a request have one key"
     for each in one:
         mine = np.unique(_words(_raw(each)))
         if len(mine) >= 4:  # fewer are what a matrix has for all its requests
@@ -128,11 +138,24 @@ def _words(data: bytes) -> NDArray[np.uint64]:
 
 
 def errors_tell_nothing(scheme: Scheme) -> None:
-    """Texts, causes and names of things are the same whatever the values were."""
+    """Texts, causes, what is printed and logged are the same whatever the values were."""
     case = Case(scheme)
-    first, second = (_texts(case, case.inputs(5)) for _ in range(2))
+    first, second = (_heard(partial(_texts, case, case.inputs(5))) for _ in range(2))
     for what, text in first.items():
         assert text == second[what], f"{what}: what is said of it depends on values: {text}"
+
+
+def _heard(call: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """The texts, and what was printed or logged meanwhile."""
+    said = StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger().addHandler(handler)
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            texts = call()
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return texts | {"what is printed": _nameless(said.getvalue())}
 
 
 def _texts(case: Case, x: NDArray[np.float32]) -> dict[str, str]:
