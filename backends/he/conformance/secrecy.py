@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
+from logging import StreamHandler, getLogger
 from typing import Any
 
 import numpy as np
@@ -148,13 +148,13 @@ def errors_tell_nothing(scheme: Scheme) -> None:
 def _heard(call: Callable[[], dict[str, str]]) -> dict[str, str]:
     """The texts, and what was printed or logged meanwhile."""
     said = StringIO()
-    handler = logging.StreamHandler(said)
-    logging.getLogger().addHandler(handler)
+    handler = StreamHandler(said)
+    getLogger().addHandler(handler)
     try:
         with redirect_stdout(said), redirect_stderr(said):
             texts = call()
     finally:
-        logging.getLogger().removeHandler(handler)
+        getLogger().removeHandler(handler)
     return texts | {"what is printed": _nameless(said.getvalue())}
 
 
