@@ -5,16 +5,18 @@
     python -m benchmarks.everything --list               what there is
 
 Each measurement is a command of its own. What it found lies in OUT/KIND/NAME.json, where KIND is
-the kind of machine, and its headline, with the day and the commit, is a new line of
-OUT/KIND/history.jsonl. A measurement that is there already from this commit is not taken again, so
-a run that was stopped goes on where it was; --fresh takes all of them again. Keep other work off
-the machine meanwhile.
+the kind of machine, and its headline, with the day, the commit and the machine, is a new line of
+OUT/KIND/history.jsonl; until it has ended well it lies in OUT/KIND/unfinished. A measurement that
+is there already from this commit and this machine is not taken again, so a run that was stopped
+goes on where it was; --fresh takes all of them again, and so does a checkout with changes, which is
+no commit. Keep other work off the machine meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,9 +27,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from backends.machine import commit, cpu_flags
+from backends.machine import commit, cpu_flags, processor
 from backends.options import Parser
 from backends.places import output_directory
+from backends.threads import core_count
 from scenarios.cli import clean_exit
 
 Figures = dict[str, Any]
@@ -90,7 +93,9 @@ def _fidelity(figures: Figures) -> dict[str, float]:
 
 
 def _transport(figures: Figures) -> dict[str, float]:
-    return {"MB/s of payload": figures["goodput_mb_s"]}
+    return {"payload a second over plain text's": (
+        figures["goodput_mb_s"] / figures["plain_goodput_mb_s"]
+    )}  # fmt: skip
 
 
 MEASUREMENTS = {
@@ -126,33 +131,74 @@ def known(file: Path) -> Figures | None:
 
 
 def append(file: Path, line: str) -> None:
-    """Add one whole line to a file of lines."""
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(line + "\n")
+    """Add one whole line to a file of lines, also behind one that a crash has cut off."""
+    with open(file, "a+b") as lines:
+        lines.seek(-min(1, lines.seek(0, os.SEEK_END)), os.SEEK_END)
+        torn = lines.read(1) not in (b"", b"\n")
+        lines.write((b"\n" if torn else b"") + line.encode() + b"\n")
         lines.flush()
         os.fsync(lines.fileno())
 
 
-def take(name: str, place: Path) -> bool:
-    """Run one measurement and record it; whether it ended well."""
-    measurement, file = MEASUREMENTS[name], place / f"{name}.json"
+def told_before(file: Path) -> list[Figures]:
+    """The history so far, the oldest first; but for a line that a crash has cut off."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def is_there(name: str, place: Path, here: str, facts: Figures) -> bool:
+    """Whether a measurement of this commit, on this machine, has ended well and been recorded."""
+    origin = (known(place / f"{name}.json") or {}).get("origin", {})
+    if here == "unknown" or here.endswith("-dirty") or origin.get("commit") != here:
+        return False
+    recorded = any(
+        (each.get("name"), each.get("commit")) == (name, here)
+        for each in told_before(place / "history.jsonl")
+    )
+    return recorded and told_machine(origin.get("machine", {})) == facts
+
+
+def told_machine(facts: Figures) -> Figures:
+    """What figures are compared by: another machine of the same kind is another machine."""
+    return {key: facts.get(key) for key in ("processor", "cores")}
+
+
+def take(name: str, place: Path, here: str) -> str | None:
+    """Run one measurement and record it. None when it ended well, or what went wrong."""
+    measurement, file = MEASUREMENTS[name], place / "unfinished" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
     command = [sys.executable, "-m", measurement.module, *measurement.arguments]
     if subprocess.run([*command, "--json", str(file)]).returncode:
-        print(f"{name}: failed, see above", flush=True)
-        return False
+        return "failed, see above"
     figures = known(file)
     if figures is None:
-        print(f"{name}: it ended well and left nothing in {file}", flush=True)
-        return False
-    headline = measurement.headline(figures)
+        return f"it ended well and left nothing in {file}"
+    origin = figures["origin"]
+    if origin["commit"] != here:
+        return f"the checkout went from {here} to {origin['commit']} meanwhile"
+    try:
+        headline = measurement.headline(figures)
+        told_all = bool(headline) and all(math.isfinite(value) for value in headline.values())
+    except (LookupError, TypeError, ValueError, ZeroDivisionError):  # null is what was not finite
+        told_all = False
+    if not told_all:
+        return f"what it found has no headline: {file}"
     told = {
-        "name": name, "date": figures["origin"]["date"], "commit": figures["origin"]["commit"],
-        "headline": headline,
+        "name": name, "date": origin["date"], "commit": here,
+        "machine": told_machine(origin["machine"]), "headline": headline,
     }  # fmt: skip
+    os.replace(file, place / file.name)
     append(place / "history.jsonl", json.dumps(told))
     said = ", ".join(f"{key} {value:.4g}" for key, value in headline.items())
     print(f"{name}: {said}", flush=True)
-    return True
+    return None
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -178,12 +224,12 @@ def main() -> None:
             print(f"{name:<12}{m.minutes:>5.0f} min  {command}")
         return
     here, failed = commit(), []
+    facts = {"processor": processor(), "cores": core_count()}
     where = args.out / kind_of_machine(cpu_flags())
     with clean_exit():
         where.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names, 1):
-            found = known(where / f"{name}.json")
-            if found and found.get("origin", {}).get("commit") == here and not args.fresh:
+            if not args.fresh and is_there(name, where, here, facts):
                 print(f"{name}: is there, of {here}", flush=True)
                 continue
             at = time.strftime("%H:%M")
@@ -191,7 +237,9 @@ def main() -> None:
                 f"{at} {number} of {len(names)}: {name}, about {MEASUREMENTS[name].minutes:.0f} "
                 f"minutes", flush=True,
             )  # fmt: skip
-            if not take(name, where):
+            wrong = take(name, where, here)
+            if wrong is not None:
+                print(f"{name}: {wrong}", flush=True)
                 failed.append(name)
     if failed:
         sys.exit(f"error: failed: {', '.join(failed)}; the same command takes only these again")

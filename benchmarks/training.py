@@ -218,12 +218,12 @@ def main() -> None:
         training = Training(args.steps, args.batch, args.learning_rate, args.rank)
         figures = measure(base, text, training, args.preset, args.cache)
         figures |= {"model": Path(args.model).name, "kernel": kernel.name}
+        figures["elapsed_s"] = round(time.perf_counter() - start, 1)
         told = headline(figures)
         print(told)
+        record.write(args.json, figures)  # first: a picture can be drawn again, this cannot
         if args.picture is not None:
             draw(args.picture, figures, told)
-    figures["elapsed_s"] = round(time.perf_counter() - start, 1)
-    record.write(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+from benchmarks.everything import told_before
 from docs.pages import origin
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -52,6 +54,8 @@ def peers() -> str:
         "sends the fewest of the others. *Reckoned*: some of the 2,048 outputs were computed, and "
         "the time of all is in proportion.\n"
     )
+    if figures["left_out"]:  # the fastest of the others is the fastest of those that ran
+        told += f"\nNot measured: {', '.join(sorted(figures['left_out']))}.\n"
     return "\n".join([*lines, told, origin(figures)])
 
 
@@ -75,21 +79,32 @@ def machines() -> str:
     """Each kind of machine: the headline of every measurement, and what it was before."""
     parts = []
     for place in sorted(path.parent for path in MACHINES.glob("*/history.jsonl")):
-        told = [json.loads(line) for line in (place / "history.jsonl").read_text().splitlines()]
-        last = json.loads((place / f"{told[-1]['name']}.json").read_text())["origin"]["machine"]
-        parts.append(f"## {place.name}\n\n{last['cores']} cores of {last['processor']}\n")
-        parts.append("| measurement | now | commit | before |\n| --- | --- | --- | --- |")
-        told.sort(key=lambda each: each["name"])  # stable: the oldest first within a name
-        for name, group in groupby(told, key=lambda each: each["name"]):
-            runs = list(group)
-            for key, value in runs[-1]["headline"].items():
-                before = [
-                    f"{run['headline'][key]:.4g} (`{run['commit'][:8]}`, {run['date']})"
-                    for run in runs[:-1] if key in run["headline"]
-                ]  # fmt: skip
-                parts.append(
-                    f"| {name}: {key} | {value:.4g} | `{runs[-1]['commit'][:8]}`, "
-                    f"{runs[-1]['date']} | {', '.join(before[-5:]) or 'none'} |"
-                )
-        parts.append("")
+        parts.append(f"## {place.name}\n")
+        told = told_before(place / "history.jsonl")
+        told.sort(key=_where)  # stable: the oldest first
+        for where, group in groupby(told, key=_where):
+            parts += [f"{where}\n", *_moves(list(group)), ""]
     return "\n".join(parts)
+
+
+def _where(run: dict[str, Any]) -> str:
+    """Another machine of a kind has figures, and a history, of its own."""
+    return f"{run['machine']['cores']} cores of {run['machine']['processor']}"
+
+
+def _moves(told: list[dict[str, Any]]) -> list[str]:
+    """The table of one machine, from its history."""
+    lines = ["| measurement | now | commit | before |\n| --- | --- | --- | --- |"]
+    told.sort(key=lambda each: each["name"])
+    for name, group in groupby(told, key=lambda each: each["name"]):
+        runs = list(group)
+        for key, value in runs[-1]["headline"].items():
+            before = [
+                f"{run['headline'][key]:.4g} (`{run['commit'][:8]}`, {run['date']})"
+                for run in runs[:-1] if key in run["headline"]
+            ]  # fmt: skip
+            lines.append(
+                f"| {name}: {key} | {value:.4g} | `{runs[-1]['commit'][:8]}`, "
+                f"{runs[-1]['date']} | {', '.join(before[-5:]) or 'none'} |"
+            )
+    return lines

@@ -1,4 +1,4 @@
-"""A scheme of less than a hundred lines, which passes `backends/he/conformance.py`. Start from it.
+"""A scheme of less than a hundred lines, which passes `backends/he/conformance`. Start from it.
 
 Textbook LWE mod 2^64: an input m of a token travels as (a, a*s + e + 2^20*m), a uniform, e small,
 s the token's key. Sums of weights times these are such pairs of M*m, as long as all e together stay

@@ -162,7 +162,7 @@ class OwnerCipher(ABC):
     packing: Packing | None = None
 
     def exactness(self, matrices: Sequence[OwnerMatrix]) -> Exactness | None:
-        """Of products with these matrices; None for a cipher that has no error."""
+        """Of products with these matrices; None for a cipher that predicts no error."""
         return None
 
     def start_over(self) -> None:  # noqa: B027

@@ -1,4 +1,4 @@
-"""The CUDA backend passes what every scheme passes (`backends/he/conformance.py`)."""
+"""The CUDA backend passes what every scheme passes (`backends/he/conformance`)."""
 
 from __future__ import annotations
 

@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 
 from backends.he.conformance import CHECKS, Case, Scheme
+from backends.he.conformance.case import delivers
 from backends.he.interface import OwnerMatrix, WorkerMatrix
 from backends.he.openfhe import NAMES, scheme
 from backends.he.openfhe.library import OpenFheError, openfhe
 from backends.he.openfhe.owner import OpenFheOwner
 from backends.he.openfhe.worker import OpenFheWorker
+from backends.he.wire import EXACT
 from backends.net.devices import OneDevice
 from backends.net.owner import OwnerClient
 from backends.net.worker import WorkerServer
 from docs.skeleton_backend import matrix_of
 from protocol.catalogue import Catalogue, MatrixShape
+from protocol.errors import WrongAnswerError
 from protocol.messages import Frame
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,14 +53,50 @@ def test_openfhe_conforms(name: str, check: Callable[[Scheme], None]) -> None:
 def test_bfv_is_exact() -> None:
     """To the last integer, at the largest result there can be, of many inputs."""
     case = Case(scheme_of("openfhe-bfv"), 300, 2)
-    x = case.weight[:1].astype(np.float32) * np.float32(0.37)  # along a row: as large as can be
+    # Along a row, as large as can be.
+    x = (case.weight[:1] / case.matrix.in_scale * 0.37).astype(np.float32)
     sent, answer = case.ask(x)
     owner = case.owner
     assert isinstance(owner, OpenFheOwner)
     found = owner._open(sent.sealed.key, answer, 1, 2)
-    message = np.rint(x.astype(np.float64) / sent.sealed.inverse[:, None])
+    message = np.rint(x.astype(np.float64) * case.matrix.in_scale / sent.sealed.inverse[:, None])
     assert np.array_equal(found, message @ case.weight.T.astype(np.float64))
     assert np.abs(found).max() > 0.9 * scheme.BFV_PLAIN / 2
+
+
+@library
+def test_bfv_is_exact_whatever_the_weights() -> None:
+    """Against 64-bit integers: the extremes of int8 among them, results up to the limit, and inputs
+    that are all of one sign, so that roundings of encryption add up; one input and many."""
+    owner, worker = OpenFheOwner("openfhe-bfv", None, True), OpenFheWorker("openfhe-bfv")
+    rng = np.random.default_rng(7)
+    for inputs in (1, 2, 3, 17, 64, 1500):
+        weight = rng.integers(-128, 128, (3, inputs)).astype(np.int8)
+        weight[0], weight[1] = 127, -128
+        room = (scheme.BFV_PLAIN - 1) // 2 // int(np.abs(weight.astype(int)).sum(axis=1).max())
+        message = rng.integers(-room, room + 1, (5, inputs))
+        message[0], message[1] = room, -room
+        payload, key = owner._seal(message.astype(np.float64))
+        answer = worker.multiply(payload, 5, worker.load(weight, True, EXACT))
+        right = message @ weight.astype(np.int64).T
+        assert np.array_equal(owner._open(key, answer, 5, 3), right)
+
+
+@library
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_bytes_come_neither_half_falls(name: str) -> None:
+    """Numbers at and above the modulus, OpenFHE's own format, and noise: an answer or a refusal."""
+    case, used = Case(scheme_of(name), 2, 2), scheme.scheme(name)
+    x = case.inputs(3)
+    sent, answer = case.ask(x)
+    size = used.form.nbytes
+    q = used.form.modulus
+    numbers = [np.full(size // 8, n, "<u8").tobytes() for n in (q - 1, q, q + 1, (1 << 64) - 1)]
+    for one in (*numbers, used.form._template[:size], used.form._template[-size:]):
+        assert len(case.answer(one * 2, 3)) == len(answer)
+        with pytest.raises(WrongAnswerError):
+            case.open(sent, one * 2)
+    delivers(case, sent, answer, x)
 
 
 @library

@@ -20,6 +20,7 @@ from benchmarks.peers import PEERS, ours, problem
 from benchmarks.peers import __main__ as peers
 from benchmarks.quality import Case, NoisyProducts
 from benchmarks.training import ACTIVATIONS, RoundedProducts, headline, line
+from docs import comparison_figures
 from docs.comparison_figures import MACHINES
 from scenarios.quickstart import BASE
 
@@ -127,42 +128,180 @@ def test_a_training_is_told_against_clear() -> None:
     assert "within 1.00 % of clear, gradient norms 0.990 to 1.010" in said
 
 
-def test_what_is_there_from_this_commit_is_not_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of another commit it is; a line of history for each; one that fails is named."""
-    taken: list[str] = []
+class Bench:
+    """`benchmarks.everything` over made-up measurements, on a made-up machine and commit.
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-        taken.append(command[2])
-        if command[2] == "benchmarks.fidelity":
-            return subprocess.CompletedProcess(command, 1)
-        figures = {
-            "goodput_mb_s": 900.0, "bytes_ratio": 0.3,
-            "origin": {"date": "2026-01-01", "commit": "abc"},
+    found   what each writes: figures, and how it ends
+    taken   what was run, in order
+    """
+
+    HERE = {"processor": "one", "cores": 2}  # noqa: RUF012
+    NAMES = ("transport", "peers", "fidelity")
+
+    def __init__(self, patch: pytest.MonkeyPatch, place: Path) -> None:
+        self.found: dict[str, tuple[dict[str, Any] | None, int]] = {
+            "transport": ({"goodput_mb_s": 450.0, "plain_goodput_mb_s": 900.0}, 0),
+            "peers": ({"bytes_ratio": 0.3}, 0),
+            "fidelity": ({"median_error": 0.1, "worst_error": 0.2}, 0),
         }  # fmt: skip
-        Path(command[-1]).write_text(json.dumps(figures))
-        return subprocess.CompletedProcess(command, 0)
+        self.taken: list[str] = []
+        self.place, self._patch = place, patch
+        patch.setattr(everything.subprocess, "run", self._run)
+        patch.setattr(everything, "cpu_flags", lambda: ["avx2"])
+        self.move("abc")
 
-    monkeypatch.setattr(everything.subprocess, "run", run)
-    monkeypatch.setattr(everything, "cpu_flags", lambda: ["avx2"])
-    monkeypatch.setattr(everything, "commit", lambda: "abc")
-    names = ["transport", "peers", "fidelity"]
-    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--only", *names])
-    with pytest.raises(SystemExit, match="failed: fidelity"):
-        everything.main()
-    assert len(taken) == 3
-    with pytest.raises(SystemExit):
-        everything.main()
-    assert taken[3:] == ["benchmarks.fidelity"]
+    def move(self, commit: str, cores: int = 2, measured: str | None = None) -> None:
+        """To another commit, or machine; `measured` is what measurements find to be checked out."""
+        self._measured, self._machine = measured or commit, self.HERE | {"cores": cores}
+        self._patch.setattr(everything, "commit", lambda: commit)
+        self._patch.setattr(everything, "processor", lambda: "one")
+        self._patch.setattr(everything, "core_count", lambda: cores)
+
+    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        name = command[2].partition(".")[2]
+        self.taken.append(name)
+        figures, status = self.found[name]
+        machine = self._machine | {"torch": "1", "memory_gb": len(self.taken)}
+        origin = {"date": "2026-01-01", "commit": self._measured, "machine": machine}
+        if figures is not None:
+            Path(command[-1]).write_text(json.dumps(figures | {"origin": origin}))
+        return subprocess.CompletedProcess(command, status)
+
+    def go(self, *more: str) -> str:
+        """Run it; the names of what was taken, then of what failed."""
+        before = len(self.taken)
+        arguments = ["x", "--out", str(self.place), "--only", *self.NAMES, *more]
+        self._patch.setattr(sys, "argv", arguments)
+        failed = ""
+        try:
+            everything.main()
+        except SystemExit as end:
+            failed = str(end).removeprefix("error: failed: ").partition(";")[0]
+        return f"{' '.join(self.taken[before:])} / {failed}"
+
+    def history(self) -> list[dict[str, Any]]:
+        return everything.told_before(self.place / "avx2" / "history.jsonl")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    return Bench(monkeypatch, tmp_path)
+
+
+ALL = "transport peers fidelity / "
+NONE = " / "
+
+
+def test_what_is_there_from_this_commit_is_not_measured_again(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another commit or machine it is, and of changed files; a line of history for each."""
+    assert bench.go() == ALL
+    assert bench.go() == NONE
     assert "transport: is there, of abc" in capsys.readouterr().out
-    monkeypatch.setattr(everything, "commit", lambda: "def")
-    with pytest.raises(SystemExit):
-        everything.main()
-    assert len(taken) == 7
-    history = (tmp_path / "avx2" / "history.jsonl").read_text().splitlines()
-    assert len(history) == 4
-    assert json.loads(history[0])["headline"] == {"MB/s of payload": 900.0}
+    assert bench.go("--fresh") == ALL
+    bench.move("def")
+    assert bench.go() == ALL
+    bench.move("def", cores=4)
+    assert bench.go() == ALL
+    assert bench.go() == NONE
+    told = bench.history()
+    assert len(told) == 12
+    assert told[0] == {
+        "name": "transport", "date": "2026-01-01", "commit": "abc", "machine": Bench.HERE,
+        "headline": {"payload a second over plain text's": 0.5},
+    }  # fmt: skip
+    for nameless in ("def-dirty", "unknown"):
+        bench.move(nameless)
+        assert bench.go() == bench.go() == ALL
+
+
+@pytest.mark.parametrize(
+    ("figures", "status"),
+    [
+        ({"median_error": 0.1, "worst_error": 0.2}, 1), (None, 0), ({}, 0),
+        ({"median_error": 0.1}, 0), ({"median_error": None, "worst_error": 0.2}, 0),
+        ({"median_error": float("nan"), "worst_error": 0.2}, 0),
+    ],
+)  # fmt: skip
+def test_what_failed_is_measured_again_and_nothing_else(
+    bench: Bench, figures: dict[str, Any] | None, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it left: figures of a part of it, none, or some that say nothing. What was there
+    before stays."""
+    assert bench.go() == ALL
+    before = (bench.place / "avx2" / "fidelity.json").read_text()
+    bench.move("def")
+    right = bench.found["fidelity"]
+    bench.found["fidelity"] = (figures, status)
+    assert bench.go() == ALL + "fidelity"
+    assert bench.go() == "fidelity / fidelity"
+    assert "fidelity: " in capsys.readouterr().out
+    assert (bench.place / "avx2" / "fidelity.json").read_text() == before
+    bench.found["fidelity"] = right
+    assert bench.go() == "fidelity / "
+    assert len(bench.history()) == 6
+
+
+def test_nobody_measured_is_no_measurement(bench: Bench) -> None:
+    """Where no other library is installed, there is nothing to be set against."""
+    bench.found["peers"] = ({"rows": [], "left_out": {"desilo": "not installed"}}, 0)
+    assert bench.go() == ALL + "peers"
+
+
+def test_a_checkout_that_moves_meanwhile_is_told(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is measured then is of no one commit."""
+    bench.move("abc", measured="def")
+    assert bench.go() == ALL + "transport, peers, fidelity"
+    assert "the checkout went from abc to def meanwhile" in capsys.readouterr().out
+    assert not bench.history()
+
+
+def test_what_a_kill_has_cut_off_is_measured_again(bench: Bench) -> None:
+    """Between its figures and its line of history, or in the middle of that."""
+    bench.go()
+    file = bench.place / "avx2" / "history.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]))
+    assert bench.go() == "fidelity / "
+    file.write_text("".join(lines[:2]) + lines[2][:40])
+    assert bench.go() == "fidelity / "
+    assert bench.go() == NONE
+    assert [each["name"] for each in bench.history()] == list(Bench.NAMES)
+
+
+def test_a_page_sets_each_machine_against_itself(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of more cores has another table, and is no earlier figure of this one."""
+    for commit, cores, speed in (("abc", 2, 0.5), ("abc", 4, 0.75), ("def", 2, 0.625)):
+        bench.move(commit, cores)
+        bench.found["transport"] = ({"goodput_mb_s": speed, "plain_goodput_mb_s": 1.0}, 0)
+        bench.go()
+    monkeypatch.setattr(comparison_figures, "MACHINES", bench.place)
+    two, four = comparison_figures.machines().split("4 cores of one")
+    assert "2 cores of one" in two
+    assert "| 0.625 | `def`, 2026-01-01 | 0.5 (`abc`, 2026-01-01) |" in two
+    assert "| 0.75 | `abc`, 2026-01-01 | none |" in four
+
+
+def test_a_library_that_says_a_lot_is_not_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """More than a pipe holds; the reason of one that fails is its last line."""
+    file = tmp_path / "python"
+    file.write_text(
+        f"#!{sys.executable}\nimport sys\nprint('warning\\n' * 40000, file=sys.stderr)\n"
+        "print('{\"name\": \"one\"}', flush=True)\nsys.exit('no memory left')\n"
+    )
+    file.chmod(0o755)
+    monkeypatch.setattr(peers, "home", lambda peer: file)
+    rows = peers.rows_of("desilo")
+    assert next(rows) == {"name": "one"}
+    with pytest.raises(RuntimeError, match=r"^no memory left$"):
+        next(rows)
 
 
 def test_recorded_results_of_machines_have_their_history() -> None:
@@ -175,3 +314,4 @@ def test_recorded_results_of_machines_have_their_history() -> None:
             assert figures is not None
             assert everything.MEASUREMENTS[name].headline(figures) == last["headline"]
             assert figures["origin"]["commit"] == last["commit"]
+            assert everything.told_machine(figures["origin"]["machine"]) == last["machine"]
