@@ -94,8 +94,6 @@ def single(options: argparse.Namespace) -> int:
         print(f"drawn: {draw_options(options.seed)}")
     if log is not None and options.trace:
         print("\n".join(log.lines))
-        write_perfetto(options.trace, log.spans, f"chaos, seed {options.seed}")
-        print(f"trace written to {options.trace}: open it at ui.perfetto.dev")
     if result.violation:
         tell(result)
     elif not options.trace_hash:
@@ -107,6 +105,9 @@ def single(options: argparse.Namespace) -> int:
     broken = [result] if result.violation else []
     elapsed_s = time.perf_counter() - start
     record.write(options.json, figures(1, broken, result.injected, result.wraps, elapsed_s))
+    if log is not None and options.trace:
+        write_perfetto(options.trace, log.spans, f"chaos, seed {options.seed}")
+        print(f"trace written to {options.trace}: open it at ui.perfetto.dev")
     return int(bool(result.violation))
 
 

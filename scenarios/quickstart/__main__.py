@@ -69,8 +69,10 @@ def main() -> None:
     with clean_exit():
         use_kernel(args.kernel)
         with one_run(args.out):
-            figures = Quickstart(args).run()
+            run = Quickstart(args)
+            figures = run.run()
         record.write(args.json, figures)
+        run.write_trace()
 
 
 if __name__ == "__main__":

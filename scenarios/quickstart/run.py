@@ -192,9 +192,12 @@ class Quickstart:
         adapter = self.out / "adapter"
         save_adapter(model, adapter, base_name(str(TINY_LLAMA)))
         self.figures["adapter_dir"] = str(adapter)
+        return losses
+
+    def write_trace(self) -> None:
+        """After all else: where it cannot be written, nothing else is lost."""
         if self.args.trace:
             self.watch.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
-        return losses
 
     def _count(self, trainer: Trainer, used: Any, steps: int) -> None:
         tokens = steps * self.training.batch * SEQUENCE

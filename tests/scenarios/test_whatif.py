@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scenarios.llama1b import __main__ as llama1b
 from scenarios.timeline import busy_s
 from scenarios.whatif import quantities
 from scenarios.whatif.answers import answer
@@ -29,6 +32,7 @@ from sim.trace import PARTS, Span, critical_path, read_perfetto
 from sim.workload import Local
 from sim.world import WorldError
 from tests.scenarios.commands import ROOT, interrupt, run
+from tests.scenarios.spoilt import SPOILT, spoilt_later
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
 SMALL = {"model": "gpt2", "tokens": 8, "steps": 1}
@@ -433,14 +437,18 @@ def test_the_simulated_run_says_what_it_waits_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_run_writes_the_same_trace(tmp_path: Path) -> None:
-    """Same tracks and kinds as a simulated one; its critical path is the step."""
-    trace = tmp_path / "trace.json"
-    run(
-        "scenarios.llama1b", "--real-cpu", "--weights", str(TINY), "--tokens", "64", "--sequence",
-        "64", "--steps", "2", "--lanes", "2", "--out", str(tmp_path / "out"), "--cache",
-        str(tmp_path / "cache"), "--trace", str(trace),
-    )  # fmt: skip
+def test_a_real_run_writes_the_same_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same tracks and kinds as a simulated one; its critical path is the step. Where it cannot be
+    written, adapter and figures are there before that is told."""
+    trace, told, adapter = (tmp_path / name for name in ("traces/t.json", "f.json", "out/adapter"))
+    monkeypatch.setattr("scenarios.cli.private_process", lambda: None)
+    line = [
+        "llama1b", "--real-cpu", "--weights", str(TINY), "--tokens", "64", "--sequence", "64",
+        "--steps", "2", "--lanes", "2", "--out", str(tmp_path / "out"), "--cache",
+        str(tmp_path / "cache"), "--trace", str(trace), "--json", str(told),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", line)
+    llama1b.main()
     spans = read_perfetto(trace)
     tracks = {s.track for s in spans}
     assert {
@@ -457,3 +465,14 @@ def test_a_real_run_writes_the_same_trace(tmp_path: Path) -> None:
         parts = critical_path(spans, step.start_s, step.end_s)
         assert sum(parts.values()) == pytest.approx(step.end_s - step.start_s)
         assert min(parts["owner"], parts["worker"]) > 0
+    shutil.rmtree(trace.parent)
+    for kind in SPOILT[1:]:
+        shutil.rmtree(adapter)
+        told.unlink()
+        spoilt_later(monkeypatch, "scenarios.llama1b.run", trace, kind)
+        with pytest.raises(SystemExit, match=f"^error: .*{trace}.*$"):
+            llama1b.main()
+        assert adapter.exists()
+        assert told.exists()
+        shutil.rmtree(trace.parent, ignore_errors=True)
+        trace.parent.unlink(missing_ok=True)
