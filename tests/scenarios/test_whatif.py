@@ -15,12 +15,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scenarios import simulated
 from scenarios.llama1b import __main__ as llama1b
+from scenarios.llama1b.world import OPTIONS
 from scenarios.timeline import busy_s
 from scenarios.whatif import quantities
+from scenarios.whatif.__main__ import parse, study_from
 from scenarios.whatif.answers import answer
 from scenarios.whatif.clear import clear_speed, needed_gb
-from scenarios.whatif.knobs import KEYS, Prices, Setting, SettingError, changed, values_of
+from scenarios.whatif.knobs import (
+    KEYS,
+    OF_ELSEWHERE,
+    Prices,
+    Setting,
+    SettingError,
+    changed,
+    values_of,
+)
 from scenarios.whatif.quantities import Form
 from scenarios.whatif.running import prepare, run_all
 from scenarios.whatif.setting import measure, workload_for
@@ -30,7 +41,7 @@ from sim.device import DeviceProfile, Origin, ProfileError
 from sim.models import MODELS
 from sim.trace import PARTS, Span, critical_path, read_perfetto
 from sim.workload import Local
-from sim.world import WorldError
+from sim.world import WorldConfig, WorldError, simulate
 from tests.scenarios.commands import ROOT, interrupt, run
 from tests.scenarios.spoilt import SPOILT, spoilt_later
 
@@ -476,3 +487,77 @@ def test_a_real_run_writes_the_same_trace(tmp_path: Path, monkeypatch: pytest.Mo
         assert told.exists()
         shutil.rmtree(trace.parent, ignore_errors=True)
         trace.parent.unlink(missing_ok=True)
+
+
+# --- owner and worker on one machine ------------------------------------------------------------
+
+ALONE = {"model": "gpt2", "tokens": 8, "sequence": 8, "worker": "here", "steps": 1}
+
+
+def test_a_worker_here_is_what_fidelity_compares_with_real_runs() -> None:
+    """The same world, lane by lane: more of them at once, on the same cores."""
+    owner = DeviceProfile.builtin("cpu-2core")
+    steps = []
+    for lanes in (1, 2, 4):
+        setting = changed(Setting(), ALONE | {"lanes": lanes})
+        row = measure(setting, Prices())
+        config = WorldConfig(
+            workload_for(setting), owner, owner, lanes=lanes, steps=1, in_process=True
+        )
+        steps.append(row["step_p50_s"])
+        assert steps[-1] == pytest.approx(simulate(config).steps[0].duration_s)
+        assert [row[f"cost_{of}"] for of in ("gpu", "traffic", "line")] == [0, 0, 0]
+        assert row["line_up_busy"] == row["line_down_busy"] == row["site_busy"] == 0
+        assert row["path_latency"] == 0
+    assert steps[0] < steps[1] < steps[2]
+    far = measure(changed(Setting(), ALONE | {"worker": "elsewhere", "gpu": "cpu-2core"}),
+                  Prices(gpu_hour=0.0))  # fmt: skip
+    assert far["path_latency"] > 0
+
+
+def test_the_device_of_a_worker_here_is_the_owners() -> None:
+    """However the setting came about."""
+    setting = changed(Setting(), ALONE | {"gpu": "h100"})
+    assert setting.gpu == setting.owner_device
+    other = replace(setting, owner_device="h100")
+    assert (other.gpu, other.label) == ("h100", "gpt2 on H100, owner and worker")
+
+
+@pytest.mark.parametrize("knob", OF_ELSEWHERE)
+def test_what_is_of_a_worker_elsewhere_is_refused_of_one_here(knob: str) -> None:
+    """It would change nothing: in a sweep, in a file's fixed part, in a single run."""
+    value = {"gpu": "l4", "placement": "one", "connection": "parallel", "loss": "1%"}.get(knob)
+    value = value or ("2ms" if KEYS[knob].field.endswith("_s") else "1")
+    value = "1Gb/s" if KEYS[knob].field.endswith("bps") else value
+    for words in (
+        ["--set", "worker=here", "--set", f"{knob}={value}", "--sweep", "lanes=1,2"],
+        ["--set", "worker=here", "--sweep", f"{knob}={value}"],
+    ):
+        with pytest.raises(SettingError, match=f"leave {knob} out"):
+            study_from(parse(words))
+    study_from(parse(["--sweep", "worker=elsewhere,here", "--set", f"{knob}={value}"]))
+    if f"--{knob}" in OPTIONS:
+        with pytest.raises(SettingError, match=f"leave {knob} out"):
+            llama1b.asked(["--network", "here", f"--{knob}", value])
+
+
+def test_several_of_a_worker_here_are_refused() -> None:
+    """There is one process."""
+    for knob in ("owners", "workers"):
+        with pytest.raises(SettingError, match="one of each"):
+            changed(Setting(), ALONE | {knob: 2})
+
+
+def test_a_run_in_one_process_is_told_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No line, no GPU of others, and no advice about either."""
+    words = ["--network=here", "--model=gpt2", "--tokens=8", "--sequence=8", "--steps=1"]
+    found = simulated.run(llama1b.asked([*words, "--out", str(tmp_path)]))
+    simulated.print_report(found)
+    simulated.print_assumptions(found)
+    said = capsys.readouterr().out
+    assert "in one process: " in said
+    assert "a machine twice as fast" in said
+    for word in ("round trip", "Gb/s", "--bandwidth", "GPU", "H200"):
+        assert word not in said, word
