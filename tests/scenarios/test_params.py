@@ -18,7 +18,7 @@ from backends.he.estimate.verdict import judged
 from backends.he.params import PRESETS
 from backends.he.quantise import quantise
 from backends.options import Whole
-from scenarios import params
+from scenarios.params import run as params
 from scenarios.params.__main__ import MOST_BLOCKS, main
 from scenarios.params.run import Shape, exactness, table, traffic
 from tests.scenarios.commands import run
