@@ -16,9 +16,10 @@ READY := $(VENV)/.ready
 quickstart: $(READY)
 	$(BIN)/python -m scenarios.quickstart
 
-# A file's tests share what they set up, so a file goes to one process.
+# A file's tests share what they set up, so a file goes to one process, in the order of
+# tests/conftest.py.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	@if [ -e $(OPENFHE)/.ready ]; then $(OPENFHE)/bin/python -m pytest tests/openfhe; \
 	else echo "OpenFHE: its tests were skipped; make openfhe makes the environment they run in"; fi
 

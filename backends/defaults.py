@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from backends.he.openfhe import NAMES as OPENFHE
+
 KERNELS = ("avx512vnni", "avxvnni", "avx2", "neon", "generic")
 """What can multiply int8 weights on a CPU, fastest first (`backends.he.matmul.choice`)."""
 OWNER_TAG_BYTES = 1024
@@ -19,3 +21,9 @@ HELD_OUT = 0.05
 """Share of the documents that are not trained on."""
 FLOATS = ("fp32", "bf16")
 """What a training in clear may compute in."""
+SCHEMES = ("mlwe", *OPENFHE)
+"""Ciphers by name: this project's own, and those it can be compared with in a whole run."""
+SHARED_BLOCKS = 2**30
+"""Blocks that share A, all owners of one model together: some 10^11 tokens in one linear."""
+MAX_INPUTS = 1 << 20
+"""Inputs of a product that every kernel takes (`backends.he.matmul`)."""

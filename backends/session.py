@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
+from backends.defaults import SCHEMES
 from backends.errors import UserError
 from backends.hardware import CPU, Hardware
 from backends.he.interface import Exactness, OwnerCipher, OwnerMatrix, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
-from backends.he.openfhe import NAMES as OPENFHE
 from backends.he.openfhe.library import openfhe
 from backends.he.store import PreparedModel
 from backends.ledger import WorkerLedger
@@ -146,10 +146,6 @@ class Session:
         """One product, whose result nobody needs: to compile kernels, or to look at the line."""
         ones = torch.ones(tokens, inputs, device=self.hardware.device)
         self._client.linear(matrix, ones.numpy() if ones.device.type == "cpu" else ones)
-
-
-SCHEMES = ("mlwe", *OPENFHE)
-"""Ciphers by name: this project's own, and those it can be compared with in a whole run."""
 
 
 class SchemeError(UserError, ValueError):

@@ -47,11 +47,10 @@ from benchmarks.fidelity_network import NoLineError
 from benchmarks.steps import Steps
 from scenarios import record
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.options import add_cache_option
+from scenarios.options import TINY_LLAMA, add_cache_option
 from scenarios.preparation import prepared_for
-from scenarios.quickstart import BASE
 from scenarios.session import private_session
-from sim.calibrate import Calibration, Samples, explanations, report
+from sim.calibration import Calibration, Samples, explanations, report
 from sim.device import DeviceProfile, ProfileError
 from sim.models import MODELS
 from sim.workload import trace_step
@@ -91,7 +90,7 @@ def models() -> dict[str, Base]:
     """What is trained, by name."""
     stack = narrowed(MODELS["llama-3.2-1b"](), layers=2, vocabulary=4096)
     return {
-        "quickstart": open_base(BASE),
+        "quickstart": open_base(TINY_LLAMA),
         "1b-width": RandomBase(stack, 0),
     }
 

@@ -40,7 +40,7 @@ from benchmarks.shaped_line import (
 from scenarios import record
 from scenarios.certs import Authority
 from scenarios.preparation import prepared_for
-from sim.calibrate import DISTURBED
+from sim.calibration import DISTURBED
 from sim.device import DeviceProfile
 from sim.network import Link
 from sim.workload import trace_step

@@ -45,8 +45,8 @@ from protocol.messages import SESSION_BYTES, Multiply, Product, encode
 from scenarios import record
 from scenarios.certs import Authority
 from scenarios.cli import clean_exit, use_kernel
-from scenarios.options import add_cache_option
-from scenarios.quickstart import BASE, private_text
+from scenarios.options import TINY_LLAMA, add_cache_option
+from scenarios.quickstart.run import private_text
 from sim.models import model_config
 from sim.workload import trace_step
 
@@ -89,7 +89,7 @@ class Measured:
 
     def __init__(self, name: str, cache: Path, asked: torch.Tensor, tokens: int) -> None:
         self.name, self._asked, self._tokens = name, asked, tokens
-        base, parameters = open_base(BASE), preset(name)
+        base, parameters = open_base(TINY_LLAMA), preset(name)
         self._private, clear = build_skeleton(base), build_skeleton(base)
         place = place_of(base, self._private.groups, parameters, cache, b"")
         self._prepared: PreparedModel = prepared_at(place, self._private, parameters)
@@ -182,7 +182,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All presets, one after the other; what is found is written after each."""
-    asked = prompts(AutoTokenizer.from_pretrained(BASE), args.prompts)
+    asked = prompts(AutoTokenizer.from_pretrained(TINY_LLAMA), args.prompts)
     figures: dict[str, Any] = {
         "prompts": len(asked), "prompt_tokens": PROMPT_TOKENS, "tokens": args.tokens,
         "kernel": use_kernel(None).name,

@@ -33,7 +33,7 @@ from scenarios.estimate import Shape
 from scenarios.options import add_cache_option
 from scenarios.preparation import prepared_for
 from scenarios.session import private_session
-from sim.calibrate import DISTURBED
+from sim.calibration import DISTURBED
 
 RANK = 16
 PRESET = "exact"

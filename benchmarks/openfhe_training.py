@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig
 
+from backends.defaults import SCHEMES
 from backends.hardware import CPU
 from backends.he.params import preset
 from backends.he.preparation import prepare
@@ -30,10 +31,11 @@ from backends.nn.skeleton import Skeleton, build_skeleton
 from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from backends.options import STEPS, Parser
-from backends.session import HERE, SCHEMES, Session, opened, require_scheme
+from backends.session import HERE, Session, opened, require_scheme
 from scenarios import record
 from scenarios.cli import clean_exit
-from scenarios.quickstart import BASE, SEQUENCE, Private, private_text
+from scenarios.options import TINY_LLAMA
+from scenarios.quickstart.run import SEQUENCE, Private, private_text
 from scenarios.session import train_with_bar
 
 HIDDEN, LAYERS, RANK, HELD_OUT = 64, 2, 8, 4
@@ -51,7 +53,7 @@ class Runs:
     """
 
     def __init__(self, steps: int, directory: Path) -> None:
-        self.text: Private = private_text(AutoTokenizer.from_pretrained(BASE), HELD_OUT)
+        self.text: Private = private_text(AutoTokenizer.from_pretrained(TINY_LLAMA), HELD_OUT)
         self.training = TrainConfig(
             steps=steps, batch=4, micro_batch=4, learning_rate=1e-2, warmup_steps=1, seed=0
         )

@@ -42,7 +42,8 @@ from backends.options import LEARNING_RATE, RANK, STEPS, TIMES, Number, Parser, 
 from backends.places import output_file
 from scenarios import record
 from scenarios.cli import clean_exit
-from scenarios.quickstart import BASE, Private, private_text
+from scenarios.options import TINY_LLAMA
+from scenarios.quickstart.run import Private, private_text
 from scenarios.session import train_with_bar
 
 mpl.use("Agg")
@@ -255,7 +256,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, "benchmarks.quality")
     add = parser.add_argument
-    add("--model", default=str(BASE), metavar="DIR",
+    add("--model", default=str(TINY_LLAMA), metavar="DIR",
         help="a checkpoint's directory or hub id (the quickstart's model)")  # fmt: skip
     add("--steps", type=STEPS, default=60, help="optimiser steps of a run (60)")
     add("--batch", type=Whole(1, 256), default=4, help="sequences of 256 tokens a step (4)")

@@ -47,8 +47,8 @@ from backends.session import HERE, opened
 from benchmarks.quality import Case, NoisyProducts, Training, rounded
 from scenarios import record
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.options import add_cache_option
-from scenarios.quickstart import BASE, Private, private_text
+from scenarios.options import TINY_LLAMA, add_cache_option
+from scenarios.quickstart.run import Private, private_text
 from scenarios.session import train_with_bar
 
 mpl.use("Agg")
@@ -187,7 +187,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, "benchmarks.training")
     add = parser.add_argument
-    add("--model", default=str(BASE), metavar="DIR",
+    add("--model", default=str(TINY_LLAMA), metavar="DIR",
         help="a checkpoint's directory or hub id (the quickstart's model)")  # fmt: skip
     add("--steps", type=STEPS, default=120, help="optimiser steps of a run (120)")
     add("--batch", type=Whole(1, 256), default=4, help="sequences of 256 tokens a step (4)")

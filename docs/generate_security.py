@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from math import log2
 from pathlib import Path
 
+from backends.defaults import SHARED_BLOCKS
 from backends.he.estimate.attacks import Estimate
 from backends.he.estimate.lwe import cipher_lwe
-from backends.he.estimate.verdict import BLOCKS, estimates, judged, many_blocks_loss, worst
+from backends.he.estimate.verdict import estimates, judged, many_blocks_loss, worst
 from backends.he.params import NTT_PRIME, PRESETS, max_log2_modulus
 from backends.he.wire import EXACT
 from docs.pages import between, rewrite
@@ -45,7 +46,7 @@ def generated() -> str:
         f"With q = {NTT_PRIME}, in classical core-SVP bits, rounding not counted:",
         "",
         "| preset | n = 256 r | log2 q | line of ePrint 2024/463, table 5.2 | worst attack "
-        f"| one hypothesis on 2^{log2(BLOCKS):.0f} blocks, against one block |",
+        f"| one hypothesis on 2^{log2(SHARED_BLOCKS):.0f} blocks, against one block |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, known in PRESETS.items():

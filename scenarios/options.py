@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from backends.defaults import CLIP, LEAST_DELTA, LEAST_REMOTE, OWNER_TAG_BYTES
 from backends.he.params import PRESETS
-from backends.options import Number, place
+from backends.options import ALL, Modes, Number, place
 from backends.places import PlaceError, cache_directory, named
 
+TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+"""The small model of this repository, which needs no download."""
 HEADS = ("local", "remote")
 HEAD_CHOICES = (*HEADS, "auto")
 
@@ -123,6 +126,16 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="this side's ca.pem, cert.pem and key.pem, see `python -m scenarios.certs`; only "
         "workers on this machine can do without",
     )  # fmt: skip
+
+
+def modes_with_workers(names: Sequence[str]) -> Modes:
+    """Of a command that takes these options always, and `--tls` where `add_worker_options` has a
+    worker elsewhere."""
+    return Modes(
+        {"elsewhere": "a run with --worker"},
+        lambda args: ("elsewhere",) if args.worker else (),
+        {"--tls": ("elsewhere",)} | dict.fromkeys(names, ALL),
+    )
 
 
 def add_loss_option(parser: argparse.ArgumentParser) -> None:

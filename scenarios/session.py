@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from backends.defaults import SCHEMES
 from backends.files import end_replacing, writing
 from backends.hardware import CPU, Hardware
 from backends.he.store import PreparedModel
@@ -26,9 +27,8 @@ from backends.nn.checkpoint import room_bytes, set_aside
 from backends.nn.skeleton import Skeleton
 from backends.nn.texts import RUN_FILES, RUN_FOLDERS
 from backends.nn.trainer import Trainer, TrainingInterrupted
-from backends.options import ALL, Modes
 from backends.places import PlaceError, output_directory, require_room, taken_bytes
-from backends.session import HERE, SCHEMES, Session, Usage, Workers, opened
+from backends.session import HERE, Session, Usage, Workers, opened
 from scenarios.estimate import Estimate, Shape, estimate
 from scenarios.line import LineWatch, waits_for, watched
 from scenarios.probe import LineProbe, Prober
@@ -238,16 +238,6 @@ def exactness_line(products: Mapping[str, Any]) -> str:
     )
     much = "; that is a lot: --preset exact costs more bytes and is more exact"
     return line + (much if products["largest"] > MUCH else "")
-
-
-def modes_with_workers(names: Sequence[str]) -> Modes:
-    """Of a command that takes these options always, and `--tls` where `add_worker_options` has a
-    worker elsewhere."""
-    return Modes(
-        {"elsewhere": "a run with --worker"},
-        lambda args: ("elsewhere",) if args.worker else (),
-        {"--tls": ("elsewhere",)} | dict.fromkeys(names, ALL),
-    )
 
 
 def usage_figures(used: Usage, seconds: float, tokens: int, lanes: int) -> dict[str, Any]:

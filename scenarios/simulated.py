@@ -44,9 +44,11 @@ def settled_head(setting: Setting) -> Setting:
 
 
 def line_of(setting: Setting) -> str:
-    """The owner's line in words."""
+    """The way to the worker, in words."""
+    if setting.worker == "here":
+        return "in one process"
     rate = quantities.show_bandwidth(setting.bandwidth_bps)
-    return f"{rate}, {quantities.show_duration(setting.rtt_s)} round trip"
+    return f"over {rate}, {quantities.show_duration(setting.rtt_s)} round trip"
 
 
 def describe_profile(profile: DeviceProfile) -> str:
@@ -63,7 +65,8 @@ def describe_profile(profile: DeviceProfile) -> str:
 def print_assumptions(f: dict[str, Any]) -> None:
     """What the answer rests on, figure by figure."""
     print("\nit rests on")
-    _print_profile("GPU", profile_of(f["setting"]["gpu"]))
+    if f["setting"]["worker"] == "elsewhere":
+        _print_profile("GPU", profile_of(f["setting"]["gpu"]))
     _print_profile("owner", profile_of(f["setting"]["owner_device"]))
 
 
@@ -131,7 +134,7 @@ def print_report(f: dict[str, Any]) -> None:
     """What a person wants to know of a simulated run."""
     parts: Sequence[str] = sorted(PARTS, key=lambda part: -f[f"path_{part}"])
     parts_of = {part: f[f"path_{part}"] for part in PARTS}
-    print(f"\nover {f['line']}: {headline(parts_of, f['step_p50_s'])}")
+    print(f"\n{f['line']}: {headline(parts_of, f['step_p50_s'])}")
     print(f"step                {f['step_p50_s']:10.2f} s   {f['tokens_per_step']} tokens an owner")
     print(f"speed               {f['tokens_per_s_owner']:10.1f} tokens/s an owner")
     print("a step waits for")
@@ -144,7 +147,7 @@ def print_report(f: dict[str, Any]) -> None:
         f"traffic per token   {human_bytes(up)} up + {human_bytes(down)} down = "
         f"{human_bytes(up + down)}; {f['gb_per_step']:.2f} GB a step"
     )
-    print(f"GPU busy            {100 * f['gpu_utilisation']:10.2f} %")
+    print(f"worker busy         {100 * f['gpu_utilisation']:10.2f} %")
     if f["resent"]:
         print(f"sent again          {f['resent']:10d} requests, for want of an answer in time")
     if f["remedies"]:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with what takes long first: begun last, one would keep a process busy when the others
+    have ended."""
+    slow, all_of = Counter[Path](), Counter[Path]()
+    for item in items:
+        slow[item.path] += item.get_closest_marker("slow") is not None
+        all_of[item.path] += 1
+    items.sort(key=lambda item: (-slow[item.path], -all_of[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)

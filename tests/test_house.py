@@ -96,7 +96,7 @@ def test_only_a_simulation_needs_simpy() -> None:
 
 
 SERVERS = (
-    "scenarios.worker", "backends.serve", "backends.net.serving", "backends.net.listening",
+    "scenarios.worker.__main__", "backends.serve", "backends.net.serving", "backends.net.listening",
     "backends.net.worker", "backends.cluster.devices", "backends.net.spans",
     "backends.he.mlwe_worker", "backends.he.cuda.worker", "backends.he.openfhe.worker",
 )  # fmt: skip
@@ -123,7 +123,8 @@ def test_worker_code_cannot_reach_a_secret(worker: str) -> None:
 def test_a_worker_on_a_cpu_loads_no_torch() -> None:
     """It starts in a second and a quarter of the memory, and there is less to trust."""
     heavy = ("torch", "transformers", "peft", "triton", "cupy")
-    ask = f"import scenarios.worker, sys; print([m for m in {heavy} if m in sys.modules])"
+    load = "import scenarios.worker.__main__, scenarios.worker.run"
+    ask = f"{load}, sys; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run(
         [sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

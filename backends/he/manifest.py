@@ -27,10 +27,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from backends.defaults import OWNER_TAG_BYTES
+from backends.defaults import MAX_INPUTS, OWNER_TAG_BYTES
 from backends.errors import UserError
 from backends.files import read_bounded, write_json
-from backends.he.matmul.interface import MAX_INPUTS
 from backends.he.params import RING_DEGREE, Parameters
 from backends.he.plan import MatrixPlan
 from backends.he.public import public_seed

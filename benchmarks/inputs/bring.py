@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from scenarios.quickstart import BASE
+from scenarios.options import TINY_LLAMA
 from sim.device import PROFILES
 
 TEXT = "The owner keeps the text; the worker sees ciphertexts, and learns their shapes.\n"
@@ -64,7 +64,7 @@ def _checkpoints(folder: Path) -> None:
     good = folder / "good"
     good.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BASE / name, good / name)
+        shutil.copy(TINY_LLAMA / name, good / name)
     (good / "config.json").write_text(json.dumps(CONFIG))
     save_file(weights(), good / "model.safetensors", {"format": "pt"})
     for name, damage in DAMAGE.items():

@@ -79,7 +79,12 @@ def _entry(name: str, *cuts: str, module: str = "", weight: int = 1) -> Entry:
 
 
 ENTRIES = (
-    _entry("scenarios.quickstart", "scenarios.quickstart:private_session", weight=4),
+    _entry(
+        "scenarios.quickstart",
+        "scenarios.quickstart.run:private_session",
+        module="scenarios.quickstart.__main__",
+        weight=4,
+    ),
     _entry(
         "scenarios.llama1b",
         "scenarios.llama1b.run:private_session",
@@ -87,7 +92,12 @@ ENTRIES = (
         module="scenarios.llama1b.__main__",
         weight=12,
     ),
-    _entry("scenarios.generate", "scenarios.generate:opened", weight=3),
+    _entry(
+        "scenarios.generate",
+        "scenarios.generate.run:opened",
+        module="scenarios.generate.__main__",
+        weight=3,
+    ),
     _entry(
         "scenarios.finetune",
         "scenarios.finetune.run:private_session",
@@ -96,7 +106,7 @@ ENTRIES = (
     ),
     _entry(
         "scenarios.endpoint",
-        "scenarios.endpoint.__main__:endpoint",
+        "scenarios.endpoint.run:endpoint",
         module="scenarios.endpoint.__main__",
         weight=2,
     ),
@@ -107,13 +117,20 @@ ENTRIES = (
         weight=2,
     ),
     _entry("scenarios.prepare", module="scenarios.prepare.__main__", weight=5),
-    _entry("scenarios.params", "scenarios.params:estimates"),
+    _entry(
+        "scenarios.params", "scenarios.params.run:estimates", module="scenarios.params.__main__"
+    ),
     _entry("scenarios.certs", weight=2),
-    _entry("scenarios.worker", "scenarios.worker:serving", weight=4),
+    _entry(
+        "scenarios.worker",
+        "scenarios.worker.run:serving",
+        module="scenarios.worker.__main__",
+        weight=4,
+    ),
     _entry("scenarios.whatif", module="scenarios.whatif.__main__", weight=8),
     _entry(
         "scenarios.chaos",
-        "scenarios.chaos.__main__:search",
+        "scenarios.chaos.run:search",
         "scenarios.chaos.search:Bench.run",
         "scenarios.chaos.planted:copy_tree",
         "scenarios.chaos.mutants:_judged",
@@ -125,8 +142,12 @@ ENTRIES = (
         module="scenarios.chaos.__main__",
     ),
     _entry("scenarios.crashes.owner", "scenarios.crashes.owner:connected"),
-    _entry("scenarios.make_tiny_llama", "scenarios.make_tiny_llama:read_corpus"),
-    _entry("sim.calibrate", "sim.calibrate:calibrate"),
+    _entry(
+        "scenarios.make_tiny_llama",
+        "scenarios.make_tiny_llama.run:read_corpus",
+        module="scenarios.make_tiny_llama.__main__",
+    ),
+    _entry("sim.calibrate", "sim.calibration:calibrate"),
     _entry(
         "benchmarks.fidelity",
         "benchmarks.fidelity:real_cases",
@@ -214,8 +235,8 @@ def _smaller(entry: Entry) -> list[Any]:
             tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
 
-    if entry.module == "scenarios.quickstart":
-        return [patch("scenarios.quickstart.PRIVATE_PACKAGE", "asyncio")]
+    if entry.name == "scenarios.quickstart":
+        return [patch("scenarios.quickstart.run.PRIVATE_PACKAGE", "asyncio")]
     if entry.name in ("scenarios.llama1b", "scenarios.prepare"):
         found = [patch("scenarios.preparation.model_config", tiny)]
         return [*found, *_simulations()] if entry.name == "scenarios.llama1b" else found

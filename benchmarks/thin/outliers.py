@@ -17,8 +17,8 @@ from backends.nn.losses import token_losses
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import HeldBase
 from benchmarks.thin.wraps import counted
+from scenarios.options import TINY_LLAMA
 from scenarios.preparation import prepared_for
-from scenarios.quickstart import BASE
 
 FACTOR, CHANNELS = 300.0, 8
 WARM_UP = 3
@@ -28,7 +28,7 @@ _FED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 def quickstart_model() -> PreTrainedModel:
     """The quickstart's, from its files."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     return model
 
 

@@ -23,8 +23,9 @@ from backends.nn.sources import Base
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
 from benchmarks.thin.chats import sequences
 from benchmarks.thin.wraps import counted
+from scenarios.options import TINY_LLAMA
 from scenarios.preparation import prepared_for
-from scenarios.quickstart import BASE, private_text
+from scenarios.quickstart.run import private_text
 from scenarios.session import train_with_bar
 
 RANK = 16
@@ -52,8 +53,8 @@ class Task:
 
 def quickstart_task(steps: int) -> Task:
     """As `scenarios.quickstart` trains: steps of 4 x 256 tokens of source code."""
-    text = private_text(AutoTokenizer.from_pretrained(BASE), _HELD_OUT)
-    return Task("quickstart", open_base(BASE), text.train, text.held_out, steps, 4, 4e-3)
+    text = private_text(AutoTokenizer.from_pretrained(TINY_LLAMA), _HELD_OUT)
+    return Task("quickstart", open_base(TINY_LLAMA), text.train, text.held_out, steps, 4, 4e-3)
 
 
 def documentation(tokenizer: Any, sequence: int) -> torch.Tensor:

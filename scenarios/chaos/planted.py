@@ -125,13 +125,14 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
-def seek(planted: Planted, tree: Path, seeds: int = SEEDS_MOST) -> Finding:
-    """Plant one defect in a copy of the tree, look for it, and take it out again."""
+def seek(planted: Planted, tree: Path, seeds: int = SEEDS_MOST, first: int = 0) -> Finding:
+    """Plant one defect in a copy of the tree, look for it (chaos: with so many seeds, from `first`
+    on), and take it out again."""
     start = time.perf_counter()
     planted.apply(tree)
     try:
         if planted.found_by == "chaos":
-            found, count, how = chaos_finds(tree, seeds)
+            found, count, how = chaos_finds(tree, seeds, first)
         else:
             found, count, how = _by_test(tree, planted.found_by)
     finally:
@@ -160,13 +161,13 @@ def _python(tree: Path, *arguments: str, timeout_s: float) -> tuple[int, str]:
     return process.returncode, told[-2000:]
 
 
-def chaos_finds(tree: Path, seeds: int) -> tuple[bool, int, str]:
+def chaos_finds(tree: Path, seeds: int, first: int = 0) -> tuple[bool, int, str]:
     """(found, seeds, what) of a chaos run in a tree. Raises PatchError when it does not run."""
     figures = tree / "figures.json"
     figures.unlink(missing_ok=True)
     _, told = _python(
-        tree, "-m", "scenarios.chaos", "--seeds", str(seeds), "--stop-at-first",
-        "--processes", "1", "--json", str(figures), timeout_s=_CHAOS_TIMEOUT_S,
+        tree, "-m", "scenarios.chaos", "--seeds", str(seeds), "--first", str(first),
+        "--stop-at-first", "--processes", "1", "--json", str(figures), timeout_s=_CHAOS_TIMEOUT_S,
     )  # fmt: skip
     if not figures.exists():
         raise PatchError(f"the patched tree does not run: {told}")

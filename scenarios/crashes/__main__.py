@@ -37,11 +37,6 @@ from pathlib import Path
 
 from backends.options import ALL, SEED, STEPS, Modes, Parser, Whole
 from scenarios import record
-from scenarios.certs import Authority
-from scenarios.crashes import campaign, quickstart
-from scenarios.crashes.line import HOST
-from scenarios.crashes.training import Failure
-from scenarios.crashes.zygote import Zygote
 
 MODES = Modes(
     {"kills": "killing small trainings (without --quickstart)"},
@@ -66,6 +61,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def certificates(place: Path) -> Path:
     """An owner's and a worker's, for this machine's own address."""
+    from scenarios.certs import Authority
+    from scenarios.crashes.line import HOST
+
     authority = Authority()
     authority.issue(place / "owner")
     authority.issue(place / "worker", [HOST])
@@ -75,6 +73,10 @@ def certificates(place: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = parse(arguments)
+    from scenarios.crashes import campaign, quickstart  # these take a second to load
+    from scenarios.crashes.training import Failure
+    from scenarios.crashes.zygote import Zygote
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     place = Path(tempfile.mkdtemp(prefix="private-lora-crashes-"))
     kept = certificates(place / "certificates")

@@ -9,17 +9,18 @@ are in RUN/private.json at the end, the adapter in RUN/adapter.
 from __future__ import annotations
 
 from backends.files import write_json
-from scenarios import quickstart
 from scenarios.cli import clean_exit, use_kernel
+from scenarios.quickstart.__main__ import parse
+from scenarios.quickstart.run import Quickstart
 from scenarios.session import one_run
 
 
 def main() -> None:
-    args = quickstart.parse()
+    args = parse()
     with clean_exit():
         use_kernel(args.kernel)
         with one_run(args.out):
-            run = quickstart.Quickstart(args)
+            run = Quickstart(args)
             losses = run.private()
     write_json(
         args.out / "private.json",

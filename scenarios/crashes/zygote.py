@@ -23,13 +23,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("scenarios.worker", "scenarios.crashes.owner")
+LOADED = ("scenarios.worker.run", "scenarios.crashes.owner")
 _POLL_S = 0.005
 _ENDING_S = 120.0
 _LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -107,15 +107,15 @@ class _Forked:
 class Zygote:
     """A warm process to fork from; ends with its `with`.
 
-    commands  modules that it imports, and whose `main` it can run
+    loaded  modules that it imports, so that commands that need them start at once
     """
 
-    def __init__(self, log: Path, commands: Sequence[str] = COMMANDS) -> None:
+    def __init__(self, log: Path, loaded: Sequence[str] = LOADED) -> None:
         self._lock = threading.Lock()
         self._asked = 0
         descriptor = os.open(log, _LOG_FLAGS, 0o600)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "scenarios.crashes.zygote", *commands], cwd=ROOT,
+            [sys.executable, "-m", "scenarios.crashes.zygote", *loaded], cwd=ROOT,
             env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=descriptor,
         )  # fmt: skip
         os.close(descriptor)
@@ -161,7 +161,7 @@ def _become(request: dict[str, Any]) -> int:
         os.dup2(descriptor, place)
     sys.argv = [request["start"], *request["arguments"]]
     try:
-        importlib.import_module(request["start"]).main()
+        _main_of(request["start"])()
     except SystemExit as ended:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
@@ -171,6 +171,15 @@ def _become(request: dict[str, Any]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _main_of(module: str) -> Callable[[], None]:
+    """What `python -m module` runs, of a module or a package."""
+    found: Any = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
+    main: Callable[[], None] = found.main
+    return main
 
 
 def _fork(request: dict[str, Any]) -> int:

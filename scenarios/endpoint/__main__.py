@@ -24,36 +24,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from collections.abc import Sequence
 
 from backends.defaults import LEAST_REMOTE
-from backends.door import Public, connect, prepare, remote
-from backends.net.owner import RemoteLinearError
-from backends.nn.base import open_base
-from backends.nn.sane import positions
-from backends.nn.tokenizer import Tokenizer
-from backends.options import RANK, SEQUENCE, TOKENS, Number, Parser, Whole, place
+from backends.options import SEQUENCE, Number, Parser, Whole, place
 from backends.places import named, output_directory
 from scenarios.cli import add_kernel_option, clean_exit, use_kernel
-from scenarios.endpoint.learner import Learner
-from scenarios.endpoint.requests import Limits
-from scenarios.endpoint.sampler import Sampler
-from scenarios.endpoint.server import EndpointError, Server, api_key, listen_address, serving
-from scenarios.endpoint.service import About, Service
-from scenarios.endpoint.states import States
-from scenarios.generate import stops_of
-from scenarios.options import add_preparation_options, add_worker_options, weights_text
-from scenarios.quickstart import BASE
-from scenarios.session import (
-    chosen_workers,
+from scenarios.endpoint.address import EndpointError, listen_address
+from scenarios.options import (
+    TINY_LLAMA,
+    add_preparation_options,
+    add_worker_options,
     modes_with_workers,
-    one_run,
-    open_ledger,
+    weights_text,
 )
 
 MODES = modes_with_workers(
@@ -68,64 +51,6 @@ _NO_PROXY = ("NO_PROXY", "no_proxy")  # the second one wins where both are set
 _NEAR = "127.0.0.1,localhost,::1"
 
 
-@contextmanager
-def endpoint(
-    model: PreTrainedModel, public: Public, tokenizer: Tokenizer, args: argparse.Namespace
-) -> Iterator[tuple[Server, Service]]:
-    """Within the `with` it answers; `Service.queue.work` computes, in the thread that calls it.
-
-    model  as `remote` gave it
-    """
-    limits = _limits(model, public, args)
-    about = About(args.name, args.tokenizer, str(model.config.model_type), args.clients, limits)
-    key = api_key(args.api_key_file)
-    open_ledger(args.out, args.out / "checkpoints", chosen_workers(args))
-    ledger = args.out / "retired-workers.json"
-    with connect(model, args.worker, args.tls, ledger=ledger) as session:
-        learner = Learner(model, args.sequence, args.batch)
-        sampler = Sampler(learner, sorted(stops_of(model, tokenizer)), tokenizer.decode)
-        states = States(args.out / "states", public.identity, limits.rank, session)
-        service = Service(about, learner, sampler, states, session.require_untainted)
-        server = Server(args.listen, service, key)
-        with serving(server):
-            yield server, service
-
-
-def _limits(model: PreTrainedModel, public: Public, args: argparse.Namespace) -> Limits:
-    """Raises EndpointError for sequences that are too long for the model, or for a worker."""
-    known = positions(model)
-    context = min(TOKENS.most, known[0]) if known else TOKENS.most
-    if args.sequence > context:
-        raise EndpointError(f"this model takes {context} tokens; give --sequence {context} or less")
-    if args.sequence * args.batch > TOKENS.most:
-        raise EndpointError(
-            f"--sequence times --batch is {args.sequence * args.batch}, and a worker takes "
-            f"{TOKENS.most} tokens at once; give less of either"
-        )
-    words: Any = model.get_input_embeddings()
-    rank = max(min(g.in_features, out) for g in public.prepared.groups for out in g.out_features)
-    return Limits(words.num_embeddings, args.sequence, context, min(rank, RANK.most))
-
-
-def prepared(args: argparse.Namespace) -> tuple[PreTrainedModel, Public, Tokenizer]:
-    """The model that is served, prepared, and its tokenizer; says what it does."""
-    base = open_base(args.weights)
-    print(f"weights: {base.describe()}")
-    tokenizer = base.tokenizer()
-    with tqdm(total=1.0, desc="prepare", dynamic_ncols=True, leave=False) as bar:
-
-        def progress(label: str, share: float) -> None:
-            bar.set_postfix_str(label[-48:], refresh=False)
-            bar.update(share - bar.n)
-
-        public = prepare(
-            args.weights, args.preset, args.cache, owner_tag=args.owner_tag,
-            least_remote=args.least_remote, progress=progress,
-        )  # fmt: skip
-    print(f"prepared model: {public.directory}")
-    return remote(args.weights, public), public, tokenizer
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, "scenarios.endpoint", MODES)
@@ -133,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--listen", type=_listen, default="127.0.0.1:8420", metavar="HOST:PORT",
         help="where recipes find it, on this machine only; port 0 is any free one "
         "(127.0.0.1:8420)")  # fmt: skip
-    add("--model", "--weights", dest="weights", type=weights_text, default=str(BASE),
+    add("--model", "--weights", dest="weights", type=weights_text, default=str(TINY_LLAMA),
         metavar="DIR|FILE|ID",
         help="checkpoint: a directory, a GGUF file, or an id of the hub (the small Llama of this "
         "repository)")  # fmt: skip
@@ -178,6 +103,10 @@ def _listen(text: str) -> tuple[str, int]:
 
 def main() -> None:
     args = parse()
+    from backends.net.owner import RemoteLinearError  # these take seconds to load
+    from scenarios.endpoint.run import endpoint, prepared
+    from scenarios.session import chosen_workers, one_run
+
     with clean_exit(RemoteLinearError):
         use_kernel(args.kernel)
         chosen_workers(args)  # what is wrong with them is told before anything is prepared

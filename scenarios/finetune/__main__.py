@@ -60,13 +60,17 @@ def main() -> None:
             return
         use_kernel(args.kernel)
         with one_run(args.out):
-            figures = Finetune(args).run()
+            run = Finetune(args)
+            figures = run.run()
         if figures is None:
             print("not started")
             return
-        if "losses" in figures:
+        trained = "losses" in figures
+        if trained:
             print_report(figures, args.weights)
         record.write(args.json, figures)
+        if trained:
+            run.write_trace()
 
 
 if __name__ == "__main__":

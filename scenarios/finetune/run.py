@@ -340,9 +340,12 @@ class Finetune:
                 "private_loss": self.held.last,
                 "held_out": [list(point) for point in self.held.points],
             }
-        if args.trace:
-            self.watch.write(args.trace, f"fine-tuning, {args.lanes} lane(s)")
         write_page(self.out / "report.html", self._page())
+
+    def write_trace(self) -> None:
+        """After all else: where it cannot be written, nothing else is lost."""
+        if self.args.trace:
+            self.watch.write(self.args.trace, f"fine-tuning, {self.args.lanes} lane(s)")
 
     def _page(self) -> Content:
         args = self.args

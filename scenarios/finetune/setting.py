@@ -26,7 +26,7 @@ from backends.options import STEPS
 from scenarios.dp import dp_of, require_dp
 from scenarios.estimate import Shape
 from scenarios.finetune.held import PROMPT_TOKENS, SAMPLES, beginnings
-from scenarios.generate import encoded, require_text
+from scenarios.generate.run import encoded, require_text
 from scenarios.preparation import chosen_base, chosen_skeleton, settle_head
 from scenarios.texts import Data, load_texts, to_do
 

@@ -201,9 +201,11 @@ def _really(args: argparse.Namespace, argv: list[str]) -> None:
         else:
             use_kernel(args.kernel)
             with one_run(args.out):
-                figures = run.Run(args).run(argv)
+                real = run.Run(args)
+                figures = real.run(argv)
             run.print_report(figures)
             record.write(args.json, figures)
+            real.write_trace(figures)
 
 
 if __name__ == "__main__":

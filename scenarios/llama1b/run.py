@@ -201,6 +201,7 @@ class Run:
         self.clear: list[ClearStep] = []
         self.clear_facts: dict[str, Any] = {}
         self.estimate_facts: dict[str, Any] = {}
+        self.trace: RealTrace | None = None
 
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Prepare, train, report; returns the figures."""
@@ -222,7 +223,7 @@ class Run:
         if trainer.dp is not None:
             print(dp_plan(trainer))
         peer = self._peer(argv, setup, prepared) if args.compare_clear else None
-        trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
+        trace = self.trace = RealTrace([g.name for g in prepared.groups]) if args.trace else None
         with (
             stopped_untainted(trainer),
             private_session(
@@ -234,11 +235,15 @@ class Run:
         trainer.require_untainted()
         adapter = args.out / ("adapter-comparison" if args.compare_clear else "adapter")
         save_adapter(model, adapter, setup.base_name)
-        if trace is not None:
-            trace.write(args.trace, f"real run: {setup.base.describe()}, {args.lanes} lane(s)")
         if peer is not None:
             peer.close()
         return self._figures(setup, trainer, prepare_s) | {"adapter_dir": str(adapter)}
+
+    def write_trace(self, figures: dict[str, Any]) -> None:
+        """After all else: where it cannot be written, nothing else is lost."""
+        if self.trace is not None:
+            title = f"real run: {figures['weights']}, {figures['lanes']} lane(s)"
+            self.trace.write(self.args.trace, title)
 
     def _peer(self, argv: list[str], setup: Setup, prepared: PreparedModel) -> ClearPeer:
         """The same training in clear: on a GPU in bf16, on a CPU in what is faster there."""

@@ -13,6 +13,7 @@ from scenarios.whatif.knobs import (
     SettingError,
     changed,
     profile_of,
+    require_elsewhere,
     values_of,
 )
 
@@ -24,10 +25,12 @@ NETWORKS = {
     "fibre": (1e9, 0.010, "fibre at home, 1 Gb/s both ways"),
     "home": (100e6, 0.020, "100 Mb/s both ways"),
     "dsl": (40e6, 0.030, "VDSL by its upload, 40 Mb/s"),
+    "here": (ASSUMED_BPS, ASSUMED_RTT_S, "none: a worker in the owner's process, on its device"),
 }
 _KNOBS = (
     "bandwidth", "rtt", "loss", "jitter", "workers", "owners", "gpu", "owner-device", "model",
 )  # fmt: skip
+HERE = "here"
 OPTIONS = tuple(f"--{name}" for name in _KNOBS)
 
 
@@ -48,8 +51,11 @@ def setting_from(args: argparse.Namespace) -> Setting:
         tokens=args.tokens, sequence=args.sequence, lanes=args.lanes, steps=args.steps,
         bandwidth_bps=bandwidth_bps, rtt_s=rtt_s,
     )  # fmt: skip
+    if args.network == HERE:
+        setting = replace(setting, worker=HERE)
+        require_elsewhere(name for name in _KNOBS if _given(args, name) is not None)
     for name in _KNOBS:
-        text = getattr(args, name.replace("-", "_"))
+        text = _given(args, name)
         if text is not None:
             values = values_of(name, text)
             if len(values) != 1:
@@ -58,3 +64,8 @@ def setting_from(args: argparse.Namespace) -> Setting:
     for device in (setting.gpu, setting.owner_device):
         profile_of(device)
     return replace(setting, head=args.lm_head)
+
+
+def _given(args: argparse.Namespace, name: str) -> str | None:
+    text: str | None = getattr(args, name.replace("-", "_"))
+    return text

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from math import log2
 
+from backends.defaults import SHARED_BLOCKS
 from backends.he.estimate.reduction import CLASSICAL
-from backends.he.estimate.verdict import BLOCKS, estimates, judged, worst
+from backends.he.estimate.verdict import estimates, judged, worst
 from backends.he.params import ERROR_BITS, Parameters, max_log2_modulus
 from scenarios.page.content import Content
 
@@ -54,7 +55,7 @@ class Security:
 @cache
 def security(p: Parameters) -> Security:
     """The cheapest known attack, estimated now (a second), and the numbers that it depends on."""
-    low = worst(estimates(judged(p), BLOCKS, [CLASSICAL]))
+    low = worst(estimates(judged(p), SHARED_BLOCKS, [CLASSICAL]))
     noise = (
         "a few results may wrap; the owner sees and repairs them (docs/security.md has the odds)"
         if p.thin

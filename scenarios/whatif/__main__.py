@@ -85,7 +85,7 @@ def main() -> None:
         study = study_from(args)
         prices = prices_from(args, study.prices)
         for setting in study.settings():
-            prices.of_gpu(setting.gpu)
+            prices.rent(setting)
             for device in (setting.gpu, setting.owner_device):
                 profile_of(device)
         name = Path(args.study).stem if args.study else "sweep"

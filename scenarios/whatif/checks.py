@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from scenarios.whatif.knobs import KEYS, SettingError, key_called, values_of
+from scenarios.whatif.knobs import KEYS, SettingError, key_called, require_elsewhere, values_of
 from scenarios.whatif.study import VALUES, Study, varying
 
 SETTINGS_MOST = 20_000
@@ -113,6 +113,8 @@ def require_sound(study: Study) -> None:
         raise SettingError(f"{count} settings are too many; at most {SETTINGS_MOST}")
     for knob in [*study.sweep, *study.fixed]:
         key_called(knob)
+    if set(study.sweep.get("worker", [study.fixed.get("worker")])) == {"here"}:
+        require_elsewhere([*study.sweep, *study.fixed])
     kind = study.answer.get("kind", "effects")
     if not isinstance(kind, str) or kind not in _ANSWERS:
         raise SettingError(f"[answer] kind={kind!r}: it is one of {', '.join(_ANSWERS)}")

@@ -7,7 +7,7 @@ here takes long to load: what is typed wrong is said at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -22,10 +22,16 @@ from sim.models import MODELS
 ASSUMED_BPS, ASSUMED_RTT_S, ASSUMED_GPU = 1e9, 0.020, "h200"
 """A line and a GPU where nothing else is said."""
 CHOICES = {
+    "worker": ("elsewhere", "here"),
     "placement": ("spread", "by-layer", "one"),
     "connection": ("stream", "parallel"),
     "head": HEAD_CHOICES,
 }
+OF_ELSEWHERE = (
+    "owners", "workers", "sites", "placement", "gpu", "bandwidth", "site-bandwidth", "rtt",
+    "far-rtt", "jitter", "loss", "connection",
+)  # fmt: skip
+"""Knobs that mean nothing where no worker is elsewhere."""
 PASSES_MOST = 1_000_000
 """Micro-batches of a world: some hours to simulate."""
 WORKERS_MOST = 10_000
@@ -46,6 +52,8 @@ class Setting:
     far_rtt_s           the same to the second site, where there are two
     site_bps            of each site's line, shared by all its workers
     jitter_s, loss      of each owner's own line
+    worker              elsewhere: behind the line; here: in the owner's process, on its device (so
+                        that `gpu` is that), as a real run without --worker
     placement           spread: every worker holds all layers; by-layer: each holds as many layers,
                         one after the other; one: only the first worker is used
     connection          stream: an owner's requests to a worker follow each other on the line;
@@ -61,6 +69,7 @@ class Setting:
     owners: int = 1
     workers: int = 1
     sites: int = 1
+    worker: str = "elsewhere"
     placement: str = "spread"
     gpu: str = ASSUMED_GPU
     owner_device: str = "cpu-2core"
@@ -80,6 +89,13 @@ class Setting:
                 raise SettingError(
                     f"{knob}={getattr(self, knob)!r}: it is one of {', '.join(choices)}"
                 )
+        if self.worker == "here":
+            if (self.owners, self.workers) != (1, 1):
+                raise SettingError(
+                    f"owners={self.owners}, workers={self.workers}: with worker=here there is one "
+                    "of each, in one process"
+                )
+            object.__setattr__(self, "gpu", self.owner_device)
         passes = self.owners * self.lanes * self.steps
         if passes > PASSES_MOST:
             raise SettingError(
@@ -98,6 +114,8 @@ class Setting:
     @property
     def label(self) -> str:
         """The model and what carries it, for a person."""
+        if self.worker == "here":
+            return f"{model_name(self.model)} on {device_name(self.gpu)}, owner and worker"
         gpus = f"{self.workers} x {device_name(self.gpu)}" if self.workers > 1 else (
             device_name(self.gpu)
         )  # fmt: skip
@@ -143,6 +161,11 @@ KEYS: dict[str, Key] = {
     "owners": Key("owners", _COUNT, "owners that fine-tune at the same time"),
     "workers": Key("workers", _COUNT, "GPUs"),
     "sites": Key("sites", _COUNT, "places the GPUs are in, 1 or 2"),
+    "worker": Key(
+        "worker",
+        _WORD,
+        "elsewhere, or here: in the owner's process, on its device, as a run without --worker",
+    ),
     "placement": Key("placement", _WORD, f"of layers on GPUs: {', '.join(CHOICES['placement'])}"),
     "gpu": Key("gpu", _DEVICE, f"device profile of a worker: {_DEVICES}"),
     "owner-device": Key("owner_device", _DEVICE, f"device profile of an owner: {_DEVICES}"),
@@ -201,6 +224,16 @@ def changed(setting: Setting, changes: Mapping[str, Value]) -> Setting:
     return replace(setting, **{key_called(name).field: value for name, value in changes.items()})  # type: ignore[arg-type]
 
 
+def require_elsewhere(names: Iterable[str]) -> None:
+    """Raise SettingError for a knob that would change nothing where the worker is here."""
+    for name in names:
+        if name in OF_ELSEWHERE:
+            raise SettingError(
+                f"{name} is of a worker elsewhere, and it is in the owner's process: leave {name} "
+                "out"
+            )
+
+
 def shown(name: str, value: Value) -> str:
     """A knob's value as a person writes it."""
     return KEYS[name].form.show(value)
@@ -235,6 +268,10 @@ class Prices:
     gpu_hour: float | None = None
     gb_out: float = 0.05
     mbps_month: float = 0.10
+
+    def rent(self, setting: Setting) -> float:
+        """Of all workers, $/h; an owner's own machine costs none. Raises SettingError."""
+        return setting.workers * self.of_gpu(setting.gpu) if setting.worker == "elsewhere" else 0.0
 
     def of_gpu(self, gpu: str) -> float:
         """Rent of one such GPU, $/h. Raises SettingError when none is known."""

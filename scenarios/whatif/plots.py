@@ -15,7 +15,7 @@ import numpy as np
 
 from backends.files import replacing
 from scenarios.whatif.answers import Answer, Row, of, relative, words_of
-from scenarios.whatif.knobs import KEYS, SettingError, provenance, shown
+from scenarios.whatif.knobs import KEYS, OF_ELSEWHERE, SettingError, provenance, shown
 from scenarios.whatif.quantities import Value
 from scenarios.whatif.study import Study, varying
 
@@ -53,6 +53,8 @@ def _facts(study: Study, rows: Sequence[Row], left_out: Sequence[str]) -> str:
     told += ["rtt", "site-bandwidth", "sites", "placement", "head"]
     if row["workers"] == 1:
         told = [knob for knob in told if knob not in ("sites", "placement", "workers")]
+    if all(each["worker"] == "here" for each in rows):
+        told = [knob for knob in told if knob not in OF_ELSEWHERE] + ["worker"]
     parts = []
     for knob in told:
         if knob in left_out or len({of(r, knob) for r in rows}) > 1:

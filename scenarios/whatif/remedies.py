@@ -58,27 +58,31 @@ def _tried(setting: Setting, seed: int) -> Iterator[tuple[str, Callable[[], Worl
     def turned(**changes: Any) -> Callable[[], WorldConfig]:
         return lambda: world_of(replace(setting, **changes), record=False, seed=seed)
 
-    def with_faster(side: str) -> Callable[[], WorldConfig]:
+    def with_faster(*sides: str) -> Callable[[], WorldConfig]:
         def world() -> WorldConfig:
             config = world_of(setting, record=False, seed=seed)
-            profile: DeviceProfile = getattr(config, side)
-            changes: Any = {side: faster(profile)}
+            changes: Any = {side: faster(getattr(config, side)) for side in sides}
             return replace(config, **changes)
 
         return world
 
-    if setting.rtt_s > 0:
+    elsewhere = setting.worker == "elsewhere"
+    if elsewhere and setting.rtt_s > 0:
         near = turned(rtt_s=setting.rtt_s / 2, far_rtt_s=setting.far_rtt_s / 2)
         yield "half the round trip (--rtt)", near
-    yield "twice the line (--bandwidth)", turned(bandwidth_bps=2 * setting.bandwidth_bps)
+    if elsewhere:
+        yield "twice the line (--bandwidth)", turned(bandwidth_bps=2 * setting.bandwidth_bps)
     if 2 * setting.lanes <= LANES.most:
         yield "twice the lanes (--lanes)", turned(lanes=2 * setting.lanes)
     if setting.head == "local":
         yield "the head at the worker (--lm-head remote)", turned(head="remote")
     else:
         yield "the head here (--lm-head local)", turned(head="local")
-    yield "an owner's machine twice as fast", with_faster("owner")
-    yield "GPUs twice as fast", with_faster("worker")
+    if elsewhere:
+        yield "an owner's machine twice as fast", with_faster("owner")
+        yield "GPUs twice as fast", with_faster("worker")
+    else:
+        yield "a machine twice as fast", with_faster("owner", "worker")
 
 
 def faster(profile: DeviceProfile, times: float = 2.0) -> DeviceProfile:

@@ -77,6 +77,7 @@ def clear_for(setting: Setting) -> ClearRun:
 def world_of(setting: Setting, record: bool = True, seed: int = 0) -> WorldConfig:
     """The simulated world of a setting. The trace is recorded for the first owner only."""
     workload = workload_for(setting)
+    here = setting.worker == "here"
     return WorldConfig(
         workload,
         profile_of(setting.owner_device),
@@ -84,7 +85,8 @@ def world_of(setting: Setting, record: bool = True, seed: int = 0) -> WorldConfi
         lanes=setting.lanes,
         owners=setting.owners,
         workers=setting.workers,
-        graph=_graph(setting),
+        graph=None if here else _graph(setting),
+        in_process=here,
         placement=_placement(setting, len(workload.matrices)),
         steps=setting.steps,
         warmup=warmup_of(setting),
@@ -161,11 +163,13 @@ def figures(setting: Setting, result: WorldResult, prices: Prices) -> dict[str, 
     up = fmean(step.bytes_up for step in result.steps)
     down = fmean(step.bytes_down for step in result.steps)
     hours = 1e6 / (per_owner * setting.owners) / 3600
+    # What is handed over in one process is on no line.
+    lined = float(setting.worker == "elsewhere")
     line_hour = prices.mbps_month * setting.bandwidth_bps / 1e6 / 730
     cost = {
-        "cost_gpu": hours * setting.workers * prices.of_gpu(setting.gpu),
-        "cost_traffic": down / tokens * 1e6 / 1e9 * prices.gb_out,
-        "cost_line": hours * setting.owners * line_hour,
+        "cost_gpu": hours * prices.rent(setting),
+        "cost_traffic": lined * down / tokens * 1e6 / 1e9 * prices.gb_out,
+        "cost_line": lined * hours * setting.owners * line_hour,
     }
     return {
         "step_p50_s": float(np.percentile(durations, 50)),
@@ -174,9 +178,10 @@ def figures(setting: Setting, result: WorldResult, prices: Prices) -> dict[str, 
         "tokens_per_s_owner": per_owner,
         "tokens_per_s_gpu": per_owner * setting.owners / setting.workers,
         "gpu_utilisation": result.utilisation,
-        "line_up_busy": per_owner * up / tokens * 8 / setting.bandwidth_bps,
-        "line_down_busy": per_owner * down / tokens * 8 / setting.bandwidth_bps,
-        "site_busy": per_owner
+        "line_up_busy": lined * per_owner * up / tokens * 8 / setting.bandwidth_bps,
+        "line_down_busy": lined * per_owner * down / tokens * 8 / setting.bandwidth_bps,
+        "site_busy": lined
+        * per_owner
         * setting.owners
         * max(up, down)
         / tokens

@@ -108,7 +108,7 @@ class Sweep:
     def _run(self) -> None:
         start = time.perf_counter()
         for setting in self.settings:
-            self.prices.of_gpu(setting.gpu)
+            self.prices.rent(setting)
         for name in prepare(self.settings):
             print(f"tracing {name}")
         self.trace_s = time.perf_counter() - start

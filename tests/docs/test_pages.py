@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from backends.defaults import SCHEMES
 from backends.he.conformance import CHECKS
-from backends.session import SCHEMES
 from docs import generate_figures
 from scenarios.whatif.checks import require_sound
 from scenarios.whatif.study import load_study

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.defaults import SHARED_BLOCKS
 from backends.he import params
 from backends.he.estimate.attacks import (
     Estimate,
@@ -37,7 +38,6 @@ from backends.he.estimate.lwe import (
 )
 from backends.he.estimate.reduction import CLASSICAL, QUANTUM, Bdgl16, CostModel, Matzov
 from backends.he.estimate.verdict import (
-    BLOCKS,
     FLOOR_BITS,
     estimates,
     judged,
@@ -320,7 +320,7 @@ def test_harder_problems_cost_more(size: tuple[int, int, int]) -> None:
 def test_more_blocks_cost_less() -> None:
     """Of one block, both many-block attacks are the plain ones; then ever cheaper."""
     problem = judged(PRESETS["exact"])
-    counts = [1, 2**10, 2**20, BLOCKS]
+    counts = [1, 2**10, 2**20, SHARED_BLOCKS]
     luck = [primal_any_of(problem, CLASSICAL, count).bits for count in counts]
     tests = [dual_hypothesis(problem, CLASSICAL, count).bits for count in counts]
     assert luck[0] == pytest.approx(primal_usvp(problem, CLASSICAL).bits, abs=1e-3)

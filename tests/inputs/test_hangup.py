@@ -19,9 +19,9 @@ from backends.files import replacing_directory
 from backends.interrupts import leave_terminal
 from backends.lock import HeldError
 from backends.nn.trainer import TrainingInterrupted
-from scenarios import quickstart
 from scenarios.finetune import __main__ as finetune
 from scenarios.llama1b import __main__ as llama1b
+from scenarios.quickstart import __main__ as quickstart
 from scenarios.session import one_run
 from tests.inputs.test_lives import CONFIG, Life
 

@@ -14,9 +14,9 @@ from numba.core.caching import InTreeCacheLocator
 from backends import jit
 from backends.he.verdict import owner_verdicts
 from backends.places import PlaceError, cache_directory
-from scenarios import generate
 from scenarios.endpoint import __main__ as endpoint
 from scenarios.finetune import __main__ as finetune
+from scenarios.generate import __main__ as generate
 from scenarios.llama1b import __main__ as llama1b
 from scenarios.prepare import __main__ as prepare
 

@@ -28,8 +28,9 @@ from backends.nn.sources import RandomBase
 from backends.nn.trainer import TrainConfig
 from backends.options import LEARNING_RATE, SEED, SEQUENCE, Number, Whole, place
 from benchmarks.inputs.values import NO_NUMBERS
-from scenarios import quickstart, record
+from scenarios import record
 from scenarios.llama1b import __main__ as llama1b
+from scenarios.quickstart import __main__ as quickstart
 
 NANOSECONDS = 1_795_714_387_123_456_789
 LLAMA = LlamaConfig(

@@ -24,7 +24,7 @@ from backends.places import (
     require_room,
     taken_bytes,
 )
-from scenarios import certs, quickstart, record
+from scenarios import certs, record
 from scenarios.chaos import __main__ as chaos
 from scenarios.cli import one_line
 from scenarios.finetune import __main__ as finetune
@@ -33,6 +33,7 @@ from scenarios.merge import __main__ as merge
 from scenarios.options import add_cache_option
 from scenarios.prepare import __main__ as prepare
 from scenarios.prepare import run as preparing
+from scenarios.quickstart import __main__ as quickstart
 from scenarios.whatif import __main__ as whatif
 from sim import calibrate
 from tests.inputs.full import full

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.startup import COMMANDS, PYTHON
+from docs.generate_commands import commands
 from scenarios import costs, simulated
 from scenarios.llama1b.__main__ import asked
 from scenarios.llama1b.__main__ import parse as parse_llama
@@ -38,16 +39,28 @@ SMALL = {"model": "gpt2", "tokens": 8, "sequence": 8, "lanes": 1, "steps": 1}
 # --- at once ----------------------------------------------------------------------------------
 
 
+def test_how_soon_is_measured_of_every_command_that_people_run() -> None:
+    """Its --help, and something typed wrong."""
+    told = {" ".join(words[1:]) for words in COMMANDS.values()}
+    for name in commands():
+        if name.partition(".")[0] != "benchmarks":
+            assert f"{name} --help" in told
+            of_it = {each for each in told if each.startswith(f"{name} ")}
+            assert any("--help" not in each for each in of_it), name
+
+
 def test_who_is_told_at_once_waits_for_nothing_heavy() -> None:
     """Every command of `benchmarks.startup`, in one process: nothing that takes long is loaded."""
     words = [list(w[1:]) for name, w in COMMANDS.items() if name != PYTHON]
     script = (
         "import importlib, json, sys\n"
         "for words in json.loads(sys.argv[1]):\n"
-        "    main = importlib.import_module(words[0] + '.__main__').main\n"
+        "    module = importlib.import_module(words[0])\n"
+        "    if hasattr(module, '__path__'):\n"
+        "        module = importlib.import_module(words[0] + '.__main__')\n"
         "    sys.argv = words\n"
         "    try:\n"
-        "        main()\n"
+        "        module.main()\n"
         "        raise AssertionError(words)\n"
         "    except SystemExit:\n"
         "        pass\n"

@@ -9,8 +9,8 @@ import threading
 import time
 from typing import Any
 
-import scenarios.worker
 from backends.net.worker import WorkerServer
+from scenarios.worker.__main__ import main
 
 _HOARD: list[bytes] = []
 _deliver = WorkerServer.deliver
@@ -32,4 +32,4 @@ def _faulty(self: WorkerServer, peer: str, frame: Any) -> None:
 WorkerServer.deliver = _faulty  # type: ignore[method-assign]
 
 if __name__ == "__main__":
-    scenarios.worker.main()
+    main()

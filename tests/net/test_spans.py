@@ -19,7 +19,7 @@ from backends.net.serving import serving
 from backends.net.tls import Tls, identity
 from benchmarks.load.made import make_place
 from benchmarks.load.owners import owners_at, work_all
-from scenarios.worker import parsed
+from scenarios.worker.__main__ import parsed
 
 pytest.importorskip("opentelemetry.sdk")
 

@@ -18,7 +18,7 @@ from benchmarks.quality import (
     measure,
     rounded,
 )
-from scenarios.quickstart import Private
+from scenarios.quickstart.run import Private
 from tests.nn.conftest import BASES, tokens
 
 TOKENS = 4000

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backends import session
+from backends.defaults import SCHEMES
 from backends.errors import UserError
 from backends.hardware import CPU
 from backends.he.openfhe import NAMES
@@ -15,9 +16,10 @@ from backends.he.openfhe.library import OpenFheError, openfhe
 from backends.he.scaled import ScaledOwner
 from backends.nn.adapters import add_lora
 from backends.nn.local import localise
-from backends.session import HERE, SCHEMES, SchemeError, Workers, opened, require_scheme
+from backends.session import HERE, SchemeError, Workers, opened, require_scheme
 from docs.skeleton_backend import SkeletonOwner, SkeletonWorker
-from scenarios.quickstart import Quickstart, parse
+from scenarios.quickstart.__main__ import parse
+from scenarios.quickstart.run import Quickstart
 from tests.nn.conftest import Tiny, tokens
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from scenarios.chaos.__main__ import main
 from scenarios.chaos.log import EventLog
 from scenarios.chaos.options import draw_options
 from scenarios.chaos.search import Bench, Result, _collect
+from tests.scenarios import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,10 +129,11 @@ def run(*args: str, hash_seed: str = "0", code: int = 0) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_help_teaches() -> None:
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` shows the command and what to expect."""
-    text = run("--help")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
     assert "python -m scenarios.chaos --seeds 10000" in text
     assert "Expected" in text
 
@@ -147,7 +151,10 @@ def test_the_trace_hash_does_not_depend_on_the_process() -> None:
 def test_many_seeds_write_their_figures(tmp_path: Path) -> None:
     """The keys others read; seeds from --first on."""
     figures = tmp_path / "f.json"
-    text = run("--seeds", "3", "--first", "40", "--processes", "1", "--json", str(figures))
+    text = commands.run(
+        "scenarios.chaos", "--seeds", "3", "--first", "40", "--processes", "1",
+        "--json", str(figures),
+    )  # fmt: skip
     assert "3 seeds" in text
     assert "0 violations" in text
     found = json.loads(figures.read_text())
@@ -159,11 +166,19 @@ def test_many_seeds_write_their_figures(tmp_path: Path) -> None:
     assert "origin" in found
 
 
-@pytest.mark.slow
-def test_one_seed_tells_its_history(tmp_path: Path) -> None:
+def test_one_seed_tells_its_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`--trace` prints the events and writes a timeline."""
     trace = tmp_path / "t.json"
-    text = run("--seed", str(clear_seeds(1)[0]), "--trace", str(trace))
+    monkeypatch.setattr("scenarios.cli.private_process", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["--seed", str(clear_seeds(1)[0]), "--trace", str(trace)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    text = capsys.readouterr().out
     assert "drawn: seed=" in text
     assert "send Hello" in text
     assert "Deliver(call=1)" in text

@@ -23,7 +23,7 @@ from scenarios.crashes.campaign import Campaign
 from scenarios.crashes.training import Book, Training
 from scenarios.crashes.verdict import Reference, Verdict, judge
 from scenarios.crashes.wire import Life, Wire
-from scenarios.crashes.zygote import COMMANDS, Zygote
+from scenarios.crashes.zygote import LOADED, Zygote
 
 STEPS = 8
 
@@ -205,7 +205,7 @@ def test_another_history_is_found() -> None:
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     """Processes are warm, and it is known what undisturbed trainings come to."""
     place = tmp_path_factory.mktemp("crashes")
-    with Zygote(place / "zygote.log", (*COMMANDS, "tests.scenarios.faulty_owner")) as zygote:
+    with Zygote(place / "zygote.log", (*LOADED, "tests.scenarios.faulty_owner")) as zygote:
         made = Campaign(
             zygote, certificates(place / "certificates"), place / "runs", 1, steps=STEPS
         )

@@ -28,6 +28,7 @@ from scenarios.finetune import __main__ as command
 from scenarios.finetune.held import HeldOut, beginnings
 from scenarios.finetune.setting import FinetuneError, chosen_linears
 from tests.scenarios.commands import ROOT, readable_by_others
+from tests.scenarios.spoilt import spoilt_later
 from tests.scenarios.worker_process import running
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
@@ -101,10 +102,19 @@ def figures(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_chats_to_an_adapter_and_a_page(finetune: Any, tmp_path: Path) -> None:
-    """What it would take is said first and holds; the loss falls; the adapter is plain peft's."""
-    status, said = finetune("--steps", "3", "--json", str(tmp_path / "f.json"), steps=9)
-    assert status is None, said
+def test_chats_to_an_adapter_and_a_page(
+    finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would take is said first and holds; the loss falls; the adapter is plain peft's. A
+    trace that can no longer be written at the end costs none of it."""
+    trace = tmp_path / "traces" / "t.json"
+    spoilt_later(monkeypatch, "scenarios.finetune.run", trace, "a directory")
+    status, said = finetune(
+        "--steps", "3", "--json", str(tmp_path / "f.json"), "--trace", str(trace), steps=9
+    )
+    assert str(status).startswith("error: "), said
+    assert str(trace) in str(status)
+    assert "\n" not in str(status)
     assert "loss: on what the assistant says" in said
     for first, then in (
         ("to do: 3 steps", "traffic: about"), ("traffic: about", "preparing the public set-up"),

@@ -14,8 +14,9 @@ from backends.nn.base import open_base
 from backends.nn.skeleton import build_skeleton
 from benchmarks.generation import token_bytes
 from scenarios.certs import Authority
-from scenarios.generate import Generation, PromptError, encoded, parse, print_report, prompts_of
-from scenarios.quickstart import BASE
+from scenarios.generate.__main__ import parse
+from scenarios.generate.run import Generation, PromptError, encoded, print_report, prompts_of
+from scenarios.options import TINY_LLAMA
 from tests.scenarios.worker_process import running
 
 PROMPT = "def shortest_path(G, source"
@@ -33,8 +34,8 @@ def test_it_completes_with_an_adapter_here_and_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a download; and what goes out is the same wherever the answer ends."""
-    model = add_lora(build_skeleton(open_base(BASE)).model, 4, 8, seed=1)
-    save_adapter(model, tmp_path / "adapter", str(BASE))
+    model = add_lora(build_skeleton(open_base(TINY_LLAMA)).model, 4, 8, seed=1)
+    save_adapter(model, tmp_path / "adapter", str(TINY_LLAMA))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os"}\n\n"import re"\n')
     (tmp_path / "out").mkdir()
     words = [
@@ -98,7 +99,7 @@ def test_prompts_that_cannot_be_are_refused(
 
 def test_a_prompt_must_fit_the_model() -> None:
     """With what is to follow; empty ones are told, too."""
-    base = open_base(BASE)
+    base = open_base(TINY_LLAMA)
     tokenizer, model = base.tokenizer(), torch.nn.Module()
     model.config = base.config  # type: ignore[assignment]
     model.get_input_embeddings = lambda: None  # type: ignore[assignment]

@@ -159,7 +159,7 @@ def test_what_was_downloaded_of_an_id_is_compared(
 
 
 @pytest.mark.parametrize(
-    "command", ["merge.__main__", "finetune.__main__", "endpoint.__main__", "generate"]
+    "command", ["merge.__main__", "finetune.__main__", "endpoint.__main__", "generate.__main__"]
 )
 def test_a_home_of_nobody_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a model is named, before anything is loaded; and for whoever comes from Python."""

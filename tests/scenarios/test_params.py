@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from backends.defaults import MAX_INPUTS, SHARED_BLOCKS
 from backends.he.estimate import verdict
 from backends.he.estimate.attacks import dual_hypothesis, primal_any_of
 from backends.he.estimate.reduction import CLASSICAL
-from backends.he.estimate.verdict import BLOCKS, judged
-from backends.he.matmul.interface import MAX_INPUTS
+from backends.he.estimate.verdict import judged
 from backends.he.params import PRESETS
 from backends.he.quantise import quantise
 from backends.options import Whole
-from scenarios import params
-from scenarios.params import MOST_BLOCKS, Shape, exactness, main, table, traffic
+from scenarios.params import run as params
+from scenarios.params.__main__ import MOST_BLOCKS, main
+from scenarios.params.run import Shape, exactness, table, traffic
 from tests.scenarios.commands import run
 
 
@@ -129,7 +130,10 @@ def test_the_largest_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """The most blocks cost an attack less, by a little; the widest weight takes little room."""
     for known in PRESETS.values():
         luck, tests = (
-            [attack(judged(known), CLASSICAL, blocks).bits for blocks in (BLOCKS, MOST_BLOCKS)]
+            [
+                attack(judged(known), CLASSICAL, blocks).bits
+                for blocks in (SHARED_BLOCKS, MOST_BLOCKS)
+            ]
             for attack in (primal_any_of, dual_hypothesis)
         )
         assert 0 <= luck[0] - luck[1] < 3

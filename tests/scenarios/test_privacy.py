@@ -119,7 +119,7 @@ def test_every_command_with_a_private_session_goes_through_there() -> None:
             assert not outside & {"Quickstart", "Run", "run", "clear_peer"}, name
             found.append(name)
     assert {
-        "scenarios.quickstart",
+        "scenarios.quickstart.__main__",
         "scenarios.llama1b.__main__",
         "scenarios.finetune.__main__",
     } <= set(found)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios import worker
+from scenarios.worker import __main__ as worker
 from tests.scenarios.commands import ROOT
 
 PAGE = (ROOT / "docs" / "remote.md").read_text()

@@ -22,7 +22,7 @@ from benchmarks.quality import Case, NoisyProducts
 from benchmarks.training import ACTIVATIONS, RoundedProducts, headline, line
 from docs import comparison_figures
 from docs.comparison_figures import MACHINES
-from scenarios.quickstart import BASE
+from scenarios.options import TINY_LLAMA
 
 
 def row(name: str, scheme: str, server_s: float, size: float) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_a_library_that_is_not_there_is_left_out_with_its_reason(
 
 def test_rounded_activations_are_rounded_and_nothing_else() -> None:
     """The products of inputs that are integers of 8 bits already stay what they are."""
-    skeleton = build_skeleton(open_base(BASE))
+    skeleton = build_skeleton(open_base(TINY_LLAMA))
     plain = NoisyProducts(skeleton, Case("plain"), 0)
     coarse = RoundedProducts(skeleton, Case(ACTIVATIONS), 0)
     inputs = plain._weights[0].shape[1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scenarios import simulated
+from scenarios.llama1b import __main__ as llama1b
+from scenarios.llama1b.world import OPTIONS
 from scenarios.timeline import busy_s
 from scenarios.whatif import quantities
+from scenarios.whatif.__main__ import parse, study_from
 from scenarios.whatif.answers import answer
 from scenarios.whatif.checks import require_sound
 from scenarios.whatif.clear import clear_speed, needed_gb
-from scenarios.whatif.knobs import KEYS, Prices, Setting, SettingError, changed, values_of
+from scenarios.whatif.knobs import (
+    KEYS,
+    OF_ELSEWHERE,
+    Prices,
+    Setting,
+    SettingError,
+    changed,
+    values_of,
+)
 from scenarios.whatif.quantities import Form
 from scenarios.whatif.running import prepare, run_all
 from scenarios.whatif.setting import measure, workload_for
@@ -28,8 +42,9 @@ from sim.device import DeviceProfile, Origin, ProfileError
 from sim.models import MODELS
 from sim.trace import PARTS, Span, critical_path, read_perfetto
 from sim.workload import Local
-from sim.world import WorldError
+from sim.world import WorldConfig, WorldError, simulate
 from tests.scenarios.commands import ROOT, interrupt, run
+from tests.scenarios.spoilt import SPOILT, spoilt_later
 
 TINY = ROOT / "scenarios" / "assets" / "tiny-llama"
 SMALL = {"model": "gpt2", "tokens": 8, "steps": 1}
@@ -437,8 +452,13 @@ def test_a_sweep_leaves_table_picture_and_figures(tmp_path: Path) -> None:
     run("scenarios.whatif", "--sweep", "lanes=1,2", "--set", "model=gpt2", "--set", "tokens=8",
         "--out", str(out))  # fmt: skip
     assert min(size_of(out / "picture.png")) > 300
-    assert "error: say what to sweep" in run("scenarios.whatif", code=1)
-    assert "error: no knob 'lane'" in run("scenarios.whatif", "--sweep", "lane=1", code=1)
+
+
+def test_what_is_no_sweep_is_refused() -> None:
+    """Nothing to sweep, and a knob that is none."""
+    for words, told in (([], "say what to sweep"), (["--sweep", "lane=1"], "no knob 'lane'")):
+        with pytest.raises(SettingError, match=told):
+            study_from(parse(words))
 
 
 @pytest.mark.slow
@@ -482,14 +502,18 @@ def test_the_simulated_run_says_what_it_waits_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_run_writes_the_same_trace(tmp_path: Path) -> None:
-    """Same tracks and kinds as a simulated one; its critical path is the step."""
-    trace = tmp_path / "trace.json"
-    run(
-        "scenarios.llama1b", "--real-cpu", "--weights", str(TINY), "--tokens", "64", "--sequence",
-        "64", "--steps", "2", "--lanes", "2", "--out", str(tmp_path / "out"), "--cache",
-        str(tmp_path / "cache"), "--trace", str(trace),
-    )  # fmt: skip
+def test_a_real_run_writes_the_same_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same tracks and kinds as a simulated one; its critical path is the step. Where it cannot be
+    written, adapter and figures are there before that is told."""
+    trace, told, adapter = (tmp_path / name for name in ("traces/t.json", "f.json", "out/adapter"))
+    monkeypatch.setattr("scenarios.cli.private_process", lambda: None)
+    line = [
+        "llama1b", "--real-cpu", "--weights", str(TINY), "--tokens", "64", "--sequence", "64",
+        "--steps", "2", "--lanes", "2", "--out", str(tmp_path / "out"), "--cache",
+        str(tmp_path / "cache"), "--trace", str(trace), "--json", str(told),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", line)
+    llama1b.main()
     spans = read_perfetto(trace)
     tracks = {s.track for s in spans}
     assert {
@@ -506,3 +530,88 @@ def test_a_real_run_writes_the_same_trace(tmp_path: Path) -> None:
         parts = critical_path(spans, step.start_s, step.end_s)
         assert sum(parts.values()) == pytest.approx(step.end_s - step.start_s)
         assert min(parts["owner"], parts["worker"]) > 0
+    shutil.rmtree(trace.parent)
+    for kind in SPOILT[1:]:
+        shutil.rmtree(adapter)
+        told.unlink()
+        spoilt_later(monkeypatch, "scenarios.llama1b.run", trace, kind)
+        with pytest.raises(SystemExit, match=f"^error: .*{trace}.*$"):
+            llama1b.main()
+        assert adapter.exists()
+        assert told.exists()
+        shutil.rmtree(trace.parent, ignore_errors=True)
+        trace.parent.unlink(missing_ok=True)
+
+
+# --- owner and worker on one machine ------------------------------------------------------------
+
+ALONE = {"model": "gpt2", "tokens": 8, "sequence": 8, "worker": "here", "steps": 1}
+
+
+def test_a_worker_here_is_what_fidelity_compares_with_real_runs() -> None:
+    """The same world, lane by lane: more of them at once, on the same cores."""
+    owner = DeviceProfile.builtin("cpu-2core")
+    steps = []
+    for lanes in (1, 2, 4):
+        setting = changed(Setting(), ALONE | {"lanes": lanes})
+        row = measure(setting, Prices())
+        config = WorldConfig(
+            workload_for(setting), owner, owner, lanes=lanes, steps=1, in_process=True
+        )
+        steps.append(row["step_p50_s"])
+        assert steps[-1] == pytest.approx(simulate(config).steps[0].duration_s)
+        assert [row[f"cost_{of}"] for of in ("gpu", "traffic", "line")] == [0, 0, 0]
+        assert row["line_up_busy"] == row["line_down_busy"] == row["site_busy"] == 0
+        assert row["path_latency"] == 0
+    assert steps[0] < steps[1] < steps[2]
+    far = measure(changed(Setting(), ALONE | {"worker": "elsewhere", "gpu": "cpu-2core"}),
+                  Prices(gpu_hour=0.0))  # fmt: skip
+    assert far["path_latency"] > 0
+
+
+def test_the_device_of_a_worker_here_is_the_owners() -> None:
+    """However the setting came about."""
+    setting = changed(Setting(), ALONE | {"gpu": "h100"})
+    assert setting.gpu == setting.owner_device
+    other = replace(setting, owner_device="h100")
+    assert (other.gpu, other.label) == ("h100", "gpt2 on H100, owner and worker")
+
+
+@pytest.mark.parametrize("knob", OF_ELSEWHERE)
+def test_what_is_of_a_worker_elsewhere_is_refused_of_one_here(knob: str) -> None:
+    """It would change nothing: in a sweep, in a file's fixed part, in a single run."""
+    value = {"gpu": "l4", "placement": "one", "connection": "parallel", "loss": "1%"}.get(knob)
+    value = value or ("2ms" if KEYS[knob].field.endswith("_s") else "1")
+    value = "1Gb/s" if KEYS[knob].field.endswith("bps") else value
+    for words in (
+        ["--set", "worker=here", "--set", f"{knob}={value}", "--sweep", "lanes=1,2"],
+        ["--set", "worker=here", "--sweep", f"{knob}={value}"],
+    ):
+        with pytest.raises(SettingError, match=f"leave {knob} out"):
+            study_from(parse(words))
+    study_from(parse(["--sweep", "worker=elsewhere,here", "--set", f"{knob}={value}"]))
+    if f"--{knob}" in OPTIONS:
+        with pytest.raises(SettingError, match=f"leave {knob} out"):
+            llama1b.asked(["--network", "here", f"--{knob}", value])
+
+
+def test_several_of_a_worker_here_are_refused() -> None:
+    """There is one process."""
+    for knob in ("owners", "workers"):
+        with pytest.raises(SettingError, match="one of each"):
+            changed(Setting(), ALONE | {knob: 2})
+
+
+def test_a_run_in_one_process_is_told_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No line, no GPU of others, and no advice about either."""
+    words = ["--network=here", "--model=gpt2", "--tokens=8", "--sequence=8", "--steps=1"]
+    found = simulated.run(llama1b.asked([*words, "--out", str(tmp_path)]))
+    simulated.print_report(found)
+    simulated.print_assumptions(found)
+    said = capsys.readouterr().out
+    assert "in one process: " in said
+    assert "a machine twice as fast" in said
+    for word in ("round trip", "Gb/s", "--bandwidth", "GPU", "H200"):
+        assert word not in said, word

@@ -31,7 +31,7 @@ from protocol.messages import SESSION_BYTES, Multiply, Product, encode
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from scenarios.line import LineWatch, watched
-from scenarios.worker import State
+from scenarios.worker.run import State
 from scenarios.worker_log import EventLog
 from tests.net.test_inprocess import make
 from tests.net.test_remote_workers import copy_worker_part, right
@@ -325,7 +325,7 @@ def test_a_second_signal_waits_for_no_log(monkeypatch: pytest.MonkeyPatch) -> No
             os.write(writer, bytes(select.PIPE_BUF))
     os.set_blocking(writer, True)
     ends: list[int] = []
-    monkeypatch.setattr("scenarios.worker.os._exit", ends.append)
+    monkeypatch.setattr("scenarios.worker.run.os._exit", ends.append)
     state = State(EventLog("text", writer))
     both = threading.Thread(
         target=lambda: [state._signalled(signal.SIGTERM, None) for _ in range(2)], daemon=True
@@ -341,7 +341,7 @@ def test_a_worker_whose_log_nobody_reads_ends(part: Path) -> None:
     """When all is answered, as any other: its log's pipe is full."""
     fill = "import os; os.set_blocking(1, False)\ntry:\n while 1: os.write(1, b'x' * 4096)\n"
     fill += "except BlockingIOError: os.set_blocking(1, True)\n"
-    code = fill + "import scenarios.worker as w; w.main()"
+    code = fill + "import scenarios.worker.__main__ as w; w.main()"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(

@@ -20,7 +20,7 @@ from tests.scenarios.commands import ROOT
 SLOW = """
 import sys, time
 import backends.serve as serve
-import scenarios.worker as worker
+import scenarios.worker.__main__ as worker
 class Slow(serve.MlweWorker):
     def multiply_many(self, requests, matrix):
         time.sleep({seconds})

@@ -20,8 +20,8 @@ from transformers import LlamaConfig
 
 from backends.he.params import preset
 from backends.machine import busy_elsewhere_s
-from sim import calibrate
-from sim.calibrate import Calibration, Passes, Samples, pair_rate
+from sim import calibrate, calibration
+from sim.calibration import Calibration, Passes, Samples, pair_rate
 from sim.device import DeviceProfile, Origin, Processor, Work
 from sim.fitting import GUESSES, Case, Crowd, fit, fit_widths, least_squares
 from sim.rehearsal import PassTimes, RehearsalError, rehearsal
@@ -192,10 +192,10 @@ def test_a_rehearsal_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_command_writes_a_profile_and_its_residuals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(calibrate, "MODELS", {"tiny": TINY})
-    monkeypatch.setattr(calibrate, "TOKENS", (16,))
-    monkeypatch.setattr(calibrate, "BUDGET_S", 0.0)
-    monkeypatch.setattr(calibrate, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(calibration, "MODELS", {"tiny": TINY})
+    monkeypatch.setattr(calibration, "TOKENS", (16,))
+    monkeypatch.setattr(calibration, "BUDGET_S", 0.0)
+    monkeypatch.setattr(calibration, "PATIENCE_S", 0.0)
     out, figures = tmp_path / "here.json", tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["calibrate", "--out", str(out), "--json", str(figures)])
     calibrate.main()
@@ -205,7 +205,7 @@ def test_the_command_writes_a_profile_and_its_residuals(
     assert profile.origin.commit
     assert profile.origin.assumed
     found = json.loads(figures.read_text())
-    assert found["rounds"] == calibrate.MIN_ROUNDS
+    assert found["rounds"] == calibration.MIN_ROUNDS
     assert found["profile"] == json.loads(out.read_text())
     tasks = {"local", "encrypt", "multiply", "decrypt", "update"}
     assert {row["task"] for row in found["cases"]} == tasks
@@ -218,10 +218,10 @@ def test_the_command_writes_a_profile_and_its_residuals(
 def test_it_waits_for_others_to_end_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reading of 1 busy core elsewhere for as long as three glances last, then none."""
     now = [0.0]
-    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(calibrate.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(calibration.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
     busy_until = [1.0]
-    monkeypatch.setattr(calibrate, "busy_elsewhere_s", lambda: min(now[0], busy_until[0]))
+    monkeypatch.setattr(calibration, "busy_elsewhere_s", lambda: min(now[0], busy_until[0]))
 
     def action() -> str:
         now[0] += 0.5
@@ -250,7 +250,7 @@ def test_two_limbs_beside_three(
     monkeypatch: pytest.MonkeyPatch, kernel: str, faster: float
 ) -> None:
     """One 16-bit digit takes half of two; two digits of 8 bits take two thirds of three."""
-    monkeypatch.setattr(calibrate, "chosen_kernel", lambda: SimpleNamespace(name=kernel))
+    monkeypatch.setattr(calibration, "chosen_kernel", lambda: SimpleNamespace(name=kernel))
     assert pair_rate(300.0)["int8_pair"] == pytest.approx(faster * 300.0)
-    monkeypatch.setattr(calibrate, "chosen_kernel", lambda: SimpleNamespace(name="generic"))
+    monkeypatch.setattr(calibration, "chosen_kernel", lambda: SimpleNamespace(name="generic"))
     assert pair_rate(300.0) == {}

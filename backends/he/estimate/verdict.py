@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from backends.defaults import SHARED_BLOCKS
 from backends.he.estimate.attacks import (
     Estimate,
     dual_hybrid,
@@ -23,12 +24,9 @@ MATZOV's gates. Parameters refuse what is over that line; what is under it and b
 a test and `python -m scenarios.params` refuse, since the modulus is fixed and the ranks are few.
 """
 
-BLOCKS = 2**30
-"""Blocks that share A, all owners of one model together: some 10^11 tokens in one linear."""
-
 
 def estimates(
-    problem: Lwe, blocks: int = BLOCKS, models: Sequence[CostModel] = MODELS
+    problem: Lwe, blocks: int = SHARED_BLOCKS, models: Sequence[CostModel] = MODELS
 ) -> list[Estimate]:
     """Every attack under every one of the models that applies to it.
 
@@ -48,7 +46,7 @@ def worst(found: Iterable[Estimate]) -> Estimate:
     return min((e for e in found if e.model == CLASSICAL.name), key=lambda e: e.bits)
 
 
-def many_blocks_loss(problem: Lwe, blocks: int = BLOCKS) -> float:
+def many_blocks_loss(problem: Lwe, blocks: int = SHARED_BLOCKS) -> float:
     """Bits by which testing one hypothesis on many blocks is cheaper than on one (core-SVP)."""
     alone = dual_hypothesis(problem, CLASSICAL, 1).bits
     return alone - dual_hypothesis(problem, CLASSICAL, blocks).bits
@@ -69,7 +67,7 @@ def require_floor(parameters: Parameters, found: Iterable[Estimate]) -> None:
         )
 
 
-def nearest_secure(rank: int, blocks: int = BLOCKS) -> Parameters | None:
+def nearest_secure(rank: int, blocks: int = SHARED_BLOCKS) -> Parameters | None:
     """The secure parameters whose module rank is nearest, a preset where that has the same rank.
 
     Returns None when no rank is secure.

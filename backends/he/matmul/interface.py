@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.defaults import MAX_INPUTS
+
 
 @dataclass(frozen=True)
 class Digits:
@@ -65,10 +67,6 @@ class Kernel(ABC):
 
         Raises ValueError when they do not fit.
         """
-
-
-MAX_INPUTS = 1 << 20
-"""Inputs of a product that every kernel takes."""
 
 
 def check_weight(weight: NDArray[np.int8]) -> None:

@@ -1,16 +1,4 @@
-"""Fine-tune a small Llama privately on a codebase it has never seen, and see that it learned.
-
-    python -m scenarios.quickstart            (what `make quickstart` runs)
-
-Plays both roles in this process: the *owner* has the private text, here the source of the
-algorithms in the installed `networkx` package; the *worker* has the public weights of a small
-Llama that comes with this repository and sees only ciphertexts. The same fine-tuning is then run
-in clear beside it, from the same seed, on the same int8 base weights.
-
-Expected result, in under four minutes on two cores: the held-out loss falls by more than 20 %,
-private and clear agree within 0.5 %, and runs/quickstart/report.html shows it all.
-Interrupt it whenever you like: the same command goes on with the step after the last one saved.
-"""
+"""The private and the clear fine-tuning of the quickstart, and their report."""
 
 from __future__ import annotations
 
@@ -19,7 +7,6 @@ import hashlib
 import importlib.util
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from backends.defaults import SCHEMES
 from backends.files import remove_directory
 from backends.hardware import CPU
 from backends.he.matmul.choice import chosen_kernel
@@ -43,14 +31,11 @@ from backends.nn.skeleton import build_skeleton
 from backends.nn.texts import find_texts
 from backends.nn.tokenizer import HubTokenizer
 from backends.nn.trainer import TrainConfig, Trainer, evaluate
-from backends.options import LEARNING_RATE, RANK, SEED, STEPS, Parser, Whole
-from backends.places import output_directory, output_file
-from backends.session import SCHEMES, require_scheme
+from backends.session import require_scheme
 from backends.units import human_bytes
-from scenarios import record, report
-from scenarios.cli import add_kernel_option, clean_exit, use_kernel
+from scenarios import report
 from scenarios.estimate import Shape
-from scenarios.options import add_preparation_options, add_worker_options
+from scenarios.options import TINY_LLAMA
 from scenarios.page import Content, Watch, content_of, write_page
 from scenarios.page.watch import STEPS as WATCHED_STEPS
 from scenarios.preparation import prepared_for
@@ -60,8 +45,6 @@ from scenarios.session import (
     exactness_figures,
     exactness_line,
     gradient_norm_figures,
-    modes_with_workers,
-    one_run,
     open_ledger,
     private_session,
     require_room_for_run,
@@ -70,19 +53,10 @@ from scenarios.session import (
     usage_figures,
 )
 
-BASE = Path(__file__).parent / "assets" / "tiny-llama"
 SEQUENCE = 256
 PRIVATE_PACKAGE = "networkx.algorithms"
 PROMPT = "    Examples\n    --------\n    >>> G = nx."
 COMPLETION_TOKENS = 40
-
-MODES = modes_with_workers(
-    (
-        "--steps", "--lanes", "--learning-rate", "--rank", "--seed", "--held-out", "--preset",
-        "--owner-tag", "--cache", "--out", "--fresh", "--trace", "--worker", "--kernel",
-        "--json", "--scheme",
-    )
-)  # fmt: skip
 
 
 @dataclass
@@ -132,8 +106,8 @@ class Quickstart:
         self.workers = chosen_workers(args)
         require_scheme(args.scheme, CPU, self.workers)
         self.ledger = open_ledger(self.out, self.out / "checkpoints-private", self.workers)
-        self.base = open_base(BASE)
-        self.tokenizer = AutoTokenizer.from_pretrained(BASE)
+        self.base = open_base(TINY_LLAMA)
+        self.tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
         self.text = private_text(self.tokenizer, args.held_out)
         self.training = TrainConfig(
             steps=args.steps, batch=4, micro_batch=4 // args.lanes,
@@ -150,7 +124,9 @@ class Quickstart:
 
     def _lora(self, model: torch.nn.Module) -> PeftModel:
         rank = self.args.rank
-        return add_lora(model, rank, 2 * rank, self.args.seed, base_model=base_name(str(BASE)))
+        return add_lora(
+            model, rank, 2 * rank, self.args.seed, base_model=base_name(str(TINY_LLAMA))
+        )
 
     def _trainer(self, model: PeftModel, name: str, **more: Any) -> Trainer:
         identity = {"rank": self.args.rank, "base": self.base.identity(), "role": name}
@@ -214,11 +190,14 @@ class Quickstart:
         trainer.require_untainted()
         self.figures["workers_caught"] = len(self.ledger.retired)
         adapter = self.out / "adapter"
-        save_adapter(model, adapter, base_name(str(BASE)))
+        save_adapter(model, adapter, base_name(str(TINY_LLAMA)))
         self.figures["adapter_dir"] = str(adapter)
+        return losses
+
+    def write_trace(self) -> None:
+        """After all else: where it cannot be written, nothing else is lost."""
         if self.args.trace:
             self.watch.write(self.args.trace, f"quickstart, real, {self.args.lanes} lane(s)")
-        return losses
 
     def _count(self, trainer: Trainer, used: Any, steps: int) -> None:
         tokens = steps * self.training.batch * SEQUENCE
@@ -277,7 +256,7 @@ class Quickstart:
         after, before = f["completion_after"], f["completion_before"]
         samples = [{"prompt": PROMPT, "base": before, "tuned": after}]
         return content_of(
-            f"Private fine-tuning of {BASE.name} on {PRIVATE_PACKAGE}",
+            f"Private fine-tuning of {TINY_LLAMA.name} on {PRIVATE_PACKAGE}",
             f | {"samples": samples}, preset(self.args.preset), self.watch,
         )  # fmt: skip
 
@@ -335,44 +314,3 @@ Against the same int8 weights {exactness_line(f["products"])}.
 Adapter: {f["adapter_dir"]} (load it with `peft.PeftModel.from_pretrained`)
 Loss curves: {f["plot"]}{page}
 """
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(__doc__, "scenarios.quickstart", MODES)
-    add = parser.add_argument
-    add("--steps", type=STEPS, default=120, help="optimiser steps of 4 x 256 tokens (120)")
-    add("--lanes", type=Whole(1, 4), default=1, choices=(1, 2, 4),
-        help="micro-batches in flight (1)")  # fmt: skip
-    add("--learning-rate", type=LEARNING_RATE, default=4e-3, help="peak learning rate (4e-3)")
-    add("--rank", type=RANK, default=16, help="LoRA rank (16); alpha is twice that")
-    add("--seed", type=SEED, default=0,
-        help="seed of adapters and data order (0), never of secrets")  # fmt: skip
-    add("--held-out", type=Whole(1, 10_000), default=32,
-        help="held-out sequences of 256 tokens (32)")  # fmt: skip
-    add_preparation_options(parser)
-    add("--out", type=output_directory, default="runs/quickstart",
-        help="report, adapter, checkpoints")  # fmt: skip
-    add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--trace", type=output_file, metavar="FILE",
-        help="write who did what when in the private run, for ui.perfetto.dev")  # fmt: skip
-    add("--scheme", default=SCHEMES[0], choices=SCHEMES,
-        help="cipher: this project's own (mlwe), or OpenFHE's to compare with, which takes minutes "
-        "a step; see docs/extend.md")  # fmt: skip
-    add_worker_options(parser)
-    add_kernel_option(parser)
-    record.add_json_option(parser)
-    return parser.parse(arguments)
-
-
-def main() -> None:
-    args = parse()
-    with clean_exit():
-        use_kernel(args.kernel)
-        with one_run(args.out):
-            figures = Quickstart(args).run()
-        record.write(args.json, figures)
-
-
-if __name__ == "__main__":
-    main()

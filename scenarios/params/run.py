@@ -1,23 +1,7 @@
-"""How secure are these parameters, how exact, and how many bytes? Seconds, and nothing is run.
-
-    python -m scenarios.params --preset exact --in 2048 --out 2048 --tokens 256
-    python -m scenarios.params --rank 6 --owners 1000 --blocks 2^24 --json params.json
-
-Costs the known lattice attacks on one encrypted block (primal uSVP; dual hybrid with guessing and
-FFT) and on many blocks that share the public matrix, each under the field's cost models: ADPS16
-(core-SVP), BDGL16, MATZOV. Figures of different models count different things. Twice: without
-counting the public rounding from q to p, which is the line that parameters are judged by, and with
-the rounding as the noise that it is to an attacker. `backends/he/estimate` has the sources.
-
-Then the guideline's line, why no result can wrap, the error to expect against the same int8
-weights, and the bytes on the wire. Parameters that are insecure are refused in one line that names
-the nearest secure choice, with exit status 1.
-"""
+"""Security, exactness and bytes of parameters: estimated, and as text."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import log2
@@ -27,7 +11,6 @@ import torch
 
 from backends.he.estimate.lwe import cipher_lwe
 from backends.he.estimate.verdict import (
-    BLOCKS,
     FLOOR_BITS,
     estimates,
     judged,
@@ -36,7 +19,6 @@ from backends.he.estimate.verdict import (
     require_floor,
     worst,
 )
-from backends.he.matmul.interface import MAX_INPUTS
 from backends.he.params import (
     PRESETS,
     InsecureParametersError,
@@ -47,18 +29,10 @@ from backends.he.params import (
 from backends.he.plan import MatrixPlan, nominal_gain, plan_matrix
 from backends.he.quantise import quantise
 from backends.he.wire import EXACT
-from backends.options import Parser, Whole
 from backends.units import human_bytes
-from scenarios import record
-from scenarios.cli import clean_exit
 
 # Of the stand-in weight, at most; its figures hardly change with more rows.
 _SAMPLE_ROWS, _SAMPLE_VALUES = 4096, 1 << 24
-
-MOST_BLOCKS = 1 << 64
-"""Blocks that share A, at most: a block has 0.2 MB at least, and nobody sends so many. Far beyond
-it the law of `primal_any_of`'s luck no longer holds."""
-_MOST_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -146,6 +120,22 @@ def traffic(parameters: Parameters, shape: Shape) -> dict[str, float]:
     }
 
 
+def chosen(name: str, rank: int | None) -> Parameters:
+    """A preset's, or of another rank. Raises InsecureParametersError for one without security."""
+    return preset(name) if rank is None else Parameters(f"rank {rank}", rank=rank)
+
+
+def figures_of(parameters: Parameters, shape: Shape, blocks: int) -> dict[str, Any]:
+    """Everything that is said of them. Raises as `security` and `exactness` do."""
+    return {
+        "parameters": asdict(parameters),
+        "shape": asdict(shape),
+        "security": security(parameters, blocks),
+        "exactness": exactness(parameters, shape),
+        "traffic": traffic(parameters, shape),
+    }
+
+
 def table(plain: Sequence[dict[str, Any]], rounded: Sequence[dict[str, Any]]) -> str:
     """The attacks' figures as text: bits, block size, dimension; without rounding, and with."""
     head = f"{'':29}{'':17}{'':11}{'without rounding':>21}{'rounding counted':>22}"
@@ -204,55 +194,3 @@ def refusal(error: InsecureParametersError, rank: int, blocks: int) -> str:
         return f"error: {error}; no rank is secure"
     choice = f"--preset {near.name}" if near.name in PRESETS else f"--rank {near.rank}"
     return f"error: {error}; the nearest secure choice is {choice}"
-
-
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(__doc__, "scenarios.params")
-    add = parser.add_argument
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--preset", default="thin", choices=PRESETS, help="(thin)")
-    which.add_argument("--rank", type=Whole(1, 8), metavar="R", help="another module rank, 1 to 8")
-    width = Whole(1, MAX_INPUTS, powers=True)
-    add("--in", dest="inputs", type=width, default=2048, metavar="K", help="inputs (2048)")
-    add("--out", dest="outputs", type=width, metavar="N", help="outputs (as many as inputs)")
-    tokens = Whole(1, _MOST_TOKENS, powers=True)
-    add("--tokens", type=tokens, default=256, help="tokens of a request (256)")
-    count = Whole(1, MOST_BLOCKS, powers=True)
-    add("--owners", type=count, default=1, help="owners who share the public matrix (1)")
-    add("--blocks", type=count, default=BLOCKS, help="blocks that each encrypts (2^30)")
-    record.add_json_option(parser)
-    args = parser.parse()
-    if args.owners * args.blocks < 2:
-        parser.error("--owners times --blocks is at least 2")
-    if args.owners * args.blocks > MOST_BLOCKS:
-        parser.error(f"--owners times --blocks is at most {MOST_BLOCKS} (2^64)")
-    return args
-
-
-def main() -> None:
-    args = parsed()
-    blocks = args.owners * args.blocks
-    shape = Shape(args.inputs, args.outputs or args.inputs, args.tokens)
-    with clean_exit(ValueError):
-        try:
-            if args.rank is None:
-                parameters = preset(args.preset)
-            else:
-                parameters = Parameters(f"rank {args.rank}", rank=args.rank)
-            figures = {
-                "parameters": asdict(parameters),
-                "shape": asdict(shape),
-                "security": security(parameters, blocks),
-                "exactness": exactness(parameters, shape),
-                "traffic": traffic(parameters, shape),
-            }
-        except InsecureParametersError as error:
-            rank = args.rank or PRESETS[args.preset].rank
-            sys.exit(refusal(error, rank, blocks))
-    print(summary(parameters, shape, figures))
-    record.write(args.json, figures)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Private completion: `python -m scenarios.generate`."""

@@ -1,0 +1,1 @@
+"""What parameters promise: `python -m scenarios.params`."""

@@ -1,0 +1,1 @@
+"""A first private fine-tuning: `python -m scenarios.quickstart`."""

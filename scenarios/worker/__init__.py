@@ -1,0 +1,1 @@
+"""A worker for owners elsewhere: `python -m scenarios.worker`."""
