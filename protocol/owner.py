@@ -353,10 +353,9 @@ class Owner:
     def _pump(self) -> list[Effect]:
         """Send what waits, oldest first, to workers with room."""
         effects: list[Effect] = []
-        loads = self._fleet.loads()
-        for call in list(self._calls.values()):
-            if call.state is not CallState.WAITING:
-                continue
+        waiting = [call for call in self._calls.values() if call.state is CallState.WAITING]
+        loads = self._fleet.loads() if waiting else {}
+        for call in waiting:
             holders = self._placement.holders(call.matrix, loads)
             most = max((self._peers[name].max_tokens for name in holders), default=call.tokens)
             if most < call.tokens and not self._fleet.coming(call.matrix):

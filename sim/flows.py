@@ -18,7 +18,8 @@ TIED = 1 + 1e-12  # shares this close count as equal: one round of filling inste
 
 # Level at which it ends, order of starting, size_bytes, lateness by jitter (s), what to call when
 # it has arrived, and when it has left.
-Flow: TypeAlias = tuple[float, int, int, float, Callable[[], None], Callable[[], None] | None]
+_Told: TypeAlias = Callable[[], None] | None
+Flow: TypeAlias = tuple[float, int, int, float, _Told, _Told]
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class Network:
             self._pipes[a, b] = Pipe((a, b), link)
             self._pipes[b, a] = Pipe((b, a), link)
         self._routes: dict[tuple[str, str], Route] = {}
+        self._inner: dict[tuple[str, str], list[str]] = {}  # ways without the hosts at their ends
         self._busy: dict[Route, None] = {}
         self._loose: dict[Route, None] = {}  # of these, those in no crowd
         # When each of those ends next, and ends that it no longer has: told by `Route.ends_at`.
@@ -90,12 +91,13 @@ class Network:
         source: str,
         target: str,
         size_bytes: int,
-        arrived: Callable[[], None],
+        arrived: Callable[[], None] | None,
         left: Callable[[], None] | None = None,
     ) -> None:
         """Send a frame; `arrived()` is called from a SimPy callback once its last byte is there.
 
         `left()`, likewise, once its last byte is on the way. To the same host it takes no time.
+        Nobody is told where either is None.
         Raises ValueError for hosts that are unknown or not
         connected and for a negative size.
         """
@@ -105,7 +107,8 @@ class Network:
             )
         if source == target:
             self._check_host(source)
-            self._env.timeout(0, arrived).callbacks.append(_deliver)
+            if arrived is not None:
+                self._env.timeout(0, arrived).callbacks.append(_deliver)
             if left is not None:
                 self._env.timeout(0, left).callbacks.append(_deliver)
             return
@@ -157,6 +160,7 @@ class Network:
             pipe.link = link
         self.graph.edges[a, b]["link"] = link
         self._routes.clear()
+        self._inner.clear()
         self._relink(a, b)
 
     def set_direction(self, source: str, target: str, link: Link) -> None:
@@ -220,19 +224,33 @@ class Network:
         if pair not in self._routes:
             for name in pair:
                 self._check_host(name)
-            try:
-                path = networkx.shortest_path(
-                    self.graph, source, target, weight=lambda a, b, edge: edge["link"].delay_s
-                )
-            except networkx.NetworkXNoPath:
-                raise ValueError(
-                    f"no route from {source} to {target}: join them with a link"
-                ) from None
+            path = self._path(source, target)
             # The way back is the same way, also where another has the same delay.
             for hops in (path, path[::-1]):
                 ends = (hops[0], hops[-1])
                 self._routes[ends] = Route(ends, tuple(self._pipes[hop] for hop in pairwise(hops)))
         return self._routes[pair]
+
+    def _path(self, source: str, target: str) -> list[str]:
+        """The hosts and nodes of the way with the least delay."""
+        # Whoever has one link goes by it: so all of a star's ways are found by looking for one.
+        ends = [next(iter(self.graph[name]), name) if self.graph.degree[name] == 1 else name
+                for name in (source, target)]  # fmt: skip
+        if ends == [target, source]:
+            return [source, target]
+        inner = (ends[0], ends[1])
+        if inner not in self._inner:
+            try:
+                self._inner[inner] = networkx.shortest_path(
+                    self.graph, *inner, weight=lambda a, b, edge: edge["link"].delay_s
+                )
+            except networkx.NetworkXNoPath:
+                raise ValueError(
+                    f"no route from {source} to {target}: join them with a link"
+                ) from None
+        path = self._inner[inner]
+        begin = [source] if ends[0] != source else []
+        return begin + path + ([target] if ends[1] != target else [])
 
     def _relink(self, a: str, b: str) -> None:
         """A link has changed: measure all routes again, share all links again."""
@@ -422,8 +440,9 @@ class Network:
             for pipe in route.pipes:
                 pipe.carried += size_bytes
                 pipe.flows -= 1
-            timeout = self._env.timeout(route.delay_s + late_s, arrived)
-            timeout.callbacks.append(_deliver)
+            if arrived is not None:
+                timeout = self._env.timeout(route.delay_s + late_s, arrived)
+                timeout.callbacks.append(_deliver)
 
     def _retire(self, route: Route) -> list[Route]:
         """Take a route without flows off its links; returns who may go faster now."""

@@ -67,7 +67,7 @@ class Stream:
         tcp: Tcp | None = None,
     ) -> None:  # fmt: skip
         self._env, self._network, self._ends, self._tcp = env, network, (source, target), tcp
-        self._queue: deque[tuple[float, Callable[[], None], Callable[[], None]]] = deque()
+        self._queue: deque[tuple[float, Callable[[], None] | None, Callable[[], None]]] = deque()
         self._stalled_s = 0.0
         self._stalled_from_s = math.inf
         self._sending = False
@@ -101,7 +101,7 @@ class Stream:
         part = min(size, self._allowed())
         if part < size:
             self._queue.appendleft((size - part, arrived, left))
-            arrived = left = _nothing
+            arrived, left = None, _nothing
         if part <= 0:
             wait_s = max(0.0, self._round_from_s + self._rtt_s - self._env.now)
             self._stalled_from_s = self._env.now
