@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from protocol.fair import FairQueue
@@ -101,6 +101,8 @@ def test_clients_that_always_wait_get_the_same_bytes(
     for _ in range(150):
         backlog.fill()
         backlog.pop()
+        # Where one product takes all that there is, nobody waits, and everyone gets all they ask for.
+        assume(len(backlog.queue))
     served = [backlog.served[client] for client in backlog.asks]
     assert max(served) - min(served) <= slack
 
