@@ -51,8 +51,9 @@ from scenarios.cli import clean_exit
 
 PROCESSES = 4
 """That owners share. One of them is killed, with all of its owners, where owners die."""
-CLOSE = 0.05
-"""Relative error that a product may have: another owner's answer is off by more than 1."""
+CLOSE = 0.2
+"""Relative error that a product may have. The preset has up to 0.06 over 16,384 inputs, and another
+owner's answer is off by more than 1."""
 CYCLES = 2
 RAY_STEPS, KILL_STEPS = 4, 40
 """Times that owners die and others come."""

@@ -101,7 +101,7 @@ def test_clients_that_always_wait_get_the_same_bytes(
     for _ in range(150):
         backlog.fill()
         backlog.pop()
-        # Where one product takes all that there is nobody waits, and everyone gets what they ask for.
+        # Where one product takes all that there is nobody waits, and each gets what it asks for.
         assume(len(backlog.queue))
     served = [backlog.served[client] for client in backlog.asks]
     assert max(served) - min(served) <= slack
