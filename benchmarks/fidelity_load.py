@@ -61,7 +61,7 @@ def measured(place: Path, tokens: int, owners: int, rounds: int) -> Load:
         names = [f"owner{i}" for i in range(owners)]
         count = min(PROCESSES, owners)
         groups = [
-            Group(place, worker.address, names[i::count], tokens, rounds, 1, cores[1])
+            Group(place, worker.address, names[i::count], tokens, rounds, cores[1])
             for i in range(count)
         ]
         for group in groups:

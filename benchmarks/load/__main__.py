@@ -6,9 +6,9 @@
     python -m benchmarks.load --ray --kill --json FILE          a cluster of this machine instead
 
 The worker is a process as a user starts it, over mutual TLS 1.3 on loopback, with one layer of a
-small Llama, of random weights. An owner has the protocol's machine, a link and a certificate of its
-own, and sends ciphertexts that were encrypted before, so that the processor is the worker's;
-several owners share a process. It asks for one product after the other, of a few tokens, where a
+small Llama, of random weights. An owner has a link and a certificate of its own, and sends
+ciphertexts that were encrypted before, so that the processor is the worker's; several owners share
+a process. It asks for one product after the other, of a few tokens, where a
 product costs what it takes to read the weight; and compares every answer, bit for bit, with the one
 that the worker's cipher gives to it alone. Then --encrypting owners of this process join them that
 really encrypt, and compare what they decrypt with the product in clear.
@@ -42,7 +42,7 @@ from backends.he.mlwe_owner import MlweOwner
 from backends.he.store import PreparedModel
 from backends.net.remote import connected
 from backends.net.tls import Tls
-from backends.options import ALL, LANES, TOKENS, Modes, Number, Parser, Whole
+from backends.options import ALL, TOKENS, Modes, Number, Parser, Whole
 from benchmarks.load import cluster
 from benchmarks.load.live import Group, LiveWorker, live_worker
 from benchmarks.load.made import clear_product, make_place
@@ -75,7 +75,7 @@ class Load:
 
     def _group(self, names: list[str], rounds: int) -> Group:
         args, worker = self._args, self._worker
-        return Group(self._place, worker.address, names, args.tokens, rounds, args.lanes)
+        return Group(self._place, worker.address, names, args.tokens, rounds)
 
     def together(self, names: list[str]) -> tuple[float, float, list[dict[str, Any]]]:
         """(products a second, slowest over fastest, results) of owners that begin at once."""
@@ -249,7 +249,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "owners": args.owners,
             "width": args.width,
             "tokens": args.tokens,
-            "lanes": args.lanes,
             "rounds": args.rounds,
         }
         with live_worker(place) as worker:
@@ -288,7 +287,7 @@ MODES = Modes(
     lambda args: ("ray",) if args.ray else ("load",),
     {"--kill": ("ray",)}
     | dict.fromkeys(
-        ("--owners", "--width", "--tokens", "--lanes", "--rounds", "--encrypting", "--churn",
+        ("--owners", "--width", "--tokens", "--rounds", "--encrypting", "--churn",
          "--soak"), ("load",)
     )
     | dict.fromkeys(("--repeats", "--ray", "--json"), ALL),
@@ -301,7 +300,6 @@ def main() -> None:
     add("--owners", type=Whole(1, 64), default=16, help="at once (16)")
     add("--width", type=Whole(64, 8192), default=2048, help="of the layer (2048)")
     add("--tokens", type=TOKENS, default=1, help="of a request (1)")
-    add("--lanes", type=LANES, default=1, help="requests that an owner has under way (1)")
     add(
         "--rounds", type=Whole(1, 100_000), default=100, help="times each matrix is asked for (100)"
     )

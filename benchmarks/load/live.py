@@ -83,7 +83,7 @@ class Group:
     """Some owners in one process, see `owners`; they begin when told to."""
 
     def __init__(
-        self, place: Path, worker: str, names: Sequence[str], tokens: int, rounds: int, lanes: int,
+        self, place: Path, worker: str, names: Sequence[str], tokens: int, rounds: int,
         core: int | None = None,
     ) -> None:  # fmt: skip
         self.names = names
@@ -95,7 +95,7 @@ class Group:
             str(place),
             worker,
         ]
-        command += [str(tokens), str(rounds), str(lanes), *names]
+        command += [str(tokens), str(rounds), *names]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -1,161 +1,144 @@
-"""Some owners of `benchmarks.load`, in a process of their own: real machines over real TLS.
+"""Some owners of `benchmarks.load`, in a process of their own: real frames over real links and TLS.
 
-    python -m benchmarks.load.owners PLACE WORKER TOKENS ROUNDS LANES NAME...
+    python -m benchmarks.load.owners PLACE WORKER TOKENS ROUNDS NAME...
 
-An owner here has the protocol's machine, a link and a certificate of its own, and sends what was
+An owner here has a link and a certificate of its own, speaks the protocol, and sends what was
 encrypted before (`made.Recording`), so that the processor is the worker's. It asks for every matrix
-in turn, `ROUNDS` times in each lane, and compares each answer with the one it got alone, bit for
-bit. Prints "ready" when all have been welcomed, begins when a line comes on its standard input, and
-prints one JSON object an owner as it ends: `processor_s` is its process's, `rounds_s` are the
-seconds of its rounds, one lane after the other.
+in turn, `ROUNDS` times, one request after the other, and compares each answer with the one it got
+alone, bit for bit. Prints "ready" when all have been answered once, begins when a line comes on its
+standard input, and prints one JSON object an owner as it ends: `processor_s` is its process's,
+`rounds_s` are the seconds of its rounds.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from backends.he.interface import Encrypted, OwnerCipher
 from backends.he.store import WorkerPart
-from backends.he.wire import Packing
-from backends.net.owner import OwnerClient, RemoteLinearError
-from backends.net.remote import connected
-from backends.net.tls import Tls
+from backends.net.addresses import address_of
+from backends.net.tls import Tls, dial
 from benchmarks.load.made import Recording, load_recordings
 from protocol.catalogue import Catalogue
+from protocol.messages import (
+    HEADER_BYTES,
+    SESSION_BYTES,
+    Hello,
+    Message,
+    Multiply,
+    Product,
+    Reason,
+    Refuse,
+    Welcome,
+    announced_bytes,
+    decode,
+    encode,
+)
 
-
-@dataclass(frozen=True)
-class Public:
-    """What an owner that replays knows of the model: names and sizes."""
-
-    known: Catalogue
-
-    def catalogue(self, packing: Packing | None = None) -> Catalogue:
-        """Of the model; a cipher that replays has no packing of its own."""
-        return self.known
-
-    def owner_matrices(self) -> list[str]:
-        """Their names, for `Replayed`."""
-        return [matrix.name for matrix in self.known.matrices]
-
-
-class Replayed(OwnerCipher):
-    """Sends recorded ciphertexts and hands over answers as they came, for whoever compares them.
-
-    It holds no secret that could open one, so nothing private rests on it.
-    """
-
-    def __init__(self, names: Sequence[str], recordings: Sequence[Recording]) -> None:
-        self._requests = {n: r.request for n, r in zip(names, recordings, strict=True)}
-        self._bytes = {n: len(r.answer) for n, r in zip(names, recordings, strict=True)}
-
-    @property
-    def simulated_randomness(self) -> bool:
-        return False
-
-    def weakness(self, matrices: Sequence[str]) -> str | None:
-        return None
-
-    def guard(self, matrix: str, weight: NDArray[np.int8], forward: bool) -> None:
-        """Whoever replays compares all of every answer."""
-
-    def up_bytes(self, matrix: str, tokens: int) -> int:
-        return len(self._requests[matrix])
-
-    def down_bytes(self, matrix: str, tokens: int) -> int:
-        return self._bytes[matrix]
-
-    def encrypt(self, x: Any, matrix: str) -> Encrypted:
-        return Encrypted(self._requests[matrix], None)
-
-    def decrypt(self, sealed: Any, payload: Any, matrix: str, worker: str = "") -> Any:
-        return np.frombuffer(payload, np.uint8)
-
-    def discard(self, sealed: Any) -> None:
-        """There is nothing to wipe."""
+_PATIENCE_S = 60.0
 
 
 class Owner:
-    """One owner: its lanes, and what became of their requests."""
+    """One owner, welcomed by the worker, and what became of its requests.
+
+    Raises ConnectionError for a worker that does not take it.
+    """
 
     def __init__(
-        self, name: str, client: OwnerClient, recordings: Sequence[Recording], tokens: int
-    ) -> None:
-        self.name, self._client, self._recordings = name, client, recordings
-        self._x = np.zeros((tokens, 1), np.float32)
-        self._lock = threading.Lock()
+        self, name: str, link: tuple[Any, Any], catalogue: Catalogue,
+        recordings: Sequence[Recording], tokens: int,
+    ) -> None:  # fmt: skip
+        self.name, self._recordings, self._tokens = name, recordings, tokens
+        self._incoming, self._outgoing = link
+        self._incoming.settimeout(_PATIENCE_S)
+        self._session = secrets.token_bytes(SESSION_BYTES)
+        self._requests = 0
         self.right = self.wrong = self.lost = 0
         self.seconds = self.processor_s = 0.0
         self.rounds_s: list[float] = []
+        hello = Hello(self._session, catalogue.parameters_digest, catalogue.model_digest)
+        self._outgoing.sendall(encode(hello))
+        if not isinstance(self._read(), Welcome) or self._answer(0) is None:
+            raise ConnectionError(f"the worker does not take {name}")
 
-    def welcomed(self) -> None:
-        """Until the worker has answered a request."""
-        self._client.linear(0, self._x)
-
-    def work(self, rounds: int, lanes: int) -> None:
-        """Ask for every matrix so often in each lane, and say how it went."""
-        start, processor_s = time.perf_counter(), time.process_time()
-        threads = [threading.Thread(target=self._lane, args=(rounds,)) for _ in range(lanes)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.seconds = time.perf_counter() - start
-        self.processor_s = time.process_time() - processor_s
-        facts = ("name", "right", "wrong", "lost", "seconds", "processor_s", "rounds_s")
-        print(json.dumps({fact: getattr(self, fact) for fact in facts}), flush=True)
-
-    def _lane(self, rounds: int) -> None:
-        right = wrong = lost = 0
-        took_s = []
+    def work(self, rounds: int) -> None:
+        """Ask for every matrix so often, and say how it went."""
+        begin, processor_s = time.perf_counter(), time.process_time()
         for _ in range(rounds):
             start = time.perf_counter()
             for matrix, recording in enumerate(self._recordings):
-                try:
-                    answer = self._client.linear(matrix, self._x)
-                except RemoteLinearError:
-                    lost += 1
-                    continue
-                same = np.array_equal(answer, recording.answer)
-                right, wrong = right + same, wrong + (not same)
-            took_s.append(time.perf_counter() - start)
-        with self._lock:
-            self.rounds_s += took_s
-            self.right, self.wrong, self.lost = (
-                self.right + right, self.wrong + wrong, self.lost + lost,
-            )  # fmt: skip
+                self._count(self._answer(matrix), recording)
+            self.rounds_s.append(time.perf_counter() - start)
+        self.seconds = time.perf_counter() - begin
+        self.processor_s = time.process_time() - processor_s
+        facts = ("name", "right", "wrong", "lost", "seconds", "processor_s", "rounds_s")
+        # In one piece: others of this process may end at the same moment.
+        sys.stdout.write(json.dumps({fact: getattr(self, fact) for fact in facts}) + "\n")
+        sys.stdout.flush()
+
+    def _count(self, answer: memoryview | None, recording: Recording) -> None:
+        if answer is None:
+            self.lost += 1
+        elif np.array_equal(np.frombuffer(answer, np.uint8), recording.answer):
+            self.right += 1
+        else:
+            self.wrong += 1
+
+    def _answer(self, matrix: int) -> memoryview | None:
+        """To the request for a matrix; None when it is refused. BUSY is waited for."""
+        self._requests += 1
+        payload = self._recordings[matrix].request.data
+        frame = encode(Multiply(self._session, self._requests, matrix, self._tokens, payload))
+        while True:
+            self._outgoing.sendall(frame)
+            message = self._read()
+            if isinstance(message, Product) and message.request == self._requests:
+                return memoryview(message.payload)
+            if not isinstance(message, Refuse) or message.reason is not Reason.BUSY:
+                return None
+            time.sleep(message.after_ms / 1e3)
+
+    def _read(self) -> Message:
+        header = self._exactly(HEADER_BYTES)
+        return decode(bytes(header) + bytes(self._exactly(announced_bytes(header))))
+
+    def _exactly(self, size: int) -> memoryview:
+        place, got = memoryview(bytearray(size)), 0
+        while got < size:
+            more = self._incoming.recv_into(place[got:])
+            if not more:
+                raise ConnectionError("the worker has gone")
+            got += more
+        return place
 
 
 @contextmanager
 def owners_at(place: Path, worker: str, names: Sequence[str], tokens: int) -> Iterator[list[Owner]]:
     """Owners who replay, each with a link and a certificate of its own, welcomed by the worker."""
-    public = Public(WorkerPart.open(place / "model").catalogue)
+    catalogue = WorkerPart.open(place / "model", range(0)).catalogue
     with ExitStack() as stack:
         owners = []
         for name in names:
+            incoming, outgoing, _ = dial(*address_of(worker), Tls(place / name))
+            stack.callback(incoming.close)
+            stack.callback(outgoing.close)
             recordings = load_recordings(place / f"{name}.npz")
-            cipher = Replayed(public.owner_matrices(), recordings)
-            client = stack.enter_context(connected(public, cipher, [worker], Tls(place / name)))
-            owners.append(Owner(name, client, recordings, tokens))
-        for owner in owners:
-            owner.welcomed()
+            owners.append(Owner(name, (incoming, outgoing), catalogue, recordings, tokens))
         yield owners
 
 
-def work_all(owners: Sequence[Owner], rounds: int, lanes: int) -> None:
+def work_all(owners: Sequence[Owner], rounds: int) -> None:
     """All of them at once, until each has finished."""
-    threads = [threading.Thread(target=owner.work, args=(rounds, lanes)) for owner in owners]
+    threads = [threading.Thread(target=owner.work, args=(rounds,)) for owner in owners]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -163,11 +146,11 @@ def work_all(owners: Sequence[Owner], rounds: int, lanes: int) -> None:
 
 
 def main() -> None:
-    place, worker, tokens, rounds, lanes, *names = sys.argv[1:]
+    place, worker, tokens, rounds, *names = sys.argv[1:]
     with owners_at(Path(place), worker, names, int(tokens)) as owners:
         print("ready", flush=True)
         sys.stdin.readline()
-        work_all(owners, int(rounds), int(lanes))
+        work_all(owners, int(rounds))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from benchmarks.load.owners import owners_at, work_all
 def test_owners_find_their_own_answers_and_no_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three at once, two lanes each; one of them expects another bit than it will get."""
+    """Three at once; one of them expects another bit than it will get."""
     make_place(tmp_path, 64, 2, 3)
     recordings = load_recordings(tmp_path / "owner1.npz")
     changed = recordings[3].answer.copy()
@@ -35,8 +35,8 @@ def test_owners_find_their_own_answers_and_no_others(
     ) as service:
         names = [f"owner{i}" for i in range(3)]
         with owners_at(tmp_path, f"localhost:{service.port}", names, 2) as owners:
-            work_all(owners, rounds=2, lanes=2)
-        assert [(o.right, o.wrong, o.lost) for o in owners] == [(32, 0, 0), (28, 4, 0), (32, 0, 0)]
-        assert service.server.counts.products == 3 * 32 + 3
+            work_all(owners, rounds=2)
+        assert [(o.right, o.wrong, o.lost) for o in owners] == [(16, 0, 0), (14, 2, 0), (16, 0, 0)]
+        assert service.server.counts.products == 3 * 16 + 3
         assert service.server.counts.launches <= service.server.counts.products
     assert len(capsys.readouterr().out.splitlines()) == 3

@@ -73,7 +73,7 @@ def test_a_request_is_a_span_and_its_product_one_within(
     ) as service:  # fmt: skip
         worker = f"localhost:{service.port}"
         with owners_at(tmp_path, worker, ["owner0", "owner1"], 2) as owners:
-            work_all(owners, rounds=1, lanes=1)
+            work_all(owners, rounds=1)
             names = [owner.name for owner in owners]
     spans.close()
     found = spans_in(taken)
