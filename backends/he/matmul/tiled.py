@@ -302,7 +302,7 @@ class TiledKernel(Kernel):
         half = np.uint32((1 << dropped_bits) >> 1)
         offsets = half - self._compensation(packed, (np.uint32(1) << places).sum())
         out = np.empty((tokens, packed.outputs), np.uint16)
-        height = 1 if tokens == 1 else self._isa.rows // digits
+        height = self._height(tokens, digits)
         request = planes.view() if self._isa.digit_bytes == 2 else self._words(planes)
         self._run(request, digits, packed, offsets, rounding, height, out)
         return out
@@ -331,6 +331,18 @@ class TiledKernel(Kernel):
         shaped = sums.reshape(count, rows, packed.outputs)
         run_split(lambda a, b: _joined(shaped, digits.bits, out, a, b), rows)
         return out
+
+    def _height(self, tokens: int, digits: int) -> int:
+        """Tokens of a tile: as many as its registers take, or fewer where two tiles fit better.
+
+        Each height is a compilation of its own, so there are only three. A second tile costs what a
+        first one does, however few tokens it has.
+        """
+        most = self._isa.rows // digits
+        fewer = 3 * most // 4
+        if tokens == 1:
+            return 1
+        return fewer if most < tokens <= 2 * fewer else most
 
     def _words(self, planes: NDArray[np.int8]) -> NDArray[np.uint32]:
         """uint32[limbs, T, steps]: planes int8[limbs, T, K] as they are, where they allow it."""
