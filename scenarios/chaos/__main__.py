@@ -55,6 +55,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from backends.he.openfhe import NAMES as OPENFHE
+from backends.he.openfhe.library import openfhe
 from backends.machine import commit
 from backends.options import ALL, PROCESSES, SEED, Modes, Parser, Whole
 from backends.places import output_file
@@ -87,7 +89,8 @@ MODES = Modes(
         "--planted": ALL, "--mutants": ALL, "--json": ALL,
         "--seeds": ("many",), "--first": ("many",), "--stop-at-first": ("many",),
         "--seed": ("one", "mutants"), "--trace": ("one",), "--trace-hash": ("one",),
-        "--only": ("planted",), "--count": ("mutants",), "--chaos-seeds": ("mutants",),
+        "--scheme": ("many", "one"), "--only": ("planted",), "--count": ("mutants",),
+        "--chaos-seeds": ("mutants",),
         "--processes": ("many", "planted", "mutants"),
     },
 )  # fmt: skip
@@ -132,19 +135,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trace-hash", action="store_true", help="with --seed: print the SHA-256 of all events"
     )
+    parser.add_argument(
+        "--scheme", choices=OPENFHE,
+        help="every run under this scheme of OpenFHE, seconds each, in place of what is drawn",
+    )  # fmt: skip
     record.add_json_option(parser)
     options = parser.parse(arguments)
+    if options.scheme and options.trace_hash:
+        parser.error("--trace-hash with --scheme: OpenFHE takes no seed, so it is never the same")
     options.seeds = 200 if options.seeds is None else options.seeds
     return options
 
 
-def tell(result: Result) -> None:
+def tell(result: Result, scheme: str | None) -> None:
     """A violation, and how to see it again."""
+    under = "" if scheme is None else f" --scheme {scheme}"
     print(
         f"VIOLATION at seed {result.seed}, commit {commit()}: {result.violation}\n"
-        f"  drawn: {draw_options(result.seed)}\n"
+        f"  drawn: {draw_options(result.seed, scheme)}\n"
         f"  injected: {faults(result.injected)}\n"
-        f"  replay: python -m scenarios.chaos --seed {result.seed} --trace run.json"
+        f"  replay: python -m scenarios.chaos --seed {result.seed}{under} --trace run.json"
     )
 
 
@@ -174,7 +184,9 @@ def many(options: argparse.Namespace) -> int:
     broken: list[Result] = []
     done = 0
     start = time.perf_counter()
-    results = search(options.first, options.seeds, options.stop_at_first, options.processes)
+    results = search(
+        options.first, options.seeds, options.stop_at_first, options.processes, options.scheme
+    )
     interrupted = False
     try:
         with tqdm(total=options.seeds, desc="seeds", unit="seed", dynamic_ncols=True) as bar:
@@ -185,7 +197,7 @@ def many(options: argparse.Namespace) -> int:
                 if result.violation:
                     broken.append(result)
                     with tqdm.external_write_mode():
-                        tell(result)
+                        tell(result, options.scheme)
                 bar.set_postfix(violations=len(broken), refresh=False)
                 bar.update()
     except KeyboardInterrupt:
@@ -206,17 +218,17 @@ def single(options: argparse.Namespace) -> int:
     log = EventLog() if options.trace or options.trace_hash else None
     start = time.perf_counter()
     with scratch() as directory:
-        result = Bench(directory).run(options.seed, log)
+        result = Bench(directory, options.scheme).run(options.seed, log)
     if log is not None and options.trace_hash:
         print(log.sha256())
     else:
-        print(f"drawn: {draw_options(options.seed)}")
+        print(f"drawn: {draw_options(options.seed, options.scheme)}")
     if log is not None and options.trace:
         print("\n".join(log.lines))
         write_perfetto(options.trace, log.spans, f"chaos, seed {options.seed}")
         print(f"trace written to {options.trace}: open it at ui.perfetto.dev")
     if result.violation:
-        tell(result)
+        tell(result, options.scheme)
     elif not options.trace_hash:
         print(
             f"no violation; trained at {result.trained_s:.2f} simulated seconds, last fault by "
@@ -256,6 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def chosen(options: argparse.Namespace) -> int:
     """Do what was asked for; returns the exit status."""
+    if options.scheme:
+        openfhe()  # one line here, and not one of every process
     if options.planted:
         return hunt(options.json, options.processes, options.only)
     if options.mutants:
