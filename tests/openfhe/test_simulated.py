@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simpy
 
 from backends.he.conformance import Case
 from backends.he.openfhe import NAMES, scheme
@@ -30,11 +31,9 @@ from protocol.events import (
 from protocol.owner import Owner
 from protocol.owner_memory import OwnerConfig
 from protocol.worker import Worker
+from sim.driver import Actor, TaskEnd
+from sim.faults import FaultPlan, FaultyWire, after
 from tests.openfhe.test_openfhe import scheme_of
-
-simpy = pytest.importorskip("simpy")
-from sim.driver import Actor, TaskEnd  # noqa: E402
-from sim.faults import FaultPlan, FaultyWire, after  # noqa: E402
 
 library = pytest.mark.library
 CALLS, TOKENS = 12, 4
