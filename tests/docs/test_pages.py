@@ -206,6 +206,26 @@ def test_openfhe_trains_as_clear_does() -> None:
         assert f"| {' | '.join(cells)} |" in page
 
 
+def test_the_quickstart_runs_through_openfhe() -> None:
+    """What extend.md says of it is the recorded run's."""
+    page = " ".join((DOCS / "extend.md").read_text().split())
+    run = json.loads((RESULTS / "openfhe-quickstart.json").read_text())
+    assert (run["scheme"], run["steps"], len(run["losses"])) == ("openfhe-bfv", 5, 5)
+    assert run["private_loss"] < run["base_loss"]
+    assert abs(run["private_loss"] / run["clear_loss"] - 1) < 0.005
+    minutes = run["private_s"] / run["steps_this_run"] / 60
+    for told in (
+        f"loss of {run['private_loss']:.4f}, from {run['base_loss']:.4f}; in clear at "
+        f"{run['clear_loss']:.4f}.",
+        f"1,024 tokens took {minutes:.1f} minutes",
+        f"{run['worker_s'] / run['private_s']:.0%} of it the worker's",
+        f"{run['bytes_per_token_up'] / 1e3:.0f} kB go up and "
+        f"{run['bytes_per_token_down'] / 1e3:.0f} kB down",
+        run["origin"]["command"],
+    ):
+        assert told in page, told
+
+
 @pytest.mark.parametrize("name", ["machines/amx/training.json", "training-gemma.json"])
 def test_private_training_ends_no_worse_than_quantised_training_in_clear(name: str) -> None:
     """Recorded runs, held out; and gradients at the same parameters are nearer to clear ones."""
