@@ -25,12 +25,12 @@ test: $(READY)
 
 openfhe: $(OPENFHE)/.ready
 
-$(OPENFHE)/.ready: pyproject.toml constraints.txt
+$(OPENFHE)/.ready: pyproject.toml constraints.txt Makefile
 	@test -n "$(OPENFHE_PYTHON)" || { echo "OpenFHE: no CPython 3.10 found; name one by \
 	make openfhe OPENFHE_PYTHON=..."; exit 1; }
 	$(OPENFHE_PYTHON) -m venv $(OPENFHE)
 	$(OPENFHE)/bin/pip install --quiet --constraint constraints.txt openfhe numpy numba cryptography \
-	  pytest pytest-timeout
+	  simpy pytest pytest-timeout
 	$(OPENFHE)/bin/python -c "import openfhe"
 	touch $(OPENFHE)/.ready
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES, GPU_FIGURES, NOISE_FIGURES = "figures", "figures of a GPU", "figures of noise"
 THIN_FIGURES, TRAINING_FIGURES = "figures of thin ciphertexts", "figures of training"
+GEMMA_FIGURES = "figures of Gemma"
 """Names of a page's generated parts, in their markers."""
 
 
@@ -40,6 +41,7 @@ def pages() -> dict[Path, dict[str, Sequence[Callable[[], str]]]]:
         ROOT / "docs" / "comparison.md": {
             FIGURES: (comparison.peers,),
             TRAINING_FIGURES: (comparison.training,),
+            GEMMA_FIGURES: (comparison.gemma_training,),
         },
         ROOT / "docs" / "machines.md": {FIGURES: (comparison.machines,)},
         ROOT / "docs" / "design.md": {

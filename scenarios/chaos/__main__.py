@@ -50,6 +50,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from backends.he.openfhe import NAMES as OPENFHE
 from backends.options import ALL, PROCESSES, SEED, Modes, Parser, Whole
 from backends.places import output_file
 from scenarios import record
@@ -75,7 +76,8 @@ MODES = Modes(
         "--planted": ALL, "--mutants": ALL, "--json": ALL,
         "--seeds": ("many",), "--first": ("many",), "--stop-at-first": ("many",),
         "--seed": ("one", "mutants"), "--trace": ("one",), "--trace-hash": ("one",),
-        "--only": ("planted",), "--count": ("mutants",), "--chaos-seeds": ("mutants",),
+        "--scheme": ("many", "one"), "--only": ("planted",), "--count": ("mutants",),
+        "--chaos-seeds": ("mutants",),
         "--processes": ("many", "planted", "mutants"),
     },
 )  # fmt: skip
@@ -120,8 +122,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trace-hash", action="store_true", help="with --seed: print the SHA-256 of all events"
     )
+    parser.add_argument(
+        "--scheme", choices=OPENFHE,
+        help="every run under this scheme of OpenFHE, seconds each, in place of what is drawn",
+    )  # fmt: skip
     record.add_json_option(parser)
     options = parser.parse(arguments)
+    if options.scheme and options.trace_hash:
+        parser.error("--trace-hash with --scheme: OpenFHE takes no seed, so it is never the same")
     options.seeds = 200 if options.seeds is None else options.seeds
     return options
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.he.clear import ClearOwner, ClearWorker
-from backends.he.entropy import SeededEntropy
+from backends.he.entropy import Entropy, SeededEntropy
 from backends.he.interface import OwnerCipher, OwnerMatrix, WorkerCipher
 from backends.he.mlwe_owner import MlweOwner
 from backends.he.mlwe_worker import MlweWorker
@@ -79,9 +79,8 @@ class Arithmetic:
         self._seed = seed
         self._secrets = secrets
         self.matrices: list[OwnerMatrix] = self._prepared.owner_matrices()
-        self.catalogue: Catalogue = self._prepared.catalogue()
-        parameters = self._prepared.parameters
-        self._worker: WorkerCipher = ClearWorker() if parameters is None else MlweWorker()
+        self._worker = self._worker_half(cipher)
+        self.catalogue: Catalogue = self._prepared.catalogue(self._worker.packing)
         self._formats = self._prepared.manifest.formats
         if self.thin:
             rng = stream(seed, "formats")
@@ -90,6 +89,9 @@ class Arithmetic:
             self._worker.load(subject.weights[index // 2], index % 2 == 0, form)
             for index, form in enumerate(self._formats)
         ]
+
+    def _worker_half(self, cipher: str) -> WorkerCipher:
+        return MlweWorker() if self.encrypted else ClearWorker()
 
     def _change_formats(self, formats: list[Format]) -> None:
         """Let values travel otherwise than planned: so small a model has but one format."""
@@ -114,17 +116,18 @@ class Arithmetic:
         """The owner's half for one life of its process; every answer will be checked."""
         text = f"{self._seed}:{incarnation}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        entropy = WatchedEntropy(seed, self._secrets)
-        parameters = self._prepared.parameters
-        cipher: OwnerCipher
-        if parameters is None:
-            cipher = ClearOwner(entropy)
-        else:
-            cipher = MlweOwner(parameters, self._prepared.public_matrix(), entropy)
-            if self.thin:
-                cipher._gains = PlantedGains(stream(seed, "gains"))
+        cipher = self._owner_half(seed, WatchedEntropy(seed, self._secrets))
         for index, matrix in enumerate(self.matrices):
             cipher.guard(matrix, self._subject.weights[index // 2], forward=index % 2 == 0)
+        return cipher
+
+    def _owner_half(self, seed: int, entropy: Entropy) -> OwnerCipher:
+        parameters = self._prepared.parameters
+        if parameters is None:
+            return ClearOwner(entropy)
+        cipher = MlweOwner(parameters, self._prepared.public_matrix(), entropy)
+        if self.thin:
+            cipher._gains = PlantedGains(stream(seed, "gains"))
         return cipher
 
     def require_right(

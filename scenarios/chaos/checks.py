@@ -44,6 +44,8 @@ _TIMED_REFUSAL = 14
 """Bytes of a refusal that says when to come back."""
 _CHI_SQUARE_MOST = 700.0
 """For 255 degrees of freedom: honest bytes exceed this with probability below 1e-40."""
+_UNIFORM_BYTES = 5
+"""The lowest of a number of 8 bytes below a prime of 53 bits or more."""
 _WORD = 4
 _OTHER_VERSION = (1).to_bytes(2, "little")
 
@@ -115,10 +117,16 @@ def _windows(data: bytes, telling: bool = False) -> list[int]:
 
 
 class Wire:
-    """Every frame a machine hands to the network, in either direction."""
+    """Every frame a machine hands to the network, in either direction.
 
-    def __init__(self, shapes: Sequence[MatrixShape], tokens: int, encrypted: bool) -> None:
+    words  ciphertexts are numbers of 8 bytes, else digit planes
+    """
+
+    def __init__(
+        self, shapes: Sequence[MatrixShape], tokens: int, encrypted: bool, words: bool = False
+    ) -> None:
         self._shapes = shapes
+        self._words = words
         self._tokens = tokens
         self._encrypted = encrypted
         self.session = b""
@@ -213,9 +221,11 @@ class Wire:
     def _count(self, seen: Seen) -> None:
         size = self._tokens * self._shapes[seen.matrix].in_features
         body = np.frombuffer(seen.body, np.uint8)
-        # The digits of the lowest plane may be packed, several to a byte.
-        for plane, start in enumerate(range(0, len(body), size)):
-            values = body[start : start + size]
+        if self._words:
+            planes = list(body.reshape(-1, 8).T[:_UNIFORM_BYTES])
+        else:  # the digits of the lowest plane may be packed, several to a byte
+            planes = [body[start : start + size] for start in range(0, len(body), size)]
+        for plane, values in enumerate(planes):
             counts = np.bincount(values, minlength=256)
             key = (seen.matrix, plane)
             self._counts[key] = self._counts.get(key, np.zeros(256, np.int64)) + counts

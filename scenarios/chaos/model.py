@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from backends.he.manifest import GroupSpec
+from backends.he.openfhe import NAMES as OPENFHE
 from backends.he.params import preset
 from backends.he.preparation import prepare
 from backends.he.store import PreparedModel
@@ -41,8 +42,8 @@ MICRO_BATCH = 2
 RANK = 2
 TOKENS = SEQUENCE * MICRO_BATCH
 KINDS = ("plain", "llama")
-PRESETS = {"clear": "", "mlwe": "exact", "thin": "thin"}
-"""Of the cipher's parameters, by what a run draws."""
+PRESETS = {"clear": "", "mlwe": "exact", "thin": "thin", **dict.fromkeys(OPENFHE, "")}
+"""Of this project's cipher, by what a run is under; others need the weights alone."""
 
 LLAMA = LlamaConfig(
     vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from backends.nn.trainer import TrainConfig
 from protocol.owner_memory import OwnerConfig
@@ -15,7 +15,8 @@ from sim.faults import FaultPlan, draw_plan
 class Options:
     """Everything drawn for one seed.
 
-    kind, cipher    which model, under `clear`, `mlwe` (results cannot wrap) or `thin`
+    kind, cipher    which model, under `clear`, `mlwe` (results cannot wrap), `thin`, or a
+                    scheme of OpenFHE, which is never drawn
     local_s, seal_s, multiply_s   (least, most) seconds of a lane's own layers before a product, of
                     an encryption or decryption, of a worker's product
     in_flight_max   requests a worker takes at once; beyond that it is busy
@@ -90,8 +91,13 @@ def stream(seed: int, purpose: str) -> random.Random:
     return random.Random(f"chaos:{seed}:{purpose}")
 
 
-def draw_options(seed: int) -> Options:
-    """Everything of a run, from its seed."""
+def draw_options(seed: int, scheme: str | None = None) -> Options:
+    """Everything of a run, from its seed; with a scheme, under that whatever cipher was drawn."""
+    options = _drawn(seed)
+    return options if scheme is None else replace(options, cipher=scheme)
+
+
+def _drawn(seed: int) -> Options:
     rng = stream(seed, "options")
     workers, steps = rng.choice((1, 2, 2, 3)), rng.randint(3, 5)
     plan = draw_plan(stream(seed, "faults"), [f"worker{i}" for i in range(workers)], steps)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from backends.he.openfhe.library import openfhe
 from backends.machine import commit
 from scenarios import record
 from scenarios.chaos import mutants
@@ -19,13 +20,14 @@ from scenarios.chaos.search import Bench, Result, scratch, search
 from sim.trace import write_perfetto
 
 
-def tell(result: Result) -> None:
+def tell(result: Result, scheme: str | None) -> None:
     """A violation, and how to see it again."""
+    under = "" if scheme is None else f" --scheme {scheme}"
     print(
         f"VIOLATION at seed {result.seed}, commit {commit()}: {result.violation}\n"
-        f"  drawn: {draw_options(result.seed)}\n"
+        f"  drawn: {draw_options(result.seed, scheme)}\n"
         f"  injected: {faults(result.injected)}\n"
-        f"  replay: python -m scenarios.chaos --seed {result.seed} --trace run.json"
+        f"  replay: python -m scenarios.chaos --seed {result.seed}{under} --trace run.json"
     )
 
 
@@ -55,7 +57,9 @@ def many(options: argparse.Namespace) -> int:
     broken: list[Result] = []
     done = 0
     start = time.perf_counter()
-    results = search(options.first, options.seeds, options.stop_at_first, options.processes)
+    results = search(
+        options.first, options.seeds, options.stop_at_first, options.processes, options.scheme
+    )
     interrupted = False
     try:
         with tqdm(total=options.seeds, desc="seeds", unit="seed", dynamic_ncols=True) as bar:
@@ -66,7 +70,7 @@ def many(options: argparse.Namespace) -> int:
                 if result.violation:
                     broken.append(result)
                     with tqdm.external_write_mode():
-                        tell(result)
+                        tell(result, options.scheme)
                 bar.set_postfix(violations=len(broken), refresh=False)
                 bar.update()
     except KeyboardInterrupt:
@@ -87,15 +91,15 @@ def single(options: argparse.Namespace) -> int:
     log = EventLog() if options.trace or options.trace_hash else None
     start = time.perf_counter()
     with scratch() as directory:
-        result = Bench(directory).run(options.seed, log)
+        result = Bench(directory, options.scheme).run(options.seed, log)
     if log is not None and options.trace_hash:
         print(log.sha256())
     else:
-        print(f"drawn: {draw_options(options.seed)}")
+        print(f"drawn: {draw_options(options.seed, options.scheme)}")
     if log is not None and options.trace:
         print("\n".join(log.lines))
     if result.violation:
-        tell(result)
+        tell(result, options.scheme)
     elif not options.trace_hash:
         print(
             f"no violation; trained at {result.trained_s:.2f} simulated seconds, last fault by "
@@ -113,6 +117,8 @@ def single(options: argparse.Namespace) -> int:
 
 def chosen(options: argparse.Namespace) -> int:
     """Do what was asked for; returns the exit status."""
+    if options.scheme:
+        openfhe()  # one line here, and not one of every process
     if options.planted:
         return hunt(options.json, options.processes, options.only)
     if options.mutants:

@@ -48,16 +48,19 @@ class Result:
 
 
 class Bench:
-    """Runs seeds one after the other in this process, below a scratch directory."""
+    """Runs seeds one after the other in this process, below a scratch directory.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    scheme  of OpenFHE, in place of the ciphers that are drawn
+    """
+
+    def __init__(self, directory: Path, scheme: str | None = None) -> None:
+        self._directory, self._scheme = directory, scheme
         self._subjects: dict[str, Subject] = {}
         torch.set_num_threads(1)
 
     def run(self, seed: int, log: EventLog | None = None) -> Result:
         """One seed, from draws to verdict. Raises only what the user asked for (Ctrl-C)."""
-        options = draw_options(seed)
+        options = draw_options(seed, self._scheme)
         if options.kind not in self._subjects:
             self._subjects[options.kind] = Subject(options.kind, self._directory / "models")
         with tempfile.TemporaryDirectory(dir=self._directory) as checkpoints:
@@ -88,8 +91,9 @@ def scratch() -> Iterator[Path]:
 
 
 def search(
-    first: int, count: int, stop_at_first: bool = False, processes: int | None = None
-) -> Generator[Result, None, None]:
+    first: int, count: int, stop_at_first: bool = False, processes: int | None = None,
+    scheme: str | None = None,
+) -> Generator[Result, None, None]:  # fmt: skip
     """Results of seeds first .. first + count - 1 as they come, from all cores.
 
     Leaving the loop early ends the processes.
@@ -104,7 +108,7 @@ def search(
         children = [
             context.Process(
                 target=_child,
-                args=(index, following, first + count, results, directory / str(index)),
+                args=(index, following, first + count, results, directory / str(index), scheme),
                 daemon=True,
             )
             for index in range(wanted)
@@ -140,7 +144,9 @@ def _collect(
             return
 
 
-def _child(index: int, following: Any, end: int, results: Any, directory: Path) -> None:
+def _child(
+    index: int, following: Any, end: int, results: Any, directory: Path, scheme: str | None
+) -> None:
     # Ctrl-C goes to the parent alone; it ends the children.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "sched_setaffinity"):
@@ -153,7 +159,7 @@ def _child(index: int, following: Any, end: int, results: Any, directory: Path) 
 
     def work() -> None:
         directory.mkdir()
-        bench = Bench(directory)
+        bench = Bench(directory, scheme)
         # A parent that was killed cannot end its children; they notice.
         while os.getppid() == parent:
             with following.get_lock():

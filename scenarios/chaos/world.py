@@ -18,6 +18,7 @@ import simpy
 from numpy.typing import NDArray
 
 from backends.he.mlwe_owner import MlweOwner, Sealed
+from backends.he.openfhe import NAMES as OPENFHE
 from backends.ledger import WorkerLedger
 from backends.nn.trainer import Trainer
 from protocol.errors import WrongAnswerError
@@ -46,6 +47,7 @@ from scenarios.chaos.arithmetic import Arithmetic
 from scenarios.chaos.checks import LieKey, OwnerWatch, Violation, Wire, require
 from scenarios.chaos.log import EventLog
 from scenarios.chaos.model import TOKENS, Subject, as_bytes, distance, sequences
+from scenarios.chaos.openfhe import OpenFheArithmetic
 from scenarios.chaos.options import Options, stream
 from scenarios.chaos.secrecy import Secrets
 from scenarios.chaos.worker import WorkerHost
@@ -89,11 +91,13 @@ class World:
         self._log = log
         self._secrets = Secrets()
         self._rng = stream(options.seed, OWNER)
-        self._arithmetic = Arithmetic(subject, options.cipher, options.seed, self._secrets)
+        openfhe = options.cipher in OPENFHE
+        kind = OpenFheArithmetic if openfhe else Arithmetic
+        self._arithmetic = kind(subject, options.cipher, options.seed, self._secrets)
         self._reference = subject.reference(options.training, options.data_seed)
         self.bound_s = options.bound_s(2 * len(subject.weights))
         shapes = self._arithmetic.catalogue.matrices
-        self._seen = Wire(shapes, TOKENS, self._arithmetic.encrypted)
+        self._seen = Wire(shapes, TOKENS, self._arithmetic.encrypted, words=openfhe)
         self.wire = FaultyWire(
             self.env, options.plan, stream(options.seed, "wire"), OWNER, self._arrive
         )

@@ -15,7 +15,7 @@ import pytest
 from backends.he.conformance import CHECKS, Case, Scheme
 from backends.he.conformance.case import delivers
 from backends.he.interface import OwnerMatrix, WorkerMatrix
-from backends.he.openfhe import NAMES, scheme
+from backends.he.openfhe import NAMES, coefficients, scheme
 from backends.he.openfhe.library import OpenFheError, openfhe
 from backends.he.openfhe.owner import OpenFheOwner
 from backends.he.openfhe.worker import OpenFheWorker
@@ -82,6 +82,19 @@ def test_bfv_is_exact_whatever_the_weights() -> None:
         assert np.array_equal(owner._open(key, answer, 5, 3), right)
 
 
+def test_bfv_is_exact_for_every_weight() -> None:
+    """Of 8 bits, both ends included; a row of zeros, a column of zeros, and one weight twice."""
+    rows = np.arange(-128, 128).astype(np.int8).reshape(8, 32)
+    weight = np.concatenate([rows, np.zeros((1, 32), np.int8), rows[:1]])
+    weight[:, 5] = 0
+    owner, worker = OpenFheOwner("openfhe-bfv"), OpenFheWorker("openfhe-bfv")
+    message = np.random.default_rng(0).integers(-99, 100, (3, 32)).astype(np.float64)
+    payload, key = owner._seal(message)
+    operand = worker.load(weight, True, matrix_of(weight, True).plan.format)
+    found = owner._open(key, worker.multiply(payload, 3, operand), 3, len(weight))
+    assert np.array_equal(found, message @ weight.T.astype(np.float64))
+
+
 @library
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_bytes_come_neither_half_falls(name: str) -> None:
@@ -97,6 +110,18 @@ def test_whatever_bytes_come_neither_half_falls(name: str) -> None:
         with pytest.raises(WrongAnswerError):
             case.open(sent, one * 2)
     delivers(case, sent, answer, x)
+
+
+def test_any_number_of_ciphertexts_is_read_and_written(name: str) -> None:
+    """Fewer than are taken together, as many, and more: each comes out as it went in."""
+    form, together = scheme.scheme(name).form, coefficients._TOGETHER
+    for count in (1, together - 1, together, together + 1, 2 * together):
+        words = np.random.default_rng(count).integers(
+            0, form.modulus, (count, 2, scheme.RING), np.uint64
+        )
+        read = form.ciphertexts(words)
+        assert len(read) == count
+        assert np.array_equal(form.coefficients(read), words)
 
 
 @library
@@ -194,8 +219,6 @@ def test_the_protocol_runs_over_it(name: str) -> None:
 def test_another_way_of_writing_ciphertexts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the coefficients are not found, nothing is guessed."""
     context = scheme.scheme("openfhe-bfv").context
-    from backends.he.openfhe import coefficients
-
     written = coefficients._written
     monkeypatch.setattr(coefficients, "_written", lambda made: written(made)[:-9000])
     with pytest.raises(OpenFheError, match="does not know"):
@@ -217,7 +240,7 @@ def test_who_has_no_openfhe_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "openfhe", None)
     openfhe.cache_clear()
     try:
-        with pytest.raises(OpenFheError, match=r"3\.10 .*3\.12 .*--scheme at mlwe") as caught:
+        with pytest.raises(OpenFheError, match=r"3\.10 .*3\.12 .*leave --scheme out") as caught:
             openfhe()
     finally:
         openfhe.cache_clear()

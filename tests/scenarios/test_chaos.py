@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from backends.he.openfhe.library import openfhe
 from scenarios.chaos.__main__ import main
 from scenarios.chaos.log import EventLog
 from scenarios.chaos.options import draw_options
@@ -183,3 +184,25 @@ def test_one_seed_tells_its_history(
     assert "send Hello" in text
     assert "Deliver(call=1)" in text
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_a_scheme_that_cannot_be_had_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any seed runs; and a hash that no run would have twice is refused."""
+    monkeypatch.setattr("scenarios.chaos.__main__.search", None)
+    monkeypatch.setattr("scenarios.chaos.__main__.Bench", None)
+    monkeypatch.setitem(sys.modules, "openfhe", None)
+    openfhe.cache_clear()
+    try:
+        for more in ([], ["--seed", "1"]):
+            with pytest.raises(SystemExit) as ended:
+                main(["--scheme", "openfhe-bfv", *more])
+            said = str(ended.value.code) + capsys.readouterr().err
+            assert "OpenFHE does not load in this interpreter" in said
+            assert "Traceback" not in said
+    finally:
+        openfhe.cache_clear()
+    with pytest.raises(SystemExit):
+        main(["--scheme", "openfhe-ckks", "--seed", "1", "--trace-hash"])
+    assert "OpenFHE takes no seed" in capsys.readouterr().err

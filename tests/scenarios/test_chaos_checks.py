@@ -155,6 +155,24 @@ def test_bytes_that_are_not_uniform(masked: bool) -> None:
         watched.bytes_are_uniform()
 
 
+@pytest.mark.parametrize("known", [None, *range(5)])
+def test_numbers_below_a_prime_that_are_not_uniform(known: int | None) -> None:
+    """Of 53 bits they pass; with any of their five lowest bytes always the same they do not."""
+    watched = Wire(SHAPES, TOKENS, encrypted=True, words=True)
+    watched.owner_starts(SESSION)
+    for request in range(1, 700):
+        words = RNG.integers(0, 2**53 - 111, 3, np.uint64).view(np.uint8).reshape(3, 8)
+        if known is not None:
+            words[:, known] = 7
+        body = words.tobytes()
+        watched.from_owner("w0", encode(Multiply(SESSION, request, 0, TOKENS, body)))
+    if known is None:
+        watched.bytes_are_uniform()
+        return
+    with pytest.raises(Violation, match=f"digit {known}, are not uniform"):
+        watched.bytes_are_uniform()
+
+
 class Block:
     """A block secret as the checks see it."""
 

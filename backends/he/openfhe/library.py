@@ -26,7 +26,7 @@ def openfhe() -> Any:
         raise OpenFheError(
             f"OpenFHE does not load in this interpreter ({first}); its wheels are for CPython 3.10 "
             "(glibc++ of Debian 12 and later) and 3.12 (of Ubuntu 24.04 and later): install the "
-            "extra `openfhe` in one of these, or leave --scheme at mlwe"
+            "extra `openfhe` in one of these, or leave --scheme out"
         ) from error
 
 

@@ -43,9 +43,8 @@ class OpenFheOwner(ScaledOwner):
         sealed = np.empty((len(keys), inputs, form.nbytes // 8), "<u8")
         for block, key in enumerate(keys):
             part = message[block * size : (block + 1) * size]
-            for k in range(inputs):
-                made = context.Encrypt(key, self._encode(part[:, k]))
-                sealed[block, k] = form.coefficients(made).reshape(-1)
+            made = [context.Encrypt(key, self._encode(part[:, k])) for k in range(inputs)]
+            sealed[block] = form.coefficients(made).reshape(inputs, -1)
         with self._count_lock:
             self.blocks += len(keys)
         return sealed.reshape(-1).view(np.uint8), keys
@@ -63,8 +62,7 @@ class OpenFheOwner(ScaledOwner):
         out = np.empty((tokens, outputs))
         for block, secret in enumerate(key):
             first, last = block * size, min(tokens, (block + 1) * size)
-            for j in range(outputs):
-                found = form.ciphertext(words[block, j])
+            for j, found in enumerate(form.ciphertexts(words[block])):
                 out[first:last, j] = self._values(secret, found, last - first)
         return out
 

@@ -1,7 +1,8 @@
 """The worker's half over OpenFHE: scalars times ciphertexts, added up. It has no key.
 
-OpenFHE multiplies by whole numbers from 0 on. So every weight is taken 128 too large, and of each
-sum what that makes too much is subtracted: 128 times the sum of all inputs, once a block.
+Weights have 8 bits, so that a column of a matrix has at most 128 of them but for their signs: its
+ciphertext is multiplied by each of these once, for all outputs, and what is left is to add or to
+subtract. OpenFHE takes longer to multiply than to add.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from backends.he.openfhe.library import one_thread
 from backends.he.openfhe.scheme import scheme
 from backends.he.wire import Format
 
-_SHIFT = 128
-
 
 class OpenFheWorker(WorkerCipher):
     """Worker half of "openfhe-bfv" or "openfhe-ckks". Raises OpenFheError where there is none."""
@@ -26,12 +25,12 @@ class OpenFheWorker(WorkerCipher):
         self._scheme = scheme(name)
         self.packing = self._scheme.packing
 
-    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> NDArray[np.int64]:
-        return (weight if forward else weight.T).astype(np.int64) + _SHIFT
+    def load(self, weight: NDArray[np.int8], forward: bool, format: Format) -> NDArray[np.int8]:
+        return weight if forward else weight.T
 
     @one_thread()
     def multiply(
-        self, payload: Payload, tokens: int, matrix: NDArray[np.int64]
+        self, payload: Payload, tokens: int, matrix: NDArray[np.int8]
     ) -> NDArray[np.uint8]:
         outputs, inputs = matrix.shape
         data = np.frombuffer(payload, np.uint8)
@@ -40,18 +39,20 @@ class OpenFheWorker(WorkerCipher):
         words = data.view("<u8").reshape(-1, inputs, 2, form.nbytes // 16)
         answer = np.empty((len(words), outputs, form.nbytes // 8), "<u8")
         for block, each in enumerate(words):
-            ciphertexts = [form.ciphertext(word) for word in each]
-            too_much = self._sum(ciphertexts, [_SHIFT] * inputs)
-            for j, row in enumerate(matrix.tolist()):
-                found = self._scheme.context.EvalSub(self._sum(ciphertexts, row), too_much)
-                answer[block, j] = form.coefficients(found).reshape(-1)
+            sums = self._sums(form.ciphertexts(each), matrix)
+            answer[block] = form.coefficients(sums).reshape(outputs, -1)
         return answer.reshape(-1).view(np.uint8)
 
-    def _sum(self, ciphertexts: list[Any], factors: list[int]) -> Any:
-        """The sum of whole numbers times ciphertexts."""
+    def _sums(self, ciphertexts: list[Any], matrix: NDArray[np.int8]) -> list[Any]:
+        """For each row of a matrix, the sum of its weights times ciphertexts."""
         context = self._scheme.context
-        multiply, add = context.EvalMultNoCheck, context.EvalAddInPlaceNoCheck
-        total = multiply(ciphertexts[0], factors[0])
-        for ciphertext, factor in zip(ciphertexts[1:], factors[1:], strict=True):
-            add(total, multiply(ciphertext, factor))
-        return total
+        sums = [self._scheme.form.nothing() for _ in matrix]
+        for ciphertext, column in zip(ciphertexts, matrix.T.tolist(), strict=True):
+            factors = {abs(weight) for weight in column} - {0}
+            products = {each: context.EvalMultNoCheck(ciphertext, each) for each in factors}
+            for total, weight in zip(sums, column, strict=True):
+                if weight > 0:
+                    context.EvalAddInPlaceNoCheck(total, products[weight])
+                elif weight < 0:
+                    context.EvalSubInPlace(total, products[-weight])
+        return sums
