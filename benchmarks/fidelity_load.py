@@ -95,8 +95,10 @@ def workload_of(catalogue: Catalogue, tokens: int) -> Workload:
 def sides(core: DeviceProfile, alone: Load, load: Workload) -> tuple[DeviceProfile, DeviceProfile]:
     """(owner, worker) of this load: the core, and what a frame costs either whatever its size.
 
-    Whoever sends what was encrypted before makes no ciphertext, and opens none.
+    Whoever sends what was encrypted before makes no ciphertext, and opens none. What a request
+    costs the worker besides its product is all in its frames: joined ones have it each.
     """
+    core = replace(core, overhead_s=dict(core.overhead_s) | {"multiply": 0.0})
     frames = 2 * alone.requests
     per_step = sum(core.seconds(multiply_work(m, load.tokens), "multiply") for m in load.linears)
     steps = alone.requests / len(load.linears)

@@ -1,6 +1,6 @@
 """The front door's side: shards as Ray actors, found or made, and asked for products.
 
-Ciphertexts go from here to the shard and back, through the object stores of the two machines; Ray's
+Ciphertexts go from here to the shard and back within Ray's calls, from process to process; Ray's
 head sees none. A shard that dies, or whose machine does, is started again by Ray where there is
 room, and what it was asked is asked again: a product is a pure function of the request.
 
@@ -13,6 +13,7 @@ In sync with: docs/many-gpus.md.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -45,6 +46,15 @@ _KINDS = {"cpu": "CPU", "cuda": "GPU"}
 """Of which a shard reserves one. On a CPU it uses all cores, whatever it reserves."""
 
 
+_WITHIN_CALLS = {
+    "RAY_max_direct_call_object_size": str(1 << 28),
+    "RAY_task_rpc_inlined_bytes_limit": str(1 << 30),
+}
+"""Bytes that Ray passes within a call: more than a request or answer has. Through its object stores
+one would take ten milliseconds more, between two nodes of one machine. It reads this from the
+environment, of this process when it joins, and of a shard's when that starts."""
+
+
 class ClusterError(UserError):
     """The cluster cannot be reached, has no room, or holds something else."""
 
@@ -59,6 +69,7 @@ def connect(address: str) -> None:
             socket.create_connection(address_of(address), _REACH_S).close()
         # It warns of what is wanted: that shards end with their placement.
         logging.getLogger("ray.actor").setLevel(logging.ERROR)
+        os.environ.update(_WITHIN_CALLS)
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except AddressError:
         raise
@@ -114,7 +125,7 @@ class RayShards(Devices):
             actor: Any = ray.remote(Shard)
             actor = actor.options(
                 name=f"{_name(digest)}-{i}", lifetime="detached", get_if_exists=True,
-                max_restarts=-1, max_task_retries=-1,
+                max_restarts=-1, max_task_retries=-1, runtime_env={"env_vars": _WITHIN_CALLS},
                 num_cpus=float(kind == "CPU"), num_gpus=float(kind == "GPU"),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, i),
             )  # fmt: skip
