@@ -73,14 +73,16 @@ class Tagged(WorkerCipher):
 class Crowd:
     """Owners who ask one worker, each over a link of its own, in a known order of arrival."""
 
-    def __init__(self, cipher: WorkerCipher, max_tokens: int = 10) -> None:
+    def __init__(
+        self, cipher: WorkerCipher, max_tokens: int = 10, devices: type[OneDevice] = OneDevice
+    ) -> None:
         matrices = [
             WorkerMatrix(np.full((1, 1), i, np.int8), True, EXACT)
             for i in range(len(CATALOGUE.matrices))
         ]
         self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.server = WorkerServer(
-            OneDevice(CATALOGUE, cipher, matrices),
+            devices(CATALOGUE, cipher, matrices),
             lambda peer, frame: self.answers.put((peer, decode(frame))),
             WorkerConfig(max_tokens=max_tokens),
         )  # fmt: skip
@@ -145,6 +147,36 @@ def test_an_owner_with_many_links_and_requests_is_one_of_two() -> None:
     order = [who for _, requests in batches(Tagged(), [*flood, ("one#9", 50, 3, 2)])
              for who in requests]  # fmt: skip
     assert order.index(50) <= 1
+
+
+class Several(OneDevice):
+    """Matrices on two devices: the even ones on the first, the odd ones on the other."""
+
+    count, here = 2, False
+
+    def of(self, matrix: int) -> int:
+        return matrix % 2
+
+
+def test_a_device_that_is_busy_holds_up_no_other() -> None:
+    """Each has a queue: what waits for one is joined there, and the other takes what is its own."""
+    cipher = Tagged()
+    crowd = Crowd(cipher, devices=Several)
+    for request, matrix in enumerate((0, 2, 2, 1, 3)):
+        crowd.ask(f"o{request}#{request}", request, matrix)
+    for _ in range(2):  # the first of either device
+        assert cipher.started.acquire(timeout=PATIENCE_S)
+    assert not cipher.started.acquire(timeout=0.05)
+    assert {matrix for matrix, _ in cipher.batches} == {0, 1}
+    cipher.allowed.release(2)
+    for _ in range(2):
+        assert cipher.started.acquire(timeout=PATIENCE_S)
+    cipher.allowed.release(2)
+    assert len(crowd.get(5)) == 5
+    assert sorted(cipher.batches[2:]) == [(2, [1, 2]), (3, [4])]
+    crowd.server.stop()
+    assert len(crowd.server._queues) == 0
+    assert crowd.server._queues._busy == [0, 0]
 
 
 def test_an_idle_worker_computes_at_once_and_as_many_as_it_has_places() -> None:
