@@ -33,7 +33,7 @@ from ray.util import get_placement_group, placement_group, remove_placement_grou
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from backends.cluster.shard import Shard, split
+from backends.cluster.shard import Shard, identity, split
 from backends.errors import UserError
 from backends.he.interface import AnyPayload
 from backends.he.store import WorkerPart
@@ -111,7 +111,7 @@ class RayShards(Devices):
         tell: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.catalogue, kind = part.catalogue, _KINDS[backend]
-        digest = self.catalogue.model_digest
+        wanted = identity(self.catalogue)
         try:
             spans = split([g.in_features * g.total_out for g in part.groups], shards or _room(kind))
         except ValueError as error:
@@ -119,21 +119,21 @@ class RayShards(Devices):
         self.count = len(spans)
         self._of = [device for device, span in enumerate(spans) for _ in range(2 * len(span))]
         tell(f"room for {self.count} shards, a {kind} each")
-        place = _placed(_name(digest), self.count, kind)
+        place = _placed(_name(wanted), self.count, kind)
         self._shards: list[Any] = []
         for i, span in enumerate(spans):
             actor: Any = ray.remote(Shard)
             actor = actor.options(
-                name=f"{_name(digest)}-{i}", lifetime="detached", get_if_exists=True,
+                name=f"{_name(wanted)}-{i}", lifetime="detached", get_if_exists=True,
                 max_restarts=-1, max_task_retries=-1, runtime_env={"env_vars": _WITHIN_CALLS},
                 num_cpus=float(kind == "CPU"), num_gpus=float(kind == "GPU"),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, i),
             )  # fmt: skip
             self._shards.append(
-                actor.remote(str(directory), digest, span.start, span.stop, backend)
+                actor.remote(str(directory), wanted, span.start, span.stop, backend)
             )
         tell(f"{self.count} shards to load")
-        self.name = _loaded(self._shards, _name(digest))
+        self.name = _loaded(self._shards, _name(wanted))
 
     def of(self, matrix: int) -> int:
         return self._of[matrix]
@@ -157,7 +157,7 @@ class RayShards(Devices):
 
 def release(part: WorkerPart) -> bool:
     """End the shards of a model, whoever made them; False when there were none."""
-    name = _name(part.catalogue.model_digest)
+    name = _name(identity(part.catalogue))
     place = _found(name)
     if place is None:
         return False
@@ -180,8 +180,8 @@ def _end(name: str, place: PlacementGroup) -> None:
     remove_placement_group(place)
 
 
-def _name(model_digest: bytes) -> str:
-    return f"shards-{model_digest.hex()[:16]}"
+def _name(model: bytes) -> str:
+    return f"shards-{model.hex()[:16]}"
 
 
 def _room(kind: str) -> int:

@@ -5,6 +5,7 @@ Knows nothing of Ray, which runs it as an actor.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from backends.he.manifest import PreparationError
 from backends.he.store import WorkerPart
 from backends.serve import require_parameters, worker_cipher
+from protocol.catalogue import Catalogue
 
 
 def split(sizes: Sequence[int], parts: int) -> list[range]:
@@ -34,11 +36,16 @@ def split(sizes: Sequence[int], parts: int) -> list[range]:
     return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
 
 
+def identity(catalogue: Catalogue) -> bytes:
+    """Of a model as it was prepared: the same weights under other parameters travel otherwise."""
+    return hashlib.sha256(catalogue.model_digest + catalogue.parameters_digest).digest()
+
+
 class Shard:
     """Multiplies with the matrices of some groups.
 
     directory      of a worker's part, on this machine
-    model_digest   of the model that it must hold
+    wanted         `identity` of the catalogue that it must hold a part of
     first, last    groups, the last not included
     backend        "cpu" or "cuda"
 
@@ -46,11 +53,9 @@ class Shard:
     KernelError as `worker_cipher`.
     """
 
-    def __init__(
-        self, directory: str, model_digest: bytes, first: int, last: int, backend: str
-    ) -> None:
+    def __init__(self, directory: str, wanted: bytes, first: int, last: int, backend: str) -> None:
         part = WorkerPart.open(Path(directory), range(first, last))
-        if part.catalogue.model_digest != model_digest:
+        if identity(part.catalogue) != wanted:
             raise PreparationError(
                 f"{directory} on {node()} is of another model; copy it there again"
             )

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.cluster.shard import Shard, split
+from backends.cluster.shard import Shard, identity, split
 from backends.errors import UserError
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel, WorkerPart
@@ -63,7 +64,7 @@ def test_a_shard_holds_its_groups_and_no_others(model: PreparedModel) -> None:
     """Under the numbers that they have in the whole model, with the answers of the whole."""
     part = WorkerPart.open(model.directory)
     whole = OneDevice.holding(part, MlweWorker())
-    shard = Shard(str(model.directory), part.catalogue.model_digest, 1, 3, "cpu")
+    shard = Shard(str(model.directory), identity(part.catalogue), 1, 3, "cpu")
     for matrix in range(2, 6):
         requests = requests_of(part, matrix, 3)
         payloads = [np.frombuffer(payload, np.uint8) for payload, _ in requests]
@@ -77,8 +78,11 @@ def test_a_shard_holds_its_groups_and_no_others(model: PreparedModel) -> None:
 
 
 def test_a_shard_is_of_the_model_that_was_asked_for(model: PreparedModel) -> None:
-    with pytest.raises(UserError, match="of another model"):
-        Shard(str(model.directory), bytes(32), 0, 1, "cpu")
+    part = WorkerPart.open(model.directory, range(0))
+    of_others = replace(part.catalogue, parameters_digest=bytes(32))
+    for wanted in (bytes(32), identity(of_others)):
+        with pytest.raises(UserError, match="of another model"):
+            Shard(str(model.directory), wanted, 0, 1, "cpu")
 
 
 # --- on Ray -------------------------------------------------------------------------------------
