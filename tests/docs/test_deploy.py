@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from backends.net.counts import Counts
 from protocol.events import FrameArrived, MultiplyCiphertext, RunTask
-from scenarios import worker
+from scenarios.worker import __main__ as worker
 from tests.test_house import ROOT, closure
 
 DEPLOY = ROOT / "deploy"
@@ -159,7 +159,7 @@ def test_the_container_has_what_a_worker_imports_and_no_more() -> None:
     assert re.fullmatch(r"python:3\.\d+-slim", dict(steps)["FROM"])
     copied = {shlex.split(rest)[0] for word, rest in steps if word == "COPY"}
     assert all((ROOT / source).exists() for source in copied)
-    rooms = {name.partition(".")[0] for name in closure("scenarios.worker")}
+    rooms = {name.partition(".")[0] for name in closure("scenarios.worker.__main__")}
     assert rooms == copied - {"constraints.txt"}
     (install,) = [rest for word, rest in steps if word == "RUN"]
     packages = shlex.split(install)[shlex.split(install).index("/tmp/constraints.txt") + 1 :]
