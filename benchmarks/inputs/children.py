@@ -25,6 +25,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+from weakref import WeakSet
+
+from tqdm import tqdm
 
 from benchmarks.inputs.cases import Case
 from benchmarks.inputs.entries import Passed, cut
@@ -66,6 +69,7 @@ class Child:
     """
 
     def __init__(self, case: Case, pool: Path, place: Path) -> None:
+        case.entry.load()
         self.case = case
         self._place, self._start = place, time.monotonic()
         self._seen = (self._start, -1.0)
@@ -180,6 +184,7 @@ def _live(case: Case, words: list[str], place: Path) -> NoReturn:
     # As in an interpreter of its own, whoever has forked it.
     threading.excepthook, sys.excepthook = threading.__excepthook__, sys.__excepthook__
     faulthandler.disable()
+    tqdm._instances = WeakSet()
     os.chdir(place / "mine")
     os.environ["TMPDIR"] = str(place)
     os.environ["COLUMNS"] = "100"

@@ -52,6 +52,12 @@ class Entry:
         """Its entry point, imported now."""
         return importlib.import_module(self.module).main
 
+    def load(self) -> None:
+        """Import here what its program takes seconds to: who is forked from here need not."""
+        for target in (self.module, *self.cuts, *COMMON):
+            importlib.import_module(target.partition(":")[0])
+        _smaller(self)
+
     def parser(self) -> argparse.ArgumentParser:
         """What it parses its command line with, as it is when it does."""
 

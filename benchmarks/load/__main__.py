@@ -306,7 +306,7 @@ def main() -> None:
     add("--repeats", type=Whole(1, 100), default=3, help="turns of alone and together (3)")
     add("--encrypting", type=Whole(1, 8), default=2, help="owners that really encrypt (2)")
     add("--churn", action="store_true", help="owners die while they work, and new ones come")
-    add("--soak", type=Number(10, 86_400), default=0.0, metavar="SECONDS", help="and so long of it")
+    add("--soak", type=Number(10, 86_400), metavar="SECONDS", help="and so long of it")
     add("--ray", action="store_true", help="what shards on a Ray cluster cost, and nothing else")
     add("--kill", action="store_true", help="and what happens when a node of it dies")
     record.add_json_option(parser)

@@ -82,6 +82,7 @@ def test_bfv_is_exact_whatever_the_weights() -> None:
         assert np.array_equal(owner._open(key, answer, 5, 3), right)
 
 
+@library
 def test_bfv_is_exact_for_every_weight() -> None:
     """Of 8 bits, both ends included; a row of zeros, a column of zeros, and one weight twice."""
     rows = np.arange(-128, 128).astype(np.int8).reshape(8, 32)
@@ -112,6 +113,8 @@ def test_whatever_bytes_come_neither_half_falls(name: str) -> None:
     delivers(case, sent, answer, x)
 
 
+@library
+@pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_ciphertexts_is_read_and_written(name: str) -> None:
     """Fewer than are taken together, as many, and more: each comes out as it went in."""
     form, together = scheme.scheme(name).form, coefficients._TOGETHER

@@ -23,7 +23,8 @@ from backends.nn.local import localise
 from backends.nn.skeleton import build_skeleton
 from backends.nn.sources import HeldBase
 from backends.nn.tokenizer import ByteTokenizer
-from scenarios.endpoint.__main__ import endpoint, parse
+from scenarios.endpoint.__main__ import parse
+from scenarios.endpoint.run import endpoint
 from scenarios.endpoint.server import PROTO, Server
 from scenarios.endpoint.service import Service
 from tests.nn.conftest import LLAMA

@@ -190,8 +190,8 @@ def test_a_scheme_that_cannot_be_had_is_said_in_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before any seed runs; and a hash that no run would have twice is refused."""
-    monkeypatch.setattr("scenarios.chaos.__main__.search", None)
-    monkeypatch.setattr("scenarios.chaos.__main__.Bench", None)
+    monkeypatch.setattr("scenarios.chaos.run.search", None)
+    monkeypatch.setattr("scenarios.chaos.run.Bench", None)
     monkeypatch.setitem(sys.modules, "openfhe", None)
     openfhe.cache_clear()
     try:

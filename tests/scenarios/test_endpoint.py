@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from backends.nn.remote import Remote
 from backends.nn.trainer import TaintedError
 from scenarios.endpoint.__main__ import parse
+from scenarios.endpoint.address import listen_address
 from scenarios.endpoint.futures import Queue
 from scenarios.endpoint.proto import ProtoError, read_pass
 from scenarios.endpoint.requests import Lora, state_path
-from scenarios.endpoint.server import EndpointError, api_key, listen_address
+from scenarios.endpoint.server import EndpointError, api_key
 from scenarios.endpoint.states import StateError, States
 from tests.scenarios.endpoint_here import (
     ADAM,

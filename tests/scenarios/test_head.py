@@ -116,4 +116,6 @@ def test_a_simulated_run_decides_on_its_own_line(capsys: pytest.CaptureFixture[s
     assert setting.head == "local"
     said = capsys.readouterr().out
     assert said.startswith("head local: ")
-    assert said.endswith("the line is the bottleneck (gpt2 on H200, 1 Mb/s, 20 ms round trip)\n")
+    assert said.endswith(
+        "the line is the bottleneck (gpt2 on H200, over 1 Mb/s, 20 ms round trip)\n"
+    )
