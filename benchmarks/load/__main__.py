@@ -55,7 +55,7 @@ CLOSE = 0.2
 """Relative error that a product may have. The preset has up to 0.06 over 16,384 inputs, and another
 owner's answer is off by more than 1."""
 CYCLES = 2
-RAY_STEPS, KILL_STEPS = 4, 40
+RAY_STEPS, KILL_STEPS = 4, 20
 """Times that owners die and others come."""
 
 
