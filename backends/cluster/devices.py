@@ -119,7 +119,7 @@ class RayShards(Devices):
         self.count = len(spans)
         self._of = [device for device, span in enumerate(spans) for _ in range(2 * len(span))]
         tell(f"room for {self.count} shards, a {kind} each")
-        place = _placed(_name(wanted), self.count, kind)
+        place, made = _placed(_name(wanted), self.count, kind)
         self._shards: list[Any] = []
         for i, span in enumerate(spans):
             actor: Any = ray.remote(Shard)
@@ -133,7 +133,12 @@ class RayShards(Devices):
                 actor.remote(str(directory), wanted, span.start, span.stop, backend)
             )
         tell(f"{self.count} shards to load")
-        self.name = _loaded(self._shards, _name(wanted))
+        try:
+            self.name = _loaded(self._shards)
+        except ClusterError:
+            if made:  # nobody else's
+                _end(_name(wanted), place)
+            raise
 
     def of(self, matrix: int) -> int:
         return self._of[matrix]
@@ -194,12 +199,13 @@ def _room(kind: str) -> int:
     return count
 
 
-def _placed(name: str, count: int, kind: str) -> PlacementGroup:
-    """Room for the shards, each where the others are not if possible: found, or made."""
-    place = _found(name)
+def _placed(name: str, count: int, kind: str) -> tuple[PlacementGroup, bool]:
+    """Room for the shards, each where the others are not if possible: found, or made (True)."""
+    place, made = _found(name), False
     if place is None:
         try:
             place = placement_group([{kind: 1.0}] * count, "SPREAD", name, lifetime="detached")
+            made = True
         except RaySystemError:  # another front door came first, a moment ago
             place = get_placement_group(name)
     if place.bundle_count != count or set(place.bundle_specs[0]) != {kind}:
@@ -208,16 +214,17 @@ def _placed(name: str, count: int, kind: str) -> PlacementGroup:
             f"{place.bundle_specs[0]}; ask for the same, or end them first with --release"
         )
     if not place.wait(_ROOM_S):
-        remove_placement_group(place)
+        if made:
+            remove_placement_group(place)
         raise ClusterError(
             f"the cluster has no room for {count} shards with a {kind} each; add machines, ask for "
             "fewer --shards, or --release another model"
         )
-    return place
+    return place, made
 
 
-def _loaded(shards: Sequence[Any], name: str) -> str:
-    """What multiplies, once all have loaded. Shards of which one cannot are all ended."""
+def _loaded(shards: Sequence[Any]) -> str:
+    """What multiplies, once all have loaded. Raises ClusterError when one cannot."""
     try:
         names: list[str] = ray.get([shard.name.remote() for shard in shards], timeout=_LOAD_S)
         return names[0]
@@ -225,5 +232,4 @@ def _loaded(shards: Sequence[Any], name: str) -> str:
         why = f"it has not loaded within {_LOAD_S:.0f} s"
     except RayActorError as error:  # the text of what ended it comes last
         why = str(error).strip().splitlines()[-1]
-    _end(name, get_placement_group(name))
     raise ClusterError(f"a shard cannot load: {why}")

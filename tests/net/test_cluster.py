@@ -109,7 +109,7 @@ def cluster() -> Iterator[Any]:
     nodes.shutdown()
 
 
-def test_shards_on_ray(model: PreparedModel, cluster: Any) -> None:
+def test_shards_on_ray(model: PreparedModel, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One life of them, in order: each step of it takes seconds."""
     import ray
 
@@ -134,6 +134,11 @@ def test_shards_on_ray(model: PreparedModel, cluster: Any) -> None:
     second = cluster.RayShards(front, model.directory, 2)  # another front door finds the same
     assert [a._actor_id for a in second._shards] == [a._actor_id for a in shards._shards]
     right(second)
+    with monkeypatch.context() as soon:  # one that gives up leaves alone what is not its own
+        soon.setattr(cluster, "_LOAD_S", 0.0)
+        with pytest.raises(cluster.ClusterError, match="has not loaded within 0 s"):
+            cluster.RayShards(front, model.directory, 2)
+    right(shards)
     with pytest.raises(ValueError, match="refuses a request"):  # told without any of its bytes
         shards.multiply(0, [(bytes(7), 1)])
     with pytest.raises(cluster.ClusterError, match=r"in 2 shards.*--release"):
