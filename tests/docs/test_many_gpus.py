@@ -31,6 +31,15 @@ def test_the_load_that_was_measured() -> None:
     assert max(memory) - min(memory) <= 0.2
 
 
+def test_the_soak() -> None:
+    """As long as it was."""
+    found = recorded("soak")
+    assert found["soak_s"] == 180
+    assert f"{found['soak_came']} owners came and went and had {found['soak_products']:,}" in PAGE
+    assert f"no error, and {found['rss_growth_mb']:.1f} MB more memory" in PAGE
+    assert found["errors"] == 0
+
+
 def test_the_simulator_under_load() -> None:
     """With the bars that it misses."""
     found = recorded("fidelity-load")
