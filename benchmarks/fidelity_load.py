@@ -23,7 +23,7 @@ import numpy as np
 from backends.he.store import WorkerPart
 from benchmarks.fidelity_network import calibrated
 from benchmarks.load.live import Group, live_worker
-from benchmarks.load.made import PRESET, load_recordings, make_place
+from benchmarks.load.made import PRESET, make_place
 from benchmarks.shaped_line import NoLineError
 from protocol.catalogue import Catalogue
 from scenarios import record
@@ -57,7 +57,7 @@ class Load:
 def measured(place: Path, tokens: int, owners: int, rounds: int) -> Load:
     """So many owners at once, each `rounds` times through the layer."""
     cores = sorted(os.sched_getaffinity(0))
-    with live_worker(place, cores[0]) as worker:
+    with live_worker(place / "model", place / "worker", cores[0]) as worker:
         names = [f"owner{i}" for i in range(owners)]
         count = min(PROCESSES, owners)
         groups = [
@@ -170,7 +170,6 @@ def run(args: argparse.Namespace) -> None:
 def _place(directory: Path, width: int, tokens: int, owners: int) -> tuple[Path, Workload]:
     place = directory / f"{width}x{tokens}"
     make_place(place, width, tokens, owners)
-    load_recordings(place / "owner0.npz")
     return place, workload_of(WorkerPart.open(place / "model").catalogue, tokens)
 
 

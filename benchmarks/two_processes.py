@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.load.live import live_worker, own_bytes
 from scenarios.certs import Authority
 from scenarios.clear_peer import ClearPeer
 
@@ -63,28 +63,23 @@ def _words(told: dict[str, Any]) -> list[str]:
 
 
 class Watch:
-    """The largest private memory of a process, in bytes, as long as it lives.
-
-    Of its own: what is mapped from files, as hints and int8 weights are, is the system's to keep
-    or to drop. RssAnon and RssShmem of proc(5).
-    """
+    """The largest private memory of a process, in bytes, as long as it lives: see `own_bytes`."""
 
     def __init__(self, pid: int) -> None:
         self.most = 0
-        self._status = Path(f"/proc/{pid}/status")
+        self._pid = pid
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while True:
             try:
-                text = self._status.read_text()
+                now = own_bytes(self._pid)
             except OSError:
                 return
-            found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", text, re.M)
-            if not found:
-                return  # a process that has ended, and not been waited for, has no memory
-            self.most = max(self.most, 1024 * sum(map(int, found)))
+            if not now:
+                return
+            self.most = max(self.most, now)
             time.sleep(_WATCHED_S)
 
 
@@ -118,19 +113,8 @@ def _clear(size: Size) -> dict[str, Any]:
 @contextmanager
 def worker_at(model: Path, certs: Path, more: Sequence[str] = ()) -> Iterator[str]:
     """A worker in a process of its own, whose command is told `more`; where it is."""
-    command = [sys.executable, "-m", "scenarios.worker", "--model", str(model)]
-    command += ["--listen", "localhost:0", "--tls", str(certs / "worker"), *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if found := re.search(r" listening address=(\S+:\d+)", line):
-                yield found[1]
-                return
-        raise RuntimeError("the worker ended early; see its messages above")
-    finally:
-        process.terminate()
-        process.wait(30)
+    with live_worker(model, certs / "worker", more=more) as worker:
+        yield worker.address
 
 
 def prepared(size: Size, place: Path, more: Sequence[str] = ()) -> Path:

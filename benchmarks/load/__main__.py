@@ -251,7 +251,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "tokens": args.tokens,
             "rounds": args.rounds,
         }
-        with live_worker(place) as worker:
+        with live_worker(place / "model", place / "worker") as worker:
             load = Load(args, place, worker)
             figures |= load.speed()
             names = [f"owner{args.owners + extra + i}" for i in range(args.encrypting)]

@@ -27,9 +27,7 @@ class LiveWorker:
 
     def own_mb(self) -> float:
         """Its private memory now, in MB of 10^6 bytes; files that it has mapped do not count."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.M)
-        return 1024 * sum(map(int, found)) / 1e6
+        return own_bytes(self.pid) / 1e6
 
     def processor_s(self) -> float:
         """Processor time that it has used so far, in ticks of proc(5)."""
@@ -45,15 +43,31 @@ class LiveWorker:
         return float(found[1])
 
 
+def own_bytes(pid: int) -> int:
+    """A process's private memory now; 0 for one that has ended, and not been waited for.
+
+    Of its own: what is mapped from files, as hints and int8 weights are, is the system's to keep
+    or to drop. RssAnon and RssShmem of proc(5). Raises OSError when there is no such process.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.M)))
+
+
 @contextmanager
-def live_worker(place: Path, core: int | None = None) -> Iterator[LiveWorker]:
-    """`python -m scenarios.worker` over TLS on loopback, drained at the end; on one core, if said.
+def live_worker(
+    model: Path, certs: Path, core: int | None = None, more: Sequence[str] = ()
+) -> Iterator[LiveWorker]:
+    """`python -m scenarios.worker` over TLS on loopback, drained at the end.
+
+    certs  its own
+    core   that it stays on, if any
+    more   for its command
 
     Raises RuntimeError when it does not start, or does not end as it should.
     """
     command = [*on_core(core), sys.executable, "-m", "scenarios.worker"]
-    command += ["--model", str(place / "model")]
-    command += ["--listen", "localhost:0", "--tls", str(place / "worker"), "--metrics", "0"]
+    command += ["--model", str(model), "--listen", "localhost:0", "--tls", str(certs)]
+    command += ["--metrics", "0", *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     metrics = address = ""
