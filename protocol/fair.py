@@ -1,11 +1,12 @@
 """Whose request is computed next: fair queueing by bytes, and requests of one matrix joined.
 
-Theory. Start-time fair queueing (Goyal, Vin and Cheng 1996), every client weighing the same. A
-request of a client begins, on a clock of its own, where the client's last one ended, or now when it
-has none; it ends so many bytes later. The earliest beginning leads, and that is what the clock
-says next. So of two clients that always have something waiting neither gets ahead of the other by
-more than one request each, whatever sizes and numbers they ask for, and one that comes anew waits
-for one request of every other at most.
+Theory. Start-time fair queueing (Goyal, Vin and Cheng 1996). A request of a client begins, on a
+clock of its own, where the client's last one ended, or now when it has none; it ends so many bytes
+later, divided by the client's share. The earliest beginning leads, and that is what the clock says
+next. So of two clients that always have something waiting neither gets ahead of the other, in bytes
+by share, by more than one request each, whatever sizes and numbers they ask for, and one that comes
+anew waits for as many requests of every other at most as the other's share is: for one, where all
+weigh the same.
 
 A leader takes along what waits for the same matrix, in the same order, as far as it fits: joined,
 they cost little more than the leader alone. They are charged like all others. A client whose clock
@@ -15,7 +16,7 @@ whenever another one leads for its matrix.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, nlargest
 from typing import Generic, TypeVar
@@ -24,6 +25,8 @@ Item = TypeVar("Item", bound=Hashable)
 
 _FORGET = 1024
 """Clients that are remembered before those are forgotten whose past matters least."""
+_PARTS = 1 << 20
+"""Of a byte, in which shares are counted: whole numbers stay exact."""
 _DEAD = 64
 """Requests that have come, at least, before those are looked for that wait no more."""
 
@@ -35,7 +38,7 @@ class _Entry(Generic[Item]):
     client: str = field(compare=False)
     matrix: int = field(compare=False)
     tokens: int = field(compare=False)
-    size: int = field(compare=False)
+    charge: int = field(compare=False)
     item: Item | None = field(compare=False)
     """None once it has been taken or removed: of two heaps, the other still holds the entry."""
 
@@ -44,10 +47,15 @@ class FairQueue(Generic[Item]):
     """Requests that wait, each item once. Costs a logarithm of their number for each.
 
     max_tokens  of requests that are joined; a larger one goes alone
+    shares      of clients, in whole numbers of at least 1; whoever is not named has 1
+
+    Raises ValueError for another share.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, max_tokens: int, shares: Mapping[str, int] | None = None) -> None:
+        self._max_tokens, self._shares = max_tokens, dict(shares or {})
+        if min(self._shares.values(), default=1) < 1:
+            raise ValueError("a client's share is at least 1")
         self._all: list[_Entry[Item]] = []
         self._of: dict[int, list[_Entry[Item]]] = {}
         self._waiting: dict[Item, _Entry[Item]] = {}
@@ -59,16 +67,17 @@ class FairQueue(Generic[Item]):
         return len(self._waiting)
 
     def push(self, item: Item, client: str, matrix: int, tokens: int, size: int) -> None:
-        """One more waits. `size` is what it is charged: bytes of the request and its answer.
+        """One more waits. `size` is what it counts for: bytes of the request and its answer.
 
         Raises ValueError for an item that waits already, or a size below 1.
         """
         if item in self._waiting or size < 1:
             raise ValueError(f"an item waits once, and has at least 1 byte, got {size}")
         start = max(self._clock, self._ends.get(client, 0))
-        self._ends[client] = start + size
+        charge = size * _PARTS // self._shares.get(client, 1)
+        self._ends[client] = start + charge
         self._number += 1
-        entry = _Entry(start, self._number, client, matrix, tokens, size, item)
+        entry = _Entry(start, self._number, client, matrix, tokens, charge, item)
         self._waiting[item] = entry
         heappush(self._all, entry)
         heappush(self._of.setdefault(matrix, []), entry)
@@ -106,7 +115,7 @@ class FairQueue(Generic[Item]):
                 # In whole numbers: bytes of a joined product, were it all of such requests.
                 ahead = (entry.start - leader.start) * entry.tokens
                 room -= entry.tokens
-                if batch and (room < 0 or ahead > entry.size * self._max_tokens):
+                if batch and (room < 0 or ahead > entry.charge * self._max_tokens):
                     break
                 batch.append(entry.item)
                 self.remove(entry.item)

@@ -16,7 +16,7 @@ In sync with: owner.py (the other side), messages.py, docs/protocol.md (drawn fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -103,6 +103,7 @@ class WorkerConfig:
 
     max_tokens    of one request
     quota         of one client, and of all, see `Quota`
+    shares        of clients, see `FairQueue`; kept by whoever queues the tasks
     max_sessions  of one client
     max_peers     sessions of all; a peer that is new takes the place of one that has ended, or
     idle_s        whose client has had nothing in work, and that has said nothing, for so long
@@ -110,6 +111,7 @@ class WorkerConfig:
 
     max_tokens: int = 4096
     quota: Quota = field(default_factory=Quota)
+    shares: Mapping[str, int] = field(default_factory=dict)
     max_sessions: int = 64
     max_peers: int = 1024
     idle_s: float = 3600.0

@@ -20,6 +20,7 @@ from protocol.catalogue import Catalogue
 from protocol.events import MultiplyCiphertext, Task
 from protocol.fair import FairQueue
 from protocol.messages import Payload
+from protocol.worker import WorkerConfig
 
 
 class Devices(Protocol):
@@ -79,18 +80,21 @@ class OneDevice(Devices):
 class Queues:
     """Requests that wait for devices: a fair share for each client, one matrix at a time.
 
+    config     says how many tokens are joined, and what shares clients have
     client_of  whose a task is
     """
 
     def __init__(
         self,
-        max_tokens: int,
+        config: WorkerConfig,
         devices: Devices,
         client_of: Callable[[int], str],
         counts: Counts,
     ) -> None:
         self._devices, self._client_of = devices, client_of
-        self._queues = [FairQueue[int](max_tokens) for _ in range(devices.count)]
+        self._queues = [
+            FairQueue[int](config.max_tokens, config.shares) for _ in range(devices.count)
+        ]
         self._busy = [0] * devices.count
         self._next = 0
         self._taken: dict[int, int] = {}  # the first task of a product -> its device

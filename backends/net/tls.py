@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.errors import UserError
+from backends.files import read_bounded
 
 HANDSHAKE_S = 10.0
 """Seconds for TLS and the preface together: who is slower is turned away."""
@@ -41,6 +43,7 @@ _PREFACE_VERSION = 1
 OWNER_WRITES, WORKER_WRITES = 0, 1
 # <openssl/x509_vfy.h>
 _NOT_YET, _EXPIRED, _OTHER_HOST = 9, 10, (62, 64)
+_CERTIFICATE_BYTES = 1 << 20
 TAKEN, FULL = b"\x01", b"\x00"
 """What the listening side answers to a preface."""
 
@@ -124,6 +127,21 @@ def identity_of(connection: ssl.SSLSocket) -> str:
     certificate = connection.getpeercert(binary_form=True)
     assert certificate is not None  # CERT_REQUIRED
     return identity(x509.load_der_x509_certificate(certificate))
+
+
+def identity_in(path: Path) -> str:
+    """`identity` of the certificate in a PEM file. Raises CertificateError when it is none."""
+    try:
+        text = read_bounded(path, _CERTIFICATE_BYTES)
+        return identity(x509.load_pem_x509_certificate(text))
+    except OSError as error:
+        raise CertificateError(
+            f"no certificate can be read from {path}: {error.strerror or error}"
+        ) from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise CertificateError(
+            f"{path} is no certificate in PEM; name an owner's cert.pem"
+        ) from error
 
 
 def identity(certificate: x509.Certificate) -> str:

@@ -78,7 +78,7 @@ class WorkerServer:
         config, self._hooks = config or WorkerConfig(), hooks or Hooks()
         self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
         self._queues = Queues(
-            config.max_tokens, devices,
+            config, devices,
             lambda task: client_of(self._in_work[task]), self.counts,
         )  # fmt: skip
         self._loop = MachineLoop(

@@ -27,6 +27,7 @@ really encrypt, and compare what they decrypt with the product in clear.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import tempfile
 import threading
@@ -55,8 +56,10 @@ CLOSE = 0.2
 """Relative error that a product may have. The preset has up to 0.06 over 16,384 inputs, and another
 owner's answer is off by more than 1."""
 CYCLES = 2
-RAY_STEPS, KILL_STEPS = 4, 20
 """Times that owners die and others come."""
+RAY_STEPS, KILL_STEPS = 4, 20
+DYING, WITHOUT_END = 0.25, 10**6
+"""Of a soak's groups, those that die, and rounds that none of these gets to the end of."""
 
 
 class Load:
@@ -144,7 +147,7 @@ class Load:
 
     def soak(self) -> dict[str, Any]:
         """For so many seconds: groups that work for a while, then leave or die, and new ones."""
-        seconds, draw = self._args.soak, random.Random()
+        seconds = self._args.soak
         begin, memory, results = time.monotonic(), [], []
         spare = [f"owner{i}" for i in range(self._args.owners)]
         each = max(1, len(spare) // PROCESSES)
@@ -153,12 +156,7 @@ class Load:
         while (now := time.monotonic() - begin) < seconds:
             while len(spare) >= each:
                 names, spare = spare[:each], spare[each:]
-                rounds = draw.randint(self._args.rounds // 2, 2 * self._args.rounds)
-                group = self._group(names, rounds)
-                group.ready()
-                group.begin()
-                dies_s = draw.uniform(0.5, 20) if draw.random() < 0.3 else float("inf")
-                running.append((group, now + dies_s))
+                running.append(self._soaking(names, now))
                 came += each
             for group, dies_s in list(running):
                 if group.running() and now < dies_s:
@@ -172,11 +170,15 @@ class Load:
                 running.remove((group, dies_s))
             memory.append((now, self._worker.own_mb()))
             time.sleep(0.2)
-        for group, _ in running:
-            results += group.results()
+        for group, dies_s in running:
+            if dies_s < math.inf:
+                group.kill()
+            else:
+                results += group.results()
         found = tally(results)
         settled = [mb for at, mb in memory if 0.1 * seconds <= at < 0.2 * seconds]
-        last = [mb for at, mb in memory if at >= 0.9 * seconds]
+        settled = settled or [memory[0][1]]
+        last = [mb for at, mb in memory if at >= 0.9 * seconds] or [memory[-1][1]]
         return {
             "soak_s": seconds,
             "rss_growth_mb": median(last) - median(settled),
@@ -186,6 +188,16 @@ class Load:
             "soak_killed": killed,
             "soak_memory_mb": [memory[i * (len(memory) - 1) // 20][1] for i in range(21)],
         }
+
+    def _soaking(self, names: list[str], now: float) -> tuple[Group, float]:
+        """A group that has begun, and when it is to die: never, if it is to finish."""
+        draw, rounds = random.Random(), self._args.rounds
+        dies_s = now + draw.uniform(1, 20) if draw.random() < DYING else math.inf
+        enough = draw.randint(rounds // 2, 2 * rounds) if dies_s == math.inf else WITHOUT_END
+        group = self._group(names, enough)
+        group.ready()
+        group.begin()
+        return group, dies_s
 
 
 def tally(results: list[dict[str, Any]]) -> dict[str, int]:

@@ -13,7 +13,8 @@ ca.pem stands for. Then, where the text is:
     python -m scenarios.llama1b --real-cpu --worker gpu.example:7443 --tls certs/owner ...
 
 Owners share it fairly: those that always ask for something get the same bytes each, and requests
-for the same layer are computed together. --owner-... say what one may have at once and over time.
+for the same layer are computed together. --owner-... say what one may have at once and over time,
+--share gives one of them more.
 
 A worker holds no secret and keeps nothing. SIGTERM or Ctrl-C drains it: no more links, BUSY to new
 requests, then, when the requests in hand are answered or after --drain-s, the end with status 0; a
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.options import ALL, SECONDS, Modes, Number, Parser, Whole, place
@@ -48,7 +50,7 @@ MODES = Modes(
     | dict.fromkeys(
         (
             "--model", "--listen", "--tls", "--backend", "--max-tokens", "--links-per-owner",
-            "--links", "--owner-requests", "--owner-mb", "--owner-mb-per-s", "--drain-s",
+            "--links", "--owner-requests", "--owner-mb", "--owner-mb-per-s", "--share", "--drain-s",
             "--metrics", "--log-format", "--verbose", "--ray", "--traces",
         ),
         ALL,
@@ -83,6 +85,9 @@ def parsed() -> argparse.Namespace:
     add("--owner-mb-per-s", type=Number(0.001, 1e6), metavar="MB",
         help="requests and answers of one owner over time, with a burst of two seconds; beyond "
         "it is told when to come back (no limit)")  # fmt: skip
+    add("--share", type=share, action="append", default=[], metavar="CERT=N",
+        help="an owner's cert.pem, and how many times the bytes it has of another owner's while "
+        "both always ask; repeat for each (all have 1)")  # fmt: skip
     add("--drain-s", type=SECONDS, default=20.0, metavar="S",
         help="seconds to finish the requests in hand when told to stop (20)")  # fmt: skip
     add("--metrics", type=with_host, metavar="[HOST:]PORT",
@@ -94,7 +99,18 @@ def parsed() -> argparse.Namespace:
     add("--log-format", choices=FORMATS, default="text", help="of a line an event (text)")
     add("--verbose", action="store_true", help="also say which frames are dropped, and why")
     add_kernel_option(parser)
-    return parser.parse()
+    args = parser.parse()
+    if args.share and args.tls is None:
+        parser.error("--share knows owners by their certificates, and without --tls there are none")
+    return args
+
+
+def share(text: str) -> tuple[Path, int]:
+    """An owner's certificate, and a whole number."""
+    path, _, times = text.rpartition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing like owner/cert.pem=2")
+    return place(path), Whole(1, 1000)(times)
 
 
 def collector(text: str) -> str:

@@ -25,7 +25,7 @@ from backends.net.listening import Limits
 from backends.net.loop import Hooks
 from backends.net.pages import StatusPages
 from backends.net.serving import Service, serving
-from backends.net.tls import Tls, require_loopback
+from backends.net.tls import Tls, identity_in, require_loopback
 from backends.serve import require_parameters, worker_cipher
 from protocol.admission import Quota
 from protocol.worker import WorkerConfig
@@ -38,6 +38,10 @@ _LOOK_S = 0.5
 
 class ListenError(UserError):
     """The worker cannot listen where it was told to."""
+
+
+class ShareError(UserError):
+    """The shares that owners were given contradict each other."""
 
 
 class MissingError(UserError):
@@ -119,6 +123,20 @@ def quota_of(args: argparse.Namespace) -> Quota:
     """What one owner may have in hand, and over time."""
     rate = math.inf if args.owner_mb_per_s is None else 1e6 * args.owner_mb_per_s
     return Quota(args.owner_requests, round(1e6 * args.owner_mb), bytes_per_s=rate)
+
+
+def shares_of(args: argparse.Namespace) -> dict[str, int]:
+    """What owners have shares of their own in, by their certificates.
+
+    Raises CertificateError for a file that holds none, ShareError for one named twice.
+    """
+    shares: dict[str, int] = {}
+    for path, share in args.share:
+        owner = identity_in(path)
+        if owner in shares:
+            raise ShareError(f"--share names the owner of {path} twice; name each once")
+        shares[owner] = share
+    return shares
 
 
 def warn_of_expiry(directory: Path, end: datetime) -> None:
@@ -212,7 +230,7 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
         require_loopback(host)
     else:
         warn_of_expiry(args.tls, tls.require_current())
-    state, counts = State(log), Counts()
+    shares, state, counts = shares_of(args), State(log), Counts()
     with status_pages(args.metrics, counts, state) as pages, ExitStack() as stack:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
         devices, multiplies = devices_of(args, log, stack)
@@ -224,7 +242,7 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
             service = stack.enter_context(
                 serving(
                     devices, host, port, tls,
-                    WorkerConfig(args.max_tokens, quota_of(args)), limits, hooks,
+                    WorkerConfig(args.max_tokens, quota_of(args), shares), limits, hooks,
                     counts=counts, tell=log.on_line, on_crash=state.end,
                 )
             )  # fmt: skip
