@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from backends.serve import serve
     from backends.session import Usage
     from sim.device import DeviceProfile
-    from sim.network import Link
+    from sim.flows import Link
     from sim.workload import trace_step
     from sim.world import WorldConfig, simulate
 
@@ -46,7 +46,7 @@ _WHERE = {
     "serve": ("backends.serve", "serve"),
     "Usage": ("backends.session", "Usage"),
     "DeviceProfile": ("sim.device", "DeviceProfile"),
-    "Link": ("sim.network", "Link"),
+    "Link": ("sim.flows", "Link"),
     "trace_step": ("sim.workload", "trace_step"),
     "WorldConfig": ("sim.world", "WorldConfig"),
     "simulate": ("sim.world", "simulate"),

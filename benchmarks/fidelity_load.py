@@ -3,9 +3,10 @@
 A live worker on one core, over mutual TLS, and owners on another who send what was encrypted before
 (`benchmarks.load`): each asks for every matrix of a layer in turn, again and again, which is a step
 here. The simulator is given one core of this machine as `python -m sim.calibrate` measures it, and
-what a frame costs either side whatever its size, from the processor time of ONE owner who is alone
-and asks for one token; then it has to say how long the steps of 2, 4, 8 and 16 owners take that ask
-for more. Joined requests, fair turns and the wait for each other are all its own.
+what a frame costs either side and a product the worker, whatever their sizes, from the processor
+time of owners who ask for one token: one alone, and sixteen, whose requests are joined. Then it has
+to say how long the steps of 2, 4, 8 and 16 owners take that ask for more, in layers of two widths.
+Joined requests, fair turns and the wait for each other are all its own.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from sim.world import WorldConfig, simulate
 
 SHAPES = ((512, 16), (512, 64), (1024, 4), (1024, 32))
 """(width of the layer, tokens of a request)."""
-ALONE = (512, 1)
-"""What the cost of a frame is measured with."""
+SMALLEST = (512, 1)
+"""What the costs of a frame and a product are measured with."""
 OWNERS = (2, 4, 8, 16)
 PROCESSES = 4
 BARS = {"p50_error": 0.10, "p90_error": 0.20}
@@ -45,13 +46,18 @@ _SECONDS = 6.0
 
 @dataclass(frozen=True)
 class Load:
-    """What was measured of so many owners. steps_s: of all, while all of them worked."""
+    """What was measured of so many owners.
+
+    steps_s   of all, while all of them worked
+    products  that the requests were joined to
+    """
 
     owners: int
     steps_s: list[float]
     owners_processor_s: float
     worker_processor_s: float
     requests: int
+    products: int
 
 
 def measured(place: Path, tokens: int, owners: int, rounds: int) -> Load:
@@ -66,11 +72,13 @@ def measured(place: Path, tokens: int, owners: int, rounds: int) -> Load:
         ]
         for group in groups:
             group.ready()
-        before = worker.processor_s()
+        before, launches = worker.processor_s(), worker.count("launches_total")
         for group in groups:
             group.begin()
-        found = [one for group in groups for one in group.results()]
+        of_groups = [group.results() for group in groups]
         used = worker.processor_s() - before
+        products = round(worker.count("launches_total") - launches)
+    found = [one for results in of_groups for one in results]
     if any(one["wrong"] or one["lost"] for one in found):
         raise RuntimeError("the worker gave a wrong answer, or none")
     first = min(one["seconds"] for one in found)
@@ -78,10 +86,8 @@ def measured(place: Path, tokens: int, owners: int, rounds: int) -> Load:
     for one in found:
         ends = np.cumsum(one["rounds_s"])
         steps += [s for s, end in zip(one["rounds_s"], ends, strict=True) if end <= first][1:]
-    return Load(
-        owners, steps, found[0]["processor_s"] if owners == 1 else float("nan"), used,
-        sum(one["right"] for one in found),
-    )  # fmt: skip
+    theirs = sum(max(one["processor_s"] for one in results) for results in of_groups)
+    return Load(owners, steps, theirs, used, sum(one["right"] for one in found), products)
 
 
 def workload_of(catalogue: Catalogue, tokens: int) -> Workload:
@@ -92,28 +98,40 @@ def workload_of(catalogue: Catalogue, tokens: int) -> Workload:
     )  # fmt: skip
 
 
-def sides(core: DeviceProfile, alone: Load, load: Workload) -> tuple[DeviceProfile, DeviceProfile]:
-    """(owner, worker) of this load: the core, and what a frame costs either whatever its size.
+def beyond(core: DeviceProfile, load: Load, step: Workload) -> tuple[float, float]:
+    """Processor seconds of a request, of (its owner, the worker), for which no size accounts."""
+    joined = step.tokens * load.requests / load.products
+    products_s = sum(core.seconds(multiply_work(m, joined), "multiply") for m in step.linears)
+    products_s *= load.products / len(step.linears)
+    bytes_s = load.requests / len(step.linears) * (step.up_bytes + step.down_bytes)
+    bytes_s /= core.rates["wire"]
+    owners_s = load.owners_processor_s - bytes_s
+    worker_s = load.worker_processor_s - bytes_s - products_s
+    return owners_s / load.requests, worker_s / load.requests
+
+
+def sides(
+    core: DeviceProfile, alone: Load, crowd: Load, step: Workload
+) -> tuple[DeviceProfile, DeviceProfile]:
+    """(owner, worker): the core, and what a frame and a product cost whatever their size.
 
     Whoever sends what was encrypted before makes no ciphertext, and opens none. What a request
-    costs the worker besides its product is all in its frames: joined ones have it each.
+    costs the worker beyond its size is its frames', which joined ones have each, and its product's,
+    which they share: two loads that are joined differently tell them apart.
     """
     core = replace(core, overhead_s=dict(core.overhead_s) | {"multiply": 0.0})
-    frames = 2 * alone.requests
-    per_step = sum(core.seconds(multiply_work(m, load.tokens), "multiply") for m in load.linears)
-    steps = alone.requests / len(load.linears)
-    bytes_s = steps * (load.up_bytes + load.down_bytes) / core.rates["wire"]
-    owner_s = (alone.owners_processor_s - bytes_s) / frames
-    worker_s = (alone.worker_processor_s - steps * per_step - bytes_s) / frames
+    (_, worker_alone_s), (owner_s, worker_s) = (beyond(core, one, step) for one in (alone, crowd))
+    shared = crowd.products / crowd.requests
+    product_s = min(max(0.0, (worker_alone_s - worker_s) / (1 - shared)), worker_alone_s)
     nothing = {"encrypt": 0.0, "decrypt": 0.0, "local": 0.0, "update": 0.0}
     owner = replace(
         core,
         rates=dict(core.rates) | {"ring_row": 1e18, "value": 1e18},
         bytes_per_s=1e18,
-        overhead_s=dict(core.overhead_s) | nothing | {"frame": max(0.0, owner_s)},
+        overhead_s=dict(core.overhead_s) | nothing | {"frame": max(0.0, owner_s / 2)},
     )
-    worker = replace(core, overhead_s=dict(core.overhead_s) | {"frame": max(0.0, worker_s)})
-    return owner, worker
+    more = {"frame": (worker_alone_s - product_s) / 2, "multiply": product_s}
+    return owner, replace(core, overhead_s=dict(core.overhead_s) | more)
 
 
 def predicted(
@@ -143,11 +161,14 @@ def run(args: argparse.Namespace) -> None:
             if args.profile
             else calibrated(Path(directory), min(os.sched_getaffinity(0)))
         )
-        place, load = _place(Path(directory), *ALONE, 1)
-        alone = measured(place, ALONE[1], 1, 400)
-        both = sides(core, alone, load)
-        frame = [side.overhead_s["frame"] for side in both]
-        print(f"a frame: owner {1e6 * frame[0]:.0f} us, worker {1e6 * frame[1]:.0f} us", flush=True)
+        place, load = _place(Path(directory), *SMALLEST, max(OWNERS))
+        alone, crowd = (measured(place, SMALLEST[1], n, 4000 // n) for n in (1, max(OWNERS)))
+        both = sides(core, alone, crowd, load)
+        frame, product = [side.overhead_s["frame"] for side in both], both[1].overhead_s["multiply"]
+        print(
+            f"a frame: owner {1e6 * frame[0]:.0f} us, worker {1e6 * frame[1]:.0f} us; "
+            f"a product {1e6 * product:.0f} us", flush=True,
+        )  # fmt: skip
         for width, tokens in SHAPES:
             place, load = _place(Path(directory), width, tokens, max(OWNERS))
             for owners in OWNERS:
@@ -158,6 +179,7 @@ def run(args: argparse.Namespace) -> None:
                 _say(rows[-1])
     figures = summary(rows) | {
         "frame_s": {"owner": frame[0], "worker": frame[1]},
+        "product_s": product,
         "rows": rows,
         "bars": BARS,
         "profile": core.facts(),

@@ -42,7 +42,7 @@ from scenarios.certs import Authority
 from scenarios.preparation import prepared_for
 from sim.calibration import DISTURBED
 from sim.device import DeviceProfile
-from sim.network import Link
+from sim.flows import Link
 from sim.workload import trace_step
 from sim.world import WorldConfig, simulate
 

@@ -197,7 +197,7 @@ def _world(
 ) -> WorldConfig:
     """One owner like this machine, workers and a line like those probed; one step after another."""
     from sim.device import DeviceProfile, Origin
-    from sim.network import Link
+    from sim.flows import Link
     from sim.stream import Tcp
     from sim.world import WorldConfig
 

@@ -105,7 +105,7 @@ def estimated(shape: Shape, hardware: Hardware, here: bool) -> HeadChoice:
     Raises ValueError or RuntimeError for a model it cannot follow.
     """
     from sim.device import DeviceProfile
-    from sim.network import Link
+    from sim.flows import Link
     from sim.world import WorldConfig
 
     owner = this_machine(hardware)

@@ -32,6 +32,7 @@ from protocol.catalogue import Catalogue, MatrixShape
 from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
 from sim.device import DeviceProfile, Processor
+from sim.flows import Link
 from sim.hosts import (
     PHANTOM_BYTES_PER_TOKEN,
     Costs,
@@ -41,8 +42,9 @@ from sim.hosts import (
     WorldError,
     wire_bytes,
 )
-from sim.network import Link, Network, star
+from sim.network import Network
 from sim.stream import Stream, Tcp
+from sim.topologies import star
 from sim.trace import Recorder, Span
 from sim.workload import Workload
 

@@ -19,7 +19,8 @@ really encrypt, and compare what they decrypt with the product in clear.
     wrong, lost           answers that differ; requests that were never answered
     rss_growth_mb         the worker's private memory: at the soak's end over after its first fifth
     errors                of a soak: answers that differ, or never came to owners that lived
-    ray_ratio             a step with one shard on Ray, over a step with the worker itself
+    ray_ratio             a step with one shard on Ray, over a step with the worker itself: layers
+                          of the 1B; ray_ratio_half of a model half as wide
     ray_pause_s           longest time without a byte after a node, and its shard, was killed
     ray_same_adapter      that training's adapter is as near to undisturbed ones as those are
 """

@@ -29,9 +29,14 @@ from scenarios.crashes.zygote import ROOT
 NODES, SHARDS = 4, 3
 """Of which one that has a shard is killed: there is room for it on the one that had none."""
 _STORE_BYTES = 256 << 20
-_SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2,
-         "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
-"""A Llama large enough that its products, not their number, are what a step takes."""
+_SIZES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 64, "num_hidden_layers": 2},
+    "half": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+             "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 2},
+}  # fmt: skip
+"""Two layers of Llama-3.2-1B, and of a Llama half as wide, whose products are a quarter of that
+where its ciphertexts are half."""
 
 
 @contextmanager
@@ -58,11 +63,17 @@ def local_cluster(nodes: int) -> Iterator[tuple[str, list[Any], Any]]:
 
 def ratio(steps: int, rounds: int) -> dict[str, Any]:
     """Seconds of a step with one shard on Ray, over those with the worker itself."""
+    found = {name: _ratio(steps, rounds, shape) for name, shape in _SIZES.items()}
+    return {"ray_ratio": found["1b"]["ratio"], "ray_ratio_half": found["half"]["ratio"],
+            "ray_sizes": found}  # fmt: skip
+
+
+def _ratio(steps: int, rounds: int, shape: dict[str, int]) -> dict[str, Any]:
     size = Size(steps=steps, tokens=128, lanes=4)
     times: dict[str, list[float]] = {"direct": [], "ray": []}
     with tempfile.TemporaryDirectory(prefix="ray-") as directory, local_cluster(1) as cluster:
         place, (address, _, _) = Path(directory), cluster
-        base = _random_llama(place / "base")
+        base = _random_llama(place / "base", shape)
         authority = Authority()
         authority.issue(place / "owner")
         authority.issue(place / "worker", ["localhost"])
@@ -75,19 +86,19 @@ def ratio(steps: int, rounds: int) -> dict[str, Any]:
                     run = private_run(size, place, said)
                 times[kind] += run["private_steps_s"][1:]
     return {
-        "ray_ratio": median(times["ray"]) / median(times["direct"]),
+        "ratio": median(times["ray"]) / median(times["direct"]),
         "ray_steps_s": times["ray"],
         "direct_steps_s": times["direct"],
-        "ray_shape": _SIZE | {"tokens": size.tokens, "lanes": size.lanes},
+        "shape": shape | {"tokens": size.tokens, "lanes": size.lanes},
     }
 
 
-def _random_llama(directory: Path) -> Path:
+def _random_llama(directory: Path, shape: dict[str, int]) -> Path:
     """The quickstart's model, of another size and without having learned anything."""
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
     base = ROOT / "scenarios" / "assets" / "tiny-llama"
-    config = AutoConfig.from_pretrained(base, **_SIZE)
+    config = AutoConfig.from_pretrained(base, **shape)
     LlamaForCausalLM(config).save_pretrained(directory)
     AutoTokenizer.from_pretrained(base).save_pretrained(directory)
     return directory

@@ -65,6 +65,7 @@ def run_all(
         return
     # Forked children have the traces and all imports; elsewhere each makes its own.
     method = "fork" if sys.platform == "linux" else "spawn"
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(
         processes, multiprocessing.get_context(method), initializer=_deaf
     ) as pool:
@@ -74,8 +75,14 @@ def run_all(
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        except BaseException:
+            # Nobody waits for a world that takes minutes: nothing of it would be kept.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.kill()
+                    child.join()
+            raise
 
 
 def _deaf() -> None:

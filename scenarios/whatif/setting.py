@@ -20,9 +20,10 @@ from scenarios.options import HEADS
 from scenarios.whatif.clear import ClearRun, clear_speed, memory_gb, needed_gb
 from scenarios.whatif.knobs import Prices, Setting, SettingError, profile_of
 from sim.device import ProfileError
+from sim.flows import Link
 from sim.models import MODELS
-from sim.network import Link, star, two_sites
 from sim.tally import NoNumbersError
+from sim.topologies import star, two_sites
 from sim.trace import PARTS, critical_path
 from sim.workload import Workload, WorkloadError, trace_step
 from sim.world import WorldConfig, WorldError, WorldResult, simulate

@@ -30,8 +30,10 @@ from scenarios.line import waits_for
 from scenarios.preparation import prepared_for
 from scenarios.probe import LineProbe, Prober, Sample, solved, telling
 from scenarios.session import Live, PrivateSession, private_session
-from sim.network import Link, Network, star
+from sim.flows import Link
+from sim.network import Network
 from sim.stream import Stream, Tcp
+from sim.topologies import star
 from sim.workload import trace_step
 
 SHAPES = [

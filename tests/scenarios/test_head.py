@@ -22,7 +22,7 @@ from scenarios.llama1b.__main__ import parse
 from scenarios.llama1b.world import setting_from
 from scenarios.simulated import settled_head
 from sim.device import DeviceProfile
-from sim.network import Link
+from sim.flows import Link
 from sim.world import WorldConfig
 
 CONFIG = GPT2Config(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import shutil
 import struct
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from scenarios import simulated
 from scenarios.llama1b import __main__ as llama1b
 from scenarios.llama1b.world import OPTIONS
 from scenarios.timeline import busy_s
-from scenarios.whatif import quantities
+from scenarios.whatif import quantities, running
 from scenarios.whatif.__main__ import parse, study_from
 from scenarios.whatif.answers import answer
 from scenarios.whatif.checks import require_sound
@@ -465,14 +467,32 @@ def test_what_is_no_sweep_is_refused() -> None:
 def test_an_interrupted_sweep_keeps_what_it_has(tmp_path: Path) -> None:
     """Ctrl-C: exit status 130, whole files, and how much is in them."""
     text = interrupt(
-        "scenarios.whatif", "--sweep", "lanes=1..64", "--sweep", "rtt=1ms..2ms x20",
-        "--set", "model=gpt2", "--set", "tokens=8", "--out", str(tmp_path), seen=" 5/1280",
+        "scenarios.whatif", "--sweep", "lanes=1,2", "--sweep", "rtt=1ms..2ms x200",
+        "--set", "model=gpt2", "--set", "tokens=8", "--out", str(tmp_path), seen=" 5/400",
     )  # fmt: skip
     assert "interrupted:" in text
     found = json.loads((tmp_path / "rows.json").read_text())
     assert not found["complete"]
-    assert 5 <= len(found["rows"]) < 1280
+    assert 5 <= len(found["rows"]) < 400
     assert not (tmp_path / "picture.png").exists()
+
+
+def slow_but_for_two_owners(setting: Setting, prices: Prices) -> dict[str, object]:
+    """A row, for other processes."""
+    time.sleep(0 if setting.owners == 2 else 600)
+    return {}
+
+
+def test_an_interrupted_sweep_waits_for_no_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes minutes ends at once when nobody wants its row any more."""
+    monkeypatch.setattr(running, "_row", slow_but_for_two_owners)
+    settings = [Setting(model="gpt2", owners=owners) for owners in (1, 2, 1, 1)]
+    rows = running.run_all(settings, Prices(), 2)
+    assert next(rows) == (1, {})
+    begin = time.monotonic()
+    rows.close()
+    assert time.monotonic() - begin < 60
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

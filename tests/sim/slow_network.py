@@ -13,7 +13,8 @@ import networkx
 import simpy
 from hypothesis import strategies as st
 
-from sim.network import Link, Network
+from sim.flows import Link
+from sim.network import Network
 
 SLOW = Link(8e6, 0.010)  # a megabyte a second
 FAST = Link(8e9, 0.001)

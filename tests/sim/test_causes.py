@@ -15,7 +15,7 @@ import pytest
 from protocol.catalogue import MatrixShape
 from protocol.owner_memory import OwnerConfig
 from sim.device import DeviceProfile, Origin, Work
-from sim.network import Link
+from sim.flows import Link
 from sim.stream import Tcp
 from sim.trace import HEAD, critical_path
 from sim.workload import Linear, Local, Workload

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim import network
-from sim.flows import MATHIS, MSS_BYTES
-from sim.network import Link, star
+from sim.flows import MATHIS, MSS_BYTES, Link
+from sim.topologies import star
 from tests.sim.slow_network import (
     FAST,
     SLOW,

@@ -10,7 +10,8 @@ import sys
 import networkx
 import pytest
 
-from sim.network import Link, describe, star, two_sites
+from sim.flows import Link
+from sim.topologies import describe, star, two_sites
 from tests.sim.slow_network import (
     FAST,
     SLOW,
@@ -96,7 +97,9 @@ def test_a_replaced_link_stays_cut() -> None:
 
 STORY = """
 import hashlib, random, simpy
-from sim.network import Link, Network, star
+from sim.flows import Link
+from sim.network import Network
+from sim.topologies import star
 env, rng, log = simpy.Environment(), random.Random(3), []
 owners, workers = [f"owner{i}" for i in range(5)], [f"worker{i}" for i in range(4)]
 graph = star(owners, workers, Link(1e7, 0.01, 0.002, 0.001), Link(2e7, 0.001, 0.001))

@@ -7,8 +7,10 @@ import random
 import pytest
 import simpy
 
-from sim.network import Link, Network, star
+from sim.flows import Link
+from sim.network import Network
 from sim.stream import Stream, Tcp
+from sim.topologies import star
 
 RTT_S = 0.1
 PLAIN = Tcp(overhead=1.0, window_bytes=1e6, first_bytes=1e6)

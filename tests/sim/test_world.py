@@ -25,9 +25,9 @@ from protocol.messages import (
 from protocol.owner_memory import OwnerConfig
 from protocol.placement import Placement
 from sim.device import DeviceProfile, Origin, Work
+from sim.flows import Link
 from sim.frames import call_of, payload_at
 from sim.hosts import phantom, wire_bytes
-from sim.network import Link
 from sim.trace import critical_path
 from sim.workload import Linear, Local, Workload
 from sim.world import Step, World, WorldConfig, WorldError, WorldResult, simulate
