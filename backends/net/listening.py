@@ -56,8 +56,9 @@ class Limits:
     links_each, links  of one owner, of all
     opening            connections whose handshake is under way, the oldest of which makes room for
                        a new one; and as many halves of links
-    unsent_bytes       of answers that an owner has not read yet (or two frames, where that is
-                       more): beyond that nothing is read of its link
+    unsent_bytes       of answers that have not been read yet at the other end of a link (or two
+                       frames, where that is more): beyond that nothing is read of it
+    unsent_each        the same of all links of one owner: beyond that nothing is read of any
     unhandled_bytes    of frames of all links that have been read and wait to be handled: beyond
                        that nothing is read
     """
@@ -66,6 +67,7 @@ class Limits:
     links: int = 64
     opening: int = 32
     unsent_bytes: int = 8 << 20
+    unsent_each: int = 512 << 20
     unhandled_bytes: int = UNHANDLED_BYTES
 
 
@@ -130,6 +132,7 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._links: dict[str, Link] = {}
+        self._theirs: dict[str, list[Link]] = {}  # of each owner that has one
         self._halves: dict[tuple[str, bytes], _Half] = {}
         self._numbers = itertools.count(1)
         self._opening: dict[_Opening, None] = {}  # oldest first
@@ -166,7 +169,7 @@ class Listener:
         until = time.monotonic() + seconds
         while True:
             with self._lock:
-                if all(link.idle for link in self._links.values()):
+                if not any(link.unsent for link in self._links.values()):
                     return True
             if time.monotonic() >= until:
                 return False
@@ -306,16 +309,26 @@ class Listener:
         def end(why: str) -> None:
             with self._lock:
                 self._links.pop(name, None)
+                self._theirs[owner].remove(link)
+                if not self._theirs[owner]:
+                    del self._theirs[owner]
             self._on_lost(name)
             self._tell(LineEvent(ENDED, owner, why))
 
         link = Link(
             f"link{name[-8:]}", incoming, outgoing, self._frame_max,
             lambda frame: self._on_frame(name, frame), end,
-            lambda unsent: unsent > self._unsent_max or self._flooded(),
+            lambda unsent: unsent > self._unsent_max or self._flooded() or self._unread(owner),
         )  # fmt: skip
         self._links[name] = link
+        self._theirs.setdefault(owner, []).append(link)
         return link
+
+    def _unread(self, owner: str) -> bool:
+        """Whether an owner's links have more answers than they may that it has not read."""
+        with self._lock:
+            links = list(self._theirs.get(owner, ()))
+        return sum(link.unsent for link in links) > max(self._limits.unsent_each, self._unsent_max)
 
 
 def _let_it_hear(connection: socket.socket) -> None:

@@ -67,6 +67,11 @@ def serving(
     Raises OSError when the address cannot be had.
     """
     config, limits, hooks = config or WorkerConfig(), limits or Limits(), hooks or Hooks()
+    # Whoever is let in is welcomed: a link that has just ended may still have its session.
+    config = replace(
+        config, max_sessions=max(config.max_sessions, 2 * limits.links_each),
+        max_peers=max(config.max_peers, 2 * limits.links),
+    )  # fmt: skip
     backlog = Backlog(limits.unhandled_bytes, hooks)
     server: WorkerServer
 

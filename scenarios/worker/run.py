@@ -217,14 +217,16 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
         devices, multiplies = devices_of(args, log, stack)
         hooks = traced(args.traces, devices, stack)
-        limits = Limits(min(args.links_per_owner, args.links), args.links)
+        quota = quota_of(args)
+        each = min(args.links_per_owner, args.links)
+        limits = Limits(each, args.links, unsent_each=quota.size)
         require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
         state.listen_to_signals()
         try:
             service = stack.enter_context(
                 serving(
                     devices, host, port, tls,
-                    WorkerConfig(args.max_tokens, quota_of(args)), limits, hooks,
+                    WorkerConfig(args.max_tokens, quota), limits, hooks,
                     counts=counts, tell=log.on_line, on_crash=state.end,
                 )
             )  # fmt: skip

@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
 from backends.net import listening
 from backends.net.backlog import Backlog
+from backends.net.counts import LineEvent
 from backends.net.devices import OneDevice
 from backends.net.link import Link
 from backends.net.listening import Limits, Listener
@@ -31,8 +32,10 @@ from backends.net.remote import connected
 from backends.net.serving import serving
 from backends.net.tls import OWNER_WRITES, WORKER_WRITES, dial, preface
 from backends.net.worker import WorkerServer
+from protocol.admission import Quota
 from protocol.events import Event, FrameArrived, PeerLost
 from protocol.messages import Bye, Hello, Multiply, Product, decode, encode
+from protocol.worker import WorkerConfig
 from tests.net.test_inprocess import expected, make
 from tests.net.test_line import Ends, frame, sides
 
@@ -209,6 +212,51 @@ def test_who_does_not_read_is_not_read() -> None:
         incoming.close()
         outgoing.close()
         listener.close()
+
+
+def test_unread_answers_of_an_owner_are_bounded_over_all_its_links(model: PreparedModel) -> None:
+    """Who opens many links and reads none of them has no more than the bound, and what was in hand
+    as it was reached; what it reads at last is all there."""
+    part, quota, count = WorkerPart.open(model.directory), Quota(size=1 << 20), 12
+    tokens, limits = 4096, Limits(links_each=count, unsent_bytes=0, unsent_each=2 << 20)
+    catalogue = part.catalogue
+    one = encode(Multiply(SESSION, 1, 0, tokens, bytes(catalogue.up_bytes(0, tokens))))
+    hello = encode(Hello(SESSION, catalogue.parameters_digest, catalogue.model_digest))
+    with serving(
+        OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None,
+        WorkerConfig(quota=quota), limits,
+    ) as service, ExitStack() as stack:  # fmt: skip
+
+        def unsent() -> int:
+            return sum(link.unsent for link in list(service.listener._links.values()))
+
+        for _ in range(count):
+            for connection in (ends := dial("127.0.0.1", service.port, None)[:2]):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+                stack.callback(connection.close)
+            ends[1].sendall(hello)
+            ends[1].settimeout(0.02)
+            with suppress(TimeoutError):
+                for _ in range(100):
+                    ends[1].sendall(one)
+        assert limits.unsent_each < unsent() <= limits.unsent_each + 2 * quota.size
+
+
+@pytest.mark.parametrize(("each", "every"), [(1, 1), (70, 80), (1, 1100)])
+def test_whoever_is_let_in_is_welcomed(model: PreparedModel, each: int, every: int) -> None:
+    """As many links as one owner and all may have are as many sessions, whatever a configuration
+    says of these."""
+    part = WorkerPart.open(model.directory)
+    catalogue, told = part.catalogue, list[LineEvent]()
+    hello = encode(Hello(SESSION, catalogue.parameters_digest, catalogue.model_digest))
+    with serving(
+        OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None,
+        WorkerConfig(), Limits(each, every), tell=told.append,
+    ) as service:  # fmt: skip
+        for number in range(every):
+            service.server.deliver(f"owner{number // each}#{number}", hello)
+        assert until(lambda: service.server.meter.frames_sent == every)
+    assert not told
 
 
 def test_while_frames_pile_up_none_is_read() -> None:
