@@ -22,6 +22,10 @@ from protocol.fair import FairQueue
 from protocol.messages import Payload
 
 
+class DevicesGoneError(Exception):
+    """What multiplies is gone for good. The text says why: for whoever runs the worker."""
+
+
 class Devices(Protocol):
     """The matrices of a catalogue, each on one device.
 
@@ -43,7 +47,8 @@ class Devices(Protocol):
     ) -> Sequence[AnyPayload]:
         """Answers to requests (payload, tokens) for one matrix. Called from several threads.
 
-        Raises ValueError where one of them has the wrong number of bytes.
+        Raises ValueError where one of them has the wrong number of bytes, DevicesGoneError where
+        no other request would be answered either, now or later.
         """
 
 
@@ -80,6 +85,7 @@ class Queues:
     """Requests that wait for devices: a fair share for each client, one matrix at a time.
 
     client_of  whose a task is
+    gone       is told why what multiplies will never do so again
     """
 
     def __init__(
@@ -88,8 +94,9 @@ class Queues:
         devices: Devices,
         client_of: Callable[[int], str],
         counts: Counts,
+        gone: Callable[[str], None] = lambda why: None,
     ) -> None:
-        self._devices, self._client_of = devices, client_of
+        self._devices, self._client_of, self._gone = devices, client_of, gone
         self._queues = [FairQueue[int](max_tokens) for _ in range(devices.count)]
         self._busy = [0] * devices.count
         self._next = 0
@@ -141,7 +148,11 @@ class Queues:
             matrix = work.matrix
             requests.append((work.payload, work.tokens))
         start = time.perf_counter()
-        answers = self._devices.multiply(matrix, requests)
+        try:
+            answers = self._devices.multiply(matrix, requests)
+        except DevicesGoneError as error:
+            self._gone(str(error))
+            raise
         self._counts.multiplied(time.perf_counter() - start)
         return [carried(answer) for answer in answers]
 

@@ -45,7 +45,7 @@ class MissingError(UserError):
 
 
 class WorkerFailedError(UserError):
-    """The worker stopped by a mistake of its own."""
+    """The worker stopped by itself."""
 
 
 def devices_of(args: argparse.Namespace, log: EventLog, stack: ExitStack) -> tuple[Devices, str]:
@@ -252,8 +252,7 @@ def drain(service: Service, drain_s: float, log: EventLog) -> None:
     """
     if service.server.failure:
         raise WorkerFailedError(
-            f"the worker cannot go on ({service.server.failure}), which is a mistake in it; start "
-            "it again"
+            f"the worker cannot go on ({service.server.failure}); start it again"
         )
     counts = service.server.counts
     log.event("draining", in_hand=counts.in_hand, links=counts.links, at_most_s=drain_s)

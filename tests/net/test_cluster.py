@@ -19,7 +19,7 @@ from backends.cluster.shard import Shard, identity, split
 from backends.errors import UserError
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel, WorkerPart
-from backends.net.devices import OneDevice
+from backends.net.devices import DevicesGoneError, OneDevice
 from benchmarks.load.made import prepared_at
 
 WIDTH = 64
@@ -147,6 +147,8 @@ def test_shards_on_ray(model: PreparedModel, cluster: Any, monkeypatch: pytest.M
         ray.kill(shard, no_restart=False)  # as if its process had died
     right(shards)
     assert cluster.release(front)
+    with pytest.raises(DevicesGoneError, match="a shard has ended for good"):
+        shards.multiply(0, requests_of(front, 0, 1))
     gone_by = time.monotonic() + 30
     while ray.util.list_named_actors():
         assert time.monotonic() < gone_by
