@@ -18,7 +18,7 @@ from backends.he.store import WorkerPart
 from backends.net.counts import Counts
 from protocol.catalogue import Catalogue
 from protocol.events import MultiplyCiphertext, Task
-from protocol.fair import FairQueue
+from protocol.fair import FairQueue, charged
 from protocol.messages import Payload
 
 
@@ -112,7 +112,7 @@ class Queues:
 
     def put(self, task: int, work: Task) -> None:
         assert isinstance(work, MultiplyCiphertext)
-        size = self._devices.catalogue.both_bytes(work.matrix, work.tokens)
+        size = self._devices.catalogue.both_bytes(work.matrix, charged(work.tokens))
         with self._lock:
             self._since[task] = time.monotonic()
             queue = self._queues[self._devices.of(work.matrix)]

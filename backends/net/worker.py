@@ -160,7 +160,8 @@ class WorkerServer:
             case TaskDone(task) | TaskFailed(task):
                 self._in_work.pop(task, None)
             case PeerLost(peer):
-                for task in [task for task, whose in self._in_work.items() if whose == peer]:
+                theirs = [task for task, whose in self._in_work.items() if whose == peer]
+                for task in reversed(theirs):  # the last first: it is not charged for them
                     self._queues.forget(task)
                     self._loop.cancel(task)
 
