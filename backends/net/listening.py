@@ -55,7 +55,7 @@ class Limits:
 
     links_each, links  of one owner, of all
     opening            connections whose handshake is under way, the oldest of which makes room for
-                       a new one; and as many halves of links
+                       a new one; and as many halves of links, where whoever has most makes room
     unsent_bytes       of answers that have not been read yet at the other end of a link (or two
                        frames, where that is more): beyond that nothing is read of it
     unsent_each        the same of all links of one owner: beyond that nothing is read of any
@@ -260,8 +260,11 @@ class Listener:
             twice = half is not None and half.direction == direction
             refused = CROWDED if self._closed or twice or early else ""
             if half is None and not refused:
-                crowded = len(self._halves) >= self._limits.opening
-                refused = CROWDED if crowded else self._full(owner)
+                refused = self._full(owner)
+                if not refused and len(self._halves) >= self._limits.opening:
+                    left = self._left_half()
+                    refused = CROWDED if left is None else ""
+                    dropped += [left.connection] if left else []
                 if not refused:
                     self._halves[owner, number] = kept
             link = None if half is None or refused else self._link(owner, half, connection)
@@ -299,6 +302,18 @@ class Listener:
         if each[owner] >= self._limits.links_each:
             return OWNER_FULL
         return ALL_FULL if each.total() >= self._limits.links else ""
+
+    def _left_half(self) -> _Half | None:
+        """The oldest half of whoever has most, which is kept no more. Under the lock.
+
+        Owners whose other half does not come, again and again, must not keep those out whose does.
+        """
+        each = Counter(owner for owner, _ in self._halves)
+        most = max(each.values())
+        for key, half in self._halves.items():
+            if each[key[0]] == most and half.told.is_set():
+                return self._halves.pop(key)
+        return None
 
     def _link(self, owner: str, half: _Half, connection: Any) -> Link:
         """Under the lock."""

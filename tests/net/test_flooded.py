@@ -157,6 +157,32 @@ def test_one_that_leaves_as_it_is_taken_leaves_nothing_behind(gone: str) -> None
             one.close()
 
 
+@pytest.mark.parametrize("greedy", [1, 3, 8])
+def test_halves_that_never_become_links_keep_nobody_out(greedy: int) -> None:
+    """However many owners leave theirs behind: one whose other half does come has its link, and of
+    two such none loses the half that it has."""
+    limits = Limits(opening=8, links_each=9)
+    listener = Listener("127.0.0.1", 0, None, FRAME_MAX, lambda *_: None, lambda peer: None, limits)
+    ends = [socket.socketpair() for _ in range(40 + 4)]
+    try:
+        for number in range(40):
+            owner = f"greedy{number % greedy}"
+            assert not listener._pair(owner, os.urandom(16), OWNER_WRITES, ends[number][0])
+            assert len(listener._halves) <= limits.opening
+        numbers = {owner: os.urandom(16) for owner in ("ann", "ben")}
+        for (owner, number), (near, _) in zip(numbers.items(), ends[40:], strict=False):
+            assert not listener._pair(owner, number, OWNER_WRITES, near)
+        for (owner, number), (near, _) in zip(numbers.items(), ends[42:], strict=False):
+            assert not listener._pair(owner, number, WORKER_WRITES, near)
+        owners = {name.partition("#")[0] for name in listener._links}
+        assert owners == {"ann", "ben"}
+    finally:
+        listener.close()
+        for near, far in ends:
+            near.close()
+            far.close()
+
+
 def test_a_preface_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then does not prolong it."""
     monkeypatch.setattr(listening, "HANDSHAKE_S", 0.5)
