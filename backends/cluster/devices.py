@@ -95,7 +95,7 @@ class RayShards(Devices):
 
     part       of the model; its weights need not be open here
     directory  where the same part lies on every machine of the cluster
-    shards     how many; None for one on each GPU, or on each machine
+    shards     how many; None for those that are there, or one on each GPU, or on each machine
     backend    "cpu" or "cuda"
     tell       is told what it waits for
 
@@ -117,8 +117,10 @@ class RayShards(Devices):
     ) -> None:
         self.catalogue, kind = part.catalogue, _KINDS[backend]
         wanted = identity(self.catalogue)
+        there = _found(_name(wanted))  # maybe without a machine that it had
+        count = shards or (there.bundle_count if there else _room(kind))
         try:
-            spans = split([g.in_features * g.total_out for g in part.groups], shards or _room(kind))
+            spans = split([g.in_features * g.total_out for g in part.groups], count)
         except ValueError as error:
             raise ClusterError(f"{error}; ask for fewer") from error
         self.count = len(spans)

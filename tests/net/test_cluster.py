@@ -134,6 +134,9 @@ def test_shards_on_ray(model: PreparedModel, cluster: Any, monkeypatch: pytest.M
     second = cluster.RayShards(front, model.directory, 2)  # another front door finds the same
     assert [a._actor_id for a in second._shards] == [a._actor_id for a in shards._shards]
     right(second)
+    with monkeypatch.context() as without:  # a machine that is away, as the next front door starts
+        without.setattr(cluster, "_room", lambda kind: 1)
+        assert cluster.RayShards(front, model.directory).count == 2
     with monkeypatch.context() as soon:  # one that gives up leaves alone what is not its own
         soon.setattr(cluster, "_LOAD_S", 0.0)
         with pytest.raises(cluster.ClusterError, match="has not loaded within 0 s"):
