@@ -60,7 +60,7 @@ class Limits:
                        frames, where that is more): beyond that nothing is read of it
     unsent_each        the same of all links of one owner: beyond that nothing is read of any
     unhandled_bytes    of frames of all links that have been read and wait to be handled: beyond
-                       that nothing is read
+                       that nothing is read; and of one link there are few at a time
     """
 
     links_each: int = 4
@@ -104,7 +104,8 @@ class Listener:
     on_frame   is told (peer, frame), on a thread of that peer
     on_lost    is told that a peer is gone; its name does not come again, nor a frame of it
     tell       is told of links that open, end or are refused, on any thread
-    flooded    whether frames that were handed over wait in such numbers that no more are read
+    flooded    whether frames that were handed over wait in such numbers that no more are read, of
+               all links or of that of a peer
 
     Raises OSError when the address cannot be had, CertificateError for plain text elsewhere.
     """
@@ -119,7 +120,7 @@ class Listener:
         on_lost: Callable[[str], None],
         limits: Limits | None = None,
         tell: Callable[[LineEvent], None] = lambda event: None,
-        flooded: Callable[[], bool] = lambda: False,
+        flooded: Callable[[str], bool] = lambda peer: False,
     ) -> None:
         if tls is None:
             require_loopback(host)
@@ -333,7 +334,7 @@ class Listener:
         link = Link(
             f"link{name[-8:]}", incoming, outgoing, self._frame_max,
             lambda frame: self._on_frame(name, frame), end,
-            lambda unsent: unsent > self._unsent_max or self._flooded() or self._unread(owner),
+            lambda unsent: unsent > self._unsent_max or self._flooded(name) or self._unread(owner),
         )  # fmt: skip
         self._links[name] = link
         self._theirs.setdefault(owner, []).append(link)

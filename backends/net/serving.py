@@ -80,9 +80,9 @@ def serving(
         tell(event)
 
     def deliver(peer: str, frame: memoryview) -> None:
-        backlog.arrived(frame)
+        backlog.arrived(peer, frame)
         if not server.deliver(peer, frame):
-            backlog.handled(frame)
+            backlog.handled(peer, frame)
 
     listener = Listener(
         host, port, tls, devices.catalogue.largest_frame(config.max_tokens), deliver,

@@ -293,7 +293,7 @@ def test_while_frames_pile_up_none_is_read() -> None:
     lost: queue.Queue[str] = queue.Queue()
     listener = Listener(
         "127.0.0.1", 0, None, FRAME_MAX, lambda peer, one: got.put(bytes(one)), lost.put,
-        flooded=flooded.is_set,
+        flooded=lambda peer: flooded.is_set(),
     )  # fmt: skip
     listener.start()
     incoming, outgoing, _ = dial("127.0.0.1", listener.port, None)
@@ -341,14 +341,46 @@ def test_what_was_handled_does_not_count() -> None:
     backlog = Backlog(1000, Hooks(observe=lambda event, effects: seen.append(event)))
     got = memoryview(bytearray(400))
     for _ in range(100):
-        backlog.arrived(got)
+        backlog.arrived("w", got)
         assert not backlog.full()
-        backlog.arrived(got)
+        backlog.arrived("w", got)
         assert backlog.full()
         for _ in range(2):
             backlog.observe(FrameArrived("w", got), [])
             backlog.observe(PeerLost("w"), [])
     assert len(seen) == 400
+
+
+def test_a_link_that_sends_more_than_is_handled_keeps_no_other_waiting(
+    model: PreparedModel,
+) -> None:
+    """Of each link few frames wait in the line of all, however small and many they are."""
+    part, go, order = WorkerPart.open(model.directory), threading.Event(), list[str]()
+    catalogue = part.catalogue
+    hello = encode(Hello(SESSION, catalogue.parameters_digest, catalogue.model_digest))
+    small = encode(Multiply(SESSION, 1, 0, 1, bytes(catalogue.up_bytes(0, 1))))
+
+    def observe(event: Event, effects: object) -> None:
+        if isinstance(event, FrameArrived):
+            order.append(event.peer)
+            assert go.wait(10)
+
+    with serving(
+        OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None, hooks=Hooks(observe=observe)
+    ) as service, ExitStack() as stack:  # fmt: skip
+        links = [dial("127.0.0.1", service.port, None)[:2] for _ in range(3)]
+        for one in (connection for link in links for connection in link):
+            stack.callback(one.close)
+        for _, outgoing in links[:2]:
+            threading.Thread(target=outgoing.sendall, args=(small * 2000,), daemon=True).start()
+        assert until(lambda: len(order) == 1)
+        time.sleep(0.2)
+        links[2][1].sendall(hello)
+        time.sleep(0.1)
+        go.set()
+        assert until(lambda: "plain#3" in order)
+        assert order.index("plain#3") <= 2 * 40
+        assert until(lambda: len(order) == 4001)
 
 
 def test_the_narrowest_limits_still_serve(model: PreparedModel) -> None:
