@@ -3,7 +3,9 @@
 A client is who owns a link, however many it has. Theory of the rate: the generic cell rate
 algorithm (ITU-T I.371), a token bucket kept as one number, the time until which a client has used
 what it is due. It may be ahead by `burst_s`, so that a step's requests may come at once, and one
-request of any size is taken from whoever is not ahead.
+request of any size is taken from whoever is not ahead. Of the room of all: dynamic thresholds
+(Choudhury and Hahne 1998). Were it given to whoever asks first, some clients that always ask would
+keep it full, and one that has nothing in work would be sent away each time that it came.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Quota:
 
     requests, size  in work, of one client: requests, and bytes of them and of their answers; its
                     only request may be larger
-    size_all        the same bytes of all clients together
+    size_all        the same bytes of all clients together; a second request is taken of a client
+                    that has then no more of them than are left free
     bytes_per_s     the same bytes, of one client, over time
     burst_s         seconds that a client may be ahead of that
     """
@@ -78,8 +81,10 @@ class Admission:
             waits.append(self._done_s(theirs.size // theirs.requests))
         if theirs.requests and theirs.size + size > quota.size:
             waits.append(self._done_s(theirs.size + size - quota.size))
-        if self._all.requests and self._all.size + size > quota.size_all:
-            waits.append(self._done_s(self._all.size + size - quota.size_all))
+        left = theirs.size + size if theirs.requests else 0
+        excess = self._all.size + size + left - quota.size_all
+        if self._all.requests and excess > 0:
+            waits.append(self._done_s(excess))
         return min(max(_BACK_S[0], *waits), _BACK_S[1]) if waits else None
 
     def begin(self, client: Hashable, size: int, now: float) -> None:

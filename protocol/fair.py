@@ -23,12 +23,24 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
 
+FEW_TOKENS = 16
+"""A product of fewer takes about as long as one of so many: the weight has to be read."""
+
 _FORGET = 1024
 """Clients that are remembered before those are forgotten whose past matters least."""
 _PARTS = 1 << 20
 """Of a byte, in which shares are counted: whole numbers stay exact."""
 _DEAD = 64
 """Requests that have come, at least, before those are looked for that wait no more."""
+
+
+def charged(tokens: int) -> int:
+    """Tokens that a request of so many counts as.
+
+    By its own bytes alone, whoever asks for one token at a time would take the worker's time from
+    those who ask for many: as many bytes in ten times as many products.
+    """
+    return max(FEW_TOKENS, tokens)
 
 
 @dataclass(order=True)
@@ -67,7 +79,8 @@ class FairQueue(Generic[Item]):
         return len(self._waiting)
 
     def push(self, item: Item, client: str, matrix: int, tokens: int, size: int) -> None:
-        """One more waits. `size` is what it counts for: bytes of the request and its answer.
+        """One more waits. `size` is what it counts for: bytes of a request and its answer
+        of `charged` tokens.
 
         Raises ValueError for an item that waits already, or a size below 1.
         """
@@ -83,11 +96,21 @@ class FairQueue(Generic[Item]):
         heappush(self._of.setdefault(matrix, []), entry)
 
     def remove(self, item: Item) -> bool:
-        """It waits no more; False where it did not wait. It stays charged."""
+        """It waits no more; False where it did not wait.
+
+        It stays charged, unless it is the last of its client: whose requests are all removed, the
+        last one first, as those of a link that broke, owes nothing for them.
+        """
+        entry = self._take(item)
+        if entry is not None and self._ends.get(entry.client) == entry.start + entry.charge:
+            self._ends[entry.client] = entry.start
+        return entry is not None
+
+    def _take(self, item: Item) -> _Entry[Item] | None:
         entry = self._waiting.pop(item, None)
         if entry is not None:
             entry.item = None
-        return entry is not None
+        return entry
 
     def pop(self) -> list[Item]:
         """What is to be computed next, all of one matrix, the leader first; empty for nothing."""
@@ -118,7 +141,7 @@ class FairQueue(Generic[Item]):
                 if batch and (room < 0 or ahead > entry.charge * self._max_tokens):
                     break
                 batch.append(entry.item)
-                self.remove(entry.item)
+                self._take(entry.item)
             heappop(same)
         if not same:
             del self._of[leader.matrix]

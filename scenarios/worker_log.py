@@ -24,8 +24,8 @@ from backends.net.counts import REFUSED, LineEvent
 FORMATS = ("text", "json")
 _MINUTE_S = 60.0
 _LINES_A_MINUTE = 30
-"""Of links refused, opened and ended, each. Strangers may knock, and owners come and go, as often
-as they like; the log's disk is not theirs to fill."""
+"""Of links refused, opened and ended, and of messages of a level, each. Strangers may knock, owners
+come and go, ask and be refused as often as they like; the log's disk is not theirs to fill."""
 
 
 _PATIENCE_MS = 500.0
@@ -82,6 +82,13 @@ class EventLog:
         detail = {"detail": event.detail} if event.detail else {}
         self.event("refused", owner=short(event.owner), reason=event.reason, **detail, **more)
 
+    def message(self, level: str, text: str) -> None:
+        """What a module has to say."""
+        unsaid = self._room_for(f"message-{level}")
+        if unsaid is not None:
+            more = {"unsaid": unsaid} if unsaid else {}
+            self.event("message", level=level, text=text[:_LETTERS_MAX], **more)
+
     def _room_for(self, kind: str) -> int | None:
         """How many of a kind were left out before this one; None when it is left out, too."""
         with self._lock:
@@ -108,8 +115,7 @@ class _Through(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()[:_LETTERS_MAX]
-        self._log.event("message", level=record.levelname.lower(), text=text)
+        self._log.message(record.levelname.lower(), record.getMessage())
 
 
 def capture_logging(log: EventLog, level: int) -> None:

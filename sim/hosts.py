@@ -29,7 +29,7 @@ from protocol.events import (
     Start,
     TaskDone,
 )
-from protocol.fair import FairQueue
+from protocol.fair import FairQueue, charged
 from protocol.messages import SESSION_BYTES
 from protocol.owner import Owner
 from protocol.owner_tables import State
@@ -183,7 +183,8 @@ class WorkerHost:
         peer, call = self._asked
         shape = world.config.workload.matrices[work.matrix]
         self._waiting[run.task] = _Asked(world.owners[peer], call, work, world.env.now, done)
-        size = shape.up_bytes(work.tokens) + shape.down_bytes(work.tokens)
+        counts_as = charged(work.tokens)
+        size = shape.up_bytes(counts_as) + shape.down_bytes(counts_as)
         self._queue.push(run.task, peer, work.matrix, work.tokens, size)
         if not self._computing:
             self._compute_next()

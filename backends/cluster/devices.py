@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import (
+    ActorDiedError,
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
     GetTimeoutError,
-    RayActorError,
     RayError,
     RaySystemError,
     RayTaskError,
@@ -38,7 +40,7 @@ from backends.errors import UserError
 from backends.he.interface import AnyPayload
 from backends.he.store import WorkerPart
 from backends.net.addresses import AddressError, address_of
-from backends.net.devices import Devices
+from backends.net.devices import Devices, DevicesGoneError
 
 NAMESPACE = "private-lora"
 _REACH_S, _ROOM_S, _LOAD_S = 5.0, 60.0, 1800.0
@@ -46,6 +48,9 @@ _KINDS = {"cpu": "CPU", "cuda": "GPU"}
 """Of which a shard reserves one. On a CPU it uses all cores, whatever it reserves."""
 
 
+_FOR_GOOD = (ActorDiedError, ActorPlacementGroupRemoved, ActorUnschedulableError)
+"""What Ray says of a shard that it will not start again: one that was released, or that could not
+load where it was started again. While it will, a call waits."""
 _WITHIN_CALLS = {
     "RAY_max_direct_call_object_size": str(1 << 28),
     "RAY_task_rpc_inlined_bytes_limit": str(1 << 30),
@@ -90,7 +95,7 @@ class RayShards(Devices):
 
     part       of the model; its weights need not be open here
     directory  where the same part lies on every machine of the cluster
-    shards     how many; None for one on each GPU, or on each machine
+    shards     how many; None for those that are there, or one on each GPU, or on each machine
     backend    "cpu" or "cuda"
     tell       is told what it waits for
 
@@ -112,8 +117,10 @@ class RayShards(Devices):
     ) -> None:
         self.catalogue, kind = part.catalogue, _KINDS[backend]
         wanted = identity(self.catalogue)
+        there = _found(_name(wanted))  # maybe without a machine that it had
+        count = shards or (there.bundle_count if there else _room(kind))
         try:
-            spans = split([g.in_features * g.total_out for g in part.groups], shards or _room(kind))
+            spans = split([g.in_features * g.total_out for g in part.groups], count)
         except ValueError as error:
             raise ClusterError(f"{error}; ask for fewer") from error
         self.count = len(spans)
@@ -157,6 +164,8 @@ class RayShards(Devices):
             if isinstance(error.cause, ValueError):
                 raise ValueError("a shard refuses a request") from None
             raise
+        except _FOR_GOOD as error:
+            raise DevicesGoneError(f"a shard has ended for good: {_last_line(error)}") from error
         return answers
 
 
@@ -230,6 +239,11 @@ def _loaded(shards: Sequence[Any]) -> str:
         return names[0]
     except GetTimeoutError:
         why = f"it has not loaded within {_LOAD_S:.0f} s"
-    except RayActorError as error:  # the text of what ended it comes last
-        why = str(error).strip().splitlines()[-1]
+    except RayError as error:
+        why = _last_line(error)
     raise ClusterError(f"a shard cannot load: {why}")
+
+
+def _last_line(error: RayError) -> str:
+    """Where the text of what ended a shard is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

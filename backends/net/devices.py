@@ -18,9 +18,13 @@ from backends.he.store import WorkerPart
 from backends.net.counts import Counts
 from protocol.catalogue import Catalogue
 from protocol.events import MultiplyCiphertext, Task
-from protocol.fair import FairQueue
+from protocol.fair import FairQueue, charged
 from protocol.messages import Payload
 from protocol.worker import WorkerConfig
+
+
+class DevicesGoneError(Exception):
+    """What multiplies is gone for good. The text says why: for whoever runs the worker."""
 
 
 class Devices(Protocol):
@@ -44,7 +48,8 @@ class Devices(Protocol):
     ) -> Sequence[AnyPayload]:
         """Answers to requests (payload, tokens) for one matrix. Called from several threads.
 
-        Raises ValueError where one of them has the wrong number of bytes.
+        Raises ValueError where one of them has the wrong number of bytes, DevicesGoneError where
+        no other request would be answered either, now or later.
         """
 
 
@@ -82,6 +87,7 @@ class Queues:
 
     config     says how many tokens are joined, and what shares clients have
     client_of  whose a task is
+    gone       is told why what multiplies will never do so again
     """
 
     def __init__(
@@ -90,8 +96,9 @@ class Queues:
         devices: Devices,
         client_of: Callable[[int], str],
         counts: Counts,
+        gone: Callable[[str], None] = lambda why: None,
     ) -> None:
-        self._devices, self._client_of = devices, client_of
+        self._devices, self._client_of, self._gone = devices, client_of, gone
         self._queues = [
             FairQueue[int](config.max_tokens, config.shares) for _ in range(devices.count)
         ]
@@ -109,7 +116,7 @@ class Queues:
 
     def put(self, task: int, work: Task) -> None:
         assert isinstance(work, MultiplyCiphertext)
-        size = self._devices.catalogue.both_bytes(work.matrix, work.tokens)
+        size = self._devices.catalogue.both_bytes(work.matrix, charged(work.tokens))
         with self._lock:
             self._since[task] = time.monotonic()
             queue = self._queues[self._devices.of(work.matrix)]
@@ -145,7 +152,11 @@ class Queues:
             matrix = work.matrix
             requests.append((work.payload, work.tokens))
         start = time.perf_counter()
-        answers = self._devices.multiply(matrix, requests)
+        try:
+            answers = self._devices.multiply(matrix, requests)
+        except DevicesGoneError as error:
+            self._gone(str(error))
+            raise
         self._counts.multiplied(time.perf_counter() - start)
         return [carried(answer) for answer in answers]
 

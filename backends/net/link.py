@@ -78,9 +78,9 @@ class Link:
         self._queue.put(frame)
 
     @property
-    def idle(self) -> bool:
-        """Whether every frame that was queued has been handed to the system."""
-        return not self._unsent
+    def unsent(self) -> int:
+        """Bytes of frames that were queued and have not been handed to the system."""
+        return self._unsent
 
     def close(self, why: str) -> None:
         """End the link. Frames that wait are lost. Harmless the second time."""

@@ -55,17 +55,19 @@ class Limits:
 
     links_each, links  of one owner, of all
     opening            connections whose handshake is under way, the oldest of which makes room for
-                       a new one; and as many halves of links
-    unsent_bytes       of answers that an owner has not read yet (or two frames, where that is
-                       more): beyond that nothing is read of its link
+                       a new one; and as many halves of links, where whoever has most makes room
+    unsent_bytes       of answers that have not been read yet at the other end of a link (or two
+                       frames, where that is more): beyond that nothing is read of it
+    unsent_each        the same of all links of one owner: beyond that nothing is read of any
     unhandled_bytes    of frames of all links that have been read and wait to be handled: beyond
-                       that nothing is read
+                       that nothing is read; and of one link there are few at a time
     """
 
     links_each: int = 4
     links: int = 64
     opening: int = 32
     unsent_bytes: int = 8 << 20
+    unsent_each: int = 512 << 20
     unhandled_bytes: int = UNHANDLED_BYTES
 
 
@@ -102,7 +104,8 @@ class Listener:
     on_frame   is told (peer, frame), on a thread of that peer
     on_lost    is told that a peer is gone; its name does not come again, nor a frame of it
     tell       is told of links that open, end or are refused, on any thread
-    flooded    whether frames that were handed over wait in such numbers that no more are read
+    flooded    whether frames that were handed over wait in such numbers that no more are read, of
+               all links or of that of a peer
 
     Raises OSError when the address cannot be had, CertificateError for plain text elsewhere.
     """
@@ -117,7 +120,7 @@ class Listener:
         on_lost: Callable[[str], None],
         limits: Limits | None = None,
         tell: Callable[[LineEvent], None] = lambda event: None,
-        flooded: Callable[[], bool] = lambda: False,
+        flooded: Callable[[str], bool] = lambda peer: False,
     ) -> None:
         if tls is None:
             require_loopback(host)
@@ -130,6 +133,7 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._links: dict[str, Link] = {}
+        self._theirs: dict[str, list[Link]] = {}  # of each owner that has one
         self._halves: dict[tuple[str, bytes], _Half] = {}
         self._numbers = itertools.count(1)
         self._opening: dict[_Opening, None] = {}  # oldest first
@@ -166,7 +170,7 @@ class Listener:
         until = time.monotonic() + seconds
         while True:
             with self._lock:
-                if all(link.idle for link in self._links.values()):
+                if not any(link.unsent for link in self._links.values()):
                     return True
             if time.monotonic() >= until:
                 return False
@@ -257,8 +261,11 @@ class Listener:
             twice = half is not None and half.direction == direction
             refused = CROWDED if self._closed or twice or early else ""
             if half is None and not refused:
-                crowded = len(self._halves) >= self._limits.opening
-                refused = CROWDED if crowded else self._full(owner)
+                refused = self._full(owner)
+                if not refused and len(self._halves) >= self._limits.opening:
+                    left = self._left_half()
+                    refused = CROWDED if left is None else ""
+                    dropped += [left.connection] if left else []
                 if not refused:
                     self._halves[owner, number] = kept
             link = None if half is None or refused else self._link(owner, half, connection)
@@ -297,6 +304,18 @@ class Listener:
             return OWNER_FULL
         return ALL_FULL if each.total() >= self._limits.links else ""
 
+    def _left_half(self) -> _Half | None:
+        """The oldest half of whoever has most, which is kept no more. Under the lock.
+
+        Owners whose other half does not come, again and again, must not keep those out whose does.
+        """
+        each = Counter(owner for owner, _ in self._halves)
+        most = max(each.values())
+        for key, half in self._halves.items():
+            if each[key[0]] == most and half.told.is_set():
+                return self._halves.pop(key)
+        return None
+
     def _link(self, owner: str, half: _Half, connection: Any) -> Link:
         """Under the lock."""
         name = f"{owner}#{next(self._numbers)}"
@@ -306,16 +325,26 @@ class Listener:
         def end(why: str) -> None:
             with self._lock:
                 self._links.pop(name, None)
+                self._theirs[owner].remove(link)
+                if not self._theirs[owner]:
+                    del self._theirs[owner]
             self._on_lost(name)
             self._tell(LineEvent(ENDED, owner, why))
 
         link = Link(
             f"link{name[-8:]}", incoming, outgoing, self._frame_max,
             lambda frame: self._on_frame(name, frame), end,
-            lambda unsent: unsent > self._unsent_max or self._flooded(),
+            lambda unsent: unsent > self._unsent_max or self._flooded(name) or self._unread(owner),
         )  # fmt: skip
         self._links[name] = link
+        self._theirs.setdefault(owner, []).append(link)
         return link
+
+    def _unread(self, owner: str) -> bool:
+        """Whether an owner's links have more answers than they may that it has not read."""
+        with self._lock:
+            links = list(self._theirs.get(owner, ()))
+        return sum(link.unsent for link in links) > max(self._limits.unsent_each, self._unsent_max)
 
 
 def _let_it_hear(connection: socket.socket) -> None:

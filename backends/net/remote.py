@@ -100,7 +100,7 @@ def connected(
     client: OwnerClient
 
     def deliver(worker: str, frame: memoryview) -> None:
-        backlog.arrived(frame)
+        backlog.arrived(worker, frame)
         client.deliver(worker, frame)
 
     def caught(identity: str) -> None:

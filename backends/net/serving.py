@@ -67,6 +67,11 @@ def serving(
     Raises OSError when the address cannot be had.
     """
     config, limits, hooks = config or WorkerConfig(), limits or Limits(), hooks or Hooks()
+    # Whoever is let in is welcomed: a link that has just ended may still have its session.
+    config = replace(
+        config, max_sessions=max(config.max_sessions, 2 * limits.links_each),
+        max_peers=max(config.max_peers, 2 * limits.links),
+    )  # fmt: skip
     backlog = Backlog(limits.unhandled_bytes, hooks)
     server: WorkerServer
 
@@ -75,9 +80,9 @@ def serving(
         tell(event)
 
     def deliver(peer: str, frame: memoryview) -> None:
-        backlog.arrived(frame)
+        backlog.arrived(peer, frame)
         if not server.deliver(peer, frame):
-            backlog.handled(frame)
+            backlog.handled(peer, frame)
 
     listener = Listener(
         host, port, tls, devices.catalogue.largest_frame(config.max_tokens), deliver,

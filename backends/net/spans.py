@@ -23,6 +23,8 @@ from protocol.catalogue import Catalogue
 from protocol.events import Effect, Event, MultiplyCiphertext, RunTask, Task, TaskDone, TaskFailed
 
 _SERVICE = "private-lora-worker"
+_CLOSING_S = 3.0
+"""For what has not been sent when the worker ends."""
 
 
 @dataclass
@@ -38,12 +40,14 @@ class Spans:
 
     endpoint  where OTLP over HTTP is taken, as http://collector:4318/v1/traces
 
-    One that does not answer costs the worker nothing but a line in its log.
+    One that does not answer costs the worker nothing but lines in its log, and a moment as it ends.
     """
 
     def __init__(self, catalogue: Catalogue, endpoint: str) -> None:
         self._names = [matrix.name for matrix in catalogue.matrices]
-        self._provider = TracerProvider(resource=Resource.create({"service.name": _SERVICE}))
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.name": _SERVICE}), shutdown_on_exit=False
+        )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
         self._tracer = self._provider.get_tracer(_SERVICE)
         self._in_hand: dict[int, _Request] = {}
@@ -55,8 +59,13 @@ class Spans:
         return Hooks(observe=self._observe, on_task=self._computed)
 
     def close(self) -> None:
-        """Send what has not been sent."""
-        self._provider.shutdown()
+        """Send what has not been sent, as far as the collector takes it soon.
+
+        Left to itself OpenTelemetry tries for half a minute.
+        """
+        sending = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(_CLOSING_S)
 
     def _observe(self, event: Event, effects: Sequence[Effect]) -> None:
         with self._lock:

@@ -56,7 +56,7 @@ class WorkerServer:
     reply     sends (peer, frame) back
     counts    where to count what it does
     tell      is told why a peer was refused something, once for each peer and reason
-    on_crash  is told that it cannot go on, see `failure`
+    on_crash  is told that it cannot go on, see `failure`, on any thread
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class WorkerServer:
         self._in_work: dict[int, str] = {}  # task -> whose it is; of the loop's thread
         self._queues = Queues(
             config, devices,
-            lambda task: client_of(self._in_work[task]), self.counts,
+            lambda task: client_of(self._in_work[task]), self.counts, self._cannot_go_on,
         )  # fmt: skip
         self._loop = MachineLoop(
             "worker", Worker(catalogue, config, client_of), self._compute, reply, self._report,
@@ -160,7 +160,8 @@ class WorkerServer:
             case TaskDone(task) | TaskFailed(task):
                 self._in_work.pop(task, None)
             case PeerLost(peer):
-                for task in [task for task, whose in self._in_work.items() if whose == peer]:
+                theirs = [task for task, whose in self._in_work.items() if whose == peer]
+                for task in reversed(theirs):  # the last first: it is not charged for them
                     self._queues.forget(task)
                     self._loop.cancel(task)
 
@@ -189,6 +190,10 @@ class WorkerServer:
             log.info("dropped a frame of %s: %s", effect.peer, effect.reason)
 
     def _crashed(self, error: BaseException) -> None:
-        self.failure = type(error).__name__
-        log.critical("the worker cannot go on: %s", type(error).__name__)
-        self._on_crash()
+        self._cannot_go_on(f"{type(error).__name__}, which is a mistake in it")
+
+    def _cannot_go_on(self, why: str) -> None:
+        if not self.failure:
+            self.failure = why
+            log.critical("the worker cannot go on: %s", why)
+            self._on_crash()

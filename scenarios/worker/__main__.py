@@ -71,7 +71,8 @@ def parsed() -> argparse.Namespace:
         help="spread the layers over a Ray cluster that runs: its head, or this machine's without "
         "HOST:PORT; DIR lies on every machine of it")  # fmt: skip
     add("--shards", type=Whole(1, 10_000), metavar="N",
-        help="parts of the model, on a GPU or CPU each (one for each GPU or machine)")  # fmt: skip
+        help="parts of the model, on a GPU or CPU each (as many as are there, or one for each GPU "
+        "or machine)")  # fmt: skip
     add("--release", action="store_true",
         help="only end the shards of this model, which outlive their front doors")  # fmt: skip
     add("--max-tokens", type=Whole(1, 1 << 20), default=4096, help="of one request (4096)")

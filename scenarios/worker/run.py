@@ -49,7 +49,7 @@ class MissingError(UserError):
 
 
 class WorkerFailedError(UserError):
-    """The worker stopped by a mistake of its own."""
+    """The worker stopped by itself."""
 
 
 def devices_of(args: argparse.Namespace, log: EventLog, stack: ExitStack) -> tuple[Devices, str]:
@@ -235,14 +235,16 @@ def run(args: argparse.Namespace, log: EventLog) -> None:
         log.event("loading", model=str(args.model), **({"metrics": pages} if pages else {}))
         devices, multiplies = devices_of(args, log, stack)
         hooks = traced(args.traces, devices, stack)
-        limits = Limits(min(args.links_per_owner, args.links), args.links)
+        quota = quota_of(args)
+        each = min(args.links_per_owner, args.links)
+        limits = Limits(each, args.links, unsent_each=quota.size)
         require_descriptors(2 * limits.links + limits.opening, f"--links {limits.links} needs")
         state.listen_to_signals()
         try:
             service = stack.enter_context(
                 serving(
                     devices, host, port, tls,
-                    WorkerConfig(args.max_tokens, quota_of(args), shares), limits, hooks,
+                    WorkerConfig(args.max_tokens, quota, shares), limits, hooks,
                     counts=counts, tell=log.on_line, on_crash=state.end,
                 )
             )  # fmt: skip
@@ -268,8 +270,7 @@ def drain(service: Service, drain_s: float, log: EventLog) -> None:
     """
     if service.server.failure:
         raise WorkerFailedError(
-            f"the worker cannot go on ({service.server.failure}), which is a mistake in it; start "
-            "it again"
+            f"the worker cannot go on ({service.server.failure}); start it again"
         )
     counts = service.server.counts
     log.event("draining", in_hand=counts.in_hand, links=counts.links, at_most_s=drain_s)

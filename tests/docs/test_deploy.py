@@ -150,6 +150,15 @@ def instructions() -> list[tuple[str, str]]:
     return [(word, rest) for word, _, rest in found]
 
 
+def test_the_builder_is_given_what_is_copied_and_no_more() -> None:
+    """A builder may be another machine, and keys lie in this folder: all else is left out."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    copied = {shlex.split(rest)[0] for word, rest in instructions() if word == "COPY"}
+    assert rules[0] == "*"
+    assert {rule.removeprefix("!") for rule in rules if rule.startswith("!")} == copied
+
+
 def test_the_container_has_what_a_worker_imports_and_no_more() -> None:
     """Sources, packages, a user that is not root, and none of what must stay outside."""
     steps = instructions()

@@ -19,7 +19,7 @@ from backends.cluster.shard import Shard, identity, split
 from backends.errors import UserError
 from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel, WorkerPart
-from backends.net.devices import OneDevice
+from backends.net.devices import DevicesGoneError, OneDevice
 from benchmarks.load.made import prepared_at
 
 WIDTH = 64
@@ -134,6 +134,9 @@ def test_shards_on_ray(model: PreparedModel, cluster: Any, monkeypatch: pytest.M
     second = cluster.RayShards(front, model.directory, 2)  # another front door finds the same
     assert [a._actor_id for a in second._shards] == [a._actor_id for a in shards._shards]
     right(second)
+    with monkeypatch.context() as without:  # a machine that is away, as the next front door starts
+        without.setattr(cluster, "_room", lambda kind: 1)
+        assert cluster.RayShards(front, model.directory).count == 2
     with monkeypatch.context() as soon:  # one that gives up leaves alone what is not its own
         soon.setattr(cluster, "_LOAD_S", 0.0)
         with pytest.raises(cluster.ClusterError, match="has not loaded within 0 s"):
@@ -147,6 +150,8 @@ def test_shards_on_ray(model: PreparedModel, cluster: Any, monkeypatch: pytest.M
         ray.kill(shard, no_restart=False)  # as if its process had died
     right(shards)
     assert cluster.release(front)
+    with pytest.raises(DevicesGoneError, match="a shard has ended for good"):
+        shards.multiply(0, requests_of(front, 0, 1))
     gone_by = time.monotonic() + 30
     while ray.util.list_named_actors():
         assert time.monotonic() < gone_by

@@ -13,7 +13,7 @@ from backends.he.mlwe_worker import MlweWorker
 from backends.he.store import PreparedModel, WorkerPart
 from backends.he.wire import EXACT
 from backends.net.counts import LineEvent
-from backends.net.devices import OneDevice
+from backends.net.devices import DevicesGoneError, OneDevice
 from backends.net.listening import Limits
 from backends.net.serving import serving
 from backends.net.tls import dial
@@ -126,5 +126,22 @@ def test_a_worker_that_cannot_go_on_says_so(model: PreparedModel, tmp_path: Path
     driven = Driven(model)
     driven.server._loop.post(Start())  # not a worker's event
     assert driven.crashed.wait(10)
-    assert driven.server.failure == "MisuseError"
+    assert driven.server.failure.startswith("MisuseError")
+    driven.server.stop()
+
+
+def test_a_worker_whose_devices_are_gone_says_so(model: PreparedModel) -> None:
+    """Whoever asked is refused, and the worker ends instead of refusing everybody for ever."""
+    driven = Driven(model)
+
+    def gone(requests: object, matrix: object) -> Any:
+        raise DevicesGoneError("somebody took them away")
+
+    driven.slow.multiply_many = gone  # type: ignore[method-assign]
+    driven.slow.go.set()
+    for request in (1, 2):
+        driven.ask(request)
+        assert driven.answers.get(timeout=10) == Refuse(SESSION, request, Reason.FAILED)
+        assert driven.crashed.wait(10)
+    assert driven.server.failure == "somebody took them away"
     driven.server.stop()

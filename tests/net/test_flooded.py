@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from backends.he.params import preset
 from backends.he.store import PreparedModel, WorkerPart
 from backends.net import listening
 from backends.net.backlog import Backlog
+from backends.net.counts import LineEvent
 from backends.net.devices import OneDevice
 from backends.net.link import Link
 from backends.net.listening import Limits, Listener
@@ -31,8 +32,10 @@ from backends.net.remote import connected
 from backends.net.serving import serving
 from backends.net.tls import OWNER_WRITES, WORKER_WRITES, dial, preface
 from backends.net.worker import WorkerServer
+from protocol.admission import Quota
 from protocol.events import Event, FrameArrived, PeerLost
 from protocol.messages import Bye, Hello, Multiply, Product, decode, encode
+from protocol.worker import WorkerConfig
 from tests.net.test_inprocess import expected, make
 from tests.net.test_line import Ends, frame, sides
 
@@ -154,6 +157,32 @@ def test_one_that_leaves_as_it_is_taken_leaves_nothing_behind(gone: str) -> None
             one.close()
 
 
+@pytest.mark.parametrize("greedy", [1, 3, 8])
+def test_halves_that_never_become_links_keep_nobody_out(greedy: int) -> None:
+    """However many owners leave theirs behind: one whose other half does come has its link, and of
+    two such none loses the half that it has."""
+    limits = Limits(opening=8, links_each=9)
+    listener = Listener("127.0.0.1", 0, None, FRAME_MAX, lambda *_: None, lambda peer: None, limits)
+    ends = [socket.socketpair() for _ in range(40 + 4)]
+    try:
+        for number in range(40):
+            owner = f"greedy{number % greedy}"
+            assert not listener._pair(owner, os.urandom(16), OWNER_WRITES, ends[number][0])
+            assert len(listener._halves) <= limits.opening
+        numbers = {owner: os.urandom(16) for owner in ("ann", "ben")}
+        for (owner, number), (near, _) in zip(numbers.items(), ends[40:], strict=False):
+            assert not listener._pair(owner, number, OWNER_WRITES, near)
+        for (owner, number), (near, _) in zip(numbers.items(), ends[42:], strict=False):
+            assert not listener._pair(owner, number, WORKER_WRITES, near)
+        owners = {name.partition("#")[0] for name in listener._links}
+        assert owners == {"ann", "ben"}
+    finally:
+        listener.close()
+        for near, far in ends:
+            near.close()
+            far.close()
+
+
 def test_a_preface_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then does not prolong it."""
     monkeypatch.setattr(listening, "HANDSHAKE_S", 0.5)
@@ -211,6 +240,51 @@ def test_who_does_not_read_is_not_read() -> None:
         listener.close()
 
 
+def test_unread_answers_of_an_owner_are_bounded_over_all_its_links(model: PreparedModel) -> None:
+    """Who opens many links and reads none of them has no more than the bound, and what was in hand
+    as it was reached; what it reads at last is all there."""
+    part, quota, count = WorkerPart.open(model.directory), Quota(size=1 << 20), 12
+    tokens, limits = 4096, Limits(links_each=count, unsent_bytes=0, unsent_each=2 << 20)
+    catalogue = part.catalogue
+    one = encode(Multiply(SESSION, 1, 0, tokens, bytes(catalogue.up_bytes(0, tokens))))
+    hello = encode(Hello(SESSION, catalogue.parameters_digest, catalogue.model_digest))
+    with serving(
+        OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None,
+        WorkerConfig(quota=quota), limits,
+    ) as service, ExitStack() as stack:  # fmt: skip
+
+        def unsent() -> int:
+            return sum(link.unsent for link in list(service.listener._links.values()))
+
+        for _ in range(count):
+            for connection in (ends := dial("127.0.0.1", service.port, None)[:2]):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+                stack.callback(connection.close)
+            ends[1].sendall(hello)
+            ends[1].settimeout(0.02)
+            with suppress(TimeoutError):
+                for _ in range(100):
+                    ends[1].sendall(one)
+        assert limits.unsent_each < unsent() <= limits.unsent_each + 2 * quota.size
+
+
+@pytest.mark.parametrize(("each", "every"), [(1, 1), (70, 80), (1, 1100)])
+def test_whoever_is_let_in_is_welcomed(model: PreparedModel, each: int, every: int) -> None:
+    """As many links as one owner and all may have are as many sessions, whatever a configuration
+    says of these."""
+    part = WorkerPart.open(model.directory)
+    catalogue, told = part.catalogue, list[LineEvent]()
+    hello = encode(Hello(SESSION, catalogue.parameters_digest, catalogue.model_digest))
+    with serving(
+        OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None,
+        WorkerConfig(), Limits(each, every), tell=told.append,
+    ) as service:  # fmt: skip
+        for number in range(every):
+            service.server.deliver(f"owner{number // each}#{number}", hello)
+        assert until(lambda: service.server.meter.frames_sent == every)
+    assert not told
+
+
 def test_while_frames_pile_up_none_is_read() -> None:
     """And when they have been handled, reading goes on; a link that ends meanwhile does end."""
     flooded = threading.Event()
@@ -219,7 +293,7 @@ def test_while_frames_pile_up_none_is_read() -> None:
     lost: queue.Queue[str] = queue.Queue()
     listener = Listener(
         "127.0.0.1", 0, None, FRAME_MAX, lambda peer, one: got.put(bytes(one)), lost.put,
-        flooded=flooded.is_set,
+        flooded=lambda peer: flooded.is_set(),
     )  # fmt: skip
     listener.start()
     incoming, outgoing, _ = dial("127.0.0.1", listener.port, None)
@@ -267,14 +341,46 @@ def test_what_was_handled_does_not_count() -> None:
     backlog = Backlog(1000, Hooks(observe=lambda event, effects: seen.append(event)))
     got = memoryview(bytearray(400))
     for _ in range(100):
-        backlog.arrived(got)
+        backlog.arrived("w", got)
         assert not backlog.full()
-        backlog.arrived(got)
+        backlog.arrived("w", got)
         assert backlog.full()
         for _ in range(2):
             backlog.observe(FrameArrived("w", got), [])
             backlog.observe(PeerLost("w"), [])
     assert len(seen) == 400
+
+
+def test_a_link_that_sends_more_than_is_handled_keeps_no_other_waiting(
+    model: PreparedModel,
+) -> None:
+    """Of each link few frames wait in the line of all, however small and many they are."""
+    part, go, order = WorkerPart.open(model.directory), threading.Event(), list[str]()
+    catalogue = part.catalogue
+    hello = encode(Hello(SESSION, catalogue.parameters_digest, catalogue.model_digest))
+    small = encode(Multiply(SESSION, 1, 0, 1, bytes(catalogue.up_bytes(0, 1))))
+
+    def observe(event: Event, effects: object) -> None:
+        if isinstance(event, FrameArrived):
+            order.append(event.peer)
+            assert go.wait(10)
+
+    with serving(
+        OneDevice.holding(part, MlweWorker()), "127.0.0.1", 0, None, hooks=Hooks(observe=observe)
+    ) as service, ExitStack() as stack:  # fmt: skip
+        links = [dial("127.0.0.1", service.port, None)[:2] for _ in range(3)]
+        for one in (connection for link in links for connection in link):
+            stack.callback(one.close)
+        for _, outgoing in links[:2]:
+            threading.Thread(target=outgoing.sendall, args=(small * 2000,), daemon=True).start()
+        assert until(lambda: len(order) == 1)
+        time.sleep(0.2)
+        links[2][1].sendall(hello)
+        time.sleep(0.1)
+        go.set()
+        assert until(lambda: "plain#3" in order)
+        assert order.index("plain#3") <= 2 * 40
+        assert until(lambda: len(order) == 4001)
 
 
 def test_the_narrowest_limits_still_serve(model: PreparedModel) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +21,8 @@ from backends.net.serving import serving
 from backends.net.tls import Tls, identity
 from benchmarks.load.made import make_place
 from benchmarks.load.owners import owners_at, work_all
+from protocol.catalogue import Catalogue, MatrixShape
+from protocol.events import MultiplyCiphertext, PeerLost, RunTask, TaskDone
 from scenarios.worker.__main__ import parsed
 
 pytest.importorskip("opentelemetry.sdk")
@@ -94,6 +98,29 @@ def test_a_request_is_a_span_and_its_product_one_within(
     ]
     assert all(whose)
     assert not any(name.encode() in body for name in whose for body in taken)
+
+
+@pytest.mark.parametrize("how", ["hangs", "is not there"])
+def test_a_collector_that_takes_nothing_holds_no_worker_up(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while it serves, nor when it ends; and what it keeps of spans is bounded."""
+    from backends.net import spans as module
+
+    monkeypatch.setattr(module, "_CLOSING_S", 0.3)
+    catalogue = Catalogue(bytes(32), bytes(32), (MatrixShape("q", 2, 2, 2, 2, 2),))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if how == "is not there":
+            silent.close()
+        spans = module.Spans(catalogue, f"http://127.0.0.1:{port}/v1/traces")
+        start, observe = time.monotonic(), spans.hooks.observe
+        for task in range(5000):
+            observe(PeerLost("ann"), [RunTask(task, MultiplyCiphertext(0, 1, b""))])
+            observe(TaskDone(task, b""), [])
+        assert not spans._in_hand
+        spans.close()
+        assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("text", ["collector:4318", "ftp://collector/v1", "http://", "/v1/traces"])

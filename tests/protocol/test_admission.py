@@ -50,7 +50,8 @@ def test_a_client_keeps_to_its_rate(asked: list[tuple[int, int, float]]) -> None
     )
 )
 def test_what_is_in_work_is_bounded(script: list[object]) -> None:
-    """Of a client, and of all; one that has nothing in work is refused for others' sake only."""
+    """Of a client, and of all; one that has nothing in work is refused for others' sake only,
+    and one that has leaves as much as it has with it."""
     quota = Quota(requests=3, size=100, size_all=150)
     admission, work = Admission(quota), []
     for now, step in enumerate(script):
@@ -63,12 +64,49 @@ def test_what_is_in_work_is_bounded(script: list[object]) -> None:
         theirs = [s for c, s, _ in work if c == client]
         every = sum(s for _, s, _ in work)
         full = len(theirs) >= 3 or (theirs and sum(theirs) + size > 100)
+        left = sum(theirs) + size if theirs else 0
         wait_s = admission.wait_s(client, size, float(now))
-        assert (wait_s is not None) == bool(full or (work and every + size > 150))
+        assert (wait_s is not None) == bool(full or (work and every + size + left > 150))
         if wait_s is None:
             admission.begin(client, size, float(now))
             work.append((client, size, float(now)))
         assert admission.working(client) == any(c == client for c, _, _ in work)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    greedy=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    pauses=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_clients_that_always_ask_keep_nobody_out(
+    greedy: list[int], pauses: list[int], data: st.DataObject
+) -> None:
+    """Of the room of all: whoever has nothing in work is taken, with its share, however often the
+    others ask in between."""
+    room = 120
+    admission, work = Admission(Quota(size=room, size_all=room)), list[tuple[int, int, float]]()
+    size = data.draw(st.integers(1, room // (len(greedy) + 1) - max(greedy)))
+
+    def fill(now: float) -> None:
+        more = True
+        while more:
+            more = False
+            for client, each in enumerate(greedy):
+                if admission.wait_s(client, each, now) is None:
+                    admission.begin(client, each, now)
+                    work.append((client, each, now))
+                    more = True
+
+    fill(0.0)
+    now, ended = 1.0, 0
+    while admission.wait_s("new", size, now) is not None:
+        assert ended <= 3 * room
+        for _ in range(pauses[int(now) % len(pauses)]):
+            now += 1.0
+            ended += work[0][1]
+            admission.end(*work.pop(0), now)
+            fill(now)
 
 
 def test_the_time_to_come_back_follows_the_pace() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from protocol.fair import FairQueue
+from protocol.fair import FEW_TOKENS, FairQueue, charged
 
 MOST_TOKENS = 12
 CLIENTS = st.integers(0, 3)
@@ -116,6 +116,43 @@ def test_clients_that_always_wait_get_bytes_by_share(
         st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(1, 1000)),
         min_size=1, max_size=6,
     ),
+    lost=st.lists(PUSH, min_size=1, max_size=30),
+    before=st.integers(0, 9),
+    breaks=st.integers(1, 4),
+)  # fmt: skip
+def test_a_client_whose_links_broke_waits_no_longer_than_a_new_one(
+    others: list[tuple[int, int, int]],
+    lost: list[tuple[int, int, int, int]],
+    before: int,
+    breaks: int,
+) -> None:
+    """However much it had waiting, and however often."""
+    backlog = Backlog(FairQueue(MOST_TOKENS), depth=16)
+    for number, ask in enumerate(others):
+        backlog.join(str(number), *ask)
+    for _ in range(before):
+        backlog.fill()
+        backlog.pop()
+    for _ in range(breaks):
+        mine = [f"lost{n}" for n in range(len(lost))]
+        for item, (_, matrix, tokens, size) in zip(mine, lost, strict=True):
+            backlog.queue.push(item, "ann", 100 + matrix, tokens, size)  # type: ignore[arg-type]
+        for item in reversed(mine):
+            assert backlog.queue.remove(item)  # type: ignore[arg-type]
+    backlog.join("ann", 200, 1, 10)
+    served = set()
+    for _ in range(len(others) + 1):
+        backlog.fill()
+        served |= backlog.pop()
+    assert "ann" in served
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    others=st.lists(
+        st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(1, 1000)),
+        min_size=1, max_size=6,
+    ),
     before=st.integers(0, 40),
     mine=st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(1, 10**6)),
 )  # fmt: skip
@@ -145,6 +182,31 @@ def test_a_flood_is_not_ahead_of_one_request() -> None:
     assert queue.pop() == ["flood0"]
     queue.push("one", "ann", 200, 1, 10)
     assert "one" in [*queue.pop(), *queue.pop()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    asks=st.lists(st.sampled_from([1, 2, 5, 16, 100, 256]), min_size=2, max_size=5),
+    token_bytes=st.integers(1, 1000),
+)
+def test_nobody_takes_the_worker_s_time_by_asking_for_few_tokens(
+    asks: list[int], token_bytes: int
+) -> None:
+    """Matrices that nobody shares; a product of few tokens takes as long as one of `FEW_TOKENS`."""
+    queue: FairQueue[int] = FairQueue(4096)
+    took: Counter[int] = Counter()
+
+    def ask(client: int, item: int) -> None:
+        queue.push(item, str(client), item, asks[client], charged(asks[client]) * token_bytes)
+
+    for item in range(2 * len(asks)):
+        ask(item % len(asks), item)
+    for item in range(2 * len(asks), 400):
+        (leader,) = queue.pop()
+        client = leader % len(asks)
+        took[client] += max(FEW_TOKENS, asks[client])
+        ask(client, item * len(asks) + client)  # one of its own
+    assert max(took.values()) - min(took.values()) <= 2 * max(FEW_TOKENS, *asks)
 
 
 def test_an_item_waits_once_and_weighs_something() -> None:

@@ -250,6 +250,21 @@ def test_a_log_is_not_filled_by_owners_that_come_and_go(tmp_path: Path) -> None:
     assert lines[-1].endswith("link-ended owner=abababababababab why=cut unsaid=70")
 
 
+def test_a_log_is_not_filled_by_messages(tmp_path: Path) -> None:
+    """Of a device that fails every request, say; each level has its own room."""
+    with (tmp_path / "log").open("wb") as file:
+        log = EventLog("text", file.fileno())
+        for _ in range(100):
+            log.message("info", "a frame was dropped")
+            log.message("error", "a product failed")
+        log._minute_s -= 61
+        log.message("error", "a product failed")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sum("level=info" in line for line in lines) == 30
+    assert sum("level=error" in line for line in lines) == 31
+    assert lines[-1].endswith('message level=error text="a product failed" unsaid=70')
+
+
 def test_a_log_that_cannot_be_written_is_done_without() -> None:
     """A full disk: no exception reaches whoever tells."""
     with Path("/dev/full").open("wb", buffering=0) as full:
