@@ -4,9 +4,13 @@ A live worker on one core, over mutual TLS, and owners on another who send what 
 (`benchmarks.load`): each asks for every matrix of a layer in turn, again and again, which is a step
 here. The simulator is given one core of this machine as `python -m sim.calibrate` measures it, and
 what a frame costs either side and a product the worker, whatever their sizes, from the processor
-time of owners who ask for one token: one alone, and sixteen, whose requests are joined. Then it has
-to say how long the steps of 2, 4, 8 and 16 owners take that ask for more, in layers of two widths.
-Joined requests, fair turns and the wait for each other are all its own.
+time of owners who ask for one token: one alone, and sixteen, whose requests are joined. How uneven
+tasks are, and how much longer all takes than processor time says, is what makes the steps of those
+sixteen come out right. Then it has to say how long the steps of 2, 4, 8 and 16 owners take that ask
+for more, in layers of two widths. Joined requests, fair turns and the wait for each other are all
+its own. A machine that others share is faster at one moment than at another: before and after each
+load one owner alone asks for one token, and the simulator is told how much longer that takes than
+it took first.
 """
 
 from __future__ import annotations
@@ -40,6 +44,10 @@ OWNERS = (2, 4, 8, 16)
 PROCESSES = 4
 BARS = {"p50_error": 0.10, "p90_error": 0.20}
 """What the simulator should keep: medians, over the loads, of how far those percentiles are off."""
+STEPS = 480
+"""Simulated of all owners together: as uneven as they are, fewer tell little of the slow ones."""
+_PROBE = 250
+"""Steps of one owner alone that tell how fast the machine is just now."""
 _SECONDS = 6.0
 """Of steps, about, a load."""
 
@@ -134,14 +142,55 @@ def sides(
     return owner, replace(core, overhead_s=dict(core.overhead_s) | more)
 
 
-def predicted(
-    load: Workload, sides: tuple[DeviceProfile, DeviceProfile], owners: int
-) -> list[float]:
-    """The steps of so many owners, as the simulator has them."""
-    world = WorldConfig(
-        load, *sides, owners=owners, together=True, steps=12, warmup=2, stagger=False, record=False
+@dataclass(frozen=True)
+class Model:
+    """What the simulator was told of the machine.
+
+    unevenness  see `WorldConfig`
+    slower      how many times as long everything takes as its processor time says
+    alone_s     median step of the smallest load's one owner, by which a later moment is compared
+    """
+
+    owner: DeviceProfile
+    worker: DeviceProfile
+    unevenness: float
+    slower: float
+    alone_s: float
+
+    def steps(self, load: Workload, owners: int, slower: float = 1.0) -> list[float]:
+        """The steps of so many owners, as the simulator has them."""
+        times = self.slower * slower
+        world = WorldConfig(
+            load, scaled(self.owner, times), scaled(self.worker, times), owners=owners,
+            together=True, steps=-(-STEPS // owners), warmup=2, stagger=False, record=False,
+            unevenness=self.unevenness,
+        )  # fmt: skip
+        return [step.duration_s for step in simulate(world).steps]
+
+
+def fitted(
+    sides: tuple[DeviceProfile, DeviceProfile], alone: Load, crowd: Load, step: Workload
+) -> Model:
+    """The model whose steps of the crowd have the median and the 90th percentile measured."""
+    real, alone_s = percentiles(crowd.steps_s), median(alone.steps_s)
+
+    def off(unevenness: float) -> tuple[float, float, float]:
+        found = percentiles(Model(*sides, unevenness, 1.0, alone_s).steps(step, crowd.owners))
+        uneven = found["p90"] / found["p50"] - real["p90"] / real["p50"]
+        return abs(uneven), unevenness, real["p50"] / found["p50"]
+
+    _, unevenness, slower = min(off(i / 10) for i in range(13))
+    return Model(*sides, unevenness, slower, alone_s)
+
+
+def scaled(profile: DeviceProfile, slower: float) -> DeviceProfile:
+    """A device that takes so many times as long for everything."""
+    return replace(
+        profile,
+        rates={kind: rate / slower for kind, rate in profile.rates.items()},
+        bytes_per_s=profile.bytes_per_s / slower,
+        overhead_s={kind: s * slower for kind, s in profile.overhead_s.items()},
     )
-    return [step.duration_s for step in simulate(world).steps]
 
 
 def percentiles(steps: list[float]) -> dict[str, float]:
@@ -161,25 +210,37 @@ def run(args: argparse.Namespace) -> None:
             if args.profile
             else calibrated(Path(directory), min(os.sched_getaffinity(0)))
         )
-        place, load = _place(Path(directory), *SMALLEST, max(OWNERS))
-        alone, crowd = (measured(place, SMALLEST[1], n, 4000 // n) for n in (1, max(OWNERS)))
+        smallest, load = _place(Path(directory), *SMALLEST, max(OWNERS))
+
+        def now(owners: int, rounds: int) -> Load:
+            return measured(smallest, SMALLEST[1], owners, rounds)
+
+        alone, crowd = now(1, 1000), now(max(OWNERS), 250)
         both = sides(core, alone, crowd, load)
+        model = fitted(both, alone, crowd, load)
         frame, product = [side.overhead_s["frame"] for side in both], both[1].overhead_s["multiply"]
         print(
             f"a frame: owner {1e6 * frame[0]:.0f} us, worker {1e6 * frame[1]:.0f} us; "
-            f"a product {1e6 * product:.0f} us", flush=True,
+            f"a product {1e6 * product:.0f} us; all {model.slower:.2f} times as long, unevenness "
+            f"{model.unevenness:.2f}", flush=True,
         )  # fmt: skip
         for width, tokens in SHAPES:
             place, load = _place(Path(directory), width, tokens, max(OWNERS))
             for owners in OWNERS:
-                expected = predicted(load, both, owners)
-                rounds = max(6, round(_SECONDS / median(expected)))
+                before = now(1, _PROBE)
+                slower = median(before.steps_s) / model.alone_s
+                rounds = max(6, round(_SECONDS / median(model.steps(load, owners, slower))))
                 found = measured(place, tokens, owners, rounds)
-                rows.append(_row(width, tokens, found, expected))
+                after = now(1, _PROBE)
+                slower = median(before.steps_s + after.steps_s) / model.alone_s
+                expected = model.steps(load, owners, slower)
+                rows.append(_row(width, tokens, found, expected) | {"slower": slower})
                 _say(rows[-1])
     figures = summary(rows) | {
         "frame_s": {"owner": frame[0], "worker": frame[1]},
         "product_s": product,
+        "slower": model.slower,
+        "unevenness": model.unevenness,
         "rows": rows,
         "bars": BARS,
         "profile": core.facts(),
