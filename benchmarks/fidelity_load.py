@@ -3,14 +3,16 @@
 A live worker on one core, over mutual TLS, and owners on another who send what was encrypted before
 (`benchmarks.load`): each asks for every matrix of a layer in turn, again and again, which is a step
 here. The simulator is given one core of this machine as `python -m sim.calibrate` measures it, and
-what a frame costs either side and a product the worker, whatever their sizes, from the processor
-time of owners who ask for one token: one alone, and sixteen, whose requests are joined. How uneven
-tasks are, and how much longer all takes than processor time says, is what makes the steps of those
-sixteen come out right. Then it has to say how long the steps of 2, 4, 8 and 16 owners take that ask
-for more, in layers of two widths. Joined requests, fair turns and the wait for each other are all
-its own. A machine that others share is faster at one moment than at another: before and after each
-load one owner alone asks for one token, and the simulator is told how much longer that takes than
-it took first.
+from the processor time of other loads what frames and their bytes cost either side, and products
+the worker: of one owner who is alone and asks for 1 token or for 128, and of sixteen who ask for 1,
+whose requests are joined. How uneven tasks are, and how much longer all takes than processor time
+says, is what makes the steps of those sixteen come out right. Then it has to say how long the steps
+of 2, 4, 8 and 16 owners take that ask for 4 to 64 tokens. Joined requests, fair turns and the wait
+for each other are all its own.
+
+A machine that others share is faster at one moment than at another: before and after each load one
+owner alone asks for one token, and what the simulator says is taken so many times as long as that
+took longer than at first.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from backends.he.store import WorkerPart
 from benchmarks.fidelity_network import calibrated
@@ -38,8 +42,8 @@ from sim.world import WorldConfig, simulate
 
 SHAPES = ((512, 16), (512, 64), (1024, 4), (1024, 32))
 """(width of the layer, tokens of a request)."""
-SMALLEST = (512, 1)
-"""What the costs of a frame and a product are measured with."""
+SMALLEST, LARGE = (512, 1), ((512, 128), (1024, 128))
+"""What the costs of frames, bytes and products are measured with."""
 OWNERS = (2, 4, 8, 16)
 PROCESSES = 4
 BARS = {"p50_error": 0.10, "p90_error": 0.20}
@@ -106,40 +110,44 @@ def workload_of(catalogue: Catalogue, tokens: int) -> Workload:
     )  # fmt: skip
 
 
-def beyond(core: DeviceProfile, load: Load, step: Workload) -> tuple[float, float]:
-    """Processor seconds of a request, of (its owner, the worker), for which no size accounts."""
-    joined = step.tokens * load.requests / load.products
-    products_s = sum(core.seconds(multiply_work(m, joined), "multiply") for m in step.linears)
-    products_s *= load.products / len(step.linears)
-    bytes_s = load.requests / len(step.linears) * (step.up_bytes + step.down_bytes)
-    bytes_s /= core.rates["wire"]
-    owners_s = load.owners_processor_s - bytes_s
-    worker_s = load.worker_processor_s - bytes_s - products_s
-    return owners_s / load.requests, worker_s / load.requests
-
-
 def sides(
-    core: DeviceProfile, alone: Load, crowd: Load, step: Workload
+    core: DeviceProfile, loads: Sequence[tuple[Load, Workload]]
 ) -> tuple[DeviceProfile, DeviceProfile]:
-    """(owner, worker): the core, and what a frame and a product cost whatever their size.
+    """(owner, worker): the core, with what these loads' processor time says of either side.
 
-    Whoever sends what was encrypted before makes no ciphertext, and opens none. What a request
-    costs the worker beyond its size is its frames', which joined ones have each, and its product's,
-    which they share: two loads that are joined differently tell them apart.
+    The owner, who sends what was encrypted before, makes no ciphertext and opens none: it has a
+    cost of a frame and one of a byte. The worker has these, one of a product whatever its size, and
+    one of what a product computes, as a multiple of what the core takes for it. Loads of different
+    sizes, and differently joined, tell them apart: least squares of relative errors, none negative.
     """
     core = replace(core, overhead_s=dict(core.overhead_s) | {"multiply": 0.0})
-    (_, worker_alone_s), (owner_s, worker_s) = (beyond(core, one, step) for one in (alone, crowd))
-    shared = crowd.products / crowd.requests
-    product_s = min(max(0.0, (worker_alone_s - worker_s) / (1 - shared)), worker_alone_s)
+    owners, worker = [], []
+    for load, step in loads:
+        joined = replace(step, tokens=round(step.tokens * load.requests / load.products))
+        passes = load.products / len(step.linears)
+        computed_s = passes * sum(
+            core.seconds(multiply_work(m, joined.tokens), "multiply") for m in step.linears
+        )
+        sent = load.requests / len(step.linears) * (step.up_bytes + step.down_bytes)
+        owners.append(np.array([2 * load.requests, sent]) / load.owners_processor_s)
+        row = [2 * load.requests, sent, load.products, computed_s]
+        worker.append(np.array(row) / load.worker_processor_s)
+    ones = np.ones(len(loads))
+    (frame_s, byte_s), _ = nnls(np.array(owners), ones)
     nothing = {"encrypt": 0.0, "decrypt": 0.0, "local": 0.0, "update": 0.0}
     owner = replace(
         core,
-        rates=dict(core.rates) | {"ring_row": 1e18, "value": 1e18},
+        rates=dict(core.rates) | {"ring_row": 1e18, "value": 1e18, "wire": 1 / max(byte_s, 1e-15)},
         bytes_per_s=1e18,
-        overhead_s=dict(core.overhead_s) | nothing | {"frame": max(0.0, owner_s / 2)},
+        overhead_s=dict(core.overhead_s) | nothing | {"frame": float(frame_s)},
     )
-    more = {"frame": (worker_alone_s - product_s) / 2, "multiply": product_s}
-    return owner, replace(core, overhead_s=dict(core.overhead_s) | more)
+    (frame_s, byte_s, product_s, times), _ = nnls(np.array(worker), ones)
+    computing = scaled(core, max(float(times), 1e-3))
+    return owner, replace(
+        computing,
+        rates=dict(computing.rates) | {"wire": 1 / max(byte_s, 1e-15)},
+        overhead_s=dict(core.overhead_s) | {"frame": float(frame_s), "multiply": float(product_s)},
+    )
 
 
 @dataclass(frozen=True)
@@ -157,22 +165,20 @@ class Model:
     slower: float
     alone_s: float
 
-    def steps(self, load: Workload, owners: int, slower: float = 1.0) -> list[float]:
+    def steps(self, load: Workload, owners: int) -> list[float]:
         """The steps of so many owners, as the simulator has them."""
-        times = self.slower * slower
         world = WorldConfig(
-            load, scaled(self.owner, times), scaled(self.worker, times), owners=owners,
-            together=True, steps=-(-STEPS // owners), warmup=2, stagger=False, record=False,
-            unevenness=self.unevenness,
+            load, self.owner, self.worker, owners=owners, together=True, stagger=False,
+            steps=-(-STEPS // owners), warmup=2, unevenness=self.unevenness, record=False,
         )  # fmt: skip
-        return [step.duration_s for step in simulate(world).steps]
+        return [self.slower * step.duration_s for step in simulate(world).steps]
 
 
 def fitted(
-    sides: tuple[DeviceProfile, DeviceProfile], alone: Load, crowd: Load, step: Workload
+    sides: tuple[DeviceProfile, DeviceProfile], alone_s: float, crowd: Load, step: Workload
 ) -> Model:
     """The model whose steps of the crowd have the median and the 90th percentile measured."""
-    real, alone_s = percentiles(crowd.steps_s), median(alone.steps_s)
+    real = percentiles(crowd.steps_s)
 
     def off(unevenness: float) -> tuple[float, float, float]:
         found = percentiles(Model(*sides, unevenness, 1.0, alone_s).steps(step, crowd.owners))
@@ -210,37 +216,26 @@ def run(args: argparse.Namespace) -> None:
             if args.profile
             else calibrated(Path(directory), min(os.sched_getaffinity(0)))
         )
-        smallest, load = _place(Path(directory), *SMALLEST, max(OWNERS))
-
-        def now(owners: int, rounds: int) -> Load:
-            return measured(smallest, SMALLEST[1], owners, rounds)
-
-        alone, crowd = now(1, 1000), now(max(OWNERS), 250)
-        both = sides(core, alone, crowd, load)
-        model = fitted(both, alone, crowd, load)
-        frame, product = [side.overhead_s["frame"] for side in both], both[1].overhead_s["multiply"]
-        print(
-            f"a frame: owner {1e6 * frame[0]:.0f} us, worker {1e6 * frame[1]:.0f} us; "
-            f"a product {1e6 * product:.0f} us; all {model.slower:.2f} times as long, unevenness "
-            f"{model.unevenness:.2f}", flush=True,
-        )  # fmt: skip
+        model = _calibrated(Path(directory), core)
         for width, tokens in SHAPES:
             place, load = _place(Path(directory), width, tokens, max(OWNERS))
+            before = _alone(Path(directory), _PROBE)
             for owners in OWNERS:
-                before = now(1, _PROBE)
+                steps = model.steps(load, owners)
                 slower = median(before.steps_s) / model.alone_s
-                rounds = max(6, round(_SECONDS / median(model.steps(load, owners, slower))))
-                found = measured(place, tokens, owners, rounds)
-                after = now(1, _PROBE)
+                found = measured(
+                    place, tokens, owners, max(6, round(_SECONDS / (slower * median(steps))))
+                )
+                after = _alone(Path(directory), _PROBE)
                 slower = median(before.steps_s + after.steps_s) / model.alone_s
-                expected = model.steps(load, owners, slower)
-                rows.append(_row(width, tokens, found, expected) | {"slower": slower})
+                rows.append(_row(width, tokens, found, [slower * s for s in steps]))
+                rows[-1]["slower"], before = slower, after
                 _say(rows[-1])
     figures = summary(rows) | {
-        "frame_s": {"owner": frame[0], "worker": frame[1]},
-        "product_s": product,
         "slower": model.slower,
         "unevenness": model.unevenness,
+        "owner": model.owner.facts(),
+        "worker": model.worker.facts(),
         "rows": rows,
         "bars": BARS,
         "profile": core.facts(),
@@ -250,8 +245,42 @@ def run(args: argparse.Namespace) -> None:
     record.write(args.json, figures)
 
 
+def _alone(directory: Path, rounds: int) -> Load:
+    return measured(directory / _name(*SMALLEST), SMALLEST[1], 1, rounds)
+
+
+def _calibrated(directory: Path, core: DeviceProfile) -> Model:
+    """The model of this machine, from loads that are not among those to be foretold."""
+    places = [_place(directory, *shape, max(OWNERS)) for shape in (SMALLEST, *LARGE)]
+    (smallest, step), *large = places
+    seen: list[tuple[Load, Workload]] = []
+    alone, crowds = [], []
+    for _ in range(2):  # the machine's speed changes; what is compared should not be of one moment
+        alone.append(_alone(directory, 1000))
+        crowds.append(measured(smallest, SMALLEST[1], max(OWNERS), 125))
+        seen += [(alone[-1], step), (crowds[-1], step)]
+        for (place, load), (_, tokens) in zip(large, LARGE, strict=True):
+            seen.append((measured(place, tokens, 1, 80), load))
+    crowd = replace(crowds[0], steps_s=[s for one in crowds for s in one.steps_s])
+    model = fitted(sides(core, seen), median(s for one in alone for s in one.steps_s), crowd, step)
+    for name, side in (("owner", model.owner), ("worker", model.worker)):
+        frame_s, rate = side.overhead_s["frame"], side.rates["wire"]
+        print(f"{name}: {1e6 * frame_s:.0f} us a frame, {rate / 1e9:.2f} GB/s", flush=True)
+    print(
+        f"worker: {1e6 * model.worker.overhead_s['multiply']:.0f} us a product, int8 "
+        f"{model.worker.rates['int8']:.3g}/s; all takes {model.slower:.2f} times as long, "
+        f"unevenness {model.unevenness:.1f}",
+        flush=True,
+    )
+    return model
+
+
+def _name(width: int, tokens: int) -> str:
+    return f"{width}x{tokens}"
+
+
 def _place(directory: Path, width: int, tokens: int, owners: int) -> tuple[Path, Workload]:
-    place = directory / f"{width}x{tokens}"
+    place = directory / _name(width, tokens)
     make_place(place, width, tokens, owners)
     return place, workload_of(WorkerPart.open(place / "model").catalogue, tokens)
 
