@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ from protocol.messages import SESSION_BYTES, Multiply, Product, encode
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from scenarios.line import LineWatch, watched
-from scenarios.worker.run import State
+from scenarios.worker.__main__ import parsed
+from scenarios.worker.run import State, shards_of
 from scenarios.worker_log import EventLog
 from tests.net.test_inprocess import make
 from tests.net.test_remote_workers import copy_worker_part, right
@@ -271,6 +273,25 @@ def test_what_cannot_be_served_is_said_in_a_line(options: list[str], said: str) 
     text = run("scenarios.worker", *options, code=1)
     assert said in text
     assert "Traceback" not in text
+
+
+def test_shards_are_told_where_the_model_is_from_any_directory(
+    part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their processes are not in the front door's."""
+    asked: list[Path] = []
+
+    def shards(of: object, directory: Path, *_: object) -> SimpleNamespace:
+        asked.append(directory)
+        return SimpleNamespace(name="any", count=1)
+
+    cluster = SimpleNamespace(leave=lambda: None, RayShards=shards)
+    monkeypatch.chdir(part.parent)
+    monkeypatch.setattr("scenarios.worker.run.joined", lambda address: cluster)
+    monkeypatch.setattr("sys.argv", ["worker", "--model", part.name, "--ray"])
+    with ExitStack() as stack:
+        shards_of(parsed(), EventLog("text"), stack)
+    assert asked == [part]
 
 
 def test_calls_without_an_answer_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
