@@ -285,7 +285,7 @@ def make(
         there = (
             f"umask 077 && mkdir -p {shlex.quote(out.name)} && tar -C {shlex.quote(out.name)} -x"
         )
-        told[-1] += " The worker's goes to its machine, and from here:"
+        told.append("The worker's goes to its machine, and from here:")
         told.append(f"    tar -C {shlex.quote(str(out))} -c worker | ssh {hosts[0]} '{there}'")
         told.append(f"    rm -r {shlex.quote(str(out / 'worker'))}")
     if kept is not None:

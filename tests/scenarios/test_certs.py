@@ -80,7 +80,7 @@ def test_a_kept_authority_signs_for_owners_and_workers_that_come_later(tmp_path:
     """Each is told apart, all are believed; made is what was named, and its key is its own."""
     kept, out = tmp_path / "authority", tmp_path / "certs"
     said = make(out, ["gpu.example"], 30, ["ann", "bob"], kept)
-    assert f"To bob alone: {out / 'bob'}" in said
+    assert f"\nTo bob alone: {out / 'bob'}\n" in said
     assert make(out, [], 3000, ["carol"], kept).count("identity") == 1
     make(tmp_path / "b", ["gpu.example"], 30, [], kept)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["worker"]
