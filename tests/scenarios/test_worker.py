@@ -27,8 +27,8 @@ from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.tls import Tls
-from protocol.events import FrameArrived, Send, TimerFired
-from protocol.messages import SESSION_BYTES, Multiply, Product, encode
+from protocol.events import Event, FrameArrived, Send, TimerFired
+from protocol.messages import SESSION_BYTES, Multiply, Product, Reason, Refuse, encode
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from scenarios.line import LineWatch, watched
@@ -314,6 +314,28 @@ def test_calls_without_an_answer_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
     assert list(watch._sent) == [98, 99]
     sent(100, 98)  # again: it is under way since it was first sent
     assert list(watch._sent) == [98, 99, 100]
+
+
+def test_what_a_worker_does_not_take_yet_is_neither_the_line_nor_the_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From BUSY with a time to come back in until the request is sent again, there or elsewhere."""
+    now = [0.0]
+    monkeypatch.setattr("scenarios.line.time.perf_counter", lambda: now[0])
+    watch, nobody = LineWatch(), bytes(SESSION_BYTES)
+
+    def at(seconds: float, event: Event, *frames: bytes) -> None:
+        now[0] = seconds
+        watch.observe(event, [Send("w", frame) for frame in frames])
+
+    ask = encode(Multiply(nobody, 7, 0, 1, b""))
+    at(0, TimerFired("t"), ask)
+    at(1, FrameArrived("w", encode(Refuse(nobody, 7, Reason.BUSY, 500))))
+    at(3, TimerFired("t"), ask)
+    at(4, FrameArrived("w", encode(Refuse(nobody, 7, Reason.BUSY))), ask)  # it drains: another
+    at(9, FrameArrived("w", encode(Product(nobody, 7, b""))))
+    assert (watch.away_s, watch.held_s) == (1 + 6, 2)
+    assert not watch._told
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
