@@ -36,7 +36,7 @@ from scenarios.whatif.knobs import (
 from scenarios.whatif.patience import expected_s
 from scenarios.whatif.quantities import Form
 from scenarios.whatif.running import prepare, run_all
-from scenarios.whatif.setting import measure, workload_for
+from scenarios.whatif.setting import config_of, measure, workload_for
 from scenarios.whatif.study import Study, load_study, study_names
 from scenarios.whatif.sweep import csv_text, table
 from sim.device import DeviceProfile, Origin, ProfileError
@@ -384,6 +384,21 @@ def test_the_clear_run_by_hand() -> None:
     kept = 12 * (768 + 2304 + 2 * 768 + 2 * (768 + 3072)) + 2 * 50257
     wanted = 2 * 124_439_808 + 4 * 8 * kept
     assert needed_gb(MODELS["gpt2"](), load) == pytest.approx(wanted / 1e9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_size_of_a_large_model_takes_no_room_for_its_weights() -> None:
+    """Not even room that is never touched: a process that has reserved more than the machine has
+    cannot be forked."""
+
+    def reserved_gb() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmSize:")[2].split()[0]) / 1e6
+
+    config, load = config_of("llama-3.1-70b"), workload_for(changed(Setting(), SMALL))
+    before = reserved_gb()
+    assert needed_gb(config, load) > 140
+    assert reserved_gb() - before < 10
 
 
 def test_an_auto_head_is_the_better_of_both() -> None:
