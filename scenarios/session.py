@@ -271,21 +271,23 @@ class Live:
 
     def resume(self) -> None:
         """A step begins: what was used since the one before is no step's."""
-        self._last = self._session.usage(), self._session.watch.away_s
+        watch = self._session.watch
+        self._last = self._session.usage(), watch.away_s, watch.held_s
 
     def step_ended(self, seconds: float) -> dict[str, str]:
         """Names and values for the bar. seconds: of the step that has just ended."""
-        session, (before, away_s) = self._session, self._last
-        self._last = session.usage(), session.watch.away_s
+        session, (before, away_s, held_s) = self._session, self._last
+        self.resume()
         found = {"tok/s": f"{self._tokens / seconds:.3g}"}
         if session.probed is None:
             return found
-        used, away_s = self._last[0].since(before), self._last[1] - away_s
+        used = self._last[0].since(before)
+        away_s, held_s = self._last[1] - away_s, self._last[2] - held_s
         worker_s = session.estimate.worker_s if session.estimate else 0.0
         return found | {
             "up": f"{used.bytes_up / seconds / 1e6:.3g} MB/s",
             "down": f"{used.bytes_down / seconds / 1e6:.3g} MB/s",
-            "waits for": waits_for(seconds, self._lanes, away_s, worker_s),
+            "waits for": waits_for(seconds, self._lanes, away_s, worker_s, held_s),
         }
 
 

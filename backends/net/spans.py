@@ -6,6 +6,7 @@ Nothing this module imports can hold a secret; a test walks its imports.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -22,9 +23,28 @@ from backends.net.loop import Hooks
 from protocol.catalogue import Catalogue
 from protocol.events import Effect, Event, MultiplyCiphertext, RunTask, Task, TaskDone, TaskFailed
 
+log = logging.getLogger(__name__)
+
 _SERVICE = "private-lora-worker"
-_CLOSING_S = 3.0
-"""For what has not been sent when the worker ends."""
+_GOODBYE_S = 3.0
+"""For what has not been sent, in the end. OpenTelemetry itself would try for half a minute."""
+_MINUTE_S = 60.0
+
+
+class _Complaints(logging.Handler):
+    """What OpenTelemetry complains of, a line a minute: it has one for each batch, and one for each
+    span that it drops, so that owners would fill the log of a worker whose collector is away."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(logging.WARNING)
+        self._where = endpoint
+        self._said_s = -_MINUTE_S
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if now - self._said_s >= _MINUTE_S:
+            self._said_s, why = now, record.getMessage()
+            log.warning("spans for %s are lost: %s", self._where, why)
 
 
 @dataclass
@@ -40,15 +60,18 @@ class Spans:
 
     endpoint  where OTLP over HTTP is taken, as http://collector:4318/v1/traces
 
-    One that does not answer costs the worker nothing but lines in its log, and a moment as it ends.
+    One that does not answer costs the worker a line a minute in its log, and seconds at its end.
     """
 
     def __init__(self, catalogue: Catalogue, endpoint: str) -> None:
         self._names = [matrix.name for matrix in catalogue.matrices]
+        complaints = logging.getLogger("opentelemetry")
+        complaints.handlers, complaints.propagate = [_Complaints(endpoint)], False
+        self._exporter: Any = OTLPSpanExporter(endpoint)
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": _SERVICE}), shutdown_on_exit=False
         )
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer(_SERVICE)
         self._in_hand: dict[int, _Request] = {}
         self._lock = threading.Lock()
@@ -59,13 +82,12 @@ class Spans:
         return Hooks(observe=self._observe, on_task=self._computed)
 
     def close(self) -> None:
-        """Send what has not been sent, as far as the collector takes it soon.
-
-        Left to itself OpenTelemetry tries for half a minute.
-        """
-        sending = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
-        sending.start()
-        sending.join(_CLOSING_S)
+        """Send what has not been sent, as far as that takes seconds."""
+        last = threading.Thread(target=self._provider.shutdown, daemon=True)
+        last.start()
+        last.join(_GOODBYE_S)
+        if last.is_alive():
+            self._exporter.shutdown()  # which tries no further
 
     def _observe(self, event: Event, effects: Sequence[Effect]) -> None:
         with self._lock:

@@ -319,6 +319,8 @@ _BY_NAME: Mapping[str, Callable[[str], list[Value]]] = {
         _both(values.HOSTS, values.NO_HOSTS) if command == "scenarios.certs"
         else _both(values.WORDS)
     ),
+    "--owner": _knob(("ann", "b-2"), ("", "worker", "../ann", "a b", "-x", "x" * 64, "\udcff")),
+    "--authority": _out,
     "--listen": _knob(("localhost:0", "127.0.0.1:0"), values.NO_ADDRESSES),
     "--metrics": _knob(("0", "localhost:0"), ("", "nowhere", "a..b:1", "65536", "-1", "٣")),
 }  # fmt: skip

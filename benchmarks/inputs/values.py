@@ -104,7 +104,7 @@ FOREIGN: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]
         (("--train-on-all",), (), ("--held-out", "--evaluate-every", "--evaluate-on")),
     ),
     "scenarios.prepare": ((("--weights",), (), ("--seed",)),),
-    "scenarios.certs": ((("--check",), (), ("--out", "--days")),),
+    "scenarios.certs": ((("--check",), (), ("--out", "--days", "--owner", "--authority")),),
     "scenarios.worker": ((("--backend=cuda",), (), ("--kernel",)),),
     "scenarios.crashes.owner": ((("--prepare",), (), ("--worker", "--tls", "--steps", "--out")),),
     "scenarios.chaos --processes": ((("--quickstart",), (), ("--kills",)),),

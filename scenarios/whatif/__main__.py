@@ -6,7 +6,8 @@
 
 Nothing is computed and nothing is sent: the real protocol runs on a modelled network, modelled
 GPUs and a modelled owner. A study is a TOML file in scenarios/studies, or one of your own; --sweep
-and --set turn its knobs. On all cores a sweep of 200 settings of a 1B model takes under a minute.
+and --set turn its knobs. 200 settings of a 1B model and one owner take two minutes; with hundreds
+of owners one setting takes minutes, and it says before how long all of them will.
 
 It ends with a table (every setting), the answer, and, in runs/whatif/NAME: rows.csv, rows.json and
 picture.png. Columns: p50 and p99 of the step time over all owners' steps, tokens/s of an owner and

@@ -33,7 +33,10 @@ def bought(
         for case in cases
     ]  # fmt: skip
     words = words_of(value)[0]
-    text = f"What makes the {words} at least {100 * (least - 1):.0f} % better, best first:\n"
+    text = (
+        f"What makes the {words} at least {100 * (least - 1):.0f} % better, best first, whatever "
+        "it costs:\n"
+    )
     text += "\n".join(_told(case, per, value) for case in cases)
     return Answer("Buy next: " + "; ".join(heads), text, {}, {"purchases": cases})
 
@@ -42,44 +45,44 @@ def _case(
     study: Study, rows: Sequence[Row], knobs: Sequence[str], per: str, value: str, least: float
 ) -> dict[str, Any]:
     by_knobs = {tuple(of(row, knob) for knob in knobs): row for row in rows}
-    start = by_knobs[tuple(study.sweep[knob][0] for knob in knobs)]
-    steps = [
-        {
-            "buy": knob,
-            "to": of(row, knob),
-            "better": gain,
-            value: row[value],
-            "then": limit_of(row),
-            "cost_per_million_tokens": row["cost_per_million_tokens"],
-        }
-        for knob, gain, row in _purchases(study, by_knobs, start, knobs, value, least)
-    ]
-    return {per: of(start, per), value: start[value], "limit": limit_of(start), "steps": steps}
-
-
-def _purchases(
-    study: Study, by_knobs: Mapping[tuple[Any, ...], Row], start: Row, knobs: Sequence[str],
-    value: str, least: float,
-) -> Iterator[tuple[str, float, Row]]:  # fmt: skip
-    """(knob, how many times better, the row after it), until nothing helps enough by itself."""
-    more, now = words_of(value)[2], start
+    now = start = by_knobs[tuple(study.sweep[knob][0] for knob in knobs)]
+    steps = []
     while True:
-        offers = []
-        for place, knob in enumerate(knobs):
-            values = study.sweep[knob]
-            for further in values[values.index(of(now, knob)) + 1 :]:
-                at = [of(now, other) for other in knobs]
-                at[place] = further
-                row = by_knobs.get(tuple(at))
-                if row is not None:
-                    gain = row[value] / now[value] if more else now[value] / row[value]
-                    offers.append((gain, knob, row))
-                    break  # one size more at a time
+        offers = list(_offers(study, by_knobs, now, knobs, value))
         best = max(offers, key=lambda offer: offer[0], default=None)
         if best is None or best[0] < least:
-            return
+            break
         gain, knob, now = best
-        yield knob, gain, now
+        steps.append({
+            "buy": knob,
+            "to": of(now, knob),
+            "better": gain,
+            value: now[value],
+            "then": limit_of(now),
+            "cost_per_million_tokens": now["cost_per_million_tokens"],
+        })  # fmt: skip
+    left = [{"buy": knob, "to": of(row, knob), "better": gain} for gain, knob, row in offers]
+    return {
+        per: of(start, per), value: start[value], "limit": limit_of(start), "steps": steps,
+        "not_worth": left,
+    }  # fmt: skip
+
+
+def _offers(
+    study: Study, by_knobs: Mapping[tuple[Any, ...], Row], now: Row, knobs: Sequence[str],
+    value: str,
+) -> Iterator[tuple[float, str, Row]]:  # fmt: skip
+    """(how many times better, knob, the row with it): of each knob one size more."""
+    more = words_of(value)[2]
+    for place, knob in enumerate(knobs):
+        values = study.sweep[knob]
+        for further in values[values.index(of(now, knob)) + 1 :]:
+            at = [of(now, other) for other in knobs]
+            at[place] = further
+            row = by_knobs.get(tuple(at))
+            if row is not None:
+                yield row[value] / now[value] if more else now[value] / row[value], knob, row
+                break
 
 
 def _first(case: Mapping[str, Any]) -> str:
@@ -96,4 +99,9 @@ def _told(case: Mapping[str, Any], per: str, value: str) -> str:
             f"    {step['buy']} {shown(step['buy'], step['to'])}: x{step['better']:.3g}, "
             f"{say(value, step[value])}; then {step['then']}"
         )
+    if case["not_worth"]:
+        rest = [
+            f"{x['buy']} {shown(x['buy'], x['to'])} x{x['better']:.3g}" for x in case["not_worth"]
+        ]
+        lines.append(f"    not worth it: {', '.join(rest)}")
     return "\n".join(lines)

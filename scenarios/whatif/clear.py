@@ -54,7 +54,8 @@ def memory_gb(device: str) -> float:
 
 def needed_gb(config: PretrainedConfig, workload: Workload) -> float:
     """Memory of a model's weights, shared ones once, and of a micro-batch's activations."""
-    outline = outline_of(config, torch.float32)
+    with torch.device("meta"):  # no room is reserved on its way there, that a fork would copy
+        outline = outline_of(config, torch.float32)
     outline.tie_weights()
     weights = sum(parameter.numel() for parameter in outline.parameters())
     values = sum(m.in_features + m.out_features for m in workload.matrices[::2])

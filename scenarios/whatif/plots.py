@@ -149,7 +149,7 @@ def _maps(study: Study, rows: Sequence[Row], knobs: Sequence[str], answer: Answe
     """
     value = str(study.plot.get("value", study.answer.get("value", "tokens_per_s_owner")))
     against = study.plot.get("against")
-    what = _meaning(study, value, against)
+    what = _meaning(study, value, against, bool(answer.mark))
     if against is not None:
         rows = [r for r in relative(study, rows, against, value)
                 if of(r, against) == study.sweep[against][-1]]  # fmt: skip
@@ -187,7 +187,7 @@ def _panels(study: Study, knob: str) -> list[Value]:
     return shown_ones or list(study.sweep[knob])[:PANELS_MAX]
 
 
-def _meaning(study: Study, value: str, against: str | None) -> str:
+def _meaning(study: Study, value: str, against: str | None, marked: bool) -> str:
     """What the numbers in the cells are."""
     words, unit, more, _ = words_of(value)
     if against is not None:
@@ -196,7 +196,7 @@ def _meaning(study: Study, value: str, against: str | None) -> str:
     better = "darker is better" if more else "darker is worse"
     if value == "private_over_clear":
         better += "; above 1 private is faster; *: clear would not fit the owner's memory"
-    best = "; bold: the best" if study.answer.get("kind") != "against" else ""
+    best = "; bold: the best" if marked else ""
     return f"{words}, {unit} ({better}{best})"
 
 

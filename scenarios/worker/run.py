@@ -75,7 +75,8 @@ def shards_of(args: argparse.Namespace, log: EventLog, stack: ExitStack) -> tupl
     cluster = joined(args.ray)
     stack.callback(cluster.leave)
     shards = cluster.RayShards(
-        part, args.model, args.shards, args.backend,
+        # A shard's process is in whichever directory its machine's Ray was started in.
+        part, args.model.absolute(), args.shards, args.backend,
         lambda what: log.event("waiting", what=what),
     )  # fmt: skip
     return shards, f"{shards.name}, {shards.count} shards"
@@ -86,7 +87,9 @@ def extra(module: str, option: str, name: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingError(f"{option} needs more: pip install 'private-lora[{name}]'") from error
+        raise MissingError(
+            f"{option} needs more; in the sources: pip install -c constraints.txt -e '.[{name}]'"
+        ) from error
 
 
 def traced(endpoint: str | None, devices: Devices, stack: ExitStack) -> Hooks | None:

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from backends.net.counts import Counts
-from protocol.events import FrameArrived, MultiplyCiphertext, RunTask
+from backends.net.counts import FULL, OPENED, REFUSED, Counts, LineEvent
+from protocol.events import Dropped, FrameArrived, MultiplyCiphertext, RunTask, Send, TaskDone
 from scenarios.worker import __main__ as worker
 from tests.test_house import ROOT, closure
 
@@ -44,6 +44,33 @@ def test_prometheus_reads_what_a_worker_exposes() -> None:
     assert found["private_lora_worker_requests_total"] == "counter"
     assert found["private_lora_worker_links"] == "gauge"
     assert all(name.endswith("_total") == (kind == "counter") for name, kind in found.items())
+
+
+def test_everything_that_is_counted_moves() -> None:
+    """A panel whose line is always flat would be believed."""
+    counts = Counts()
+
+    def now() -> dict[str, float]:
+        text = counts.exposition(ready=True)
+        return {
+            f"{sample.name}{sample.labels}": sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if "refusals" not in sample.name or sample.labels["reason"] in ("busy", FULL)
+        }
+
+    before = now()
+    ask = RunTask(1, MultiplyCiphertext(0, 5, b""))
+    arrived = FrameArrived("ann#1", b"x" * 300)
+    counts.on_line(LineEvent(OPENED, "ann"))
+    counts.on_line(LineEvent(REFUSED, "bob", FULL))
+    counts.observe(arrived, [ask, ask, Dropped("ann#1", "repeated"), Send("ann#1", b"y" * 300)])
+    counts.observe(TaskDone(1, b""), [])
+    counts.multiplied(0.5)
+    counts.waited(0.5)
+    counts.put_off(300, 40)
+    still = {name for name, value in now().items() if value == before[name]}
+    assert still == {"private_lora_worker_ready{}", "private_lora_worker_start_time_seconds{}"}
 
 
 def dashboard() -> dict[str, Any]:

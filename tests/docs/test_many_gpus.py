@@ -1,11 +1,13 @@
-"""What docs/many-gpus.md says was measured, against the recorded runs."""
+"""What docs/many-gpus.md says was measured, against the recorded runs; and what it installs."""
 
 from __future__ import annotations
 
 import json
+import re
+from statistics import mean, median
 from typing import Any
 
-from tests.docs.markdown import DOCS, ROOT
+from tests.docs.markdown import DOCS, PAGES, ROOT
 
 PAGE = " ".join((DOCS / "many-gpus.md").read_text().split())
 
@@ -51,6 +53,13 @@ def test_the_simulator_under_load() -> None:
     assert f"on average its median step is {100 * found['bias']:.1f} % too long" in PAGE
     missed = [name for name, bar in found["bars"].items() if found[name] > bar]
     assert ("aims, 10 and 20 %, are missed" in PAGE) == (missed == ["p50_error", "p90_error"])
+    errors = {p: [row["error"][p] for row in found["rows"]] for p in ("p50", "p90", "p99")}
+    for name, each in errors.items():
+        assert median(map(abs, each)) == found[f"{name}_error"]
+    assert mean(errors["p50"]) == found["bias"]
+    assert all(error < 0 for name in ("p90", "p99") for error in errors[name])  # too fast
+    owners = [row["owners"] for row in found["rows"]]
+    assert f"{min(owners)} to {max(owners)} owners" in PAGE
 
 
 def test_a_thousand_owners() -> None:
@@ -65,5 +74,38 @@ def test_shards_that_were_measured() -> None:
     found = recorded("ray")
     assert f"a step took {found['ray_ratio']:.2f} times as long" in PAGE
     assert f"nothing came back for {found['ray_pause_s']:.0f} seconds" in PAGE
+    more_s = median(found["ray_steps_s"]) - median(found["direct_steps_s"])
+    assert f"aim: 1.15), {more_s:.2f} s more." in PAGE
+    shape = found["ray_shape"]
+    assert (shape["hidden_size"], shape["lanes"], shape["tokens"]) == (1024, 4, 128)
     assert found["ray_same_adapter"] is True
+    assert f"the adapter was {found['ray_kill']['ratio']:.2f} times as far" in PAGE
     assert (found["ray_killed"], found["ray_nodes"], found["ray_shards"]) == (1, 4, 3)
+
+
+def test_one_gpu_is_shared_by_many() -> None:
+    """What the page begins with: the line is what is short."""
+    found = recorded("whatif-h200-owners")
+    last = max(
+        (row for row in found["rows"] if row["step_p99_s"] <= 2 * found["rows"][0]["step_p99_s"]),
+        key=lambda row: row["owners"],
+    )
+    assert f"{last['owners']} owners shared it before the slowest steps took twice" in PAGE
+    assert f"the GPU was {100 * last['gpu_utilisation']:.1f} % busy" in PAGE
+    assert f"the site's line {100 * last['site_busy']:.0f} % full" in PAGE
+    assert any("NOT MEASURED" in profile for profile in found["profiles"])
+
+
+def test_what_is_to_be_installed_is_there() -> None:
+    """The package is on no index, and whoever takes its name there is not us: all is from here."""
+    project = (ROOT / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+    code = [path for room in ("scenarios", "backends") for path in (ROOT / room).rglob("*.py")]
+    named = set()
+    for path in (*PAGES, *code):
+        text = " ".join(path.read_text().split())
+        assert "install private-lora" not in text.replace("'", "").replace('"', ""), path
+        named |= set(re.findall(r"""-e ["']\.\[([\w,]+)\]""", text))
+    assert {"ray", "traces"} < {name for one in named for name in one.split(",")}
+    assert {n for one in named for n in one.split(",")} <= extras

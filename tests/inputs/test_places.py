@@ -204,7 +204,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], object], tuple[str, ...]]] = {
     "finetune": (finetune.parse, ("--out", "--json", "--trace", "--cache")),
     "merge": (merge.parse, ("--into", "--json")),
     "prepare": (main_of(prepare), ("--worker-part", "--json", "--cache")),
-    "certs": (main_of(certs), ("--out",)),
+    "certs": (main_of(certs), ("--out", "--authority")),
     "chaos": (chaos.parse, ("--json", "--trace")),
     "whatif": (whatif.parse, ("--json", "--out")),
     "calibrate": (main_of(calibrate), ("--json", "--out")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import socket
 import threading
 import time
@@ -21,8 +22,7 @@ from backends.net.serving import serving
 from backends.net.tls import Tls, identity
 from benchmarks.load.made import make_place
 from benchmarks.load.owners import owners_at, work_all
-from protocol.catalogue import Catalogue, MatrixShape
-from protocol.events import MultiplyCiphertext, PeerLost, RunTask, TaskDone
+from protocol.events import MultiplyCiphertext
 from scenarios.worker.__main__ import parsed
 
 pytest.importorskip("opentelemetry.sdk")
@@ -50,6 +50,19 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
     server.server_close()
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What reaches the log of the process."""
+    lines: list[str] = []
+
+    class Saying(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [Saying()])
+    return lines
+
+
 def spans_in(bodies: list[bytes]) -> list[Any]:
     """Every span, decoded."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -62,7 +75,7 @@ def spans_in(bodies: list[bytes]) -> list[Any]:
 
 
 def test_a_request_is_a_span_and_its_product_one_within(
-    tmp_path: Path, collector: tuple[str, list[bytes]]
+    tmp_path: Path, collector: tuple[str, list[bytes]], said: list[str]
 ) -> None:
     """Two owners of eight matrices; nothing says which of them asked."""
     from backends.net.spans import Spans
@@ -96,31 +109,35 @@ def test_a_request_is_a_span_and_its_product_one_within(
         identity(load_pem_x509_certificate((tmp_path / name / "cert.pem").read_bytes()))
         for name in names
     ]
+    assert not said
     assert all(whose)
     assert not any(name.encode() in body for name in whose for body in taken)
 
 
-@pytest.mark.parametrize("how", ["hangs", "is not there"])
-def test_a_collector_that_takes_nothing_holds_no_worker_up(
-    how: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("there", [False, True])
+def test_a_collector_that_does_not_answer_costs_a_line_and_seconds(
+    there: bool, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither while it serves, nor when it ends; and what it keeps of spans is bounded."""
-    from backends.net import spans as module
+    """Nobody there, or one that takes connections and says nothing; more spans than are kept."""
+    from backends.net import spans
 
-    monkeypatch.setattr(module, "_CLOSING_S", 0.3)
-    catalogue = Catalogue(bytes(32), bytes(32), (MatrixShape("q", 2, 2, 2, 2, 2),))
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        if how == "is not there":
-            silent.close()
-        spans = module.Spans(catalogue, f"http://127.0.0.1:{port}/v1/traces")
-        start, observe = time.monotonic(), spans.hooks.observe
-        for task in range(5000):
-            observe(PeerLost("ann"), [RunTask(task, MultiplyCiphertext(0, 1, b""))])
-            observe(TaskDone(task, b""), [])
-        assert not spans._in_hand
-        spans.close()
-        assert time.monotonic() - start < 3
+    monkeypatch.setattr(spans, "_GOODBYE_S", 0.3)
+    make_place(tmp_path, 64, 2, 0)
+    catalogue = WorkerPart.open(tmp_path / "model").catalogue
+    with socket.create_server(("127.0.0.1", 0)) as taking:
+        port = taking.getsockname()[1]
+        if not there:
+            taking.close()
+        away = spans.Spans(catalogue, f"http://127.0.0.1:{port}/v1/traces")
+        for task in range(3000):
+            away._begin(task, MultiplyCiphertext(0, 1, b""))
+            away._end(task, done=True)
+        logging.getLogger("opentelemetry.sdk").warning("Queue full, dropping Span.")
+        begun = time.monotonic()
+        away.close()
+        assert time.monotonic() - begun < 2.0
+    (line,) = said
+    assert line.startswith(f"spans for http://127.0.0.1:{port}/v1/traces are lost: ")
 
 
 @pytest.mark.parametrize("text", ["collector:4318", "ftp://collector/v1", "http://", "/v1/traces"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ssl
 from pathlib import Path
 
 import pytest
 
-from backends.net.tls import CertificateError
-from scenarios.certs import Authority, HostError, OutError, check, host_name, make
+from backends.net.tls import CertificateError, Tls
+from scenarios.certs import Authority, HostError, OutError, check, host_name, main, make, owner_name
 from tests.scenarios.commands import run
 
 
@@ -52,3 +53,85 @@ def test_what_is_no_name(text: str) -> None:
         host_name(text)
     assert host_name("GPU.example.") == "GPU.example"
     assert host_name("2001:DB8::1") == "2001:db8::1"
+
+
+def believed(mine: Path, theirs: Path) -> bool:
+    """Whether a worker and an owner speak with each other."""
+    worker, owner = Tls(mine).context(server=True), Tls(theirs).context(server=False)
+    there, here = (ssl.MemoryBIO() for _ in range(2))
+    ends = (
+        worker.wrap_bio(there, here, server_side=True),
+        owner.wrap_bio(here, there, server_hostname="gpu.example"),
+    )
+    done: set[int] = set()
+    for _ in range(8):
+        for i in {0, 1} - done:
+            try:
+                ends[i].do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLError:
+                return False
+            done.add(i)
+    return len(done) == 2
+
+
+def test_a_kept_authority_signs_for_owners_and_workers_that_come_later(tmp_path: Path) -> None:
+    """Each is told apart, all are believed; made is what was named, and its key is its own."""
+    kept, out = tmp_path / "authority", tmp_path / "certs"
+    said = make(out, ["gpu.example"], 30, ["ann", "bob"], kept)
+    assert f"\nTo bob alone: {out / 'bob'}\n" in said
+    assert make(out, [], 3000, ["carol"], kept).count("identity") == 1
+    make(tmp_path / "b", ["gpu.example"], 30, [], kept)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["worker"]
+    owners = [out / name for name in ("ann", "bob", "carol")]
+    for worker in (out / "worker", tmp_path / "b" / "worker"):
+        assert all(believed(worker, owner) for owner in owners)
+    assert len({check(owner, []).split()[-1] for owner in owners}) == 3
+    assert "29 days from now" in check(out / "carol", [])  # no longer than who signed it
+    make(tmp_path / "other", [], 30, ["dora"], tmp_path / "stranger")
+    assert not believed(out / "worker", tmp_path / "other" / "dora")
+    assert {path.stat().st_mode & 0o777 for path in kept.iterdir()} == {0o600}
+    with pytest.raises(OutError, match="bob is there already"):
+        make(out, [], 30, ["eve", "bob"], kept)
+    assert not (out / "eve").exists()
+
+
+def test_an_authority_that_cannot_be_used(tmp_path: Path) -> None:
+    """Nothing there, another's key, one that others can read, one that has expired."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    with pytest.raises(CertificateError, match="holds no authority"):
+        Authority(30, kept)
+    for name, days in (("good", 30), ("other", 30), ("old", -0.5)):
+        Authority(days, tmp_path / name)
+    with pytest.raises(CertificateError, match="old has expired"):
+        Authority(30, tmp_path / "old")
+    (tmp_path / "good/key.pem").chmod(0o640)
+    with pytest.raises(CertificateError, match="chmod 600"):
+        Authority(30, tmp_path / "good")
+    (tmp_path / "other/ca.pem").write_bytes((tmp_path / "good/ca.pem").read_bytes())
+    with pytest.raises(CertificateError, match=r"not the key of ca\.pem"):
+        Authority(30, tmp_path / "other")
+
+
+@pytest.mark.parametrize("text", ["", "worker", "../ann", "a b", "-x"])
+def test_what_is_no_owner(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="letters, digits"):
+        owner_name(text)
+
+
+def test_a_command_makes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides without an authority; with one, the owners or the worker that it is told."""
+    for arguments, there in (
+        ([], {"owner", "worker"}),
+        (["--owner", "ann"], {"ann", "worker"}),
+        (["--authority", "kept"], {"owner", "worker"}),
+        (["--authority", "kept", "--owner", "ann"], {"ann"}),
+        (["--authority", "kept", "--name", "gpu.example"], {"worker"}),
+    ):
+        out = tmp_path / "-".join(["out", *arguments])
+        options = [str(tmp_path / "kept") if text == "kept" else text for text in arguments]
+        monkeypatch.setattr("sys.argv", ["certs", "--out", str(out), *options])
+        main()
+        assert {path.name for path in out.iterdir()} == there

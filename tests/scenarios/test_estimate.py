@@ -95,6 +95,7 @@ def test_what_a_step_waits_for() -> None:
     assert waits_for(10.0, 1, away_s=2.0, worker_s=1.0) == "owner"
     assert waits_for(10.0, 4, away_s=36.0, worker_s=8.0) == "worker"
     assert waits_for(10.0, 4, away_s=36.0, worker_s=2.0) == "line"
+    assert waits_for(10.0, 4, away_s=8.0, worker_s=2.0, held_s=30.0) == "quota"
 
 
 def test_the_digits_of_what_was_asked_for() -> None:

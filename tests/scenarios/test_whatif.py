@@ -35,9 +35,10 @@ from scenarios.whatif.knobs import (
     changed,
     values_of,
 )
+from scenarios.whatif.patience import expected_s
 from scenarios.whatif.quantities import Form
 from scenarios.whatif.running import prepare, run_all
-from scenarios.whatif.setting import measure, workload_for
+from scenarios.whatif.setting import config_of, measure, workload_for
 from scenarios.whatif.study import Study, load_study, study_names
 from scenarios.whatif.sweep import csv_text, table
 from sim.device import DeviceProfile, Origin, ProfileError
@@ -288,9 +289,22 @@ def test_buying_takes_what_helps_most_until_nothing_does() -> None:
     ]  # fmt: skip
     assert many["steps"][0]["better"] == pytest.approx(155 / 65)
     assert "100 owners: site-bandwidth 10 Gb/s (x2.4)" in found.headline
+    assert [(x["buy"], x["to"], x["better"]) for x in one["not_worth"]] == [
+        ("workers", 4, 1.0), ("site-bandwidth", 1e10, 1.0),
+    ]  # fmt: skip
+    assert "not worth it: workers 4 x1, site-bandwidth 10 Gb/s x1" in found.text
+    assert not many["not_worth"]  # all is bought
     fixed = SITE.with_sweeps([], ["workers=4"])
     require_sound(fixed)
     assert answer(fixed, [row(setting) for setting in fixed.settings()]).facts["purchases"]
+
+
+def test_a_large_model_is_announced_with_few_owners_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long is products: a step of a larger model has more of them."""
+    monkeypatch.setattr("scenarios.whatif.patience._pass_s", lambda setting: 1.0)
+    for model, announced in (("llama-3.2-1b", 0), ("llama-3.1-8b", 64)):
+        fixed = {"model": model, "tokens": 8, "lanes": 1, "steps": 1}
+        assert expected_s(Study("t", "?", fixed, {"owners": [32]}).settings()) == announced
 
 
 @pytest.mark.parametrize(
@@ -372,6 +386,21 @@ def test_the_clear_run_by_hand() -> None:
     kept = 12 * (768 + 2304 + 2 * 768 + 2 * (768 + 3072)) + 2 * 50257
     wanted = 2 * 124_439_808 + 4 * 8 * kept
     assert needed_gb(MODELS["gpt2"](), load) == pytest.approx(wanted / 1e9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_size_of_a_large_model_takes_no_room_for_its_weights() -> None:
+    """Not even room that is never touched: a process that has reserved more than the machine has
+    cannot be forked."""
+
+    def reserved_gb() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmSize:")[2].split()[0]) / 1e6
+
+    config, load = config_of("llama-3.1-70b"), workload_for(changed(Setting(), SMALL))
+    before = reserved_gb()
+    assert needed_gb(config, load) > 140
+    assert reserved_gb() - before < 10
 
 
 def test_an_auto_head_is_the_better_of_both() -> None:

@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,12 +27,13 @@ from backends.net.loop import Hooks
 from backends.net.owner import OwnerClient, RemoteLinearError
 from backends.net.remote import connected
 from backends.net.tls import Tls
-from protocol.events import FrameArrived, Send, TimerFired
-from protocol.messages import SESSION_BYTES, Multiply, Product, encode
+from protocol.events import Event, FrameArrived, Send, TimerFired
+from protocol.messages import SESSION_BYTES, Multiply, Product, Reason, Refuse, encode
 from protocol.owner_memory import OwnerConfig
 from scenarios.certs import Authority
 from scenarios.line import LineWatch, watched
-from scenarios.worker.run import State
+from scenarios.worker.__main__ import parsed
+from scenarios.worker.run import State, shards_of
 from scenarios.worker_log import EventLog
 from tests.net.test_inprocess import make
 from tests.net.test_remote_workers import copy_worker_part, right
@@ -288,6 +290,25 @@ def test_what_cannot_be_served_is_said_in_a_line(options: list[str], said: str) 
     assert "Traceback" not in text
 
 
+def test_shards_are_told_where_the_model_is_from_any_directory(
+    part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their processes are not in the front door's."""
+    asked: list[Path] = []
+
+    def shards(of: object, directory: Path, *_: object) -> SimpleNamespace:
+        asked.append(directory)
+        return SimpleNamespace(name="any", count=1)
+
+    cluster = SimpleNamespace(leave=lambda: None, RayShards=shards)
+    monkeypatch.chdir(part.parent)
+    monkeypatch.setattr("scenarios.worker.run.joined", lambda address: cluster)
+    monkeypatch.setattr("sys.argv", ["worker", "--model", part.name, "--ray"])
+    with ExitStack() as stack:
+        shards_of(parsed(), EventLog("text"), stack)
+    assert asked == [part]
+
+
 def test_calls_without_an_answer_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest first; those whose answer comes count as before."""
     monkeypatch.setattr("scenarios.line._UNDER_WAY_MAX", 3)
@@ -308,6 +329,28 @@ def test_calls_without_an_answer_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
     assert list(watch._sent) == [98, 99]
     sent(100, 98)  # again: it is under way since it was first sent
     assert list(watch._sent) == [98, 99, 100]
+
+
+def test_what_a_worker_does_not_take_yet_is_neither_the_line_nor_the_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From BUSY with a time to come back in until the request is sent again, there or elsewhere."""
+    now = [0.0]
+    monkeypatch.setattr("scenarios.line.time.perf_counter", lambda: now[0])
+    watch, nobody = LineWatch(), bytes(SESSION_BYTES)
+
+    def at(seconds: float, event: Event, *frames: bytes) -> None:
+        now[0] = seconds
+        watch.observe(event, [Send("w", frame) for frame in frames])
+
+    ask = encode(Multiply(nobody, 7, 0, 1, b""))
+    at(0, TimerFired("t"), ask)
+    at(1, FrameArrived("w", encode(Refuse(nobody, 7, Reason.BUSY, 500))))
+    at(3, TimerFired("t"), ask)
+    at(4, FrameArrived("w", encode(Refuse(nobody, 7, Reason.BUSY))), ask)  # it drains: another
+    at(9, FrameArrived("w", encode(Product(nobody, 7, b""))))
+    assert (watch.away_s, watch.held_s) == (1 + 6, 2)
+    assert not watch._told
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
