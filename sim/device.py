@@ -220,19 +220,13 @@ def builtin_names() -> list[str]:
 
 
 class Processor:
-    """Cores shared by the tasks that run on them, in simulated time.
+    """Cores shared by the tasks that run on them, in simulated time."""
 
-    factor  drawn for every task, which takes so many times as long
-    """
-
-    def __init__(
-        self, env: simpy.Environment, cores: float, factor: Callable[[], float] | None = None
-    ) -> None:
+    def __init__(self, env: simpy.Environment, cores: float) -> None:
         if not 0 < cores < math.inf:
             raise ValueError(f"a processor has a positive number of cores, got {cores}")
         self._env = env
         self._cores = cores
-        self._factor = factor
         self._demand = 0.0
         self._pace = 1.0
         self._virtual = 0.0
@@ -264,8 +258,6 @@ class Processor:
                 f"a task takes 0 or more seconds and up to {self._cores} cores, got {seconds} s "
                 f"on {demand} cores"
             )
-        if self._factor is not None:
-            seconds *= self._factor()
         self._advance()
         self._count += 1
         heapq.heappush(self._ends, (self._virtual + seconds, self._count, demand, done))

@@ -154,7 +154,7 @@ class WorkerHost:
         self.name = f"worker{index}"
         self.sent_bytes = 0
         self._world = world
-        self.processor = processor or world.processor(world.config.worker)
+        self.processor = processor or Processor(world.env, world.config.worker.cores)
         self.device = Device(world.env, self.name, world.config.worker, self.processor, servers=1)
         unlimited = WorkerConfig(1 << 20, Quota(1 << 16, size=1 << 60, size_all=1 << 60))
         machine = Worker(world.catalogue, unlimited)
@@ -232,7 +232,7 @@ class OwnerHost:
         self.sent_bytes = 0
         self.received_bytes = 0
         self._world = world
-        self.processor = processor or world.processor(config.owner)
+        self.processor = processor or Processor(world.env, config.owner.cores)
         self.own_layers, self.cipher = (
             Device(world.env, f"{self.name}/{what}", config.owner, self.processor, config.lanes)
             for what in ("model", "cipher")

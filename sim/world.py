@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,8 +68,6 @@ class WorldConfig:
     placement  which worker holds which matrix; without one every worker holds all, and each
                owner prefers another one
     together   all owners are on one machine, and share its cores
-    unevenness of how long the same task takes: the standard deviation of the logarithm of a factor
-               that is drawn for each, whose mean is 1
     steps      steps every owner takes and that count, after `warmup` that do not
     stagger    start owners at drawn moments of their first step instead of all at once
     streams    one connection from each side to each of the others, on which frames follow each
@@ -93,7 +90,6 @@ class WorldConfig:
     placement: Placement | None = None
     in_process: bool = False
     together: bool = False
-    unevenness: float = 0.0
     steps: int = 3
     warmup: int = 0
     seed: int = 0
@@ -110,8 +106,6 @@ class WorldConfig:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         if self.warmup < 0:
             raise ValueError(f"warmup is at least 0, got {self.warmup}")
-        if not 0 <= self.unevenness <= 2:
-            raise ValueError(f"unevenness is from 0 to 2, got {self.unevenness}")
         if self.in_process and (self.owners, self.workers) != (1, 1):
             raise ValueError("in one process there is one owner and one worker")
         if self.down_bps is not None and self.graph is not None:
@@ -198,8 +192,7 @@ class World:
                 self.network.set_direction("internet", f"owner{i}", down)
         self._streams: dict[tuple[str, str], Stream] = {}
         shared = config.in_process or config.together
-        self._uneven = random.Random(f"tasks {config.seed}")
-        processor = self.processor(config.owner) if shared else None
+        processor = Processor(self.env, config.owner.cores) if shared else None
         self.workers = {
             host.name: host
             for host in (
@@ -219,14 +212,6 @@ class World:
         self._stepping = config.owners
         self._window_from_s = 0.0
         self._busy_before = dict.fromkeys(self.workers, 0.0)
-
-    def processor(self, profile: DeviceProfile) -> Processor:
-        """Cores of a machine of this world."""
-        spread = self.config.unevenness
-        if not spread:
-            return Processor(self.env, profile.cores)
-        middle, draw = -(spread**2) / 2, self._uneven.gauss
-        return Processor(self.env, profile.cores, lambda: math.exp(draw(middle, spread)))
 
     @property
     def over(self) -> bool:

@@ -35,7 +35,7 @@ from ray.util import get_placement_group, placement_group, remove_placement_grou
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from backends.cluster.shard import Shard, identity, split
+from backends.cluster.shard import VERSION, Shard, identity, split
 from backends.errors import UserError
 from backends.he.interface import AnyPayload
 from backends.he.store import WorkerPart
@@ -233,15 +233,23 @@ def _placed(name: str, count: int, kind: str) -> tuple[PlacementGroup, bool]:
 
 
 def _loaded(shards: Sequence[Any]) -> str:
-    """What multiplies, once all have loaded. Raises ClusterError when one cannot."""
+    """What multiplies, once all have loaded. Raises ClusterError when one cannot, or is of a
+    program that asks and answers otherwise."""
     try:
-        names: list[str] = ray.get([shard.name.remote() for shard in shards], timeout=_LOAD_S)
-        return names[0]
+        versions: list[int] = ray.get([s.version.remote() for s in shards], timeout=_LOAD_S)
+        names: list[str] = ray.get([s.name.remote() for s in shards], timeout=_LOAD_S)
+    except AttributeError:  # a shard without a version
+        versions = []
     except GetTimeoutError:
-        why = f"it has not loaded within {_LOAD_S:.0f} s"
+        raise ClusterError(f"a shard has not loaded within {_LOAD_S:.0f} s") from None
     except RayError as error:
-        why = _last_line(error)
-    raise ClusterError(f"a shard cannot load: {why}")
+        raise ClusterError(f"a shard cannot load: {_last_line(error)}") from error
+    if set(versions) != {VERSION}:
+        raise ClusterError(
+            "the cluster has this model in shards of another version of private-lora; end them "
+            "with --release, once no front door uses them, and start again"
+        )
+    return names[0]
 
 
 def _last_line(error: RayError) -> str:

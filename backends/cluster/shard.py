@@ -41,6 +41,11 @@ def identity(catalogue: Catalogue) -> bytes:
     return hashlib.sha256(catalogue.model_digest + catalogue.parameters_digest).digest()
 
 
+VERSION = 1
+"""Of what a shard is asked and answers. Shards outlive the program that started them, and this
+tells a newer one that it cannot use them; it grows with every change that the other side sees."""
+
+
 class Shard:
     """Multiplies with the matrices of some groups.
 
@@ -64,6 +69,10 @@ class Shard:
             2 * first + i: self._cipher.load(matrix.weight, matrix.forward, matrix.format)
             for i, matrix in enumerate(part.matrices)
         }
+
+    def version(self) -> int:
+        """Of the program that started it."""
+        return VERSION
 
     def name(self) -> str:
         """What multiplies. Answered once all is loaded."""

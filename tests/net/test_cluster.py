@@ -141,6 +141,10 @@ def test_shards_on_ray(model: PreparedModel, cluster: Any, monkeypatch: pytest.M
         soon.setattr(cluster, "_LOAD_S", 0.0)
         with pytest.raises(cluster.ClusterError, match="has not loaded within 0 s"):
             cluster.RayShards(front, model.directory, 2)
+    with monkeypatch.context() as newer:  # what started the shards was another program
+        newer.setattr(cluster, "VERSION", cluster.VERSION + 1)
+        with pytest.raises(cluster.ClusterError, match=r"another version.*--release"):
+            cluster.RayShards(front, model.directory, 2)
     right(shards)
     with pytest.raises(ValueError, match="refuses a request"):  # told without any of its bytes
         shards.multiply(0, [(bytes(7), 1)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given, settings
@@ -330,25 +329,3 @@ def test_cores_send_and_take_bytes_while_the_line_does() -> None:
     assert with_wire(1e5) - step.duration_s == pytest.approx(
         moved / 1e5 - 8 * moved / 1e6, rel=0.01
     )
-
-
-def test_uneven_tasks_take_what_they_should_on_average() -> None:
-    """Steps vary, as much as they are told to; the mean stays, and nothing is uneven unasked."""
-    load = workload([(400, 400)] * 4, [1e5])
-
-    def steps(unevenness: float) -> list[float]:
-        world = config(load, in_process=True, steps=150, unevenness=unevenness, record=False)
-        return [step.duration_s for step in simulate(world).steps]
-
-    still, uneven, wild = steps(0.0), steps(0.3), steps(0.9)
-    assert stdev(still) / fmean(still) < 1e-6
-    for found in (uneven, wild):
-        assert fmean(found) == pytest.approx(fmean(still), rel=0.08)
-    assert 0.02 < stdev(uneven) / fmean(uneven) < stdev(wild) / fmean(wild)
-    assert steps(0.3) == uneven
-
-
-@pytest.mark.parametrize("unevenness", [-0.1, 2.1, float("nan")])
-def test_unevenness_has_bounds(unevenness: float) -> None:
-    with pytest.raises(ValueError, match="unevenness is from 0 to 2"):
-        config(workload([(4, 4)], [1.0]), unevenness=unevenness)
