@@ -32,6 +32,7 @@ from backends.he.cuda.tiling import (
 from tests.cuda import tritons
 from tests.cuda.ptx import bare_copies
 
+pytestmark = pytest.mark.slow
 VERSIONS = sorted({tritons.INSTALLED, tritons.OLDEST}, reverse=True)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}

@@ -11,6 +11,7 @@ import pytest
 
 from backends.he.cuda.launch import DEVICE_FLAGS, HOST_FLAGS, compile_text, constants, source
 
+pytestmark = pytest.mark.slow
 _ADDED = "-ftz=true"  # by CuPy, to every program, behind our own flags
 _SPILL_BYTES = 32
 """What one thread may keep in local memory: a few values that outlive a loop, no working set."""

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="the worker's kernel is written in Triton")
 from benchmarks import null_cuda
 from tests.cuda import tritons
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _null_driver() -> None:

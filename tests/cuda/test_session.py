@@ -26,7 +26,7 @@ from protocol.messages import HEADER_BYTES, LocalFrame
 from scenarios.session import private_session
 from tests.nn.conftest import Tiny, make_tiny, tokens
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler")]
 CONFIG = TrainConfig(steps=2, batch=2, micro_batch=1, learning_rate=1e-2, warmup_steps=1)
 DATA = tokens(4, 12)
 
