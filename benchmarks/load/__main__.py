@@ -1,6 +1,6 @@
 """Many owners at one live worker: how fast together, how even, and does each get what is its own?
 
-    python -m benchmarks.load --owners 16 --json FILE          two minutes
+    python -m benchmarks.load --owners 16 --json FILE          three minutes
     python -m benchmarks.load --owners 16 --churn --json FILE  and owners that die, and new ones
     python -m benchmarks.load --owners 16 --soak 1800 --json FILE
     python -m benchmarks.load --ray --kill --json FILE          a cluster of this machine instead
@@ -311,11 +311,10 @@ def main() -> None:
     parser = Parser(__doc__, "benchmarks.load", MODES)
     add = parser.add_argument
     add("--owners", type=Whole(1, 64), default=16, help="at once (16)")
-    add("--width", type=Whole(64, 8192), default=2048, help="of the layer (2048)")
+    add("--width", type=Whole(64, 8192), default=4096,
+        help="of the layer (4096, whose weights no cache holds)")  # fmt: skip
     add("--tokens", type=TOKENS, default=1, help="of a request (1)")
-    add(
-        "--rounds", type=Whole(1, 100_000), default=100, help="times each matrix is asked for (100)"
-    )
+    add("--rounds", type=Whole(1, 100_000), default=40, help="times each matrix is asked for (40)")
     add("--repeats", type=Whole(1, 100), default=3, help="turns of alone and together (3)")
     add("--encrypting", type=Whole(1, 8), default=2, help="owners that really encrypt (2)")
     add("--churn", action="store_true", help="owners die while they work, and new ones come")
