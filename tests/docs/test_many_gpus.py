@@ -71,6 +71,24 @@ def test_a_thousand_owners() -> None:
     assert f"is simulated in {found['site_s']:.0f} seconds" in PAGE
 
 
+def test_what_a_site_buys() -> None:
+    """The table of the study, and that more GPUs help nobody."""
+    found = recorded("whatif-site")
+    assert found["complete"]
+    of = {(row["owners"], row["workers"], row["site_bps"]): row for row in found["rows"]}
+    for owners in {owners for owners, _, _ in of}:
+        cells = []
+        for line in (10e9, 40e9, 160e9):
+            row = of[owners, 1, line]
+            cells.append(
+                f"{row['step_p50_s']:.1f} s, GPU {100 * row['gpu_utilisation']:.1f} %, "
+                f"line {100 * row['site_busy']:.0f} %"
+            )
+            for gpus in (4, 16):
+                assert of[owners, gpus, line]["step_p50_s"] > 0.99 * row["step_p50_s"]
+        assert f"| {owners} | {' | '.join(cells)} |" in PAGE
+
+
 def test_shards_that_were_measured() -> None:
     """What Ray costs, and a node that died."""
     found = recorded("ray")
