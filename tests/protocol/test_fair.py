@@ -79,6 +79,23 @@ class Backlog:
             self.served[client] += self.asks[client][2]
         return set(batch)
 
+    def served_next(self, products: int) -> set[str]:
+        """Whom so many products serve, while all go on asking."""
+        served = set[str]()
+        for _ in range(products):
+            self.fill()
+            served |= self.pop()
+        return served
+
+
+def greedy(others: list[tuple[int, int, int]], before: int) -> Backlog:
+    """Clients with sixteen requests waiting each, of which so many products have been taken."""
+    backlog = Backlog(FairQueue(MOST_TOKENS), depth=16)
+    for number, ask in enumerate(others):
+        backlog.join(str(number), *ask)
+    backlog.served_next(before)
+    return backlog
+
 
 BYTES = (7, 100, 900)
 """A token of each matrix."""
@@ -127,12 +144,7 @@ def test_a_client_whose_links_broke_waits_no_longer_than_a_new_one(
     breaks: int,
 ) -> None:
     """However much it had waiting, and however often."""
-    backlog = Backlog(FairQueue(MOST_TOKENS), depth=16)
-    for number, ask in enumerate(others):
-        backlog.join(str(number), *ask)
-    for _ in range(before):
-        backlog.fill()
-        backlog.pop()
+    backlog = greedy(others, before)
     for _ in range(breaks):
         mine = [f"lost{n}" for n in range(len(lost))]
         for item, (_, matrix, tokens, size) in zip(mine, lost, strict=True):
@@ -140,11 +152,7 @@ def test_a_client_whose_links_broke_waits_no_longer_than_a_new_one(
         for item in reversed(mine):
             assert backlog.queue.remove(item)  # type: ignore[arg-type]
     backlog.join("ann", 200, 1, 10)
-    served = set()
-    for _ in range(len(others) + 1):
-        backlog.fill()
-        served |= backlog.pop()
-    assert "ann" in served
+    assert "ann" in backlog.served_next(len(others) + 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,18 +168,9 @@ def test_a_new_client_waits_for_one_request_of_each_other(
     others: list[tuple[int, int, int]], before: int, mine: tuple[int, int, int]
 ) -> None:
     """However much the others have waiting, and however large its own request is."""
-    backlog = Backlog(FairQueue(MOST_TOKENS), depth=16)
-    for number, ask in enumerate(others):
-        backlog.join(str(number), *ask)
-    for _ in range(before):
-        backlog.fill()
-        backlog.pop()
+    backlog = greedy(others, before)
     backlog.join("new", *mine)
-    served = set()
-    for _ in range(len(others) + 1):
-        backlog.fill()
-        served |= backlog.pop()
-    assert "new" in served
+    assert "new" in backlog.served_next(len(others) + 1)
 
 
 def test_a_flood_is_not_ahead_of_one_request() -> None:
