@@ -46,7 +46,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backends.errors import UserError
 from backends.files import remove_directory, replacing_directory
-from backends.net.tls import CertificateError, Tls, identity
+from backends.net.tls import CertificateError, Tls, certificate_in, identity
 from backends.options import ALL, Modes, Parser, Whole, place
 from backends.places import output_directory
 from scenarios.cli import clean_exit
@@ -167,7 +167,7 @@ def _kept(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate
     path = directory / "key.pem"
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
-        certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
+        certificate = certificate_in(directory / "ca.pem")
     except (OSError, ValueError, TypeError) as error:
         raise CertificateError(
             f"{directory} holds no authority of `python -m scenarios.certs --authority` "
@@ -218,7 +218,7 @@ def check(directory: Path, hosts: Sequence[str]) -> str:
     Raises CertificateError when it cannot be used now, HostError when it lacks one of the names.
     """
     end = Tls(directory).require_current()
-    certificate = x509.load_pem_x509_certificate((directory / "cert.pem").read_bytes())
+    certificate = certificate_in(directory / "cert.pem")
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         names = [str(name.value) for name in found]

@@ -78,7 +78,7 @@ class Tls:
         """When this side's certificate ends. Raises CertificateError unless it is good now."""
         path = self.directory / "cert.pem"
         try:
-            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+            certificate = certificate_in(path)
             begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         except (ValueError, OSError) as error:
             raise CertificateError(f"{path} cannot be read: {error}") from error
@@ -129,11 +129,15 @@ def identity_of(connection: ssl.SSLSocket) -> str:
     return identity(x509.load_der_x509_certificate(certificate))
 
 
+def certificate_in(path: Path) -> x509.Certificate:
+    """The certificate in a PEM file. Raises OSError and ValueError where there is none."""
+    return x509.load_pem_x509_certificate(read_bounded(path, _CERTIFICATE_BYTES))
+
+
 def identity_in(path: Path) -> str:
     """`identity` of the certificate in a PEM file. Raises CertificateError when it is none."""
     try:
-        text = read_bounded(path, _CERTIFICATE_BYTES)
-        return identity(x509.load_pem_x509_certificate(text))
+        return identity(certificate_in(path))
     except OSError as error:
         raise CertificateError(
             f"no certificate can be read from {path}: {error.strerror or error}"
